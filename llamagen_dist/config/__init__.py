@@ -1,0 +1,51 @@
+"""Typed configuration: YAML files plus ``key=value`` become one frozen, validated section."""
+
+from llamagen_dist.config.errors import UserError
+from llamagen_dist.config.loader import KINDS, difference, dump, load, parse
+from llamagen_dist.config.sections import (
+    CheckpointSection,
+    DiscriminatorSection,
+    ExtractConfig,
+    GPTConfigFile,
+    GPTModelSection,
+    ImageDataSection,
+    LogSection,
+    OptimSection,
+    ParallelSection,
+    PipelineConfig,
+    Section,
+    StageSection,
+    TokenDataSection,
+    TokenizerConfigFile,
+    TokenizerLossSection,
+    TokenizerModelSection,
+    TrainSection,
+    ValidationSection,
+)
+
+__all__ = [
+    "KINDS",
+    "CheckpointSection",
+    "DiscriminatorSection",
+    "ExtractConfig",
+    "GPTConfigFile",
+    "GPTModelSection",
+    "ImageDataSection",
+    "LogSection",
+    "OptimSection",
+    "ParallelSection",
+    "PipelineConfig",
+    "Section",
+    "StageSection",
+    "TokenDataSection",
+    "TokenizerConfigFile",
+    "TokenizerLossSection",
+    "TokenizerModelSection",
+    "TrainSection",
+    "UserError",
+    "ValidationSection",
+    "difference",
+    "dump",
+    "load",
+    "parse",
+]

@@ -1,0 +1,108 @@
+"""Which rank am I, whom do I share a model with, whom do I average gradients with."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llamagen_dist.config import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """tensor-parallel ranks are neighbours: rank = dp_rank * tensor + tp_rank. Groups are None when alone."""
+
+    rank: int = 0
+    world: int = 1
+    tensor: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - torch.device is immutable
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.tensor
+
+    def share(self, global_batch: int) -> int:
+        """Images per data-parallel rank in a global batch. Raises UserError where it does not divide."""
+        if global_batch % self.dp:
+            fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= self.dp]
+            raise UserError(
+                f"train.global_batch: {global_batch} images cannot be shared equally by {self.dp} data-parallel ranks; "
+                f"use {fits[-1]} data-parallel ranks or a global batch that is a multiple of {self.dp}"
+            )
+        return global_batch // self.dp
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average over the data-parallel ranks (a new tensor; collective)."""
+        if self.dp_group is None:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total / self.dp
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the data-parallel ranks (a new tensor; collective)."""
+        if self.dp_group is None:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank at all (collective)."""
+        if self.world == 1:
+            return flag
+        seen = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(tensor: int = 1, threads: int | None = None, timeout_s: float = 1800) -> Topology:
+    """Join the process group that RANK and WORLD_SIZE describe (torchrun's, srun's or our launcher's variables).
+
+    A group that exists already is used as it is (forked test ranks). tensor: tensor-parallel size; it must divide
+    the number of ranks, else UserError. threads: CPU threads of this rank.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        world, rank = dist.get_world_size(), dist.get_rank()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if world % tensor:
+        raise UserError(f"parallel.tensor: {tensor} does not divide the {world} ranks that were started; "
+                        f"start a multiple of {tensor} ranks or set parallel.tensor=1")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("cpu")
+    if world == 1:
+        return Topology(device=device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if tensor == 1:
+        return Topology(rank, world, 1, device, dist.group.WORLD, None)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    dp_group = parallel_state.get_data_parallel_group() if world > tensor else None
+    return Topology(rank, world, tensor, device, dp_group, parallel_state.get_tensor_model_parallel_group())

@@ -1,0 +1,46 @@
+"""What training/fit.py asks of the thing it trains. The GPT and the tokenizer are the two tasks there are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.parallel.topology import Topology
+
+
+class Task(Protocol):
+    """One trainable system: its modules and optimizers on this rank, already built and sharded."""
+
+    topology: Topology
+
+    def step(self, batch: Any, images_seen: int) -> Mapping[str, Tensor]:
+        """One optimizer step on this rank's share of the global batch that starts at sample ``images_seen``.
+
+        Returns 0-d tensors, each this rank's mean over its share; fit() averages them over the data-parallel
+        ranks when it logs. ``loss`` must be among them. Raises NonFiniteError, on all ranks alike and before any
+        weight has changed, if a loss or gradient is not finite.
+        """
+        ...
+
+    def validate(self) -> Mapping[str, float]:
+        """Held-out metrics over all ranks (collective; every rank returns the same numbers)."""
+        ...
+
+    def entries(self) -> Sequence[Entry]:
+        """Every tensor a checkpoint holds, in an order that is the same on all ranks."""
+        ...
+
+    def scalars(self) -> Mapping[str, float]:
+        """Small numbers a resume needs besides the tensors (Adam's step counts)."""
+        ...
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None: ...
+
+
+class Stream(Protocol):
+    """Batches by position: nothing to save."""
+
+    def batch(self, images_seen: int) -> Any:
+        """This data-parallel rank's share of the global batch that starts at global sample ``images_seen``."""
+        ...
