@@ -1,0 +1,40 @@
+"""``llamagen …``: one sub-command per module in llamagen_dist/commands, imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from llamagen_dist import __version__
+
+COMMANDS = {
+    "quickstart": "train a tokenizer and a ladder of GPTs on real images, end to end, and write a report",
+    "config": "print a config resolved, or everything that is wrong with it",
+    "pack": "turn images into WebDataset shards with an index and a manifest",
+    "shards": "verify, count or index shards",
+    "launch": "start one program on several ranks",
+    "pipeline": "run the stages of a pipeline file, skipping what is finished",
+    "report": "write report.html and results.json for a finished pipeline",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, import the one command that was asked for, run it. UserError: one sentence, exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in words if word in COMMANDS), None)
+    parser = argparse.ArgumentParser(prog="llamagen", description="Train Llama image generators, on one core or a cluster.")
+    parser.add_argument("--version", action="version", version=f"llamagen-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name == chosen:
+            module = importlib.import_module(f"llamagen_dist.commands.{name}")
+            module.arguments(sub)
+    args = parser.parse_args(words)
+    module.run(args)
+
+
+if __name__ == "__main__":
+    from llamagen_dist.launch.entry import run
+
+    run(main)

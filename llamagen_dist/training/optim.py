@@ -1,0 +1,26 @@
+"""Optimizer groups and learning-rate schedules, LlamaGen's choices as defaults (paper section 3.1)."""
+
+import torch
+from torch import nn
+
+from llamagen_dist.config import OptimSection
+
+
+def groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay for matrices (two or more dimensions, embeddings too), none for norms and biases; empty groups left out."""
+    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
+    both = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
+
+
+def build(module: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
+    """AdamW; with weight_decay 0 it is plain Adam, which is what LlamaGen's tokenizer uses."""
+    return torch.optim.AdamW(groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=True)
+
+
+def learning_rate(optim: OptimSection, images_seen: int) -> float:
+    """The rate of the step whose global batch starts at sample ``images_seen``: a function of position, not state."""
+    if optim.schedule == "warmup" and images_seen < optim.warmup_images:
+        return optim.lr * (images_seen + 1) / optim.warmup_images
+    return optim.lr
