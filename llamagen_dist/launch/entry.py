@@ -1,0 +1,60 @@
+"""How every program starts and ends: arguments in, exit code out. Imports nothing heavy."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llamagen_dist.config.errors import UserError
+
+ERROR_FILE = "LLAMAGEN_ERROR_FILE"  # environment variable: where a launched rank leaves its sentence
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
+EXIT_INTERRUPTED = 130
+
+
+class Stopped(Exception):
+    """The program was told to stop, has saved, and is not finished; the same command goes on."""
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run ``main(sys.argv[1:])`` and end the process as the house rules say.
+
+    UserError: its sentence on stderr, exit 2. Stopped: its message, exit 75. Ctrl-C: one line, exit 130. Any other
+    exception is a bug: it keeps its traceback, exit 1 (and the process group is left alone, since taking it down
+    properly can wait for ranks that will never answer; the closing sockets tell them).
+    """
+    code = 0
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"llamagen: error: {error}", file=sys.stderr, flush=True)
+        leave_sentence(str(error))
+        code = EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(f"llamagen: {stopped}", file=sys.stderr, flush=True)
+        leave_sentence(str(stopped))
+        code = EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("llamagen: interrupted", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
+    leave_group()
+    if code:
+        sys.exit(code)
+
+
+def leave_sentence(sentence: str) -> None:
+    """Write the sentence where the launcher looks for it (nothing to do outside a launched job)."""
+    target = os.environ.get(ERROR_FILE)
+    if target:
+        scratch = Path(f"{target}.tmp")
+        scratch.write_text(sentence, encoding="utf-8")
+        scratch.replace(target)
+
+
+def leave_group() -> None:
+    """Destroy the process group if this process ever joined one; never imports torch for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
