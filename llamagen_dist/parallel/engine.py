@@ -21,7 +21,7 @@ class Engine(Protocol):
     module: nn.Module
     plain: nn.Module
 
-    def backward(self, loss: Tensor, last: bool = True) -> None: ...
+    def backward(self, loss: Tensor) -> None: ...
 
     def step(self, images_seen: int) -> Tensor: ...
 
@@ -54,13 +54,8 @@ class TorchEngine:
                 self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
                                            "exp_avg_sq": torch.zeros_like(p)}
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Accumulate gradients of ``loss`` (already divided by the number of micro-batches).
-
-        last: whether the ranks exchange gradients now; earlier micro-batches stay local.
-        """
-        if isinstance(self.module, DistributedDataParallel):
-            self.module.require_backward_grad_sync = last
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of ``loss`` (already divided by the number of micro-batches)."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, images_seen: int) -> Tensor:

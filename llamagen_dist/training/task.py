@@ -13,6 +13,7 @@ class Task(Protocol):
     """One trainable system: its modules and optimizers on this rank, already built and sharded."""
 
     topology: Topology
+    zero: int
 
     def step(self, batch: Any, images_seen: int) -> Mapping[str, Tensor]:
         """One optimizer step on this rank's share of the global batch that starts at sample ``images_seen``.
@@ -36,6 +37,10 @@ class Task(Protocol):
         ...
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None: ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """What summary.json says of the system: ``params`` at least."""
+        ...
 
 
 class Stream(Protocol):

@@ -1,0 +1,122 @@
+"""The training loop, the only one: it knows positions, logs, checkpoints and when to stop, but not what it trains."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamagen_dist.checkpoint import store
+from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, UserError
+from llamagen_dist.launch.entry import Stopped
+from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.training.guards import StopFlag
+from llamagen_dist.training.run import Run
+from llamagen_dist.training.task import Stream, Task
+
+
+def peak_rss_gb() -> float:
+    """Largest resident memory this process ever had, in 10^9 bytes (Linux counts KiB, macOS bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ()) -> bool:
+    """Whether this step was the first to reach a multiple of ``every`` or one of ``points``."""
+    before = images_seen - batch
+    return (every > 0 and images_seen // every > before // every) or any(before < p <= images_seen for p in points)
+
+
+def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile, run: Run) -> None:
+    """Train ``task`` to ``config.train.images`` images, resuming from the newest good checkpoint of ``run``.
+
+    All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on.
+    """
+    train, topology = config.train, task.topology
+    step = images_seen = 0
+    folder = _agreed_checkpoint(run)
+    if folder is not None:
+        state = store.read_state(folder)
+        if run.fingerprint is not None and state["data"] != run.fingerprint:
+            raise UserError(f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
+                            "point data.train at the same shards, or choose another run_dir")
+        store.restore(folder, task.entries())
+        task.load_scalars(state["task"])
+        step, images_seen = state["step"], state["images_seen"]
+        run.say(f"resumed from {folder} at image {images_seen} of {train.images} (step {step})")
+    run.cut_metrics(images_seen)
+    if images_seen >= train.images and run.finished():
+        run.say(f"{run.directory}: already finished")
+        return
+
+    started = time.monotonic()
+    last_saved = images_seen
+
+    def save() -> None:
+        nonlocal last_saved
+        state = {"images_seen": images_seen, "step": step, "seed": train.seed, "layout": layout(task),
+                 "data": run.fingerprint, "task": dict(task.scalars())}
+        store.save(run.directory, step, task.entries(), state, topology, config_text=run.config_text, classes=run.classes,
+                   keep_last=config.checkpoint.keep_last)
+        last_saved = images_seen
+
+    progress = Progress(run.directory.name, train.images) if topology.rank == 0 else None
+    with StopFlag(topology) as stop:
+        if progress:
+            progress.__enter__()
+        window_start, window_images = time.monotonic(), 0
+        while images_seen < train.images:
+            metrics = task.step(stream.batch(images_seen), images_seen)
+            step, images_seen = step + 1, images_seen + train.global_batch
+            window_images += train.global_batch
+            done = images_seen >= train.images
+            if step % config.log.every_steps == 0 or step == 1 or done:
+                averaged = _average(metrics, task)
+                speed = window_images / max(time.monotonic() - window_start, 1e-9)
+                run.metrics(step=step, images_seen=images_seen, **averaged, images_per_s=round(speed, 2))
+                if progress:
+                    progress.set(images_seen, f"loss {averaged['loss']:.4f}, {speed:.0f} images/s")
+                window_start, window_images = time.monotonic(), 0
+            if done or _due(images_seen, train.global_batch, config.validation.every_images, config.validation.at_images):
+                held_out = task.validate()
+                run.metrics(step=step, images_seen=images_seen, **held_out)
+                run.say(f"{run.directory.name}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
+                window_start, window_images = time.monotonic(), 0
+            asked = stop.agreed()
+            if done or asked or _due(images_seen, train.global_batch, config.checkpoint.every_images):
+                save()
+                window_start, window_images = time.monotonic(), 0
+            if asked and not done:
+                raise Stopped(f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
+                              "same command goes on from here")
+        if progress:
+            progress.__exit__(None, None, None)
+    if last_saved != images_seen:
+        save()
+    peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
+    if topology.world > 1:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    run.summary(images_seen=images_seen, step=step, seconds=round(time.monotonic() - started, 2),
+                peak_rss_gb=round(float(peak), 3), layout=layout(task), **task.describe())
+
+
+def layout(task: Task) -> dict[str, int]:
+    t = task.topology
+    return {"ranks": t.world, "tensor": t.tensor, "data": t.dp, "zero": task.zero}
+
+
+def _agreed_checkpoint(run: Run) -> "store.Path | None":
+    """Rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps."""
+    found: list[store.Path | None] = [store.newest(run.directory) if run.topology.rank == 0 else None]
+    if run.topology.world > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _average(metrics: Mapping[str, Tensor], task: Task) -> dict[str, float]:
+    names = sorted(metrics)
+    values = task.topology.mean(torch.stack([metrics[n].detach().double().cpu() for n in names]))
+    return dict(zip(names, values.tolist(), strict=True))

@@ -1,0 +1,151 @@
+"""The run directory: the same command again means the same run goes on; another config in it is refused."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from llamagen_dist import __version__
+from llamagen_dist.checkpoint.store import write_text
+from llamagen_dist.config import Section, UserError, difference, dump, load
+from llamagen_dist.parallel.topology import Topology
+
+# What may change between two launches of one run: how it is executed and watched, never what is computed.
+ELASTIC = ("run_dir", "parallel", "train.micro_batch", "checkpoint", "log", "validation.batch", "data.workers", "ladder")
+LOCK_PATIENCE_S = 90.0
+
+
+@dataclass
+class Run:
+    """An opened run directory. Only rank 0 writes; ``log`` and ``metrics`` are no-ops elsewhere."""
+
+    directory: Path
+    topology: Topology
+    config_text: str
+    classes: list[str] | None = None
+    fingerprint: str | None = None
+    _metrics: IO[str] | None = field(default=None, repr=False)
+
+    def say(self, text: str) -> None:
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def metrics(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.topology.rank == 0:
+            if self._metrics is None:
+                self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+
+    def cut_metrics(self, images_seen: int) -> None:
+        """Forget lines after the checkpoint that is resumed, so that no step appears twice."""
+        path = self.directory / "metrics.jsonl"
+        if self.topology.rank == 0 and path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["images_seen"] <= images_seen:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:
+                    break  # the last line of a killed process
+            write_text(path, "".join(kept))
+        self.topology.barrier()
+
+    def summary(self, **values: Any) -> None:
+        if self.topology.rank == 0:
+            write_text(self.directory / "summary.json", json.dumps(values, indent=1))
+
+    def finished(self) -> bool:
+        return (self.directory / "summary.json").exists()
+
+
+def _make_private(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = directory.stat().st_uid
+    except OSError as error:
+        raise UserError(f"run_dir: {directory} cannot be made ({error.strerror}); choose a folder you may write to") from None
+    if owner != os.getuid():
+        raise UserError(f"run_dir: {directory} belongs to another user (uid {owner}); choose another folder")
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"run_dir: {directory} is not writable; choose another folder")
+
+
+def _lock(directory: Path) -> IO[str]:
+    """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping."""
+    file = open(directory / "lock", "a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(f"{directory}: another process ({file.read().strip() or 'unknown'}) is running in this "
+                                "run directory; stop it or choose another run_dir") from None
+            time.sleep(0.5)
+    file.seek(0)
+    file.truncate()
+    file.write(f"pid {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+@contextmanager
+def open_run(config: Section, topology: Topology, directory: Path | None = None, classes: list[str] | None = None,
+             fingerprint: str | None = None) -> Iterator[Run]:
+    """Make or reopen ``config.run_dir`` (collective; rank 0 does the work).
+
+    Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with
+    another config (listing what differs), belongs to somebody else, or is in use.
+    """
+    directory = directory or getattr(config, "run_dir")  # noqa: B009 - every kind with runs has the key
+    problem: list[str | None] = [None]
+    lock: IO[str] | None = None
+    if topology.rank == 0:
+        try:
+            _make_private(directory)
+            lock = _lock(directory)
+            _same_config(directory, config)
+            write_text(directory / "config.yaml", dump(config))
+            if not (directory / "record.json").exists():
+                write_text(directory / "record.json", json.dumps(_record(), indent=1))
+        except UserError as error:
+            problem = [str(error)]
+    if topology.world > 1:
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    run = Run(directory, topology, dump(config), classes, fingerprint)
+    try:
+        yield run
+    finally:
+        if run._metrics is not None:
+            run._metrics.close()
+        if lock is not None:
+            lock.close()
+
+
+def _same_config(directory: Path, config: Section) -> None:
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    changed = difference(load(path), config, ignore=ELASTIC)
+    if changed:
+        raise UserError(f"{directory}: holds a run with another config ({'; '.join(changed)}); "
+                        "choose another run_dir, or use the old values to go on with it")
+
+
+def _record() -> dict[str, Any]:
+    return {"llamagen_dist": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "host": platform.node(), "cpus": os.cpu_count(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
