@@ -76,12 +76,12 @@ def _join(topology: Topology) -> Any:
 class DeepSpeedEngine:
     """ZeRO stage 1 or 2 over the data-parallel ranks of ``topology``; fp32.
 
-    module: plain GPT whose split layers are already in place. micro_batch: images per rank and forward pass;
+    module: plain GPT whose split layers are already in place; called: a module around it whose forward is run instead. micro_batch: images per rank and forward pass;
     accumulation: forward passes per optimizer step.
     """
 
     def __init__(self, module: nn.Module, optim: OptimSection, topology: Topology, *, stage: int, micro_batch: int,
-                 accumulation: int) -> None:
+                 accumulation: int, called: nn.Module | None = None) -> None:
         deepspeed = _join(topology)
         self.optim, self.topology = optim, topology
         self.plain = module.to(topology.device)
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
             "steps_per_print": 1 << 60,
         }
         self._engine, _, _, _ = deepspeed.initialize(
-            model=self.plain, optimizer=optimizers.build(self.plain, optim), config=settings,
+            model=called if called is not None else self.plain, optimizer=optimizers.build(self.plain, optim), config=settings,
             mpu=_ModelParallelUnit(topology) if topology.tensor > 1 else None, dist_init_required=False)
         self.module: nn.Module = self._engine
         self._make_optimizer_state()

@@ -35,19 +35,20 @@ class Engine(Protocol):
 class TorchEngine:
     """One process, or DDP when the topology has several data-parallel ranks.
 
-    module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module. Initial weights are
-    those of rank 0. group, optimizer_group: file families in the checkpoint.
+    module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module, whose parameter names
+    the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are those
+    of rank 0. group, optimizer_group: file families in the checkpoint.
     """
 
-    def __init__(self, module: nn.Module, optim: OptimSection, topology: Topology, *, group: str = "weights",
-                 optimizer_group: str = "optimizer") -> None:
+    def __init__(self, module: nn.Module, optim: OptimSection, topology: Topology, *, called: nn.Module | None = None,
+                 group: str = "weights", optimizer_group: str = "optimizer") -> None:
         self.plain = module.to(topology.device)
         self.optim, self.topology = optim, topology
         self.group, self.optimizer_group = group, optimizer_group
-        self.module: nn.Module = self.plain
+        self.module: nn.Module = called if called is not None else self.plain
         if topology.dp > 1:
             devices = [topology.device] if topology.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.plain, device_ids=devices, process_group=topology.dp_group)
+            self.module = DistributedDataParallel(self.module, device_ids=devices, process_group=topology.dp_group)
         self.optimizer = optimizers.build(self.plain, optim)
         for p in self.plain.parameters():
             if p.requires_grad:

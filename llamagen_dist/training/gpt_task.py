@@ -1,0 +1,104 @@
+"""The GPT as a Task: micro-batches through an engine, validation with and without the condition."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.config import GPTConfigFile, UserError
+from llamagen_dist.data.batch import TokenBatch
+from llamagen_dist.models.cost import total_parameters
+from llamagen_dist.models.gpt import GPT
+from llamagen_dist.parallel import tensor_parallel
+from llamagen_dist.parallel.engine import Engine, TorchEngine
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training import optim as optimizers
+from llamagen_dist.training.guards import check_loss
+
+
+class Objective(nn.Module):
+    """The loss as a module's forward, which is where DDP and DeepSpeed hook in."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, condition: Tensor, sample_ids: Tensor) -> Tensor:
+        return self.model.loss(tokens, condition, sample_ids)
+
+
+def build_engine(model: GPT, config: GPTConfigFile, topology: Topology) -> Engine:
+    """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed (and Megatron-core) with it."""
+    share = topology.share(config.train.global_batch)
+    micro = config.train.micro_batch or share
+    if share % micro:
+        fits = [n for n in range(1, share + 1) if share % n == 0 and n <= micro]
+        raise UserError(f"train.micro_batch: {micro} does not divide a rank's share of {share} images; use {fits[-1]}")
+    tensor_parallel.apply(model, topology)
+    if config.parallel.zero == 0:
+        return TorchEngine(model, config.optim, topology, called=Objective(model))
+    from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config.optim, topology, called=Objective(model), stage=config.parallel.zero,
+                           micro_batch=micro, accumulation=share // micro)
+
+
+class GPTTask:
+    """model: the full, plain model with its initial weights; it is split and sharded here.
+
+    validation_batches() yields this data-parallel rank's share of the held-out samples, each once.
+    """
+
+    def __init__(self, model: GPT, config: GPTConfigFile, topology: Topology, name: str,
+                 validation_batches: Callable[[], Iterable[TokenBatch]]) -> None:
+        self.name, self.config, self.topology = name, config, topology
+        self.zero = config.parallel.zero
+        self.parameters = total_parameters(model.config)
+        self.engine = build_engine(model, config, topology)
+        self.model: GPT = model
+        self.micro = config.train.micro_batch or topology.share(config.train.global_batch)
+        self._validation_batches = validation_batches
+
+    def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
+        """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr."""
+        self.model.train()
+        pieces = batch.split(self.micro)
+        total = torch.zeros((), device=self.topology.device)
+        for piece in pieces:
+            piece = piece.to(self.topology.device)
+            loss = self.engine.module(piece.tokens, piece.labels, piece.positions)
+            check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
+            self.engine.backward(loss / len(pieces))
+            total += loss.detach() / len(pieces)
+        norm = self.engine.step(images_seen)
+        return {"loss": total, "grad_norm": norm, "lr": torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))}
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """val_loss with the true labels and val_loss_null with the null class, mean nats per token over all held-out samples."""
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in self._validation_batches():
+            batch = batch.to(self.topology.device)
+            null = torch.full_like(batch.labels, self.model.config.num_classes)
+            count = len(batch.tokens)
+            for place, labels in ((0, batch.labels), (1, null)):
+                sums[place] += float(self.model.loss(batch.tokens, labels)) * count
+            sums[2] += count
+        sums = self.topology.sum(sums)
+        return {"val_loss": float(sums[0] / sums[2]), "val_loss_null": float(sums[1] / sums[2])}
+
+    def entries(self) -> list[Entry]:
+        return self.engine.entries()
+
+    def scalars(self) -> Mapping[str, float]:
+        return self.engine.scalars()
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        self.engine.load_scalars(scalars)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"name": self.name, "params": self.parameters, "tokens_per_image": self.model.config.image_tokens}
+

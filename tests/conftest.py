@@ -1,0 +1,6 @@
+"""One thread per process everywhere: forked ranks may not inherit a running thread pool, and 2 cores are few."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
