@@ -72,6 +72,12 @@ class ParallelSection(Section):
     threads: PositiveInt | None = None
     """CPU threads per rank; empty leaves it to OMP_NUM_THREADS or torch."""
 
+    @model_validator(mode="after")
+    def _tensor_needs_zero(self) -> "ParallelSection":
+        if self.tensor > 1 and self.zero == 0:
+            raise ValueError(f"tensor: {self.tensor} runs under DeepSpeed: set zero: 1 or zero: 2 beside it")
+        return self
+
 
 class ValidationSection(Section):
     """When and on how much the held-out loss is measured."""
@@ -282,7 +288,9 @@ class PipelineConfig(Section):
     kind: Literal["pipeline"]
     title: str
     variables: dict[str, str] = {}
-    """Defaults for {names} in the stages; ``llamagen quickstart`` sets images."""
+    """Defaults for {names} in the stages, besides {out}; ``key=value`` on the command line replaces them."""
+    counts: dict[str, PositiveInt] = {}
+    """Variables that are numbers of images: ``--small FACTOR`` scales them along with the training lengths."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
