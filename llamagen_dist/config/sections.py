@@ -278,6 +278,8 @@ class StageSection(Section):
     set: dict[str, Any] = {}
     """Dotted keys of the stage's config; strings may hold {out} and the pipeline's variables."""
     ranks: PositiveInt = 1
+    images: str | None = None
+    """How many images a stage without ``train`` goes through, for the time estimate; usually a {count}."""
     produces: tuple[str, ...] = ()
     """Files that must exist when the stage is done; a finished stage that lost one runs again."""
 
