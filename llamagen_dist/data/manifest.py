@@ -1,0 +1,180 @@
+"""manifest.json: what a folder of shards holds, and how to tell that it still does.
+
+It is written last, so a folder with a manifest is complete. Nothing in it is executed, and a shard name is a
+plain file name: a manifest cannot point outside its own folder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from llamagen_dist.config import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One tar file. ``layout`` holds (offset, size) per member of the manifest where all records of the shard
+    are equally long: sample i of the shard then lies at offset + i * stride. Elsewhere ``index_sha256`` names
+    the hash of NAME.index.npy, uint64 [samples, members, 2] of (offset, size), size 0 at offset 0 = that
+    sample lacks it.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    stride: int | None = None
+    layout: tuple[tuple[int, int], ...] | None = None
+    index_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one folder of image or token shards."""
+
+    kind: Literal["images", "tokens"]
+    count: int
+    """Samples in all shards."""
+    members: tuple[str, ...]
+    """File name endings of a sample's parts, such as ``.png`` and ``.cls``."""
+    shards: tuple[ShardRecord, ...]
+    classes: list[str] | None = None
+    """Class names; label k is ``classes[k]``. None: the samples have no labels."""
+    image_size: int | None = None
+    """Side of the (square) images in pixels; None where they differ."""
+    padding: tuple[int, int, int, int] | None = None
+    """Zero pixels added left, top, right and bottom of every original image; None: none."""
+    skipped: tuple[str, ...] = ()
+    """Source images left out because they could not be read."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What the shards were made from, with a fingerprint, and the options that decide their bytes."""
+    tokenizer_sha256: str | None = None
+    tokenizer_path: str | None = None
+    vocab_size: int | None = None
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of tokens per image."""
+    crops: int | None = None
+    """Token sequences stored per image, one for each crop or flip."""
+    format: int = FORMAT
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels have. Raises UserError where there are no labels."""
+        if self.classes is None:
+            raise UserError("these shards have no class labels, and a class-conditional model needs them")
+        return len(self.classes)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) that changes when any byte of the data does; independent of where it lies."""
+        content = [
+            self.kind,
+            self.members,
+            self.classes,
+            [(s.name, s.samples, s.sha256) for s in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """``value`` as json.loads would give it back (tuples become lists), for comparisons."""
+    return json.loads(json.dumps(value))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write aside, fsync, rename: ``path`` is either the old file or the whole new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json, leaving out what is not set. The last file of a folder to be written."""
+    content = _set_only(asdict(manifest))
+    content["shards"] = [_set_only(asdict(shard)) for shard in manifest.shards]
+    write_bytes(folder / MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _set_only(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and value != ()}
+
+
+def shard_record(data: Mapping[str, Any]) -> ShardRecord:
+    """From JSON. Raises KeyError, TypeError or ValueError for anything else than a record."""
+    name = data["name"]
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"the shard name {name!r} is not a plain file name")
+    layout = data.get("layout")
+    record = ShardRecord(
+        name=name,
+        samples=int(data["samples"]),
+        bytes=int(data["bytes"]),
+        sha256=str(data["sha256"]),
+        stride=None if data.get("stride") is None else int(data["stride"]),
+        layout=None if layout is None else tuple((int(offset), int(size)) for offset, size in layout),
+        index_sha256=data.get("index_sha256"),
+    )
+    if record.samples < 0 or (record.layout is None) != (record.stride is None):
+        raise ValueError(f"the record of shard {name} does not fit together")
+    return record
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError when there is none, or when it is not one of ours."""
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        tars = sorted(folder.glob("*.tar"))
+        if not folder.is_dir():
+            hint = "the folder does not exist"
+        elif tars:
+            hint = (
+                "an unfinished run left it (run the same command again), or, for shards of another program, "
+                f"make one with: llamagen shards index {folder}"
+            )
+        else:
+            hint = "make shards with: llamagen pack SOURCE --out SHARDS"
+        raise UserError(f"{folder}: no shards here ({MANIFEST} is missing); {hint}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']} is not {FORMAT}, the one this version reads")
+        if data["kind"] not in ("images", "tokens"):
+            raise ValueError(f"kind {data['kind']!r} is neither images nor tokens")
+        known = {f.name for f in fields(Manifest)}
+        values = {key: value for key, value in data.items() if key in known}
+        values["shards"] = tuple(shard_record(shard) for shard in data["shards"])
+        for key in ("members", "padding", "skipped", "grid"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
+        manifest = Manifest(**values)
+        if manifest.count != sum(shard.samples for shard in manifest.shards):
+            raise ValueError("count is not the sum of the shards' samples")
+        for shard in manifest.shards:
+            if shard.layout is not None and len(shard.layout) != len(manifest.members):
+                raise ValueError(f"the layout of shard {shard.name} does not name every member")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: not a shard manifest: {what}; make the shards again") from None
+    return manifest

@@ -1,0 +1,94 @@
+"""The global data order: a keyed permutation per (seed, epoch), computed, never stored.
+
+Position p of a run belongs to epoch ``p // count``; within the epoch a Feistel network over the smallest
+power of two that holds ``count`` (at least 64), followed by cycle walking, maps ``p % count`` to a sample.
+Both are bijections, so every epoch visits each sample exactly once, and a data set of 10^9 samples costs no
+memory: the state of a resumed run is one integer, and any number of ranks can cut up the same global batch.
+(Luby and Rackoff 1988 for the network; Black and Rogaway 2002 for cycle walking.)
+"""
+
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamagen_dist import prng
+
+_ROUNDS = 6  # each half is rewritten three times
+_SMALLEST_DOMAIN = 6  # bits: with fewer, the network reaches only few of the permutations
+
+
+def _feistel(x: Tensor, keys: list[Tensor], bits: int) -> Tensor:
+    """One pass of the network. x: int64 [n] in [0, 2^bits); keys: int32 [n] per round."""
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    low, high = x & low_mask, x >> low_bits
+    for number, key in enumerate(keys):  # the halves take turns, so they need not be equally wide
+        if number % 2:
+            low = low ^ (prng.bits32(key, high).to(torch.int64) & low_mask)
+        else:
+            high = high ^ (prng.bits32(key, low).to(torch.int64) & high_mask)
+    return (high << low_bits) | low
+
+
+@overload
+def position_to_sample(positions: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]: ...
+@overload
+def position_to_sample(
+    positions: NDArray[np.int64], count: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def position_to_sample(
+    positions: Tensor | NDArray[np.int64], count: int, seed: int
+) -> tuple[Tensor, Tensor] | tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(epoch, sample) of global positions, in the type that came in.
+
+    positions: int64, any shape, >= 0. count: samples in the data set, 1 … 2^62. Both results have the shape
+    of ``positions``. Raises ValueError for a count or position outside these bounds.
+    """
+    if not 1 <= count <= 1 << 62:
+        raise ValueError(f"count must lie in 1 … 2^62, not {count}")
+    if isinstance(positions, np.ndarray):
+        epoch, sample = position_to_sample(
+            torch.from_numpy(np.ascontiguousarray(positions, np.int64)), count, seed
+        )
+        return epoch.numpy(), sample.numpy()
+    shape, flat = positions.shape, positions.reshape(-1).to(torch.int64)
+    if flat.numel() and int(flat.min()) < 0:
+        raise ValueError("positions count from 0")
+    epoch = flat // count
+    sample = flat - epoch * count
+    bits = max((count - 1).bit_length(), _SMALLEST_DOMAIN)
+    stream = prng.stream(seed, "order", epoch)
+    keys = [prng.bits32(stream, number) for number in range(_ROUNDS)]
+    sample = _feistel(sample, keys, bits)
+    outside = (sample >= count).nonzero()[:, 0]
+    while outside.numel():  # walk the cycle until it is back inside; more than half do so at every pass
+        walked = _feistel(sample[outside], [key[outside] for key in keys], bits)
+        sample[outside] = walked
+        outside = outside[walked >= count]
+    return epoch.reshape(shape), sample.reshape(shape)
+
+
+class Order:
+    """``position_to_sample`` for consecutive positions, computed a block ahead (about 0.4 µs a position)."""
+
+    _BLOCK = 16384
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._blocks: dict[int, Tensor] = {}
+
+    def samples(self, start: int, length: int) -> Tensor:
+        """int64 [length]: the samples at positions ``start`` … ``start + length - 1``."""
+        first, last = start // self._BLOCK, (start + max(length, 1) - 1) // self._BLOCK
+        self._blocks = {number: self._block(number) for number in range(first, last + 1)}
+        offset = start - first * self._BLOCK
+        return torch.cat(list(self._blocks.values()))[offset : offset + length]
+
+    def _block(self, number: int) -> Tensor:
+        if number in self._blocks:
+            return self._blocks[number]
+        positions = torch.arange(number * self._BLOCK, (number + 1) * self._BLOCK)
+        return position_to_sample(positions, self._count, self._seed)[1]
