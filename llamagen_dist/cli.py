@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, import the one command that was asked for, run it. UserError: one sentence, exit code 2."""
+    """Parse, import the one command that was asked for, run it. Raises what the command raises."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if word in COMMANDS), None)
     parser = argparse.ArgumentParser(prog="llamagen", description="Train Llama image generators, on one core or a cluster.")
@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     module.run(args)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The ``llamagen`` script: main with the exit codes of a program."""
     from llamagen_dist.launch.entry import run
 
     run(main)
+
+
+if __name__ == "__main__":
+    console()

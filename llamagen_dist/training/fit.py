@@ -63,7 +63,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                    keep_last=config.checkpoint.keep_last)
         last_saved = images_seen
 
-    progress = Progress(run.directory.name, train.images) if topology.rank == 0 else None
+    progress = Progress(run.label, train.images) if topology.rank == 0 else None
     with StopFlag(topology) as stop:
         if progress:
             progress.__enter__()
@@ -83,7 +83,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             if done or _due(images_seen, train.global_batch, config.validation.every_images, config.validation.at_images):
                 held_out = task.validate()
                 run.metrics(step=step, images_seen=images_seen, **held_out)
-                run.say(f"{run.directory.name}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
+                run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
                 window_start, window_images = time.monotonic(), 0
             asked = stop.agreed()
             if done or asked or _due(images_seen, train.global_batch, config.checkpoint.every_images):

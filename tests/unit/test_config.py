@@ -1,0 +1,123 @@
+"""Configs: every shipped file loads, every mistake is named in one line, numbers are read as people write them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamagen_dist.config import KINDS, UserError, difference, dump, load, parse
+
+ROOT = Path(__file__).parent.parent.parent
+SHIPPED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
+GPT = """
+kind: gpt
+run_dir: runs/x
+model: {size: GPT-B}
+data: {train: a, validation: b}
+train: {images: 2560}
+optim: {lr: 1e-5}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str, name: str = "c.yaml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def errors(path: Path, *settings: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(path, settings)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads(name):
+    assert load(ROOT / name).kind in KINDS
+
+
+def test_all_errors_at_once_with_path_and_nearest_key(file):
+    lines = errors(file(GPT + "lr: 1\n"), "optim.lrr=3", "train.seed=-1", "trian.images=4")
+    assert len(lines) == 4
+    assert any("optim.lrr: unknown key; did you mean optim.lr?" in line for line in lines)
+    assert any(": lr: unknown key; did you mean optim.lr?" in line for line in lines)
+    assert any("trian: unknown key; did you mean train?" in line for line in lines)
+    assert any("train.seed" in line and "-1" in line for line in lines)
+
+
+def test_numbers_are_numbers_and_words_are_words(file):
+    path = file(GPT.replace("1e-5", "1e-4").replace("runs/x", "off"))
+    config = load(path, ["train.seed=012", "optim.weight_decay=5e-2", "train.images=25_600"])
+    assert config.optim.lr == 1e-4
+    assert config.run_dir == Path("off")
+    assert (config.train.seed, config.optim.weight_decay, config.train.images) == (12, 0.05, 25600)
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300))
+def test_every_float_survives_dump_and_load(tmp_path_factory, lr):
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "a.yaml").write_text(GPT)
+    config = load(folder / "a.yaml", [f"optim.lr={lr!r}"])
+    assert config.optim.lr == lr
+    (folder / "b.yaml").write_text(dump(config))
+    assert load(folder / "b.yaml") == config
+    assert yaml.safe_load(dump(config))["optim"]["lr"] == lr, "a plain YAML 1.1 reader must see a number too"
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True), st.integers(), max_size=5))
+def test_settings_nest(pairs):
+    prefixes = [k for k in pairs for other in pairs if other.startswith(k + ".")]
+    if prefixes:
+        return  # a key cannot be a value and a section
+    nested = parse(f"{k}={v}" for k, v in pairs.items())
+    for key, value in pairs.items():
+        inner = nested
+        for part in key.split("."):
+            inner = inner[part]
+        assert inner == value
+
+
+def test_base_is_inherited_and_overridden(file):
+    file(GPT, "base.yaml")
+    config = load(file("base: base.yaml\noptim: {clip: 2}\n"))
+    assert (config.optim.lr, config.optim.clip) == (1e-5, 2)
+    file("base: d.yaml\nkind: gpt\n", "e.yaml")
+    assert "inherits from itself" in errors(file("base: e.yaml\nkind: gpt\n", "d.yaml"))[0]
+
+
+def test_cross_field_rules_are_told(file):
+    path = file(GPT)
+    assert "the nearest is 2560" in errors(path, "train.images=2500")[0]
+    assert "both" in errors(path, "model.dim=32")[0]
+    assert "set zero: 1" in errors(path, "parallel.tensor=2")[0]
+    assert "warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("kind: gptt\n", "did you mean gpt?"),
+    ("run_dir: x\n", "kind: missing; one of"),
+    ("- 1\n", "a mapping of keys to values"),
+    ("kind: gpt\nkind: gpt\n", "appears twice"),
+    ("kind: [\n", "not valid YAML"),
+])
+def test_broken_files_are_one_sentence(file, text, expected):
+    lines = errors(file(text))
+    assert len(lines) == 1
+    assert expected in lines[0]
+
+
+def test_a_missing_file_and_a_bad_setting(tmp_path, file):
+    assert "no such config file" in errors(tmp_path / "none.yaml")[0]
+    assert "write key=value" in errors(file(GPT), "lr")[0]
+
+
+def test_the_difference_of_two_configs_names_keys(file):
+    path = file(GPT)
+    old, new = load(path), load(path, ["optim.lr=2e-4", "log.every_steps=5"])
+    assert difference(old, new, ignore=("log",)) == ["optim.lr: 1e-05 -> 0.0002"]
+    assert difference(old, old) == []
