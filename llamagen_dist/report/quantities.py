@@ -1,0 +1,70 @@
+"""Numbers with their units, as people read them."""
+
+import math
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def count(value: float) -> str:
+    """``1234567`` -> ``1.23 M``; below 10,000 every digit is shown."""
+    size = abs(value)
+    if size < 10_000:
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size >= unit * 0.9995:
+            return f"{_digits(value / unit)} {name}"
+    raise AssertionError("unreachable: size >= 10,000")
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without trailing zeros."""
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def tick(value: float) -> str:
+    """A short axis label: ``20000`` -> ``20k``, ``0.001`` -> ``10⁻³``."""
+    if value == 0:
+        return "0"
+    if abs(value) < 0.01:
+        return power(value, digits=0)
+    if abs(value) < 1000:
+        return f"{value:g}"
+    return count(value).replace(" ", "") if abs(value) >= 10_000 else f"{value / 1000:g}k"
+
+
+def power(value: float, digits: int = 1) -> str:
+    """``0.00000123`` -> ``1.2 × 10⁻⁶``; exactly 0 -> ``0``."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    scale = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+    return scale if float(mantissa) == 1 and digits == 0 else f"{mantissa} × {scale}"
+
+
+def loss(value: float) -> str:
+    """Nats per token, four decimals."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def small(value: float) -> str:
+    """A difference: plain decimals where they are readable, else a power of ten."""
+    return "0" if value == 0 else f"{value:.4f}" if 0.001 <= abs(value) < 1000 else power(value)
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``1 h 05 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def gigabytes(value: float) -> str:
+    return f"{value:.2f} GB" if value < 10 else f"{value:.1f} GB"

@@ -1,0 +1,100 @@
+"""Held-out images beside what the tokenizer makes of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from llamagen_dist.checkpoint import store
+from llamagen_dist.config import TokenizerConfigFile, UserError
+from llamagen_dist.data.images import load_images, to_floats
+from llamagen_dist.data.shards import Shards, open_shards
+from llamagen_dist.report.blocks import ImageGrid
+from llamagen_dist.training.build import build_vq
+
+PER_CLASS = 2
+MOST_CLASSES = 20
+_LARGEST_SIDE = 192  # pixels in the report; larger images are shown smaller
+_BATCH = 16
+
+
+def reconstruct(config: TokenizerConfigFile, tokenizer: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """images, and the result: uint8 [n, S, S, 3]. tokenizer: anything checkpoint.store.read_weights takes.
+
+    Rounding is LlamaGen's: 127.5 x + 128, cut to 0 … 255 and truncated.
+    """
+    model = build_vq(config.model)
+    model.load_state_dict(store.read_weights(tokenizer))
+    model.eval()
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        decoded = model.decode(model.encode(to_floats(images[start : start + _BATCH])))
+        parts.append((127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+def first_of_each_class(shards: Shards) -> list[tuple[str, list[int]]]:
+    """[(class name, numbers of its first PER_CLASS samples)], at most MOST_CLASSES; without labels: nameless groups."""
+    if shards.manifest.classes is None:
+        last = min(len(shards) // PER_CLASS, MOST_CLASSES)
+        return [("", [PER_CLASS * group + i for i in range(PER_CLASS)]) for group in range(last)]
+    wanted = len(shards.manifest.classes)
+    found: dict[int, list[int]] = {}
+    for sample in range(len(shards)):
+        label = int(shards.labels([sample])[0])
+        if len(found.setdefault(label, [])) < PER_CLASS:
+            found[label].append(sample)
+        if len(found) == wanted and all(len(numbers) == PER_CLASS for numbers in found.values()):
+            break
+    return [(shards.manifest.classes[label], found[label]) for label in sorted(found)[:MOST_CLASSES]]
+
+
+def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> ImageGrid | None:
+    """One tile per class: originals on top, reconstructions below. None where tokenizer or images are missing."""
+    if not store.complete(run_dir) or not (image_shards / "manifest.json").exists():
+        return None
+    if store.newest(run_dir, warn=False) is None:
+        raise UserError(f"{run_dir}: every checkpoint there is damaged; run the tokenizer's stage again")
+    shards = open_shards(image_shards, "images")
+    groups = first_of_each_class(shards)
+    if not groups:
+        return None
+    numbers = [number for _, members in groups for number in members]
+    originals = load_images(shards, numbers, config.data.image_size)
+    rebuilt = reconstruct(config, run_dir, originals)
+    tiles, at = [], 0
+    for _, members in groups:
+        span = slice(at, at + len(members))
+        tiles.append(_tile(originals[span], rebuilt[span]))
+        at += len(members)
+    every = shards.manifest.classes is None or len(groups) == len(shards.manifest.classes)
+    size = config.data.image_size
+    smaller = f", shown at {_LARGEST_SIDE}" if size > _LARGEST_SIDE else ""
+    note = (
+        f"The first held-out images of {'every class' if every else f'{len(groups)} classes'} ({size} × {size} pixels"
+        f"{smaller}). Upper row of each tile: the original; lower row: what the tokenizer makes of its tokens."
+    )
+    return ImageGrid(np.stack(tiles), tuple(name for name, _ in groups), width=176, note=note)
+
+
+def _tile(originals: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two rows, PER_CLASS columns; a class with fewer images leaves grey places."""
+    side = min(originals.shape[1], _LARGEST_SIDE)
+    gap = max(1, side // 28)
+    tile = np.full((2 * side + gap, PER_CLASS * side + (PER_CLASS - 1) * gap, 3), 160, np.uint8)
+    for row, images in enumerate((originals, rebuilt)):
+        for column, image in enumerate(_fitting(images, side)):
+            top, left = row * (side + gap), column * (side + gap)
+            tile[top : top + side, left : left + side] = image
+    return tile
+
+
+def _fitting(images: NDArray[np.uint8], side: int) -> Sequence[NDArray[np.uint8]]:
+    if images.shape[1] == side:
+        return list(images)
+    return [
+        np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)) for image in images
+    ]

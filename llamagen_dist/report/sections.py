@@ -1,0 +1,298 @@
+"""The sections of a quickstart's report, each from what was measured; None where nothing was."""
+
+import math
+
+import numpy as np
+
+from llamagen_dist.report import plots, reconstructions
+from llamagen_dist.report import quantities as q
+from llamagen_dist.report.blocks import Block, Columns, Markdown, Section, Table, literal
+from llamagen_dist.report.collect import PARITY_STEPS, Parity, Run, Summary, common, peak_rss_gb, tokens_seen
+from llamagen_dist.report.style import THEME
+
+_MOST_BUDGETS = 5
+
+
+def stages(s: Summary) -> Section | None:
+    if not s.stages:
+        return None
+    rows = []
+    for stage in s.stages:
+        spent = (
+            q.duration(stage.seconds)
+            if stage.seconds is not None
+            else ("this page" if stage.name == "report" else "not finished")
+        )
+        rows.append((stage.name, stage.why or None, str(stage.ranks), spent))
+    return Section(
+        "What was run",
+        (Table(("stage", "why", "ranks", "time"), tuple(rows), (2, 3)),),
+        "Every stage is a program of its own, started on so many ranks; a finished stage is not run again.",
+    )
+
+
+def tokenizer(s: Summary) -> Section | None:
+    run, config = s.tokenizer, s.tokenizer_config
+    if run is None:
+        return None
+    blocks: list[Block] = []
+    grid = reconstructions.grid(config, run.folder, s.folder / "images" / "validation") if config else None
+    if grid:
+        blocks.append(grid)
+    else:
+        blocks.append(
+            Markdown("No reconstructions: the tokenizer's checkpoint or the held-out images are not there.")
+        )
+    rows = []
+    if run.validation:
+        last = run.validation[-1]
+        for key, name, form in (
+            ("psnr", "PSNR", "{:.2f} dB"),
+            ("ssim", "SSIM", "{:.4f}"),
+            ("codebook_usage", "codes in use", "{:.1%}"),
+            ("val_loss", "held-out loss", "{:.4f}"),
+        ):
+            if key in last:
+                rows.append((name, form.format(last[key])))
+    if run.params:
+        rows.append(("parameters", q.count(run.params)))
+    if config:
+        rows.append(
+            ("codebook", f"{q.count(config.model.codebook_size)} codes × {config.model.codebook_dim}")
+        )
+        rows.append(("images shown", q.count(config.train.images)))
+    curve = plots.Curve(
+        "tokenizer",
+        run.images_seen.astype(float),
+        run.loss,
+        np.array([p["images_seen"] for p in run.validation], float),
+        np.array([p["val_loss"] for p in run.validation], float),
+    )
+    psnr = [(float(p["images_seen"]), float(p["psnr"])) for p in run.validation if "psnr" in p]
+    events = []
+    if (
+        config
+        and config.loss.discriminator.kind != "none"
+        and config.loss.discriminator.start_images < config.train.images
+    ):
+        events.append((float(config.loss.discriminator.start_images), "discriminator joins"))
+    facts = Table(("measured on held-out images", ""), tuple(rows), (1,))
+    losses = (Markdown(_loss_parts(s)),) if config else ()
+    blocks.append(Columns((plots.tokenizer_curves(curve, psnr, events), facts)))
+    return Section(
+        "The tokenizer",
+        (*blocks, *losses),
+        "A convolutional autoencoder around a codebook: each image becomes a small grid of code numbers, and these "
+        "become an image again.",
+    )
+
+
+def _loss_parts(s: Summary) -> str:
+    assert s.tokenizer_config
+    loss, total = s.tokenizer_config.loss, s.tokenizer_config.train.images
+    on = [f"reconstruction ({loss.reconstruction}, weight {loss.reconstruction_weight:g})"]
+    on += [
+        f"{name} (weight {weight:g})"
+        for name, weight in (
+            ("codebook", loss.codebook_weight),
+            ("commitment", loss.commitment_weight),
+            ("entropy", loss.entropy_weight),
+        )
+        if weight
+    ]
+    off = []
+    if loss.perceptual == "lpips" and loss.perceptual_weight:
+        on.append(f"perceptual (LPIPS, weight {loss.perceptual_weight:g})")
+    else:
+        off.append(
+            "- The **perceptual** loss (LPIPS) is off: it needs VGG16 weights trained on ImageNet, which are not part of "
+            "this package. With a local copy, set `loss.perceptual=lpips` and `loss.vgg16_weights=PATH`. "
+            "Without it, reconstructions are smoother than the same tokenizer could make them."
+        )
+    gan = loss.discriminator
+    if gan.kind == "none" or not gan.weight:
+        off.append("- The **adversarial** loss is off (`loss.discriminator.kind=none`).")
+    elif gan.start_images >= total:
+        off.append(
+            f"- The **adversarial** loss never began: it starts at image {q.count(gan.start_images)}, "
+            f"and training ended at {q.count(total)}."
+        )
+    else:
+        on.append(f"adversarial ({gan.kind}, weight {gan.weight:g}, from image {q.count(gan.start_images)})")
+    return "\n\n".join(
+        ["### Which losses were on", f"On: {', '.join(on)}.", *(["\n".join(off)] if off else [])]
+    )
+
+
+def ladder(s: Summary) -> Section | None:
+    if not s.ladder:
+        return None
+    tokens = all(run.tokens_per_image for run in s.ladder)
+    unit = "tokens" if tokens else "images"
+
+    def amount(run: Run, images: int) -> int:
+        return tokens_seen(run, images) or images
+
+    points = [{amount(run, int(p["images_seen"])): p for p in run.validation} for run in s.ladder]
+    budgets = _spread(sorted({budget for found in points for budget in found if budget > 0}))
+    rows = []
+    lines: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
+    for run, found in zip(s.ladder, points, strict=True):
+        losses = [found[b]["val_loss"] if b in found else None for b in budgets]
+        null = run.validation[-1].get("val_loss_null") if run.validation else None
+        rows.append(
+            (
+                run.name,
+                q.count(run.params) if run.params else None,
+                *(None if v is None else q.loss(v) for v in losses),
+                None if null is None else q.loss(null),
+            )
+        )
+        for b, v in zip(budgets, losses, strict=True):
+            if run.params and v is not None and math.isfinite(v):
+                lines[b].append((float(run.params), float(v)))
+    lines = {b: line for b, line in lines.items() if line}
+    table = Table(
+        ("model", "parameters", *(f"{q.count(b)} {unit}" for b in budgets), "without label"),
+        tuple(rows),
+        tuple(range(1, len(budgets) + 3)),
+        "Held-out loss in nats per token after so much training, with the true class label; last column: the same "
+        "at the end, with the label withheld (the branch that classifier-free guidance needs).",
+    )
+    curves = [
+        plots.Curve(
+            run.name,
+            np.array([amount(run, int(i)) for i in run.images_seen], float),
+            run.loss,
+            np.array([amount(run, int(p["images_seen"])) for p in run.validation], float),
+            np.array([p["val_loss"] for p in run.validation], float),
+        )
+        for run in s.ladder
+    ]
+    figures: list[Block] = [
+        plots.ladder_curves(
+            curves,
+            f"{unit} seen",
+            "Thin: training loss as logged. Thick: its running mean. Dots: held-out loss.",
+        )
+    ]
+    if len({p for line in lines.values() for p, _ in line}) > 1:
+        figures.append(
+            plots.loss_against_size(
+                lines,
+                unit,
+                "Each line is one training budget: the learning rate is constant, "
+                "so every validation point is the end of a shorter run."
+                if _constant_rate(s)
+                else "Each line is one training budget.",
+            )
+        )
+    floor = (
+        f" Guessing blindly among {q.count(s.vocab_size)} codes costs ln {s.vocab_size:,} = "
+        f"{math.log(s.vocab_size):.3f} nats."
+        if s.vocab_size
+        else ""
+    )
+    return Section(
+        "The ladder",
+        (table, Columns(tuple(figures))),
+        f"GPTs of growing size, trained on the same tokens in the same order.{floor}",
+    )
+
+
+def _constant_rate(s: Summary) -> bool:
+    return s.largest_config is not None and s.largest_config.optim.schedule == "constant"
+
+
+def _spread(budgets: list[int]) -> list[int]:
+    """At most _MOST_BUDGETS of them, the last among them, the others about evenly spread in order."""
+    if len(budgets) <= _MOST_BUDGETS:
+        return budgets
+    return [budgets[i] for i in sorted({round(x) for x in np.linspace(0, len(budgets) - 1, _MOST_BUDGETS)})]
+
+
+def parity(s: Summary) -> Section | None:
+    p = s.parity
+    if p is None:
+        return None
+    steps, one, other = common(p.one, p.other)
+    names = (_layout(p.one, "as in the ladder"), _layout(p.other, "split"))
+    text = []
+    if p.max_abs_loss_diff is not None:
+        text.append(
+            f"{literal(p.rung)} was trained twice from the same weights on the same batches: {literal(names[0])}, and "
+            f"{literal(names[1])}. The training losses agree within **{q.small(p.max_abs_loss_diff)} nats** over "
+            f"{window(p)}. Summing in another order changes last bits; Adam divides by a running gradient size, so "
+            "these rounding differences grow later."
+        )
+    if p.final_val_loss_diff is not None:
+        end = f"at image {q.count(p.final_images_seen)}" if p.final_images_seen else "at the end"
+        text.append(
+            f"The final validation losses ({end}) differ by **{q.small(p.final_val_loss_diff)} nats**."
+        )
+    if not text:
+        text.append(
+            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point in common."
+        )
+    finite = np.isfinite(one) & np.isfinite(other)
+    drawn = (
+        (
+            plots.tensor_parallel(
+                steps[finite].astype(float),
+                one[finite],
+                other[finite],
+                PARITY_STEPS,
+                names,
+                f"Shaded: the first {PARITY_STEPS} steps.",
+            ),
+        )
+        if finite.sum() > 1
+        else ()
+    )
+    return Section(
+        "One model, split or whole",
+        (Columns((*drawn, Markdown("\n\n".join(text)))),),
+        "Tensor parallelism must not change what is learnt.",
+    )
+
+
+def _layout(run: Run, otherwise: str) -> str:
+    found = run.summary.get("layout")
+    if not found:
+        return otherwise
+    ranks = "1 rank" if found["ranks"] == 1 else f"{found['ranks']} ranks"
+    return f"{ranks}: tensor {found['tensor']} × data {found['data']}, ZeRO-{found['zero']}"
+
+
+def cost(s: Summary) -> Section | None:
+    timed = [stage for stage in s.stages if stage.seconds is not None]
+    if not timed:
+        return None
+    names = [stage.name for stage in timed]
+    seconds = [float(stage.seconds or 0) for stage in timed]
+    blocks: list[Block] = [plots.bars(names, seconds, [q.duration(x) for x in seconds], "wall-clock time")]
+    weighed = [(stage.name, float(stage.peak_rss_gb)) for stage in timed if stage.peak_rss_gb is not None]
+    if weighed:
+        blocks.append(
+            plots.bars(
+                [n for n, _ in weighed],
+                [v for _, v in weighed],
+                [q.gigabytes(v) for _, v in weighed],
+                "peak resident memory of one rank",
+                THEME["green"][0],
+            )
+        )
+    peak = peak_rss_gb(s)
+    most = f", and no process ever held more than **{q.gigabytes(peak)}**" if peak is not None else ""
+    return Section(
+        "Time and memory",
+        (Columns(tuple(blocks)),),
+        f"{q.duration(sum(seconds))} in all{most} (10⁹ bytes, the largest rank of each stage).",
+    )
+
+
+def window(found: Parity) -> str:
+    """Says how many steps were compared, should fewer than all of the first 50 be in the logs."""
+    if found.steps == PARITY_STEPS:
+        return f"the first {PARITY_STEPS} steps"
+    return f"{found.steps} of the first {PARITY_STEPS} steps"
