@@ -21,9 +21,9 @@ class Stopped(Exception):
 def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(sys.argv[1:])`` and end the process as the house rules say.
 
-    UserError: its sentence on stderr, exit 2. Stopped: its message, exit 75. Ctrl-C: one line, exit 130. Any other
-    exception is a bug: it keeps its traceback, exit 1 (and the process group is left alone, since taking it down
-    properly can wait for ranks that will never answer; the closing sockets tell them).
+    UserError: its sentence on stderr, exit 2. Stopped: its message, exit 75. Ctrl-C: one line, exit 130. Any
+    other exception is a bug: it keeps its traceback, exit 1 (and the process group is left, since taking it
+    down properly can wait for ranks that will never answer; the closing sockets tell them).
     """
     code = 0
     try:

@@ -1,0 +1,79 @@
+"""``llamagen quickstart``: the whole chain on one machine, on embedded images or your own."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.launch import options
+
+OWN_HELD_OUT = "0.1"  # of --images: nobody knows beforehand how many there are
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="the pipeline's variables")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="your own images, one folder per class (default: the embedded Fashion-MNIST images)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder for everything; the same again goes on with it (default: runs/quickstart)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="another pipeline file (default: configs/pipeline/quickstart.yaml)",
+    )
+    options.add(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.config import UserError
+    from llamagen_dist.launch.snapshot import code_root
+    from llamagen_dist.launch.stages import plan, words
+
+    variables = words(args.settings)
+    if args.images is not None:
+        if not args.images.is_dir():
+            raise UserError(
+                f"--images {args.images}: there is no such folder; give one with a sub-folder of images per "
+                "class"
+            )
+        count = sum(path.is_file() for path in args.images.rglob("*"))
+        own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(count)}
+        variables = {**own, **variables}
+    file = args.config or code_root() / "configs/pipeline/quickstart.yaml"
+    made = plan(file, args.out.absolute(), variables, args.small)
+    options.execute(made, args.dry_run)
+    if not args.dry_run:
+        results = json.loads((made.out / "results.json").read_text(encoding="utf-8"))
+        for line in headline(results):
+            print(line)
+        print(f"report:  {made.out / 'report.html'}\nnumbers: {made.out / 'results.json'}")
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """The numbers that matter, as lines; what was not measured is left out."""
+    lines = []
+    tokenizer = results.get("tokenizer", {})
+    if "psnr" in tokenizer:
+        more = f", SSIM {tokenizer['ssim']:.3f}" if "ssim" in tokenizer else ""
+        lines.append(f"tokenizer: PSNR {tokenizer['psnr']:.1f} dB{more} on held-out images")
+    points = [point for point in results.get("gpt", []) if point.get("val_loss") is not None]
+    if points:
+        best = min(points, key=lambda point: point["val_loss"])
+        sizes = len({point["name"] for point in points})
+        lines.append(
+            f"Llamas:    {sizes} sizes; best held-out loss {best['val_loss']:.3f} nats per token "
+            f"({best['name']})"
+        )
+    parity = results.get("parity", {}).get("tp_max_abs_loss_diff")
+    if parity is not None:
+        lines.append(f"split over two ranks against whole: losses differ by at most {parity:.1e}")
+    return lines

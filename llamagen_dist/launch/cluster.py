@@ -1,0 +1,276 @@
+"""Where jobs run. There is one such place so far: this machine, through submitit's local executor."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit import AutoExecutor
+
+from llamagen_dist.config import UserError
+from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR, Job, free_port
+from llamagen_dist.launch.process import Identity, identify
+
+POLL_S = 0.1
+COMPANION_GRACE_S = 2.0  # once a rank has failed, the others may notice by themselves for so long
+START_PATIENCE_S = 180.0  # from submission to the rank's first sign of life (a cold disk imports slowly)
+EXIT_PATIENCE_S = 15.0  # from a rank's last word to the end of its process
+STOP_PATIENCE_S = 60.0  # what a stop may take: one step and one save
+LOG_TAIL_LINES = 25
+ONE_YEAR_MIN = 525_600  # submitit's local executor wants a time limit
+
+
+@dataclass
+class Outcome:
+    """How a stage ended: its kind (launch/job.py names them) and what is known of it."""
+
+    kind: str
+    message: str = ""
+    rank: int = 0
+    log: Path | None = None
+    peak_rss_gb: float = 0.0
+
+
+@dataclass
+class StopRequest:
+    """Ctrl-C and SIGTERM at the launcher: counted here, acted upon in ``watch``; the second one kills."""
+
+    count: int = 0
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous[number] = signal.signal(number, self._up)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _up(self, number: int, frame: object) -> None:
+        self.count += 1
+
+
+class Launch:
+    """A submitted job, seen from the launcher."""
+
+    def __init__(self, submitted: Any, log: Path, ranks: int) -> None:
+        self._submitted, self.log, self.ranks = submitted, log, ranks
+        self._began = time.monotonic()
+        self._killed: set[int] = set()
+
+    def seconds(self) -> float:
+        """Since submission."""
+        return time.monotonic() - self._began
+
+    def log_of(self, rank: int) -> Path:
+        """Everything this rank printed, stdout and stderr."""
+        return Path(self._submitted.task(rank).paths.stdout)
+
+    def notes(self) -> dict[int, dict[str, Any]]:
+        """What each rank has said of itself; a rank that ended without a word gets the outcome ``died``."""
+        found = read_notes(self.log)
+        over = self._submitted.done()
+        late = self.seconds() > START_PATIENCE_S
+        for rank in range(self.ranks):
+            if rank not in found:
+                if over or late:
+                    found[rank] = {"outcome": DIED, "ended": time.time()}
+            elif "outcome" not in found[rank] and not _who(found[rank]).alive():
+                again = read_notes(self.log)[rank]  # it may have written its last word just before it ended
+                found[rank] = (
+                    again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
+                )
+        return found
+
+    def watch(self, stop: StopRequest, tick: Callable[[], None]) -> Outcome:
+        """Wait until every rank has ended; pass stops on; no rank outlives a failed one by much."""
+        asked = failed = None
+        told: set[int] = set()
+        while True:
+            notes = self.notes()
+            ended = {rank: note for rank, note in notes.items() if "outcome" in note}
+            if len(ended) == self.ranks:
+                break
+            now = time.monotonic()
+            if stop.count:
+                asked = asked or now
+                for rank in notes.keys() - ended.keys() - told:
+                    _send(_who(notes[rank]), signal.SIGTERM)
+                    told.add(rank)
+                if stop.count > 1 or now - asked > STOP_PATIENCE_S:
+                    self.kill()
+                    break
+            if any(note["outcome"] not in (DONE, STOPPED) for note in ended.values()):
+                failed = failed or now
+                if now - failed > COMPANION_GRACE_S:
+                    self.kill()
+                    break
+            tick()
+            time.sleep(POLL_S)
+        self._settle()
+        tick()
+        return self._judge(asked is not None)
+
+    def _settle(self) -> None:
+        """Wait for the processes to leave, then make sure of it."""
+        deadline = time.monotonic() + EXIT_PATIENCE_S
+        while not self._submitted.done() and time.monotonic() < deadline:
+            time.sleep(POLL_S / 2)
+        if not self._submitted.done():
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the ranks with all their workers, then the controller that started them."""
+        for rank, note in self.notes().items():
+            if "outcome" not in note:
+                self._killed.add(rank)
+            if "pid" in note:
+                _send(_who(note), signal.SIGKILL, group=True)
+        controller = (
+            self._submitted._process
+        )  # submitit's own cancel() sends SIGINT, which the controller ignores
+        controller.terminate()  # it passes SIGTERM on to ranks that have not introduced themselves yet
+        deadline = time.monotonic() + 2.0
+        while controller.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S / 2)
+        controller.kill()
+        controller.wait()
+
+    def _judge(self, asked: bool) -> Outcome:
+        """One outcome for the stage: the user's own mistake first, else the failure that came first."""
+        notes = self.notes()
+        peak = max((note.get("peak_rss_gb", 0.0) for note in notes.values()), default=0.0)
+
+        def first(*kinds: str) -> Outcome | None:
+            found = [n for r, n in notes.items() if n["outcome"] in kinds and r not in self._killed]
+            if not found:
+                return None
+            note = min(found, key=lambda n: n["ended"])
+            rank = next(r for r, n in notes.items() if n is note)
+            message = note.get("message", "")
+            if note["outcome"] == DIED:
+                message = tail(self.log_of(rank))
+            return Outcome(note["outcome"], message, rank, self.log_of(rank), peak)
+
+        if asked:
+            order: list[tuple[str, ...]] = [(USER_ERROR,), (STOPPED,), (INTERRUPTED,)]
+            if not all(note["outcome"] == DONE for note in notes.values()):
+                order.append((DONE,))  # a rank had finished, the others were stopped: not finished
+        else:
+            order = [(USER_ERROR,), (CRASHED, DIED), (INTERRUPTED,), (STOPPED,)]
+        for kinds in order:
+            found = first(*kinds)
+            if found is not None:
+                return found if found.kind != DONE else Outcome(INTERRUPTED, peak_rss_gb=peak)
+        if all(note["outcome"] == DONE for note in notes.values()):
+            return Outcome(DONE, peak_rss_gb=peak)
+        return Outcome(INTERRUPTED, peak_rss_gb=peak)  # killed after its patience ran out
+
+
+def submit(
+    module: str, arguments: tuple[str, ...], ranks: int, root: Path, log: Path, progress: Path
+) -> Launch:
+    """Start one program on ``ranks`` ranks of this machine, one process each."""
+    log.mkdir(parents=True, exist_ok=True)
+    for old in [*log.glob("rank_*.json"), *log.glob("error_*.txt"), progress]:
+        old.unlink(missing_ok=True)
+    job = Job(
+        module, arguments, str(root), str(log), ranks, free_port(), identify(), str(progress), devices(ranks)
+    )
+    with _as_if_at(root):
+        executor = AutoExecutor(folder=log, cluster="local")
+        executor.update_parameters(tasks_per_node=ranks, timeout_min=ONE_YEAR_MIN, stderr_to_stdout=True)
+        return Launch(executor.submit(job), log, ranks)
+
+
+@contextmanager
+def _as_if_at(root: Path) -> Iterator[None]:
+    """submitit's processes inherit cwd, PYTHONPATH and ignored signals from the moment of submission.
+
+    cwd and PYTHONPATH: so that even the job's callable is imported from the snapshot. SIGINT ignored: so that
+    a terminal's Ctrl-C does not reach the controller, which would kill the ranks within a second.
+    """
+    here, path = Path.cwd(), os.environ.get("PYTHONPATH")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = str(root)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+        signal.signal(signal.SIGINT, handler)
+
+
+def wait_for_orphans(log: Path, say: Callable[[str], None], patience_s: float = 120.0) -> None:
+    """Ranks of a killed launcher stop by themselves; wait for them. Raises UserError if they do not."""
+    deadline = time.monotonic() + patience_s
+    told = False
+    while True:
+        alive = [_who(note).pid for note in read_notes(log).values() if _who(note).alive()]
+        if not alive:
+            return
+        if not told:
+            say(
+                f"waiting for ranks of an earlier launch to save and stop (pids {', '.join(map(str, alive))})"
+            )
+            told = True
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{log.parent}: ranks of an earlier launch are still running (pids "
+                f"{', '.join(map(str, alive))}); end them with kill, then start again"
+            )
+        time.sleep(0.2)
+
+
+def read_notes(log: Path) -> dict[int, dict[str, Any]]:
+    notes = (json.loads(path.read_text()) for path in sorted(log.glob("rank_*.json")))
+    return {note["rank"]: note for note in notes}
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, without submitit's own."""
+    if not log.exists():
+        return "(it printed nothing)"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines if not line.startswith("submitit ")][-LOG_TAIL_LINES:])
+
+
+def devices(ranks: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES for the ranks: what this process has, or none if that is less than one each."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        count = len([word for word in given.split(",") if word.strip()])
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    else:
+        return None
+    return given if count >= ranks else ""
+
+
+def _who(note: dict[str, Any]) -> Identity:
+    return Identity(note["pid"], note["started"])
+
+
+def _send(who: Identity, number: int, group: bool = False) -> None:
+    if not who.alive():
+        return
+    try:
+        if group and os.getpgid(who.pid) == who.pid:
+            os.killpg(who.pid, number)
+        else:
+            os.kill(who.pid, number)
+    except ProcessLookupError:
+        return  # it ended between the two lines

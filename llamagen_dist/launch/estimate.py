@@ -1,0 +1,224 @@
+"""About how long a stage takes here: FLOPs over this machine's matrix-product rate, plus overheads."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamagen_dist.config import ExtractConfig, GPTConfigFile, TokenizerConfigFile, TokenizerModelSection
+from llamagen_dist.config.loader import build, nest
+from llamagen_dist.launch.job import cores
+from llamagen_dist.launch.screen import Screen, duration
+from llamagen_dist.launch.stages import Plan, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Measured constants: see docs of each. START_S: submission to first step of a 2-rank stage, warm disk.
+START_S = 8.0
+GPT_EFFICIENCY = 0.35
+GPT_STEP_S = 0.010
+GPT_LAYER_STEP_S = 0.006
+TOKENIZER_EFFICIENCY = 0.25
+EXTRACT_EFFICIENCY = 0.35
+PACK_IMAGES_PER_S = 4000.0
+OTHER_S = 10.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """sizes: what the stage works on, in words. seconds: about how long; None where nothing is known."""
+
+    sizes: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a GPT stage must know of the tokens it will be given."""
+
+    vocab_size: int
+    per_image: int
+    classes: int = 1000
+
+
+class Estimator:
+    """Measures the machine once, then estimates stages; what one stage will make, later ones use."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.rate = matmul_rate()
+        self._tokenizer = next(
+            (s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None
+        )
+
+    def stage(self, stage: Stage) -> Estimate:
+        if isinstance(stage.config, GPTConfigFile):
+            return self._gpt(stage.config)
+        if isinstance(stage.config, TokenizerConfigFile):
+            return self._train_tokenizer(stage.config)
+        if isinstance(stage.config, ExtractConfig):
+            return self._extract(stage.config, stage.images)
+        if stage.images is not None:
+            return Estimate(f"{stage.images:,} images", OTHER_S / 3 + stage.images / PACK_IMAGES_PER_S)
+        return Estimate("", OTHER_S)
+
+    def _seconds(self, flops: float, efficiency: float) -> float:
+        return START_S + flops / (self.rate * efficiency)
+
+    def _train_tokenizer(self, config: TokenizerConfigFile) -> Estimate:
+        """Forward and backward (twice the forward) of the autoencoder; the losses are in the efficiency."""
+        parameters, encode, decode = autoencoder_cost(config.model, config.data.image_size)
+        images = config.train.images
+        return Estimate(
+            f"{parameters / 1e6:.2f} M parameters, {images:,} images",
+            self._seconds(3.0 * (encode + decode) * images, TOKENIZER_EFFICIENCY),
+        )
+
+    def _extract(self, config: ExtractConfig, images: int | None) -> Estimate:
+        crops = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(config.crop_ranges)}[config.crops]
+        count = images if images is not None else _manifest_count(config.images)
+        if count is None or self._tokenizer is None:
+            return Estimate(f"{crops} crops per image", None)
+        _, encode, _ = autoencoder_cost(self._tokenizer.model, config.image_size)
+        return Estimate(
+            f"{count:,} images x {crops} crops", self._seconds(encode * count * crops, EXTRACT_EFFICIENCY)
+        )
+
+    def _gpt(self, config: GPTConfigFile) -> Estimate:
+        """Training FLOPs of models/cost.py over the measured rate, plus overheads per step and per layer."""
+        tokens = self._tokens(config.data.train)
+        if tokens is None:
+            return Estimate(f"{config.train.images:,} images", None)
+        from llamagen_dist.models.cost import total_parameters, training_flops_per_image
+        from llamagen_dist.training.build import gpt_config
+
+        seconds, sizes, images = START_S, [], 0
+        for changes in (config.ladder or {"": {}}).values():
+            rung = rung_of(config, changes)
+            model = gpt_config(
+                rung.model,
+                vocab_size=tokens.vocab_size,
+                image_tokens=tokens.per_image,
+                num_classes=tokens.classes,
+            )
+            steps = rung.train.images // rung.train.global_batch
+            seconds += training_flops_per_image(model) * rung.train.images / (self.rate * GPT_EFFICIENCY)
+            seconds += steps * (GPT_STEP_S + GPT_LAYER_STEP_S * model.n_layer)
+            sizes.append(total_parameters(model))
+            images += rung.train.images
+        span = f"{_count(min(sizes))} to {_count(max(sizes))}" if len(sizes) > 1 else _count(sizes[0])
+        runs = f"{len(sizes)} GPTs, " if len(sizes) > 1 else ""
+        text = f"{runs}{span} parameters, {images:,} images x {tokens.per_image} tokens"
+        return Estimate(text, seconds)
+
+    def _tokens(self, shards: Path) -> Tokens | None:
+        """From the token shards if they are there, else from the tokenizer that the same pipeline trains."""
+        found = _manifest(shards)
+        if found is not None:
+            rows, columns = found["grid"]
+            return Tokens(found["vocab_size"], rows * columns, len(found["classes"] or []) or 1000)
+        if self._tokenizer is None:
+            return None
+        from llamagen_dist.training.build import vq_config
+
+        model = vq_config(self._tokenizer.model)
+        return Tokens(model.codebook_size, (self._tokenizer.data.image_size // model.downsampling) ** 2)
+
+
+def rung_of(config: GPTConfigFile, changes: dict[str, Any]) -> GPTConfigFile:
+    """The config of one run of a ladder. Raises UserError."""
+    data = config.model_dump(exclude={"ladder"})
+
+    def lay(above: dict[str, Any], below: dict[str, Any]) -> None:
+        for key, value in above.items():
+            if isinstance(value, dict) and isinstance(below.get(key), dict):
+                lay(value, below[key])
+            else:
+                below[key] = value
+
+    lay(nest(changes), data)
+    return build(GPTConfigFile, data, "ladder")
+
+
+def autoencoder_cost(section: TokenizerModelSection, size: int) -> tuple[int, int, int]:
+    """(parameters, FLOPs to encode, FLOPs to decode) for one image of side ``size``, on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from llamagen_dist.training.build import build_vq
+
+    with torch.device("meta"):
+        model = build_vq(section)
+        image = torch.zeros(1, 3, size, size)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def flops(module: "nn.Module", given: torch.Tensor) -> tuple[int, torch.Tensor]:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            made = module(given)
+        return int(counter.get_total_flops()), made
+
+    encode, hidden = flops(model.encoder, image)
+    decode, _ = flops(model.decoder, hidden)
+    return parameters, encode, decode
+
+
+def matmul_rate(seconds: float = 0.3, size: int = 768) -> float:
+    """FLOP/s of fp32 matrix products over all cores this process may use, measured for ``seconds``."""
+    import torch
+
+    torch.set_num_threads(cores())
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    torch.mm(left, right)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(left, right)
+        done += 1
+    return done * 2.0 * size**3 / (time.perf_counter() - began)
+
+
+def show(plan: Plan) -> None:
+    """Print the stages, what they work on, and about how long they take here."""
+    from rich.table import Table
+
+    from llamagen_dist.launch.pipeline import is_finished
+
+    estimator = Estimator(plan)
+    table = Table(title=f"{plan.title} -> {plan.out}")
+    for heading in ("", "stage", "ranks", "program", "size"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("about", justify="right")
+    total, unknown = 0.0, False
+    for number, stage in enumerate(plan.stages, start=1):
+        estimate = estimator.stage(stage)
+        if is_finished(plan.out, stage):
+            about = "finished"
+        else:
+            about = "?" if estimate.seconds is None else duration(estimate.seconds)
+            total += estimate.seconds or 0.0
+            unknown = unknown or estimate.seconds is None
+        table.add_row(str(number), stage.name, str(stage.ranks), stage.module, estimate.sizes, about)
+    screen = Screen()
+    screen.console.print(table, soft_wrap=False)
+    screen.say(
+        f"about {duration(total)}{' and the stages marked ?' if unknown else ''} in all, for {cores()} cores "
+        "at "
+        f"{estimator.rate / 1e9:.0f} GFLOP/s (matrix products, just measured). Nothing was started."
+    )
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"
+
+
+def _manifest(shards: Path) -> dict[str, Any] | None:
+    path = shards / "manifest.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _manifest_count(shards: Path) -> int | None:
+    found = _manifest(shards)
+    return None if found is None else int(found["count"])

@@ -1,0 +1,240 @@
+"""Run the stages of a plan one after another; the same command again goes on where it ended.
+
+Everything that is known about a stage lies in OUT/stages/NAME: stage.json (what it was started with),
+config.yaml, log/, progress.json while it runs, DONE.json once it has ended well.
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config import UserError, dump, load
+from llamagen_dist.launch import cluster, snapshot
+from llamagen_dist.launch.entry import EXIT_INTERRUPTED
+from llamagen_dist.launch.job import DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
+from llamagen_dist.launch.process import only_launcher, own_folder
+from llamagen_dist.launch.screen import Screen, duration
+from llamagen_dist.launch.stages import Plan, Stage
+
+
+@dataclass(frozen=True)
+class Folder:
+    """OUT/stages/NAME."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def started(self) -> Path:
+        return self.path / "stage.json"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+
+def folder_of(out: Path, stage: Stage) -> Folder:
+    return Folder(out / "stages" / stage.name)
+
+
+def is_finished(out: Path, stage: Stage) -> bool:
+    """DONE.json for this very config is there, and so is everything the stage promises to produce."""
+    done = _read(folder_of(out, stage).done)
+    return (
+        done is not None
+        and done["config_sha256"] == stage.sha256()
+        and all(p.exists() for p in stage.produces)
+    )
+
+
+def check(plan: Plan) -> None:
+    """Refuse, before anything is touched, what cannot go well: raises UserError.
+
+    A folder that holds something else, another pipeline, or stages that were started with another config;
+    programs that are not there.
+    """
+    root = snapshot.code_root()
+    for stage in plan.stages:
+        program_exists(stage.module, root, f"stage {stage.name}: ")
+    out = plan.out
+    if not out.is_dir():
+        return
+    earlier = out / "config.yaml"
+    if not earlier.exists():
+        if any(path.name != "lock" for path in out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no pipeline; choose another --out")
+        return
+    title = load(earlier, kind="pipeline").title
+    if title != plan.title:
+        raise UserError(f"{out} holds another pipeline ({title!r}); choose another --out")
+    problems = []
+    for stage in plan.stages:
+        folder = folder_of(out, stage)
+        identity = _read(folder.started)
+        if identity is None:
+            continue
+        changed = stage.differs_from(identity["identity"], folder.config)
+        if changed:
+            wrote = f" and what it wrote ({', '.join(map(str, stage.produces))})" if stage.produces else ""
+            problems.append(
+                f"stage {stage.name} was started with another config ({'; '.join(changed)}): choose another "
+                f"--out, or delete {folder.path}{wrote}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def program_exists(module: str, root: Path, where: str = "") -> None:
+    """Raises UserError unless ``python -m module`` would find a program of ours."""
+    file = root.joinpath(*module.split("."))
+    if not file.with_suffix(".py").is_file() and not (file / "__main__.py").is_file():
+        raise UserError(f"{where}module {module}: there is no such program in {root}")
+
+
+def run(plan: Plan) -> None:
+    """Run every stage that is not finished.
+
+    Raises UserError (a refusal, or a stage's own sentence), SystemExit(1) after showing a bug's traceback and
+    SystemExit(130) after a stop, when everything that can be saved is saved.
+    """
+    screen = Screen()
+    if plan.out.exists():
+        own_folder(plan.out)
+    check(plan)
+    own_folder(plan.out)
+    with only_launcher(plan.out / "lock"), cluster.StopRequest() as stop:
+        check(plan)  # again: nobody else can change it now
+        for stage in plan.stages:
+            cluster.wait_for_orphans(folder_of(plan.out, stage).log, screen.say)
+        write(plan.out / "config.yaml", dump(plan.config))
+        code = take_code(plan.out, screen)
+        all_skipped = True
+        for number, stage in enumerate(plan.stages, start=1):
+            place = f"[{number}/{len(plan.stages)}] {stage.name}"
+            if all_skipped and is_finished(plan.out, stage):
+                seconds = (_read(folder_of(plan.out, stage).done) or {})["seconds"]
+                screen.say(f"{place} — finished earlier (took {duration(seconds)})")
+                continue
+            all_skipped = (
+                False  # what follows an earlier stage that ran again is checked again by its own program
+            )
+            if stop.count:
+                raise _stopped(screen, f"stopped before stage {stage.name}")
+            ranks = f"{stage.ranks} ranks" if stage.ranks > 1 else "1 rank"
+            screen.say(f"{place} — {stage.why} ({ranks})")
+            run_stage(stage, folder_of(plan.out, stage), code, screen, stop)
+
+
+def take_code(out: Path, screen: Screen) -> Path:
+    """The snapshot the next stages run; says so if earlier stages ran another one."""
+    earlier = {p.name for p in (out / "code").glob("[!.]*")}
+    code = snapshot.take(snapshot.code_root(), out / "code")
+    if earlier and code.name not in earlier:
+        screen.say(f"the code has changed since the last launch: stages from now on run {code}")
+    return code
+
+
+def run_stage(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cluster.StopRequest) -> None:
+    """Start one stage, wait for its end, and write DONE.json or say what happened (see ``run``)."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.done.unlink(missing_ok=True)
+    arguments = stage.arguments
+    if stage.config is not None:
+        write(folder.config, dump(stage.config))
+        arguments = (str(folder.config), *arguments)
+    earlier = _read(folder.started) or {}
+    record = {"identity": stage.identity(), "spent_s": earlier.get("spent_s", 0.0)}
+    write(folder.started, json.dumps(record, indent=1))
+
+    began = time.time()
+    launch = cluster.submit(stage.module, arguments, stage.ranks, code, folder.log, folder.progress)
+    with screen.follow(folder.progress) as tick:
+        outcome = launch.watch(stop, tick)
+    record["spent_s"] += time.time() - began
+    if outcome.kind != DONE:
+        write(folder.started, json.dumps(record, indent=1))
+        raise explain_failure(f"stage {stage.name}", outcome, screen)
+    missing = [path for path in stage.produces if not path.exists()]
+    if missing:
+        screen.say(f"stage {stage.name} ended without writing {missing[0]}; its log: {launch.log_of(0)}")
+        raise SystemExit(1)
+    write(
+        folder.done,
+        json.dumps(
+            {
+                "name": stage.name,
+                "why": stage.why,
+                "seconds": round(record["spent_s"], 2),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+                "peak_rss_gb": round(outcome.peak_rss_gb, 3),
+                "ranks": stage.ranks,
+                "module": stage.module,
+                "config_sha256": stage.sha256(),
+                "code": code.name,
+            },
+            indent=1,
+        ),
+    )
+    screen.say(f"      done in {duration(time.time() - began)}, peak {outcome.peak_rss_gb:.1f} GB per rank")
+
+
+def explain_failure(what: str, outcome: cluster.Outcome, screen: Screen) -> BaseException:
+    """Say on the screen how ``what`` ended; returns the exception that ends the launcher accordingly."""
+    if outcome.kind == USER_ERROR:
+        return UserError(f"{what}: {outcome.message}")
+    if outcome.kind == STOPPED:
+        return _stopped(screen, f"{what} was stopped, its progress is saved")
+    if outcome.kind == INTERRUPTED:
+        return _stopped(screen, f"{what} was stopped; it goes on from what it last saved")
+    how = "died without a word (killed? out of memory?); its last lines" if outcome.kind == DIED else "failed"
+    print(
+        f"{what}: rank {outcome.rank} {how}:\n\n{outcome.message}\n\nfull log: {outcome.log}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return SystemExit(1)
+
+
+def _stopped(screen: Screen, what: str) -> SystemExit:
+    screen.say(f"{what}. Go on with:\n  {command()}")
+    return SystemExit(EXIT_INTERRUPTED)
+
+
+def command() -> str:
+    """The command that was typed, to be typed again."""
+    name = Path(sys.argv[0]).name
+    words = ["llamagen"] if name == "llamagen" else [Path(sys.executable).name, "-m", "llamagen_dist.cli"]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def write(path: Path, text: str) -> None:
+    """Aside, to the disk, then into place."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

@@ -1,0 +1,52 @@
+"""One program on its own (``llamagen launch``): its run directory holds the snapshot and the logs."""
+
+from pathlib import Path
+
+from llamagen_dist.config import ExtractConfig, PipelineConfig, Section, StageSection, UserError, dump
+from llamagen_dist.launch import cluster, snapshot
+from llamagen_dist.launch.job import DONE
+from llamagen_dist.launch.pipeline import explain_failure, program_exists, take_code, write
+from llamagen_dist.launch.process import only_launcher, own_folder
+from llamagen_dist.launch.screen import Screen, duration
+from llamagen_dist.launch.stages import Plan, Stage, absolute
+
+
+def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
+    """Run ``module`` on ``ranks`` ranks of this machine and wait for it.
+
+    The folder is the config's run_dir; a program with ``out`` instead (extract) gets OUT.launch beside it,
+    since its output folder belongs to the shards alone. Raises as ``pipeline.run`` does.
+    """
+    program_exists(module, snapshot.code_root())
+    config = absolute(config)
+    if isinstance(config, PipelineConfig):
+        raise UserError("a pipeline file is run by: llamagen pipeline FILE --out DIR")
+    folder: Path
+    if isinstance(config, ExtractConfig):
+        folder = config.out.with_name(config.out.name + ".launch")
+    else:
+        folder = getattr(config, "run_dir")  # noqa: B009 - every other kind has it
+    stage = Stage(name=module.rpartition(".")[2], why="", module=module, ranks=ranks, config=config)
+    if dry_run:
+        from llamagen_dist.launch.estimate import show
+
+        section = StageSection(name="program", why="", module=module)
+        whole = PipelineConfig(kind="pipeline", title=module, stages=(section,))
+        show(Plan(module, folder, whole, (stage,)))
+        return
+    screen = Screen()
+    own_folder(folder)
+    log = folder / "log"
+    with only_launcher(folder / "launch.lock"), cluster.StopRequest() as stop:
+        cluster.wait_for_orphans(log, screen.say)
+        log.mkdir(exist_ok=True)
+        write(log / "config.yaml", dump(config))
+        code = take_code(folder, screen)
+        screen.say(f"{module} on {ranks} rank{'s' if ranks > 1 else ''}; logs in {log}")
+        progress = log / "progress.json"
+        job = cluster.submit(module, (str(log / "config.yaml"),), ranks, code, log, progress)
+        with screen.follow(progress) as tick:
+            outcome = job.watch(stop, tick)
+        if outcome.kind != DONE:
+            raise explain_failure(module, outcome, screen)
+        screen.say(f"done in {duration(job.seconds())}, peak {outcome.peak_rss_gb:.1f} GB per rank: {folder}")

@@ -1,0 +1,190 @@
+"""From a pipeline file to the exact programs and configs that will run; nothing is started or written."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config import PipelineConfig, Section, StageSection, UserError, difference, dump, load
+from llamagen_dist.config.loader import nest
+
+_NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, everything filled in. With a config, that file's path becomes its first argument."""
+
+    name: str
+    why: str
+    module: str
+    ranks: int
+    arguments: tuple[str, ...] = ()
+    config: Section | None = None
+    produces: tuple[Path, ...] = ()
+    images: int | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the stage's result; the number of ranks does not (runs resume on any layout)."""
+        return {
+            "module": self.module,
+            "arguments": list(self.arguments),
+            "config": None if self.config is None else dump(self.config),
+        }
+
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def differs_from(self, earlier: Mapping[str, Any], config_file: Path) -> list[str]:
+        """What changed since it was started with ``earlier`` (an identity), as ``key: old -> new`` lines."""
+        mine = self.identity()
+        lines = [
+            f"{key}: {earlier[key]} -> {mine[key]}"
+            for key in ("module", "arguments")
+            if earlier[key] != mine[key]
+        ]
+        if earlier["config"] != mine["config"]:
+            if self.config is None or earlier["config"] is None:
+                lines.append("config: " + ("added" if earlier["config"] is None else "taken away"))
+            else:
+                lines += difference(load(config_file), self.config) or ["config: written by another version"]
+        return lines
+
+
+@dataclass(frozen=True)
+class Plan:
+    title: str
+    out: Path
+    config: PipelineConfig
+    stages: tuple[Stage, ...]
+
+
+def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, small: float = 1.0) -> Plan:
+    """Read a pipeline file and fill in every stage.
+
+    variables: replace the file's own (unknown names are errors). small: factor on every training length and
+    on the file's ``counts``. Raises UserError for anything a stage would stumble over at once.
+    """
+    if not 0 < small <= 1:
+        raise UserError(f"--small {small}: give a factor above 0 and up to 1, for example 0.05")
+    config: PipelineConfig = load(file, kind="pipeline")
+    counts = {name: max(1, round(count * small)) for name, count in config.counts.items()}
+    known = {**config.variables, **{name: str(count) for name, count in counts.items()}}
+    for name in variables or {}:
+        if name not in known:
+            raise UserError(
+                f"{file}: there is no variable {name!r}; it has {', '.join(sorted(known)) or 'none'}"
+            )
+    values = {**known, **(variables or {}), "out": str(out)}
+    kept = {"variables": {k: values[k] for k in config.variables}, "counts": config.counts}
+    stages = tuple(_fill(stage, file, values, small) for stage in config.stages)
+    return Plan(config.title, out, config.model_copy(update=kept), stages)
+
+
+def words(settings: Iterable[str]) -> dict[str, str]:
+    """``["images=DIR"]`` -> ``{"images": "DIR"}``. Raises UserError for a word without ``=``."""
+    pairs = [setting.partition("=") for setting in settings]
+    for key, equals, _ in pairs:
+        if not equals or not key:
+            raise UserError(f"{key!r} is not a setting: write name=value")
+    return {key: value for key, _, value in pairs}
+
+
+def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: float) -> Stage:
+    where = f"{file}: stage {stage.name}"
+    if stage.config is not None and stage.arguments:
+        raise UserError(f"{where}: give config or arguments, not both")
+    config = None
+    if stage.config is not None:
+        config = absolute(load(file.parent / stage.config, nest(_substitute(stage.set, values, where))))
+        if small != 1.0:
+            config = shrink(config, small)
+    elif stage.set:
+        raise UserError(f"{where}: set needs config: a YAML file to lay it on")
+    images = _substitute(stage.images, values, where)
+    if images is not None and not str(images).isdigit():
+        images = None  # a share, such as held_out=0.1: how many that is shows when the folder has been read
+    return Stage(
+        name=stage.name,
+        why=stage.why,
+        module=stage.module,
+        ranks=stage.ranks,
+        config=config,
+        arguments=tuple(_substitute(stage.arguments, values, where)),
+        images=None if images is None else int(images),
+        produces=tuple(Path(_substitute(p, values, where)).absolute() for p in stage.produces),
+    )
+
+
+def _substitute(value: Any, values: Mapping[str, str], where: str) -> Any:
+    """Replace {name} in strings, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _substitute(inner, values, where) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_substitute(inner, values, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UserError(f"{where}: {{{match[1]}}} is no variable; there are {', '.join(sorted(values))}")
+        return values[match[1]]
+
+    return _NAME.sub(look_up, value)
+
+
+def absolute(config: Section) -> Section:
+    """The same config with every path absolute: jobs run in the snapshot, not where the command was typed."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: walk(inner) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(walk(inner) for inner in value)
+        return value.absolute() if isinstance(value, Path) else value
+
+    return type(config).model_validate(walk(config.model_dump()))
+
+
+_LENGTHS = (
+    "optim.warmup_images",
+    "loss.discriminator.start_images",
+    "validation.every_images",
+    "validation.at_images",
+    "checkpoint.every_images",
+)
+
+
+def shrink(config: Section, factor: float) -> Section:
+    """A shorter training of the same kind: numbers of images x ``factor``, in whole batches, ladder too."""
+    data = config.model_dump()
+    if not isinstance(data.get("train"), dict):
+        return config
+    batch = data["train"]["global_batch"]
+
+    def scaled(value: Any, batch: int) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(sorted({scaled(inner, batch) for inner in value}))
+        return value if not value else max(1, round(value * factor / batch)) * batch
+
+    data["train"]["images"] = scaled(data["train"]["images"], batch)
+    for dotted in _LENGTHS:
+        *path, last = dotted.split(".")
+        section: Any = data
+        for part in path:
+            section = section.get(part, {})
+        if last in section:
+            section[last] = scaled(section[last], batch)
+    if data["validation"]["images"]:
+        data["validation"]["images"] = max(1, round(data["validation"]["images"] * factor))
+    for changes in data.get("ladder", {}).values():
+        own = changes.get("train.global_batch", batch)
+        if own != batch:  # whole batches of its own size
+            changes.setdefault("train.images", config.model_dump()["train"]["images"])
+        for key in ("train.images", *_LENGTHS):
+            if key in changes:
+                changes[key] = scaled(changes[key], own)
+    return type(config).model_validate(data)
