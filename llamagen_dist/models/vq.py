@@ -1,0 +1,227 @@
+"""LlamaGen's image tokenizer: a convolutional autoencoder around a small codebook (paper section 2.2).
+
+Module and parameter names are LlamaGen's, so its released weights load strictly. Nothing here knows about ranks,
+losses on pixels or runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamagen_dist.models.vq_quantizer import VectorQuantizer, VQLosses, code_histogram
+
+__all__ = ["VQ_SIZES", "VQConfig", "VQLosses", "VQModel", "code_histogram"]
+
+VQ_SIZES: dict[str, dict[str, Any]] = {
+    "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
+    "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
+}
+"""The released sizes; the number in the name is the downsampling factor. 70,109,835 and 71,883,403 parameters."""
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """channel_multipliers: one per level, highest resolution first; every level but the last halves the resolution."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    l2_norm: bool = True
+    image_channels: int = 3
+    dropout: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side."""
+        return 1 << (len(self.channel_multipliers) - 1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with LlamaGen's 32 groups, or with the largest divisor of ``channels`` below that.
+
+    All channel counts of the released sizes are multiples of 32; a small own size (24 channels, say) need not be,
+    and GroupNorm wants equal groups.
+    """
+    groups = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the h x w positions, with a residual connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, C)
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution: zeros on the right and at the bottom, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution. Attention follows every residual block where ``attention`` is set."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, dropout: float, attention: bool
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (blocks - 1)
+        self.res = nn.ModuleList(ResidualBlock(c, out_channels, dropout) for c in inputs)
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[number](x)
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+def middle(channels: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels, dropout),
+        AttentionBlock(channels),
+        ResidualBlock(channels, channels, dropout),
+    )
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f)."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for number, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False)):
+            last = number == len(widths) - 1
+            level = Level(before, width, config.res_blocks, config.dropout, attention=last)
+            if not last:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+        self.mid = middle(widths[-1], config.dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, f h, f w); its levels run from the lowest resolution to the highest."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.channel_multipliers)]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], config.dropout)
+        self.conv_blocks = nn.ModuleList()
+        for number, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            level = Level(before, width, config.res_blocks + 1, config.dropout, attention=number == 0)
+            if number < len(widths) - 1:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQModel(nn.Module):
+    """Images to codes and back. Images are floats, (B, 3, H, W), nominally in [-1, 1]; H, W multiples of f."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, config.l2_norm)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradient LlamaGen's adaptive adversarial weight compares."""
+        return self.decoder.conv_out.weight
+
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation. Raises ValueError for other sizes."""
+        factor = self.config.downsampling
+        if images.shape[-1] % factor or images.shape[-2] % factor:
+            raise ValueError(
+                f"{tuple(images.shape[-2:])} pixels cannot be cut into tokens of {factor} x {factor} pixels"
+            )
+        return self.quant_conv(self.encoder(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes int64 (B, H/f, W/f); row-major flattening gives the token sequence."""
+        rows = self.quantize.prepare(self.latents(images))
+        return self.quantize.nearest(rows.reshape(-1, self.config.codebook_dim)).view(rows.shape[:-1])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes int64 (B, h, w) -> images (B, 3, f h, f w), nominally in [-1, 1] and not clamped."""
+        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
+
+    def forward(self, images: Tensor, entropy: bool = False) -> tuple[Tensor, VQLosses, Tensor]:
+        """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)). entropy: compute that loss too."""
+        quantised, losses, codes = self.quantize(self.latents(images), entropy=entropy)
+        return self.decoder(self.post_quant_conv(quantised)), losses, codes
