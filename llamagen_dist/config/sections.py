@@ -250,17 +250,25 @@ class ExtractConfig(Section):
     kind: Literal["extract"]
     tokenizer: Path
     """A tokenizer run directory, a checkpoint folder, or a weights file."""
+    model: TokenizerModelSection | None = None
+    """The tokenizer's sizes, for a bare weights file (a checkpoint knows them itself)."""
     images: Path
-    """Folder of image shards."""
+    """Folder of image shards, or a folder of such folders (train, validation)."""
     out: Path
+    """Folder for the token shards; it gets the same sub-folders as ``images``."""
     image_size: PositiveInt = 256
     crops: Literal["center", "center_flip", "ten_crop"] = "ten_crop"
+    """Stored per image: the centre crop, it and its mirror image, or ten crops for every crop range."""
     crop_ranges: tuple[Annotated[float, Field(ge=1)], ...] = (1.1, 1.05)
     """Ten crops are cut from the image at size x range, for each range (LlamaGen section 3.1: 1.1 and 1.05)."""
     batch: PositiveInt = 64
-    """Images encoded at once (crops count)."""
+    """Crops encoded at once, per rank."""
     samples_per_shard: PositiveInt = 10000
+    """Images per token shard; shards are what the ranks share out among themselves."""
+    workers: CountInt = 0
+    """Decoding threads per rank; 0 decodes between the batches."""
     threads: PositiveInt | None = None
+    """CPU threads per rank; empty leaves it to OMP_NUM_THREADS or torch."""
 
 
 class StageSection(Section):

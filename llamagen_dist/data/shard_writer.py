@@ -101,17 +101,25 @@ class ShardJob:
             )
         return manifest
 
-    def begin(self) -> None:
-        """Create the folder, or take up an unfinished job. Main rank only. Raises UserError."""
+    def begin(self, restart: bool = False) -> None:
+        """Create the folder, or take up an unfinished job. Main rank only.
+
+        restart: throw an unfinished job with another source away instead of refusing. Raises UserError.
+        """
         job = self._parts / "job.json"
         try:
             if job.exists():
-                if json.loads(job.read_text(encoding="utf-8")) != self.source:
+                if json.loads(job.read_text(encoding="utf-8")) == self.source:
+                    return
+                if not restart and any(self._parts.glob("*.tar.json")):
                     raise UserError(
                         f"{self.folder}: holds an unfinished job with another source or other options; "
                         "finish that one with its own command, or delete the folder"
                     )
-                return
+                for part in self._parts.glob("*.tar.json"):
+                    (self.folder / part.stem).unlink(missing_ok=True)
+                    (self.folder / index_name(part.stem)).unlink(missing_ok=True)
+                shutil.rmtree(self._parts)
             if any(self.folder.glob("*.tar")):
                 raise UserError(
                     f"{self.folder}: holds tar files that this command did not write; choose an empty folder"

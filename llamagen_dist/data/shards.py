@@ -91,9 +91,14 @@ class Shards:
             raise UserError(f"{self.where(sample)}: no image (found: {parts})")
         return self.read(sample, member)
 
-    def labels(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n]: the class labels. Raises UserError for a missing, unreadable or too large label."""
-        classes = self.manifest.num_classes
+    def labels(
+        self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None
+    ) -> NDArray[np.int64]:
+        """int64 [n]: the class labels. num_classes: how many to allow (default: the manifest's).
+
+        Raises UserError for a missing, unreadable or too large label.
+        """
+        classes = self.manifest.num_classes if num_classes is None else num_classes
         labels = np.empty(len(samples), np.int64)
         for number, sample in enumerate(samples):
             text = self.read(int(sample), LABEL_MEMBER)

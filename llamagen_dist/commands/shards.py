@@ -1,0 +1,89 @@
+"""``llamagen shards verify|stats|index SHARDS``: look after a folder of shards."""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("verify", "read every byte and compare it with the manifest's sha256"),
+        ("stats", "what the shards hold"),
+        ("index", "make manifest and index for tars of another program"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("folder", type=Path, metavar="SHARDS")
+        if name == "index":
+            action.add_argument(
+                "--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first"
+            )
+
+
+def run(args: argparse.Namespace) -> None:
+    {"verify": _verify, "stats": _stats, "index": _index}[args.action](args)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from llamagen_dist.data.shards import open_shards, verify
+    from llamagen_dist.tracking.progress import Progress
+
+    shards = open_shards(args.folder)
+    with Progress("verifying", len(shards)) as progress:
+        verify(shards, progress.advance)
+    count = len(shards.manifest.shards)
+    print(f"{args.folder}: {count} shards, {len(shards):,} samples, every byte as recorded")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from llamagen_dist.data.shards import open_shards
+
+    shards = open_shards(args.folder)
+    manifest = shards.manifest
+    size = sum(record.bytes for record in manifest.shards)
+    lines = {
+        "kind": manifest.kind,
+        "samples": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB",
+        "members": " ".join(manifest.members),
+        "classes": "none" if manifest.classes is None else f"{len(manifest.classes)}",
+        "image size": "differs" if manifest.image_size is None else f"{manifest.image_size} px",
+        "padding": "none" if manifest.padding is None else f"{manifest.padding} (left, top, right, bottom)",
+        "left out": f"{len(manifest.skipped)} unreadable images",
+        "fingerprint": manifest.fingerprint(),
+    }
+    if manifest.kind == "tokens" and manifest.grid is not None:
+        lines["tokens"] = f"{manifest.grid[0]} x {manifest.grid[1]} of {manifest.vocab_size} codes"
+        lines["crops"] = f"{manifest.crops} per image"
+        lines["tokenizer"] = f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256})"
+    for key, value in lines.items():
+        print(f"{key:12} {value}")
+    if manifest.classes is not None:
+        _histogram(shards.labels(range(len(shards))).tolist(), manifest.classes)
+
+
+def _histogram(labels: list[int], classes: list[str]) -> None:
+    counts = [0] * len(classes)
+    for label in labels:
+        counts[label] += 1
+    shown = (
+        range(len(classes)) if len(classes) <= 20 else (*range(10), *range(len(classes) - 5, len(classes)))
+    )
+    for label in shown:
+        print(f"  {label:5} {counts[label]:9,}  {classes[label]}")
+    if len(classes) > 20:
+        print(f"  ({len(classes)} classes, {min(counts):,} to {max(counts):,} samples each)")
+
+
+def _index(args: argparse.Namespace) -> None:
+    from llamagen_dist.config import UserError
+    from llamagen_dist.data.adopt import index_folder
+    from llamagen_dist.tracking.progress import Progress
+
+    classes = None
+    if args.classes is not None:
+        try:
+            classes = args.classes.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{args.classes}: cannot be read ({error})") from None
+    with Progress("indexing", len(list(args.folder.glob("*.tar")))) as progress:
+        manifest = index_folder(args.folder, classes, progress.advance)
+    print(f"{args.folder}: {len(manifest.shards)} shards, {manifest.count:,} samples indexed")

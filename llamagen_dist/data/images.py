@@ -1,0 +1,191 @@
+"""Images by position: decoding, LlamaGen's crops and flip, batches for the tokenizer."""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llamagen_dist import prng
+from llamagen_dist.config import UserError
+from llamagen_dist.data.order import Order
+from llamagen_dist.data.shards import Shards
+from llamagen_dist.parallel.topology import Topology
+
+_LARGEST_SHORT_SIDE = 1.25  # of image_size: LlamaGen keeps at least 80 % of the short side
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What PIL raises for a file that is not a whole, plausible image."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Encoded bytes -> a loaded RGB image. Raises one of DECODE_ERRORS."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def resize_short_side(image: Image.Image, short: int) -> Image.Image:
+    """Scale so that the shorter side is ``short`` pixels: BOX halvings while twice too large, then BICUBIC.
+
+    (The resampling of ADM's crops, which LlamaGen uses for training, extraction and reference images.)
+    """
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to size x size; an image of that size already is returned as it is."""
+    if image.size == (size, size):
+        return image
+    image = resize_short_side(image, size)
+    return _cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
+
+
+def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, short: int, across: float, down: float) -> Image.Image:
+    """Short side to ``short`` pixels, then the size x size window at ``across``, ``down`` in [0, 1) of the
+    room.
+    """
+    image = resize_short_side(image, short)
+    left, top = (int(part * (side - size + 1)) for part, side in zip((across, down), image.size, strict=True))
+    return _cut(image, left, top, size)
+
+
+def flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def ten_crops(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
+    """Centre crop to int(size x crop_range), then four corners and the centre, then the same of the mirrored
+    image.
+    """
+    large = center_crop(image, int(size * crop_range))
+    room = large.width - size
+    middle = round(room / 2)
+    corners = ((0, 0), (room, 0), (0, room), (room, room), (middle, middle))
+    return [_cut(view, left, top, size) for view in (large, flip(large)) for left, top in corners]
+
+
+def to_floats(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 [..., S, S, 3] -> float32 [..., 3, S, S] in [-1, 1]."""
+    values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+    return (values.to(torch.float32) / 255 - 0.5) / 0.5
+
+
+def read_image(shards: Shards, sample: int) -> Image.Image:
+    """One stored image as RGB. Raises UserError naming shard and sample when it cannot be decoded."""
+    return decode_sample(shards, sample, shards.image_bytes(sample))
+
+
+def decode_sample(shards: Shards, sample: int, data: bytes) -> Image.Image:
+    """``read_image`` with the bytes already read (the shards are not touched: safe in a thread)."""
+    try:
+        return decode(data)
+    except DECODE_ERRORS as error:
+        raise UserError(
+            f"{shards.where(sample)}: the image cannot be decoded ({error}); pack the images again, or check "
+            f"the bytes with llamagen shards verify {shards.folder}"
+        ) from None
+
+
+def load_images(shards: Shards, indices: Sequence[int], image_size: int) -> NDArray[np.uint8]:
+    """uint8 [n, S, S, 3]: centre crops of the samples with these global numbers."""
+    pixels = np.empty((len(indices), image_size, image_size, 3), np.uint8)
+    for number, sample in enumerate(indices):
+        pixels[number] = np.asarray(center_crop(read_image(shards, int(sample)), image_size))
+    return pixels
+
+
+class ImageStream(Dataset[Tensor]):
+    """Training batches for the tokenizer, by position like TokenStream's: float32 [share, 3, S, S] in [-1,
+    1].
+
+    workers: decoding processes; 0 decodes here. The pixels are the same for any number of workers and ranks.
+    Raises UserError where the shards do not hold images.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        topology: Topology,
+        global_batch: int,
+        seed: int,
+        image_size: int,
+        random_crop: bool = True,
+        horizontal_flip: bool = True,
+        workers: int = 0,
+    ) -> None:
+        if shards.manifest.kind != "images":
+            raise UserError(
+                f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards"
+            )
+        self._shards, self._order = shards, Order(len(shards), seed)
+        self._seed, self._size = seed, image_size
+        self._random_crop, self._horizontal_flip = random_crop, horizontal_flip
+        self._global_batch, self._share = global_batch, topology.share(global_batch)
+        self._offset = topology.dp_rank * self._share
+        self._workers = workers
+        self._loader: Iterator[Tensor] | None = None
+        self._next = 0
+
+    def batch(self, images_seen: int) -> Tensor:
+        """This rank's share of the global batch that starts at global position ``images_seen``."""
+        if self._workers == 0:
+            return self[images_seen]
+        if self._loader is None or self._next != images_seen:
+            self._loader = self._start_workers(images_seen)
+        self._next = images_seen + self._global_batch
+        return next(self._loader)
+
+    def _start_workers(self, images_seen: int) -> Iterator[Tensor]:
+        self._loader = None  # before the new one starts: it holds processes
+        self._shards.close()
+        starts: Any = _Starts(images_seen, self._global_batch)
+        loader = DataLoader(
+            self, batch_size=None, sampler=starts, num_workers=self._workers, prefetch_factor=4
+        )
+        return iter(loader)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loader": None}
+
+    def __getitem__(self, images_seen: int) -> Tensor:
+        start = images_seen + self._offset
+        positions = torch.arange(start, start + self._share)
+        samples = self._order.samples(start, self._share).tolist()
+        pixels = np.empty((self._share, self._size, self._size, 3), np.uint8)
+        most = int(np.ceil(self._size * _LARGEST_SHORT_SIDE))
+        short = prng.integers(self._seed, "crop-scale", positions, most - self._size + 1) + self._size
+        across, down = (prng.uniform(self._seed, "crop-place", positions, place) for place in (0, 1))
+        mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
+        for number, sample in enumerate(samples):
+            image = read_image(self._shards, sample)
+            if self._random_crop:
+                place = float(across[number]), float(down[number])
+                image = random_crop(image, self._size, int(short[number]), *place)
+            else:
+                image = center_crop(image, self._size)
+            pixels[number] = np.asarray(flip(image) if mirrored[number] else image)
+        return to_floats(pixels)
+
+
+class _Starts:
+    """images_seen, images_seen + global_batch, … without end: what the decoding processes are asked for."""
+
+    def __init__(self, first: int, step: int) -> None:
+        self._first, self._step = first, step
+
+    def __iter__(self) -> Iterator[int]:
+        start = self._first
+        while True:
+            yield start
+            start += self._step
