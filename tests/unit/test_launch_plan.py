@@ -1,0 +1,235 @@
+"""Pipelines before they run: variables, shrinking, identities, secrets; and a process told from its pid."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamagen_dist.commands.quickstart import headline
+from llamagen_dist.config import GPTConfigFile, UserError, difference, dump, load
+from llamagen_dist.config.loader import build
+from llamagen_dist.launch import cluster, snapshot
+from llamagen_dist.launch.process import Identity, identify, only_launcher, own_folder
+from llamagen_dist.launch.stages import absolute, plan, shrink, words
+
+ROOT = Path(__file__).resolve().parents[2]
+GPT = """kind: gpt
+run_dir: runs/x
+model: {n_layer: 1, n_head: 1, dim: 8}
+data: {train: a, validation: b}
+train: {images: 640, global_batch: 64}
+"""
+
+
+def write(folder: Path, stages: str) -> Path:
+    (folder / "gpt.yaml").write_text(GPT)
+    file = folder / "pipeline.yaml"
+    file.write_text(
+        f"kind: pipeline\ntitle: t\nvariables: {{images: here}}\ncounts: {{kept: 100}}\nstages:\n{stages}"
+    )
+    return file
+
+
+def test_variables_reach_arguments_config_and_products(tmp_path: Path) -> None:
+    stages = """  - name: a
+    why: w
+    module: m
+    arguments: [pack, "{images}/x", "{kept}"]
+    produces: ["{out}/p"]
+  - {name: b, why: w, module: m, config: gpt.yaml, set: {run_dir: "{out}/run", data.train: "{images}"}}
+"""
+    made = plan(write(tmp_path, stages), Path("/somewhere/out"), {"images": "/mine"})
+    first, second = made.stages
+    assert first.arguments == ("pack", "/mine/x", "100")
+    assert first.produces == (Path("/somewhere/out/p"),)
+    assert isinstance(second.config, GPTConfigFile)
+    assert second.config.run_dir == Path("/somewhere/out/run")
+    assert second.config.data.train == Path("/mine")
+    assert second.config.data.validation == Path.cwd() / "b"  # jobs run elsewhere: no path stays relative
+    assert plan(write(tmp_path, stages), Path("/somewhere/out"), small=0.05).stages[0].arguments[2] == "5"
+
+
+@pytest.mark.parametrize(
+    ("stages", "variables", "sentence"),
+    [
+        ('  - {name: a, why: w, module: m, arguments: ["{image}"]}', {}, "{image} is no variable"),
+        ("  - {name: a, why: w, module: m}", {"imags": "x"}, "no variable 'imags'"),
+        ("  - {name: a, why: w, module: m, config: gpt.yaml, arguments: [x]}", {}, "not both"),
+        ("  - {name: a, why: w, module: m, set: {run_dir: x}}", {}, "set needs config"),
+        (
+            "  - {name: a, why: w, module: m, config: gpt.yaml, set: {model.dims: 3}}",
+            {},
+            "did you mean model.dim",
+        ),
+        ("  - {name: a, why: w, module: m, config: absent.yaml}", {}, "no such config file"),
+    ],
+)
+def test_mistakes_in_a_pipeline_are_sentences(
+    tmp_path: Path, stages: str, variables: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match="(?s)" + sentence.replace("{", r"\{").replace(".", r"\.")):
+        plan(write(tmp_path, stages + "\n"), tmp_path / "out", variables)
+
+
+@given(st.integers(1, 400), st.sampled_from([1, 16, 64]), st.floats(0.01, 1.0), st.integers(0, 400))
+def test_a_shrunk_config_is_valid_and_about_so_much_shorter(
+    steps: int, batch: int, factor: float, every: int
+) -> None:
+    data = {
+        "kind": "gpt", "run_dir": "r", "model": {"n_layer": 1, "n_head": 1, "dim": 8},
+        "data": {"train": "a", "validation": "b"}, "train": {"images": steps * batch, "global_batch": batch},
+        "validation": {"every_images": every * batch, "at_images": [batch, steps * batch], "images": 1000},
+        "ladder": {"small": {"model.dim": 16}, "own": {"train.images": 2 * steps * batch},
+                   "batch": {"train.global_batch": 2 * batch, "train.images": 4 * steps * batch}},
+    }  # fmt: skip
+    config = build(GPTConfigFile, data, "test")
+    short = shrink(config, factor)
+    assert isinstance(short, GPTConfigFile)
+    wanted = steps * batch * factor
+    assert abs(short.train.images - wanted) <= batch
+    assert max(short.validation.at_images) == short.train.images
+    assert (short.validation.every_images == 0) == (every == 0)
+    assert short.ladder["small"] == {"model.dim": 16}
+    assert abs(short.ladder["own"]["train.images"] - 2 * wanted) <= batch
+    assert short.ladder["batch"]["train.images"] % (2 * batch) == 0
+    assert shrink(config, 1.0).model_copy(update={"validation": config.validation}) == config
+
+
+def test_a_stage_knows_what_changed(tmp_path: Path) -> None:
+    text = "  - {name: b, why: w, module: m, config: gpt.yaml, set: {train.images: %d}}\n"
+    one = plan(write(tmp_path, text % 640), tmp_path).stages[0]
+    two = plan(write(tmp_path, text % 1280), tmp_path).stages[0]
+    (tmp_path / "old.yaml").write_text(dump(one.config))
+    assert one.sha256() != two.sha256()
+    assert one.differs_from(one.identity(), tmp_path / "old.yaml") == []
+    assert two.differs_from(one.identity(), tmp_path / "old.yaml") == ["train.images: 640 -> 1280"]
+
+
+def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
+    made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.05)
+    names = [stage.name for stage in made.stages]
+    assert names == ["pack", "tokenizer", "tokens", "ladder", "tp2", "report"]
+    tokenizer, tokens, ladder, tp2 = (stage.config for stage in made.stages[1:5])
+    assert tokens.tokenizer == tokenizer.run_dir  # type: ignore[union-attr]
+    assert tokens.image_size == tokenizer.data.image_size  # type: ignore[union-attr]
+    assert isinstance(ladder, GPTConfigFile)
+    assert isinstance(tp2, GPTConfigFile)
+    assert len(tp2.ladder) == 1
+    assert tp2.ladder.items() <= ladder.ladder.items()
+    differs = difference(ladder, tp2, ignore=["run_dir", "ladder"])
+    assert differs == ["parallel.tensor: 1 -> 2"]  # else the losses could not be compared
+    for stage in made.stages:
+        for product in stage.produces:
+            if stage.name in ("ladder", "tp2"):
+                assert product.parent.name in stage.config.ladder  # type: ignore[union-attr]
+
+
+def test_words_of_a_command_line() -> None:
+    assert words(["images=/a=b", "n=1"]) == {"images": "/a=b", "n": "1"}
+    with pytest.raises(UserError, match="write name=value"):
+        words(["images"])
+
+
+def test_secrets_are_masked_and_tokenizers_are_not() -> None:
+    typed = [
+        "llamagen",
+        "launch",
+        "tokenizer=/a",
+        "wandb_api_key=abc",
+        "--hf-token",
+        "def",
+        "out=x",
+        "MY_SECRET=s",
+    ]
+    shown = snapshot.masked_command(typed)
+    assert all(secret not in shown for secret in ("abc", "def", "=s"))
+    assert "tokenizer=/a" in shown
+    assert shown.endswith("out=x 'MY_SECRET=***'")
+
+
+def test_the_environment_in_the_record_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    monkeypatch.setenv("HF_TOKEN", "def")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    kept = snapshot.record(ROOT)["environment"]
+    assert (kept["WANDB_API_KEY"], kept["HF_TOKEN"], kept["OMP_NUM_THREADS"]) == ("***", "***", "3")
+
+
+def test_a_snapshot_is_taken_once_per_content(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "llamagen_dist").mkdir(parents=True)
+    (source / "llamagen_dist/a.py").write_text("x = 1\n")
+    (source / "tests").mkdir()
+    (source / "tests/t.py").write_text("")
+    first = snapshot.take(source, tmp_path / "code")
+    assert (first / "llamagen_dist/a.py").read_text() == "x = 1\n"
+    assert not (first / "tests").exists()
+    assert snapshot.take(source, tmp_path / "code") == first
+    (source / "llamagen_dist/a.py").write_text("x = 2\n")
+    second = snapshot.take(source, tmp_path / "code")
+    assert second != first
+    assert (first / "llamagen_dist/a.py").read_text() == "x = 1\n"
+    (source / "llamagen_dist/out.py").symlink_to(
+        "/etc/hostname"
+    )  # a link out of the checkout is not followed
+    assert snapshot.take(source, tmp_path / "code") == second
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    me = identify()
+    assert me.alive()
+    assert not Identity(me.pid, str(int(me.started) - 1)).alive()
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended = identify(child.pid)
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        pass
+    assert not ended.alive()  # a zombie has ended
+    child.wait()
+    assert not ended.alive()
+
+
+def test_the_lock_names_its_holder_and_outlives_nobody(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with only_launcher(lock), pytest.raises(UserError, match=f"process {os.getpid()}"), only_launcher(lock):
+        pass
+    lock.write_text('{"pid": 1, "started": "0"}')  # left by a dead launcher
+    with only_launcher(lock):
+        assert f'"pid": {os.getpid()}' in lock.read_text()
+
+
+def test_folders_of_others_and_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        own_folder(tmp_path / "file")
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        own_folder(tmp_path / "a/b")
+
+
+def test_ranks_get_gpus_only_if_there_is_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert cluster.devices(2) == "2,3"
+    assert cluster.devices(3) == ""
+
+
+def test_the_last_lines_say_what_was_measured_and_nothing_else() -> None:
+    assert headline({}) == []
+    points = [{"name": "s", "val_loss": 3.0}, {"name": "l", "val_loss": 2.5}]
+    lines = headline({"tokenizer": {"psnr": 21.04}, "gpt": points, "parity": {"tp_max_abs_loss_diff": 1e-6}})
+    assert lines[0].endswith("PSNR 21.0 dB on held-out images")
+    assert "2 sizes; best held-out loss 2.500 nats per token (l)" in lines[1]
+    assert "1.0e-06" in lines[2]
+
+
+def test_absolute_paths_stay(tmp_path: Path) -> None:
+    (tmp_path / "gpt.yaml").write_text(GPT)
+    config = absolute(load(tmp_path / "gpt.yaml"))
+    assert absolute(config) == config
+    assert config.run_dir == Path.cwd() / "runs/x"  # type: ignore[attr-defined]
