@@ -27,17 +27,20 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 def read(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors or .pt/.pth file; pickles are read with weights_only=True. Raises UserError."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
+        # whatever bytes that are no such file make the unpickler stumble over
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as tensors only ({first})") from None
     return unwrap(content, path)
