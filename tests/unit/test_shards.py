@@ -1,0 +1,276 @@
+"""Shards: what is written is read, by us and by WebDataset; every damage is found and named."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamagen_dist.config import UserError
+from llamagen_dist.data.adopt import index_folder
+from llamagen_dist.data.index import scan
+from llamagen_dist.data.manifest import Manifest, read_manifest, write_manifest
+from llamagen_dist.data.shard_writer import ShardJob, shard_name, write_shard
+from llamagen_dist.data.shards import open_shards, verify
+
+MEMBERS = (".cls", ".png")
+
+
+def payload(number: int, seed: int = 0) -> bytes:
+    return np.random.default_rng([seed, number]).bytes(1 + number * 37 % 900)
+
+
+def write_set(folder, sizes=(5, 1, 7), members=MEMBERS, data=payload):
+    folder.mkdir(parents=True, exist_ok=True)
+    records, first = [], 0
+    for number, size in enumerate(sizes):
+        samples = [
+            (f"{n:09d}", {".png": data(n), ".cls": b"%02d" % (n % 11)}) for n in range(first, first + size)
+        ]
+        records.append(write_shard(folder, shard_name(number), samples, members))
+        first += size
+    classes = [f"class {n}" for n in range(11)]
+    manifest = Manifest("images", first, members, tuple(records), classes, source={"made_by": "test"})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def test_what_is_written_is_read_by_global_number(tmp_path):
+    manifest = write_set(tmp_path)
+    shards = open_shards(tmp_path)
+    assert shards.manifest == manifest
+    assert len(shards) == 13
+    for number in (12, 0, 5, 4, 6, 12):
+        assert shards.read(number, ".png") == payload(number)
+    assert shards.labels(range(13)).tolist() == [n % 11 for n in range(13)]
+    assert shards.where(6).endswith("shard-000002.tar: sample 0")
+    with pytest.raises(IndexError):
+        shards.read(13, ".png")
+    with pytest.raises(UserError, match=r"shard-000001.tar: sample 0 has no .txt"):
+        shards.read(5, ".txt")
+
+
+def test_records_of_equal_length_need_no_index(tmp_path):
+    manifest = write_set(tmp_path, data=lambda n: bytes([n]) * 600)
+    assert all(record.layout is not None for record in manifest.shards)
+    assert not list(tmp_path.glob("*.npy"))
+    shards = open_shards(tmp_path)
+    assert [shards.read(n, ".png")[0] for n in range(13)] == list(range(13))
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any), seed=st.integers(0, 9))
+def test_round_trip_of_any_shard_sizes(tmp_path_factory, sizes, seed):
+    folder = tmp_path_factory.mktemp("set")
+    write_set(folder, sizes, data=lambda n: payload(n, seed))
+    shards = open_shards(folder)
+    assert [shards.read(n, ".png") for n in range(sum(sizes))] == [
+        payload(n, seed) for n in range(sum(sizes))
+    ]
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    write_set(tmp_path)
+    shards = open_shards(tmp_path)
+    url = str(tmp_path / "shard-{000000..000002}.tar")
+    stream = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [s["__key__"] for s in stream] == [f"{n:09d}" for n in range(13)]
+    assert [s["png"] for s in stream] == [shards.read(n, ".png") for n in range(13)]
+    decoded = [s["cls"] for s in webdataset.WebDataset(url, shardshuffle=False).decode(only=["cls"])]
+    assert decoded == shards.labels(range(13)).tolist()
+    assert decoded != np.roll(decoded, 1).tolist()
+
+
+def test_two_writes_give_identical_bytes_without_time_or_user(tmp_path):
+    write_set(tmp_path / "a")
+    write_set(tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    with tarfile.open(tmp_path / "a" / shard_name(0)) as tar:
+        assert {(t.mtime, t.uid, t.gid, t.uname, t.gname, t.mode) for t in tar} == {(0, 0, 0, "", "", 0o444)}
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_one_byte_too_few_or_too_many_is_named_with_the_sha256(tmp_path, change):
+    record = write_set(tmp_path).shards[1]
+    path = tmp_path / record.name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if change < 0 else data + b"\0")
+    with pytest.raises(UserError) as refusal:
+        open_shards(tmp_path)
+    for part in (record.name, str(record.bytes), str(record.bytes + change), record.sha256):
+        assert part in str(refusal.value)
+    path.write_bytes(data)
+    open_shards(tmp_path)
+
+
+def test_a_flipped_byte_is_found_by_verify_with_both_hashes(tmp_path):
+    record = write_set(tmp_path).shards[2]
+    verify(open_shards(tmp_path))
+    path = tmp_path / record.name
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError) as refusal:
+        verify(open_shards(tmp_path))
+    for part in (record.name, record.sha256, hashlib.sha256(data).hexdigest()):
+        assert part in str(refusal.value)
+    assert "shard-000000" not in str(refusal.value)
+
+
+def test_a_flipped_byte_in_an_index_is_found(tmp_path):
+    write_set(tmp_path)
+    path = tmp_path / "shard-000000.index.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard-000000.index.npy: sha256"):
+        verify(open_shards(tmp_path))
+    index_folder(tmp_path)  # makes the indexes again
+    verify(open_shards(tmp_path))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="the folder does not exist"):
+        open_shards(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"manifest.json is missing.*llamagen pack"):
+        open_shards(tmp_path)
+    write_set(tmp_path)
+    (tmp_path / shard_name(1)).unlink()
+    (tmp_path / "shard-000002.index.npy").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)shard-000001.tar: No such file.*shard-000002.index.npy: No such file"
+    ):
+        open_shards(tmp_path)
+    write_set(tmp_path / "again")
+    with pytest.raises(UserError, match="holds images, but tokens are needed"):
+        open_shards(tmp_path / "again", "tokens")
+
+
+def test_a_manifest_cannot_point_outside_or_lie_about_itself(tmp_path):
+    write_set(tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    good = json.loads(path.read_text())
+
+    def refuse(change, match):
+        data = json.loads(json.dumps(good))
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(UserError, match=match):
+            open_shards(tmp_path / "set")
+
+    refuse(lambda d: d["shards"][0].update(name="../secret.tar"), "not a plain file name")
+    refuse(lambda d: d["shards"][0].update(name="/etc/passwd"), "not a plain file name")
+    refuse(lambda d: d.update(count=14), "not the sum")
+    refuse(lambda d: d.update(format=99), "format 99")
+    refuse(lambda d: d.pop("shards"), "the key 'shards' is missing")
+    refuse(lambda d: d["shards"][0].update(bytes="many"), "not a shard manifest")
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(tmp_path / "set")
+
+
+def foreign_tar(path, entries):
+    """A tar of another tool. entries: (name, bytes), or (name, None, type) for folder, link or device."""
+    with tarfile.open(path, "w") as tar:
+        for name, data, *kind in entries:
+            info = tarfile.TarInfo(name)
+            if kind:
+                info.type, info.linkname = kind[0], "elsewhere"
+            info.size = len(data or b"")
+            tar.addfile(info, io.BytesIO(data or b""))
+
+
+def test_foreign_tars_are_indexed_by_webdatasets_rules(tmp_path):
+    entries = [
+        ("./", None, tarfile.DIRTYPE),
+        ("./n01/x_1.JPG", b"one"),
+        ("./n01/x_1.cls", b"3"),
+        ("./n01/README", b"ignored"),
+        ("./n01/x_2.seg.png", b"mask"),
+        ("./n01/x_2.png", b"two"),
+        ("./n01/x_2.cls", b"0"),
+        ("__meta__/x.json", b"{}"),
+    ]
+    foreign_tar(tmp_path / "b.tar", entries)
+    foreign_tar(tmp_path / "a.tar", [("k.cls", b"1\n"), ("k.jpg", b"zero")])
+    manifest = index_folder(tmp_path)
+    shards = open_shards(tmp_path)
+    assert manifest.members == (".cls", ".jpg", ".png", ".seg.png")
+    assert [shards.image_bytes(n) for n in range(3)] == [b"zero", b"one", b"two"]
+    assert shards.labels(range(3)).tolist() == [1, 3, 0]
+    assert manifest.classes == ["0", "1", "2", "3"]
+    assert shards.parts(0) == (".cls", ".jpg")
+    stream = list(webdataset.WebDataset(str(tmp_path / "{a,b}.tar"), shardshuffle=False))
+    assert [s.get("png", s.get("jpg")) for s in stream] == [shards.image_bytes(n) for n in range(3)]
+    verify(shards)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ("../evil.png", b"x"),
+        ("/etc/evil.png", b"x"),
+        ("a/../../evil.png", b"x"),
+        ("a.png", None, tarfile.SYMTYPE),
+        ("a.png", None, tarfile.LNKTYPE),
+        ("a.png", None, tarfile.CHRTYPE),
+    ],
+)
+def test_names_that_escape_and_links_are_refused(tmp_path, entry):
+    foreign_tar(tmp_path / "x.tar", [("fine.png", b"ok"), entry])
+    with pytest.raises(UserError, match=r"x.tar: the member .* the shard is refused"):
+        index_folder(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    foreign_tar(tmp_path / "x.tar", [("fine.png", b"ok"), ("also.png", b"x")])
+    assert index_folder(tmp_path).count == 2
+
+
+def test_tars_that_cannot_be_read_in_the_middle_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(UserError, match="not a complete uncompressed tar"):
+        index_folder(tmp_path)
+    foreign_tar(path, [("a.png", b"x" * 5000)])
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"cut short inside 'a.png'"):
+        scan(path)
+    foreign_tar(path, [("a.png", b"x"), ("a.png", b"y")])
+    with pytest.raises(UserError, match=r"has .png twice"):
+        scan(path)
+    foreign_tar(path, [("a.png", b"x"), ("a.cls", b"cat")])
+    with pytest.raises(UserError, match="label b'cat' is not"):
+        index_folder(tmp_path)
+    foreign_tar(path, [("a.png", b"x"), ("a.cls", b"5")])
+    with pytest.raises(UserError, match="not one of the 2 classes"):
+        index_folder(tmp_path, ["cat", "dog"])
+
+
+def test_a_job_keeps_finished_shards_and_refuses_other_contents(tmp_path):
+    samples = [("000000000", {".png": b"x"})]
+    job = ShardJob(tmp_path, {"a": 1, "grid": (2, 2)})
+    job.begin()
+    job.write(shard_name(0), samples, (".png",), {"skipped": ["y"]})
+    again = ShardJob(tmp_path, {"a": 1, "grid": (2, 2)})
+    again.begin()
+    found = again.finished(shard_name(0))
+    assert found is not None
+    assert found[1] == {"skipped": ["y"]}
+    assert again.finished(shard_name(1)) is None
+    with pytest.raises(UserError, match="unfinished job with another source"):
+        ShardJob(tmp_path, {"a": 2}).begin()
+    (tmp_path / shard_name(0)).write_bytes(b"torn")
+    assert again.finished(shard_name(0)) is None  # it will be written again
+    record = again.write(shard_name(0), samples, (".png",))
+    again.finish(Manifest("images", 1, (".png",), (record,), source=again.source))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-000000.tar"]
+    assert again.completed() is not None
+    with pytest.raises(UserError, match=r"made in another way \(different: a, grid\)"):
+        ShardJob(tmp_path, {"a": 2}).completed()
