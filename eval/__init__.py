@@ -1,0 +1,1 @@
+"""Programs that sample and score; run from the checkout, never installed."""
