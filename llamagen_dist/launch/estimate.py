@@ -163,18 +163,23 @@ def autoencoder_cost(section: TokenizerModelSection, size: int) -> tuple[int, in
     return parameters, encode, decode
 
 
-def matmul_rate(seconds: float = 0.3, size: int = 768) -> float:
-    """FLOP/s of fp32 matrix products over all cores this process may use, measured for ``seconds``."""
+def matmul_rate(seconds: float = 0.3, size: int = 512) -> float:
+    """FLOP/s of fp32 matrix products: the best burst of one thread, times the cores this process may use.
+
+    One thread, because threads that wait for each other measure what else the machine is doing.
+    """
     import torch
 
-    torch.set_num_threads(cores())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     left, right = torch.rand(size, size), torch.rand(size, size)
-    torch.mm(left, right)
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        began = time.perf_counter()
         torch.mm(left, right)
-        done += 1
-    return done * 2.0 * size**3 / (time.perf_counter() - began)
+        best = min(best, time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return cores() * 2.0 * size**3 / best
 
 
 def show(plan: Plan) -> None:

@@ -30,7 +30,10 @@ class Screen:
     """``say`` prints a line above any bar, on stdout; a pipe or job log gets no control characters."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        width = None if sys.stdout.isatty() else 120
+        self.console = Console(
+            width=width, file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
 
     def say(self, text: str) -> None:
         self.console.print(text)
