@@ -46,7 +46,7 @@ def go_on(s: Summary) -> Section:
     out = shlex.quote(str(s.folder.absolute()))
     text = [
         "### With your own images",
-        "One folder per class, or one folder of images. The same stages run on them, and the same report comes out.",
+        "One folder per class. The same stages run on them, and the same report comes out.",
         _shell("llamagen quickstart --images DIR --out runs/mine"),
     ]
     if s.largest_config is not None:
@@ -61,8 +61,8 @@ def go_on(s: Summary) -> Section:
                 f"  run_dir=runs/larger parallel.tensor=2 parallel.zero=1 {bigger}",
             ),
             "### On several nodes",
-            "Inside a SLURM allocation, one launcher per node. The global batch and the order of the data do not depend on "
-            "the number of ranks, so this is the same training.",
+            "Inside a SLURM allocation, one launcher per node. The global batch and the order of the data do "
+            "not depend on the number of ranks, so this is the same training.",
             _shell(
                 f"export CONFIG={config}",
                 'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',

@@ -1,4 +1,4 @@
-"""A report as data: blocks that say what is shown, not how. HTML (report/html.py) is one way to render them."""
+"""A report as data: blocks that say what is shown, not how; html.py is one way to render them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class Table:
 class Figure:
     """A drawn plot together with the numbers in it, so that another renderer can draw it again.
 
-    image: the encoded file. size: (width, height) in CSS pixels at scale 1. alt: what the picture shows, in words.
+    image: the encoded file. size: (width, height) in CSS pixels. alt: what the picture shows, in words.
     data: JSON-serialisable.
     """
 
@@ -123,7 +123,7 @@ def literal(text: str) -> str:
 
 
 def describe(report: Report) -> dict[str, Any]:
-    """The whole report as JSON-serialisable values; pictures appear as sizes and sha256, plots with their data."""
+    """The whole report as JSON-serialisable values; pictures as sizes and sha256, plots with data."""
     return {"title": report.title, "subtitle": report.subtitle, "blocks": _all(report.blocks)}
 
 

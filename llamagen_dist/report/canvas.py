@@ -21,7 +21,7 @@ from llamagen_dist.report.style import FONT, THEME
 Format = Literal["svg", "png"]
 INK, SOFT, RULE, PAPER = (THEME[name][0] for name in ("ink", "soft", "rule", "paper"))
 BLUE, ORANGE, GREEN = (THEME[name][0] for name in ("blue", "orange", "green"))
-WIDTH = 5.2  # inches; as wide as a phone's screen in CSS pixels, so that 9.5 pt stays readable there
+WIDTH = 4.7  # inches; as wide as a phone's screen in CSS pixels, so that 9.5 pt stays readable there
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -77,8 +77,8 @@ def canvas(rows: Sequence[float], height: float) -> Iterator[tuple[Drawing, list
 
 
 def ramp(number: int, of: int) -> tuple[str, str]:
-    """(light, dark) colours of series ``number`` of an ordered family: perceptually even, colour-blind safe, and
-    the largest member stands out most on either page."""
+    """(light, dark) colours of series ``number`` of an ordered family: perceptually even, colour-blind
+    safe, and the largest member stands out most on either page."""
     share = number / (of - 1) if of > 1 else 1.0
     viridis = matplotlib.colormaps["viridis"]
     return to_hex(viridis(0.66 - 0.62 * share)), to_hex(viridis(0.42 + 0.5 * share))
@@ -143,8 +143,25 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
         )
 
 
+def legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
+    """(text, colour), one below the other in the upper right corner, where falling curves leave room."""
+    for line, (text, colour) in enumerate(entries):
+        axes.annotate(
+            shorten(text, 40),
+            (0.985, 0.95),
+            xycoords="axes fraction",
+            xytext=(0, -13 * line),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="top",
+            fontsize=9,
+            fontweight="bold",
+        )
+
+
 def shorten(text: str, most: int = 20) -> str:
-    plain = "".join(c for c in text if c.isprintable())
+    plain = "".join(c for c in text if c.isprintable() or c.isspace())
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
@@ -156,8 +173,8 @@ def finish(
     format: Format,
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Encode. SVG follows the reader's light or dark page; ``colours`` maps the drawing's extra light colours to
-    their dark ones. PNG is the light page's, at twice the size."""
+    """Encode. SVG follows the reader's light or dark page; ``colours``: the drawing's extra colours,
+    light -> dark. PNG is the light page's, at twice the size."""
     size = (round(drawing.get_size_inches()[0] * 96), round(drawing.get_size_inches()[1] * 96))
     buffer = io.BytesIO()
     if format == "png":

@@ -1,4 +1,4 @@
-"""Reads what a finished (or half-finished) quickstart left behind; what is not there is absent, never guessed."""
+"""Reads what a quickstart left behind, finished or not; what is not there is absent, never guessed."""
 
 import json
 import math
@@ -29,15 +29,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. steps, images_seen, loss: 1-d, one entry per logged training line; validation: the
-    held-out lines, oldest first; summary: summary.json, empty while the run is not finished."""
+    """A run directory. training, validation: its lines of metrics.jsonl, oldest first; steps, images_seen,
+    loss: 1-d, one entry per training line; summary: summary.json, empty while the run is not finished."""
 
     name: str
     folder: Path
+    training: tuple[Mapping[str, float], ...]
+    validation: tuple[Mapping[str, float], ...]
     steps: NDArray[np.int64]
     images_seen: NDArray[np.int64]
     loss: NDArray[np.float64]
-    validation: tuple[Mapping[str, float], ...]
     summary: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,8 +53,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Parity:
-    """One rung under another layout. Differences are in nats per token; steps: how many were compared, of those
-    both runs logged among the first PARITY_STEPS; None where the runs have no such numbers in common."""
+    """One rung under another layout. Differences are in nats per token, None where the runs have no such
+    numbers in common; steps: how many were compared, of those both logged among the first PARITY_STEPS."""
 
     rung: str
     one: Run
@@ -158,10 +159,11 @@ def read_run(folder: Path) -> Run | None:
     return Run(
         name=folder.name,
         folder=folder,
+        training=tuple(training),
+        validation=tuple(line for line in lines if "val_loss" in line),
         steps=np.array([line["step"] for line in training], np.int64),
         images_seen=np.array([line["images_seen"] for line in training], np.int64),
         loss=np.array([line["loss"] for line in training], np.float64),
-        validation=tuple(line for line in lines if "val_loss" in line),
         summary=_json(folder / "summary.json"),
         record=_json(folder / "record.json"),
     )
@@ -194,7 +196,7 @@ def _runs(folder: Path) -> list[Run]:
 
 
 def _parity(ladder: tuple[Run, ...], others: list[Run]) -> Parity | None:
-    """Compare the runs by optimizer step. Steps that saw different numbers of images are not the same step."""
+    """Compare the runs by optimizer step. Steps that saw other numbers of images are not the same."""
     for other in others:
         one = next((run for run in ladder if run.name == other.name), None)
         if one is None:

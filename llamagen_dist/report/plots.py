@@ -55,9 +55,9 @@ def _thin(x: Floats, y: Floats, most: int = 600) -> tuple[Floats, Floats]:
 def ladder_curves(
     curves: Sequence[Curve], x_label: str, caption: str = "", format: c.Format = "svg"
 ) -> Figure:
-    """Training loss (thin) with its running mean, and held-out loss (dots), of runs sorted from small to large."""
+    """Training loss (thin), its running mean, and held-out loss (dots) of runs sorted from small to large."""
     colours: dict[str, str] = {}
-    with c.canvas([1], 3.7) as (drawing, (axes,)):
+    with c.canvas([1], 3.5) as (drawing, (axes,)):
         ends, all_x, settled = [], [], []
         for number, curve in enumerate(curves):
             light, dark = c.ramp(number, len(curves))
@@ -108,7 +108,7 @@ def loss_against_size(
 ) -> Figure:
     """lines: budget -> (parameters, held-out loss) of each rung; unit: what a budget counts (``tokens``)."""
     colours: dict[str, str] = {}
-    with c.canvas([1], 3.7) as (drawing, (axes,)):
+    with c.canvas([1], 3.5) as (drawing, (axes,)):
         ends, xs = [], [p for points in lines.values() for p, _ in points]
         axes.set_xscale("log")
         for number, (budget, points) in enumerate(sorted(lines.items())):
@@ -146,7 +146,7 @@ def tensor_parallel(
     caption: str = "",
     format: c.Format = "svg",
 ) -> Figure:
-    """Two training losses at the same steps, and |their difference| on a log axis. whole, split: float64 [steps].
+    """Two training losses at the same steps, and |their difference| on a log axis. All float64 [steps].
 
     The first ``window`` steps are shaded. Exact agreement has no logarithm: such steps are left out below.
     """
@@ -156,18 +156,7 @@ def tensor_parallel(
         above.plot(*_even(steps, split), color=c.ORANGE, linewidth=1.1)
         c.title(above, "training loss (nats per token)")
         c.linear_axis(above.yaxis, 4)
-        for place, (name, colour) in enumerate(zip(names, (c.BLUE, c.ORANGE), strict=True)):
-            above.text(
-                0.985,
-                0.95 - 0.11 * place,
-                c.shorten(name, 40),
-                transform=above.transAxes,
-                color=colour,
-                ha="right",
-                va="top",
-                fontsize=9,
-                fontweight="bold",
-            )
+        c.legend(above, list(zip(names, (c.BLUE, c.ORANGE), strict=True)))
         shown = gap > 0
         if shown.any():
             below.set_yscale("log")
@@ -278,39 +267,18 @@ def tokenizer_curves(
         if len(y):
             axes.set_yscale("log")
             c.log_axis(axes.yaxis, float(y.min()), float(y.max()))
-        c.title(axes, "tokenizer loss")
-        axes.text(
-            0.985,
-            0.95,
-            "training",
-            transform=axes.transAxes,
-            color=c.BLUE,
-            ha="right",
-            va="top",
-            fontsize=9,
-            fontweight="bold",
-        )
-        if marks.any():
-            axes.text(
-                0.985,
-                0.86,
-                "held-out",
-                transform=axes.transAxes,
-                color=c.ORANGE,
-                ha="right",
-                va="top",
-                fontsize=9,
-                fontweight="bold",
-            )
+        c.title(axes, curve.name)
+        c.legend(axes, [("training", c.BLUE), *([("held-out", c.ORANGE)] if marks.any() else [])])
         for at, text in events:
             for panel in panels:
                 panel.axvline(at, color=c.SOFT, linewidth=0.9, linestyle=(0, (3, 3)))
             axes.annotate(
                 text,
-                (at, 0.04),
+                (at, 0.6),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, 0),
+                xytext=(5 if at < 0.6 * x.max() else -5, 0),
                 textcoords="offset points",
+                ha="left" if at < 0.6 * x.max() else "right",
                 fontsize=8.5,
                 color=c.SOFT,
             )

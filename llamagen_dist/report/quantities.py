@@ -1,7 +1,8 @@
-"""Numbers with their units, as people read them."""
+"""Numbers with their units, as people read them; a number and its unit stay on one line (no-break spaces)."""
 
 import math
 
+_GAP = "\N{NO-BREAK SPACE}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -12,7 +13,7 @@ def count(value: float) -> str:
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= unit * 0.9995:
-            return f"{_digits(value / unit)} {name}"
+            return f"{_digits(value / unit)}{_GAP}{name}"
     raise AssertionError("unreachable: size >= 10,000")
 
 
@@ -31,7 +32,7 @@ def tick(value: float) -> str:
         return power(value, digits=0)
     if abs(value) < 1000:
         return f"{value:g}"
-    return count(value).replace(" ", "") if abs(value) >= 10_000 else f"{value / 1000:g}k"
+    return count(value).replace(_GAP, "") if abs(value) >= 10_000 else f"{value / 1000:g}k"
 
 
 def power(value: float, digits: int = 1) -> str:
@@ -40,7 +41,7 @@ def power(value: float, digits: int = 1) -> str:
         return "0"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     scale = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return scale if float(mantissa) == 1 and digits == 0 else f"{mantissa} × {scale}"
+    return scale if float(mantissa) == 1 and digits == 0 else f"{mantissa}{_GAP}×{_GAP}{scale}"
 
 
 def loss(value: float) -> str:
@@ -55,16 +56,19 @@ def small(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """``0.4 s``, ``12 s``, ``3 min 20 s``, ``1 h 05 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if seconds < 9.95:
+        text = f"{seconds:.1f} s"
+    elif whole < 60:
+        text = f"{whole} s"
+    elif whole < 3600:
+        text = f"{whole // 60} min {whole % 60:02d} s"
+    else:
+        minutes = round(seconds / 60)
+        text = f"{minutes // 60} h {minutes % 60:02d} min"
+    return text.replace(" ", _GAP)
 
 
 def gigabytes(value: float) -> str:
-    return f"{value:.2f} GB" if value < 10 else f"{value:.1f} GB"
+    """``value`` in units of 10^9 bytes."""
+    return f"{value:.2f}{_GAP}GB" if value < 10 else f"{value:.1f}{_GAP}GB"

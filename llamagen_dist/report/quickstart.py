@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamagen_dist.checkpoint.store import write_text
 from llamagen_dist.config import UserError
-from llamagen_dist.report import advice, html, sections
+from llamagen_dist.report import advice, html, sections, tokenizer
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Markdown, Number, Numbers, Report, literal
 from llamagen_dist.report.collect import Run, Summary, collect, results
@@ -36,7 +36,7 @@ def build(summary: Summary) -> Report:
         part(summary)
         for part in (
             sections.stages,
-            sections.tokenizer,
+            tokenizer.section,
             sections.ladder,
             sections.parity,
             sections.cost,
@@ -90,8 +90,8 @@ def _headline(s: Summary) -> Markdown:
         )
     if s.parity and s.parity.max_abs_loss_diff is not None:
         text.append(
-            f"The same training split over tensor-parallel ranks agrees within **{q.small(s.parity.max_abs_loss_diff)} "
-            f"nats** over {sections.window(s.parity)}."
+            "The same training split over tensor-parallel ranks agrees within "
+            f"**{q.small(s.parity.max_abs_loss_diff)} nats** over {sections.window(s.parity)}."
         )
     seconds = sum(known.get("time_s", {}).values())
     if seconds:

@@ -37,7 +37,7 @@ def reconstruct(config: TokenizerConfigFile, tokenizer: Path, images: NDArray[np
 
 
 def first_of_each_class(shards: Shards) -> list[tuple[str, list[int]]]:
-    """[(class name, numbers of its first PER_CLASS samples)], at most MOST_CLASSES; without labels: nameless groups."""
+    """[(class name, numbers of its first PER_CLASS samples)], at most MOST_CLASSES. No labels: no names."""
     if shards.manifest.classes is None:
         last = min(len(shards) // PER_CLASS, MOST_CLASSES)
         return [("", [PER_CLASS * group + i for i in range(PER_CLASS)]) for group in range(last)]
@@ -53,7 +53,7 @@ def first_of_each_class(shards: Shards) -> list[tuple[str, list[int]]]:
 
 
 def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> ImageGrid | None:
-    """One tile per class: originals on top, reconstructions below. None where tokenizer or images are missing."""
+    """One tile per class: originals on top, reconstructions below. None where either is missing."""
     if not store.complete(run_dir) or not (image_shards / "manifest.json").exists():
         return None
     if store.newest(run_dir, warn=False) is None:
@@ -74,8 +74,8 @@ def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> Imag
     size = config.data.image_size
     smaller = f", shown at {_LARGEST_SIDE}" if size > _LARGEST_SIDE else ""
     note = (
-        f"The first held-out images of {'every class' if every else f'{len(groups)} classes'} ({size} × {size} pixels"
-        f"{smaller}). Upper row of each tile: the original; lower row: what the tokenizer makes of its tokens."
+        f"The first held-out images of {'every class' if every else f'{len(groups)} classes'}, {size} × "
+        f"{size} pixels{smaller}. Upper row of each tile: the original; lower row: decoded from its tokens."
     )
     return ImageGrid(np.stack(tiles), tuple(name for name, _ in groups), width=176, note=note)
 

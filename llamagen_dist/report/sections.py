@@ -3,8 +3,9 @@
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llamagen_dist.report import plots, reconstructions
+from llamagen_dist.report import plots
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Block, Columns, Markdown, Section, Table, literal
 from llamagen_dist.report.collect import PARITY_STEPS, Parity, Run, Summary, common, peak_rss_gb, tokens_seen
@@ -28,99 +29,6 @@ def stages(s: Summary) -> Section | None:
         "What was run",
         (Table(("stage", "why", "ranks", "time"), tuple(rows), (2, 3)),),
         "Every stage is a program of its own, started on so many ranks; a finished stage is not run again.",
-    )
-
-
-def tokenizer(s: Summary) -> Section | None:
-    run, config = s.tokenizer, s.tokenizer_config
-    if run is None:
-        return None
-    blocks: list[Block] = []
-    grid = reconstructions.grid(config, run.folder, s.folder / "images" / "validation") if config else None
-    if grid:
-        blocks.append(grid)
-    else:
-        blocks.append(
-            Markdown("No reconstructions: the tokenizer's checkpoint or the held-out images are not there.")
-        )
-    rows = []
-    if run.validation:
-        last = run.validation[-1]
-        for key, name, form in (
-            ("psnr", "PSNR", "{:.2f} dB"),
-            ("ssim", "SSIM", "{:.4f}"),
-            ("codebook_usage", "codes in use", "{:.1%}"),
-            ("val_loss", "held-out loss", "{:.4f}"),
-        ):
-            if key in last:
-                rows.append((name, form.format(last[key])))
-    if run.params:
-        rows.append(("parameters", q.count(run.params)))
-    if config:
-        rows.append(
-            ("codebook", f"{q.count(config.model.codebook_size)} codes × {config.model.codebook_dim}")
-        )
-        rows.append(("images shown", q.count(config.train.images)))
-    curve = plots.Curve(
-        "tokenizer",
-        run.images_seen.astype(float),
-        run.loss,
-        np.array([p["images_seen"] for p in run.validation], float),
-        np.array([p["val_loss"] for p in run.validation], float),
-    )
-    psnr = [(float(p["images_seen"]), float(p["psnr"])) for p in run.validation if "psnr" in p]
-    events = []
-    if (
-        config
-        and config.loss.discriminator.kind != "none"
-        and config.loss.discriminator.start_images < config.train.images
-    ):
-        events.append((float(config.loss.discriminator.start_images), "discriminator joins"))
-    facts = Table(("measured on held-out images", ""), tuple(rows), (1,))
-    losses = (Markdown(_loss_parts(s)),) if config else ()
-    blocks.append(Columns((plots.tokenizer_curves(curve, psnr, events), facts)))
-    return Section(
-        "The tokenizer",
-        (*blocks, *losses),
-        "A convolutional autoencoder around a codebook: each image becomes a small grid of code numbers, and these "
-        "become an image again.",
-    )
-
-
-def _loss_parts(s: Summary) -> str:
-    assert s.tokenizer_config
-    loss, total = s.tokenizer_config.loss, s.tokenizer_config.train.images
-    on = [f"reconstruction ({loss.reconstruction}, weight {loss.reconstruction_weight:g})"]
-    on += [
-        f"{name} (weight {weight:g})"
-        for name, weight in (
-            ("codebook", loss.codebook_weight),
-            ("commitment", loss.commitment_weight),
-            ("entropy", loss.entropy_weight),
-        )
-        if weight
-    ]
-    off = []
-    if loss.perceptual == "lpips" and loss.perceptual_weight:
-        on.append(f"perceptual (LPIPS, weight {loss.perceptual_weight:g})")
-    else:
-        off.append(
-            "- The **perceptual** loss (LPIPS) is off: it needs VGG16 weights trained on ImageNet, which are not part of "
-            "this package. With a local copy, set `loss.perceptual=lpips` and `loss.vgg16_weights=PATH`. "
-            "Without it, reconstructions are smoother than the same tokenizer could make them."
-        )
-    gan = loss.discriminator
-    if gan.kind == "none" or not gan.weight:
-        off.append("- The **adversarial** loss is off (`loss.discriminator.kind=none`).")
-    elif gan.start_images >= total:
-        off.append(
-            f"- The **adversarial** loss never began: it starts at image {q.count(gan.start_images)}, "
-            f"and training ended at {q.count(total)}."
-        )
-    else:
-        on.append(f"adversarial ({gan.kind}, weight {gan.weight:g}, from image {q.count(gan.start_images)})")
-    return "\n\n".join(
-        ["### Which losses were on", f"On: {', '.join(on)}.", *(["\n".join(off)] if off else [])]
     )
 
 
@@ -156,8 +64,8 @@ def ladder(s: Summary) -> Section | None:
         ("model", "parameters", *(f"{q.count(b)} {unit}" for b in budgets), "without label"),
         tuple(rows),
         tuple(range(1, len(budgets) + 3)),
-        "Held-out loss in nats per token after so much training, with the true class label; last column: the same "
-        "at the end, with the label withheld (the branch that classifier-free guidance needs).",
+        "Held-out loss in nats per token after so much training, with the true class label; last column: the "
+        "same at the end, with the label withheld (the branch that classifier-free guidance needs).",
     )
     curves = [
         plots.Curve(
@@ -216,15 +124,15 @@ def parity(s: Summary) -> Section | None:
     if p is None:
         return None
     steps, one, other = common(p.one, p.other)
-    names = (_layout(p.one, "as in the ladder"), _layout(p.other, "split"))
+    names = (_layout(p.one, "the ladder's ranks"), _layout(p.other, "the split run's ranks"))
     text = []
     if p.max_abs_loss_diff is not None:
         text.append(
-            f"{literal(p.rung)} was trained twice from the same weights on the same batches: {literal(names[0])}, and "
-            f"{literal(names[1])}. The training losses agree within **{q.small(p.max_abs_loss_diff)} nats** over "
-            f"{window(p)}. Summing in another order changes last bits; Adam divides by a running gradient size, so "
-            "these rounding differences grow later."
+            f"{literal(p.rung)} was trained twice from the same weights on the same batches: once on "
+            f"{literal(names[0])}, once on {literal(names[1])}. The training losses agree within "
+            f"**{q.small(p.max_abs_loss_diff)} nats** over {window(p)}."
         )
+        text.append(_later(steps, np.abs(other - one), p.max_abs_loss_diff))
     if p.final_val_loss_diff is not None:
         end = f"at image {q.count(p.final_images_seen)}" if p.final_images_seen else "at the end"
         text.append(
@@ -232,7 +140,8 @@ def parity(s: Summary) -> Section | None:
         )
     if not text:
         text.append(
-            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point in common."
+            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point "
+            "in common."
         )
     finite = np.isfinite(one) & np.isfinite(other)
     drawn = (
@@ -256,12 +165,23 @@ def parity(s: Summary) -> Section | None:
     )
 
 
+def _later(steps: NDArray[np.int64], gaps: NDArray[np.float64], early: float) -> str:
+    """What became of the differences after the first steps, said only as far as it was measured."""
+    why = "Summing in another order changes the last bits"
+    if len(gaps) and gaps.max() > early:
+        return (
+            f"{why}, and Adam, which divides by a running gradient size, lets such rounding differences grow "
+            f"later: to at most **{q.small(float(gaps.max()))} nats**, at step {steps[gaps.argmax()]:,}."
+        )
+    return f"{why}; over all {len(steps):,} steps that both runs logged, no difference is larger."
+
+
 def _layout(run: Run, otherwise: str) -> str:
     found = run.summary.get("layout")
     if not found:
         return otherwise
     ranks = "1 rank" if found["ranks"] == 1 else f"{found['ranks']} ranks"
-    return f"{ranks}: tensor {found['tensor']} × data {found['data']}, ZeRO-{found['zero']}"
+    return f"{ranks} (tensor {found['tensor']} × data {found['data']}, ZeRO-{found['zero']})"
 
 
 def cost(s: Summary) -> Section | None:

@@ -56,10 +56,10 @@ pre{{background:var(--panel);border:1px solid var(--rule);border-radius:10px;pad
 margin:1em 0;line-height:1.6}}
 pre code{{background:none;padding:0;font-size:.82rem;white-space:pre;overflow-wrap:normal}}
 .scroll{{overflow-x:auto;-webkit-overflow-scrolling:touch}}
-.numbers{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,196px),1fr));gap:1px;
+.numbers{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr));gap:1px;
 margin:2.4em 0 0;
-background:var(--rule);border:1px solid var(--rule);border-radius:14px;overflow:hidden}}
-.number{{background:var(--paper);padding:20px 22px 18px}}
+border:1px solid var(--rule);border-radius:14px;overflow:hidden}}
+.number{{box-shadow:0 0 0 1px var(--rule);padding:20px 22px 18px}}
 .number dt{{color:var(--soft);font-size:.88rem;line-height:1.35}}
 .number dd{{margin:.16em 0 0;font-size:1.85rem;line-height:1.2;font-weight:660;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums;white-space:nowrap}}
@@ -70,7 +70,7 @@ font-variant-numeric:tabular-nums}}
 th{{text-align:left;color:var(--soft);font-weight:560;font-size:.86rem;vertical-align:bottom}}
 th,td{{padding:.6em 1.5em .6em 0;border-bottom:1px solid var(--rule)}}
 th:last-child,td:last-child{{padding-right:0}}
-td{{vertical-align:top;min-width:4.5em}}td:first-child{{font-weight:600;white-space:nowrap}}
+td{{vertical-align:top;min-width:4.5em}}td:not(.num):not(:first-child){{min-width:14em}}td:first-child{{font-weight:600;white-space:nowrap}}
 th.num{{text-align:right}}td.num{{text-align:right;white-space:nowrap}}
 .none{{color:var(--soft)}}
 .caption,figcaption{{color:var(--soft);font-size:.86rem;line-height:1.5;margin:.7em 0 0;max-width:72ch}}
