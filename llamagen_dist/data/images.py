@@ -18,6 +18,7 @@ from llamagen_dist.data.shards import Shards
 from llamagen_dist.parallel.topology import Topology
 
 _LARGEST_SHORT_SIDE = 1.25  # of image_size: LlamaGen keeps at least 80 % of the short side
+_KEPT_BYTES = 64 << 20  # a data set whose pixels fit in here is decoded once
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What PIL raises for a file that is not a whole, plausible image."""
 
@@ -77,8 +78,8 @@ def ten_crops(image: Image.Image, size: int, crop_range: float) -> list[Image.Im
 
 def to_floats(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 [..., S, S, 3] -> float32 [..., 3, S, S] in [-1, 1]."""
-    values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
-    return (values.to(torch.float32) / 255 - 0.5) / 0.5
+    values = torch.from_numpy(pixels).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return values.div_(255).sub_(0.5).div_(0.5)
 
 
 def read_image(shards: Shards, sample: int) -> Image.Image:
@@ -105,7 +106,7 @@ def load_images(shards: Shards, indices: Sequence[int], image_size: int) -> NDAr
     return pixels
 
 
-class ImageStream(Dataset[Tensor]):
+class ImageStream:
     """Training batches for the tokenizer, by position like TokenStream's: float32 [share, 3, S, S] in [-1,
     1].
 
@@ -128,11 +129,9 @@ class ImageStream(Dataset[Tensor]):
             raise UserError(
                 f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards"
             )
-        self._shards, self._order = shards, Order(len(shards), seed)
-        self._seed, self._size = seed, image_size
-        self._random_crop, self._horizontal_flip = random_crop, horizontal_flip
-        self._global_batch, self._share = global_batch, topology.share(global_batch)
-        self._offset = topology.dp_rank * self._share
+        share = topology.share(global_batch)
+        self._global_batch, self._offset = global_batch, topology.dp_rank * share
+        self._batches = _Batches(shards, share, seed, image_size, random_crop, horizontal_flip)
         self._workers = workers
         self._loader: Iterator[Tensor] | None = None
         self._next = 0
@@ -140,26 +139,37 @@ class ImageStream(Dataset[Tensor]):
     def batch(self, images_seen: int) -> Tensor:
         """This rank's share of the global batch that starts at global position ``images_seen``."""
         if self._workers == 0:
-            return self[images_seen]
+            return self._batches[images_seen + self._offset]
         if self._loader is None or self._next != images_seen:
-            self._loader = self._start_workers(images_seen)
+            self._loader = None  # before the new one starts: it holds processes
+            starts: Any = _Starts(images_seen + self._offset, self._global_batch)
+            self._loader = iter(
+                DataLoader(
+                    self._batches,
+                    batch_size=None,
+                    sampler=starts,
+                    num_workers=self._workers,
+                    prefetch_factor=4,
+                )
+            )
         self._next = images_seen + self._global_batch
         return next(self._loader)
 
-    def _start_workers(self, images_seen: int) -> Iterator[Tensor]:
-        self._loader = None  # before the new one starts: it holds processes
-        self._shards.close()
-        starts: Any = _Starts(images_seen, self._global_batch)
-        loader = DataLoader(
-            self, batch_size=None, sampler=starts, num_workers=self._workers, prefetch_factor=4
-        )
-        return iter(loader)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loader": None}
+class _Batches(Dataset[Tensor]):
+    """One rank's batches by their first position; what a decoding process works on."""
 
-    def __getitem__(self, images_seen: int) -> Tensor:
-        start = images_seen + self._offset
+    def __init__(
+        self, shards: Shards, share: int, seed: int, image_size: int, random_crop: bool, horizontal_flip: bool
+    ) -> None:
+        self._shards, self._order = shards, Order(len(shards), seed)
+        self._share, self._seed, self._size = share, seed, image_size
+        self._random_crop, self._horizontal_flip = random_crop, horizontal_flip
+        stored = shards.manifest.image_size
+        small = stored is not None and len(shards) * stored**2 * 3 <= _KEPT_BYTES
+        self._kept: dict[int, NDArray[np.uint8]] | None = {} if small else None
+
+    def __getitem__(self, start: int) -> Tensor:
         positions = torch.arange(start, start + self._share)
         samples = self._order.samples(start, self._share).tolist()
         pixels = np.empty((self._share, self._size, self._size, 3), np.uint8)
@@ -168,14 +178,23 @@ class ImageStream(Dataset[Tensor]):
         across, down = (prng.uniform(self._seed, "crop-place", positions, place) for place in (0, 1))
         mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
         for number, sample in enumerate(samples):
-            image = read_image(self._shards, sample)
+            picture = self._picture(sample)
             if self._random_crop:
                 place = float(across[number]), float(down[number])
-                image = random_crop(image, self._size, int(short[number]), *place)
-            else:
-                image = center_crop(image, self._size)
-            pixels[number] = np.asarray(flip(image) if mirrored[number] else image)
+                image = random_crop(Image.fromarray(picture), self._size, int(short[number]), *place)
+                picture = np.asarray(image)
+            elif picture.shape[:2] != (self._size, self._size):
+                picture = np.asarray(center_crop(Image.fromarray(picture), self._size))
+            pixels[number] = picture[:, ::-1] if mirrored[number] else picture
         return to_floats(pixels)
+
+    def _picture(self, sample: int) -> NDArray[np.uint8]:
+        """The decoded image, uint8 [H, W, 3]; small data sets are decoded only once."""
+        if self._kept is None:
+            return np.asarray(read_image(self._shards, sample))
+        if sample not in self._kept:
+            self._kept[sample] = np.asarray(read_image(self._shards, sample))
+        return self._kept[sample]
 
 
 class _Starts:

@@ -77,9 +77,9 @@ def position_to_sample(
 
 
 class Order:
-    """``position_to_sample`` for consecutive positions, computed a block ahead (about 0.4 µs a position)."""
+    """``position_to_sample`` for consecutive positions, computed a block ahead (about 1 µs a position)."""
 
-    def __init__(self, count: int, seed: int, block: int = 16384) -> None:
+    def __init__(self, count: int, seed: int, block: int = 4096) -> None:
         self._count, self._seed, self._block_size = count, seed, block
         self._blocks: dict[int, Tensor] = {}
 

@@ -129,7 +129,7 @@ class Shards:
         if record.layout is None:
             spans = _read_index(self.folder, record, len(self.manifest.members))
         try:
-            opened = _OpenShard(os.open(path, os.O_RDONLY), spans, np.memmap(path, np.uint8, "r"))
+            opened = _OpenShard(os.open(path, os.O_RDONLY), spans, np.asarray(np.memmap(path, np.uint8, "r")))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         self._open[number] = opened
@@ -149,7 +149,7 @@ class Shards:
 def _read_index(folder: Path, record: ShardRecord, members: int) -> NDArray[np.uint64]:
     path = folder / index_name(record.name)
     try:
-        spans: NDArray[np.uint64] = np.load(path, mmap_mode="r", allow_pickle=False)
+        spans: NDArray[np.uint64] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: the index cannot be read ({error}); make it again with: llamagen shards index {folder}"
