@@ -58,7 +58,8 @@ def go_on(s: Summary) -> Section:
             _shell(
                 f"export CONFIG={config}",
                 'torchrun --nproc-per-node=2 -m llamagen_dist.train_gpt "$CONFIG" \\',
-                f"  run_dir=runs/larger parallel.tensor=2 parallel.zero=1 {bigger}",
+                "  run_dir=runs/larger parallel.tensor=2 parallel.zero=1 \\",
+                f"  {bigger}",
             ),
             "### On several nodes",
             "Inside a SLURM allocation, one launcher per node. The global batch and the order of the data do "
@@ -68,7 +69,8 @@ def go_on(s: Summary) -> Section:
                 'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
                 "srun --nodes=2 --ntasks-per-node=1 bash -c 'torchrun --nnodes=2 --nproc-per-node=4 \\",
                 '  --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500 -m llamagen_dist.train_gpt "$CONFIG" \\',
-                f"  run_dir=runs/larger parallel.tensor=2 parallel.zero=1 {bigger}'",
+                "  run_dir=runs/larger parallel.tensor=2 parallel.zero=1 \\",
+                f"  {bigger}'",
             ),
         ]
     text += [

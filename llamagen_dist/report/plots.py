@@ -281,6 +281,7 @@ def tokenizer_curves(
                 ha="left" if at < 0.6 * x.max() else "right",
                 fontsize=8.5,
                 color=c.SOFT,
+                bbox={"facecolor": c.PAPER, "alpha": 0.85, "linewidth": 0, "pad": 1.5},
             )
         if twice:
             panels[1].plot(*zip(*psnr, strict=True), color=c.ORANGE, marker="o", markersize=5)

@@ -13,6 +13,10 @@ _MEASURED = (
     ("ssim", "held-out SSIM", "{:.4f}"),
     ("codebook_usage", "codes in use", "{:.1%}"),
 )
+_NAMES = {
+    ("reconstruction", "l2"): "squared error of pixels in [−1, 1]",
+    ("reconstruction", "l1"): "absolute error of pixels in [−1, 1]",
+}
 
 
 def section(s: Summary) -> Section | None:
@@ -62,7 +66,7 @@ def _curves(run: Run, config: TokenizerConfigFile | None) -> Figure:
     squared = config is not None and config.loss.reconstruction == "l2" and part == "reconstruction"
     held_out = run.validation if squared else ()  # validation measures the squared error, whatever is trained
     curve = plots.Curve(
-        "squared error of pixels in [−1, 1]" if squared else f"tokenizer {part}",
+        _NAMES.get((part, config.loss.reconstruction if config else ""), f"tokenizer {part}"),
         run.images_seen.astype(float),
         np.array([line[part] for line in run.training], float),
         np.array([p["images_seen"] for p in held_out], float),

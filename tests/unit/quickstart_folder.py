@@ -130,7 +130,8 @@ def write_tokenizer(folder: Path) -> None:
 kind: tokenizer
 run_dir: {folder}
 model:
-  {{channels: 8, channel_multipliers: [1, 1], res_blocks: 1, z_channels: 16, codebook_size: 64, codebook_dim: 4}}
+  {{channels: 8, channel_multipliers: [1, 1], res_blocks: 1, z_channels: 16, codebook_size: 64,
+   codebook_dim: 4}}
 data: {{train: images/train, validation: images/validation, image_size: 28, random_crop: false}}
 loss: {{perceptual: none, discriminator: {{start_images: 4800}}}}
 train: {{images: 6400, global_batch: 32}}

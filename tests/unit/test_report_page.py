@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -262,3 +263,19 @@ def test_the_tokenizer_curve_is_the_reconstruction_term_and_says_what_was_off(ou
     path = out / "tokenizer" / "config.yaml"
     path.write_text(path.read_text().replace("start_images: 4800", "start_images: 6400"))
     assert "never began: it starts at image 6,400" in html.render(quickstart.build(collect(out)))
+
+
+def test_the_commands_it_shows_are_whole_and_their_settings_load(out: Path) -> None:
+    """Every code block is one shell script without a syntax error; its settings fit the config it names."""
+    texts = describe(quickstart.build(collect(out)))["blocks"][-1]["blocks"][0]["text"]
+    scripts = re.findall(r"^```sh\n(.*?)^```$", texts, flags=re.MULTILINE | re.DOTALL)
+    assert len(scripts) == 4
+    for script in scripts:
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    for script in scripts[1:3]:
+        path = re.search(r"CONFIG=(\S+)", script)
+        assert path is not None
+        settings = re.findall(r"(?<![\w-])(?:run_dir|parallel\.\w+|model\.\w+)=[\w/.]+", script)
+        config = load(path[1], settings, kind="gpt")
+        assert (config.parallel.tensor, config.model.n_layer, config.model.dim) == (2, 4, 48)
+    assert f"llamagen report {out}" in scripts[3]
