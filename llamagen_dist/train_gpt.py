@@ -6,8 +6,6 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 its rungs one after another in run_dir/NAME, in one process start.
 """
 
-import torch
-
 from llamagen_dist.config import GPTConfigFile, UserError, load
 from llamagen_dist.config.loader import build, nest
 from llamagen_dist.data.shards import Shards, open_shards
@@ -18,7 +16,7 @@ from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.training.build import build_gpt, gpt_config
 from llamagen_dist.training.fit import fit
-from llamagen_dist.training.gpt_task import GPTTask
+from llamagen_dist.training.gpt_task import GPTTask, micro_batches
 from llamagen_dist.training.run import open_run
 
 
@@ -27,7 +25,6 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m llamagen_dist.train_gpt CONFIG [key=value …]")
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
     topology = start(config.parallel.tensor, config.parallel.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
     models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
     for number, ((name, rung, train, validation), model) in enumerate(zip(plan, models, strict=True), 1):
@@ -78,7 +75,7 @@ def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfi
     model = gpt_config(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.grid[0] * manifest.grid[1],
                        num_classes=manifest.num_classes)
     tensor_parallel.check(model, topology.tensor)
-    topology.share(config.train.global_batch)
+    micro_batches(config.train, topology)
     return model
 
 

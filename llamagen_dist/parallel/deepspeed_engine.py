@@ -86,12 +86,14 @@ class DeepSpeedEngine:
         self.optim, self.topology = optim, topology
         self.plain = module.to(topology.device)
         self.shapes = {name: tuple(p.shape) for name, p in self.plain.named_parameters()}
+        # its default bucket is 2 GB whatever the model; one bucket of the model's own size is all that can ever be used
+        bucket = min(500_000_000, sum(p.numel() for p in self.plain.parameters()))
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * topology.dp,
             "gradient_clipping": optim.clip,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }

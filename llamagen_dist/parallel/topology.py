@@ -90,6 +90,10 @@ def start(tensor: int = 1, threads: int | None = None, timeout_s: float = 1800) 
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
+        # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic anyway,
+        # and the call imports the compiler, which takes seconds.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new buffer that checks nothing
     else:
         device = torch.device("cpu")
     if world == 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_dist.checkpoint.entries import Entry
-from llamagen_dist.config import GPTConfigFile, UserError
+from llamagen_dist.config import GPTConfigFile, TrainSection, UserError
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.models.cost import total_parameters
 from llamagen_dist.models.gpt import GPT
@@ -29,20 +29,26 @@ class Objective(nn.Module):
         return self.model.loss(tokens, condition, sample_ids)
 
 
+def micro_batches(train: TrainSection, topology: Topology) -> tuple[int, int]:
+    """(images per rank and forward pass, forward passes per step). Raises UserError where they do not divide."""
+    share = topology.share(train.global_batch)
+    micro = train.micro_batch or share
+    if share % micro:
+        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise UserError(f"train.micro_batch: {micro} does not divide a rank's share of {share} images; use {fits}")
+    return micro, share // micro
+
+
 def build_engine(model: GPT, config: GPTConfigFile, topology: Topology) -> Engine:
     """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed (and Megatron-core) with it."""
-    share = topology.share(config.train.global_batch)
-    micro = config.train.micro_batch or share
-    if share % micro:
-        fits = [n for n in range(1, share + 1) if share % n == 0 and n <= micro]
-        raise UserError(f"train.micro_batch: {micro} does not divide a rank's share of {share} images; use {fits[-1]}")
+    micro, accumulation = micro_batches(config.train, topology)
     tensor_parallel.apply(model, topology)
     if config.parallel.zero == 0:
         return TorchEngine(model, config.optim, topology, called=Objective(model))
     from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, config.optim, topology, called=Objective(model), stage=config.parallel.zero,
-                           micro_batch=micro, accumulation=share // micro)
+                           micro_batch=micro, accumulation=accumulation)
 
 
 class GPTTask:
@@ -58,7 +64,7 @@ class GPTTask:
         self.parameters = total_parameters(model.config)
         self.engine = build_engine(model, config, topology)
         self.model: GPT = model
-        self.micro = config.train.micro_batch or topology.share(config.train.global_batch)
+        self.micro, _ = micro_batches(config.train, topology)
         self._validation_batches = validation_batches
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
