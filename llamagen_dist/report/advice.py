@@ -14,9 +14,7 @@ _UNTOLD = ("host", "diff", "started")  # a machine's name is nobody's business, 
 def environment(s: Summary) -> Section | None:
     """What the runs' record.json says; where runs differ (a resumed folder), every value is shown."""
     records = [
-        run.record
-        for run in (s.tokenizer, *s.ladder, s.parity.other if s.parity else None)
-        if run and run.record
+        run.record for run in (s.tokenizer, *s.ladder, s.parity.other if s.parity else None) if run and run.record
     ]
     if not records:
         return None

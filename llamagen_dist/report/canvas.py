@@ -109,9 +109,7 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
     if not labels:
         return
     axes.autoscale_view()  # else the transform below still has yesterday's limits
-    gap = 11.5 / (
-        axes.get_window_extent().height * 72 / axes.figure.dpi * 0.9
-    )  # of the axes' height, in points
+    gap = 11.5 / (axes.get_window_extent().height * 72 / axes.figure.dpi * 0.9)  # of the axes' height, in points
     places = sorted(
         (
             (axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1], text, colour)
@@ -180,9 +178,7 @@ def finish(
     if format == "png":
         drawing.savefig(buffer, format="png", dpi=192, facecolor=PAPER)
         return Figure(buffer.getvalue(), "png", size, alt, caption, data)
-    drawing.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue().decode()
     svg = svg[svg.index("<svg") :]  # without the DOCTYPE and its address
     svg = svg.replace("'DejaVu Sans'", FONT.replace('"', "'"))

@@ -82,9 +82,7 @@ class Summary:
 def collect(out: Path) -> Summary:
     """Read the folder of a quickstart. Raises UserError if it is none, or naming the file that is damaged."""
     if not (out / "stages").is_dir():
-        raise UserError(
-            f"{out}: not a quickstart folder (it has no stages/); give the --out of llamagen quickstart"
-        )
+        raise UserError(f"{out}: not a quickstart folder (it has no stages/); give the --out of llamagen quickstart")
     pipeline = _pipeline(out)
     tokenizer = read_run(out / "tokenizer")
     ladder = tuple(sorted(_runs(out / "ladder"), key=lambda run: (run.params or math.inf, run.name)))
@@ -143,9 +141,7 @@ def tokens_seen(run: Run, images_seen: int) -> int | None:
 def peak_rss_gb(summary: Summary) -> float | None:
     """Largest resident memory of any one process, over all stages and runs."""
     runs = [summary.tokenizer, *summary.ladder, summary.parity.other if summary.parity else None]
-    peaks = [run.summary.get("peak_rss_gb") for run in runs if run] + [
-        stage.peak_rss_gb for stage in summary.stages
-    ]
+    peaks = [run.summary.get("peak_rss_gb") for run in runs if run] + [stage.peak_rss_gb for stage in summary.stages]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
@@ -212,9 +208,7 @@ def _parity(ladder: tuple[Run, ...], others: list[Run]) -> Parity | None:
             other=other,
             steps=int(early.sum()),
             max_abs_loss_diff=float(gaps.max()) if len(gaps) else None,
-            final_val_loss_diff=abs(both[-1]["val_loss"] - last[int(both[-1]["images_seen"])])
-            if both
-            else None,
+            final_val_loss_diff=abs(both[-1]["val_loss"] - last[int(both[-1]["images_seen"])]) if both else None,
             final_images_seen=int(both[-1]["images_seen"]) if both else None,
         )
     return None
@@ -233,9 +227,7 @@ def _stages(out: Path, pipeline: PipelineConfig | None) -> tuple[Stage, ...]:
     names = [stage.name for stage in planned]
     files = sorted((out / "stages").glob("*/DONE.json"))
     done = {path.parent.name: _json(path) for path in files}
-    extra = sorted(
-        (name for name in done if name not in names), key=lambda name: str(done[name].get("started", ""))
-    )
+    extra = sorted((name for name in done if name not in names), key=lambda name: str(done[name].get("started", "")))
     planned += [Stage(name, "", "", 1) for name in extra]
     return tuple(
         Stage(

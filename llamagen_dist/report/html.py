@@ -120,9 +120,7 @@ def _grid(block: ImageGrid) -> str:
     for index, image in enumerate(block.images):
         caption = block.captions[index] if block.captions else ""
         label = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-        cells.append(
-            f'<figure><img src="{_picture(image, block.width)}" alt="{_text(caption)}">{label}</figure>'
-        )
+        cells.append(f'<figure><img src="{_picture(image, block.width)}" alt="{_text(caption)}">{label}</figure>')
     note = f'<p class="caption">{_text(block.note)}</p>' if block.note else ""
     return f'<div class="images" style="--cell:{int(block.width)}px">{"".join(cells)}</div>{note}'
 
@@ -169,9 +167,7 @@ def _inline(text: str) -> str:
 def markdown(text: str) -> str:
     """The subset named in blocks.Markdown -> HTML. Anything else is shown as it is written."""
     out: list[str] = []
-    for number, piece in enumerate(
-        re.split(r"^```[a-z]*\n(.*?)^```[ ]*$", text, flags=re.MULTILINE | re.DOTALL)
-    ):
+    for number, piece in enumerate(re.split(r"^```[a-z]*\n(.*?)^```[ ]*$", text, flags=re.MULTILINE | re.DOTALL)):
         if number % 2:
             out.append(f'<pre class="scroll" tabindex="0"><code>{_text(piece.rstrip())}</code></pre>')
         else:

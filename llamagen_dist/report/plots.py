@@ -52,9 +52,7 @@ def _thin(x: Floats, y: Floats, most: int = 600) -> tuple[Floats, Floats]:
     return np.add.reduceat(x, edges[:-1]) / sizes, np.add.reduceat(y, edges[:-1]) / sizes
 
 
-def ladder_curves(
-    curves: Sequence[Curve], x_label: str, caption: str = "", format: c.Format = "svg"
-) -> Figure:
+def ladder_curves(curves: Sequence[Curve], x_label: str, caption: str = "", format: c.Format = "svg") -> Figure:
     """Training loss (thin), its running mean, and held-out loss (dots) of runs sorted from small to large."""
     colours: dict[str, str] = {}
     with c.canvas([1], 3.5) as (drawing, (axes,)):
@@ -95,9 +93,7 @@ def ladder_curves(
         c.title(axes, "loss (nats per token)")
         c.label_ends(axes, ends)
         alt = "Loss against " + x_label + " for " + ", ".join(curve.name for curve in curves)
-        return c.finish(
-            drawing, alt, caption, {"curves": [curve.data() for curve in curves]}, format, colours
-        )
+        return c.finish(drawing, alt, caption, {"curves": [curve.data() for curve in curves]}, format, colours)
 
 
 def loss_against_size(
@@ -115,9 +111,7 @@ def loss_against_size(
             light, dark = c.ramp(number, len(lines))
             colours[light] = dark
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(
-                x, y, color=light, marker="o", markersize=6.5, markeredgecolor=c.PAPER, markeredgewidth=1.3
-            )
+            axes.plot(x, y, color=light, marker="o", markersize=6.5, markeredgecolor=c.PAPER, markeredgewidth=1.3)
             ends.append((x[-1], y[-1], f"{count(budget)} {unit}", light))
         if xs:
             axes.set_xlim(min(xs) / 1.35, max(xs) * 1.35)
@@ -129,9 +123,7 @@ def loss_against_size(
         c.label_ends(axes, ends)
         data = {
             "unit": unit,
-            "lines": [
-                {"budget": b, "points": [list(p) for p in sorted(v)]} for b, v in sorted(lines.items())
-            ],
+            "lines": [{"budget": b, "points": [list(p) for p in sorted(v)]} for b, v in sorted(lines.items())],
         }
         alt = f"Validation loss against parameters, one line for each of {len(lines)} training budgets"
         return c.finish(drawing, alt, caption, data, format, colours)
@@ -160,15 +152,13 @@ def tensor_parallel(
         shown = gap > 0
         if shown.any():
             below.set_yscale("log")
-            below.plot(steps[shown], gap[shown], color=c.INK, linewidth=0.8)
+            below.plot(steps[shown], gap[shown], color=c.INK, linewidth=0.8, marker="." if len(gap) < 30 else "")
             below.set_ylim(gap[shown].min() / 2.5, gap[shown].max() * 6)
-            c.log_axis(below.yaxis, gap[shown].min(), gap[shown].max())
+            c.log_axis(below.yaxis, *below.get_ylim())
             first = gap[steps <= window]
             if len(first) and first.max() > 0:
                 worst = steps[steps <= window][first.argmax()]
-                below.plot(
-                    [worst], [first.max()], marker="o", markersize=6, color=c.ORANGE, markeredgecolor=c.PAPER
-                )
+                below.plot([worst], [first.max()], marker="o", markersize=6, color=c.ORANGE, markeredgecolor=c.PAPER)
                 below.text(
                     0.02,
                     0.95,
@@ -179,14 +169,10 @@ def tensor_parallel(
                     color=c.INK,
                 )
         else:
-            below.text(
-                0.5, 0.5, "no difference at any step", transform=below.transAxes, ha="center", color=c.SOFT
-            )
+            below.text(0.5, 0.5, "no difference at any step", transform=below.transAxes, ha="center", color=c.SOFT)
             below.set_yticks([])
         for axes in (above, below):
-            axes.axvspan(
-                float(steps.min()), float(min(window, steps.max())), color=c.BLUE, alpha=0.08, linewidth=0
-            )
+            axes.axvspan(float(steps.min()), float(min(window, steps.max())), color=c.BLUE, alpha=0.08, linewidth=0)
         c.title(below, "|difference| (nats per token)")
         c.linear_axis(below.xaxis)
         below.set_xlabel("optimizer step")

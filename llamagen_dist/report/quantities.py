@@ -29,7 +29,7 @@ def tick(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) < 0.01:
-        return power(value, digits=0)
+        return power(value, digits=0 if float(f"{value:.0e}") == float(f"{value:.2e}") else 1)
     if abs(value) < 1000:
         return f"{value:g}"
     return count(value).replace(_GAP, "") if abs(value) >= 10_000 else f"{value / 1000:g}k"

@@ -106,9 +106,7 @@ def _numbers(s: Summary) -> Numbers:
     if "psnr" in t:
         usage = f", {t['codebook_usage']:.0%} of the codes in use" if "codebook_usage" in t else ""
         items.append(
-            Number(
-                "Tokenizer PSNR", f"{t['psnr']:.1f} dB", f"SSIM {t['ssim']:.3f}{usage}" if "ssim" in t else ""
-            )
+            Number("Tokenizer PSNR", f"{t['psnr']:.1f} dB", f"SSIM {t['ssim']:.3f}{usage}" if "ssim" in t else "")
         )
     sizes = [run.params for run in s.ladder if run.params]
     if sizes:
@@ -132,9 +130,7 @@ def _numbers(s: Summary) -> Numbers:
         )
     if known.get("time_s"):
         items.append(
-            Number(
-                "Wall-clock time", q.duration(sum(known["time_s"].values())), f"{len(known['time_s'])} stages"
-            )
+            Number("Wall-clock time", q.duration(sum(known["time_s"].values())), f"{len(known['time_s'])} stages")
         )
     if "peak_rss_gb" in known:
         items.append(Number("Peak memory", q.gigabytes(known["peak_rss_gb"]), "largest single process"))

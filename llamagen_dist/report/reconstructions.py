@@ -95,6 +95,4 @@ def _tile(originals: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> NDArray[n
 def _fitting(images: NDArray[np.uint8], side: int) -> Sequence[NDArray[np.uint8]]:
     if images.shape[1] == side:
         return list(images)
-    return [
-        np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)) for image in images
-    ]
+    return [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)) for image in images]

@@ -135,13 +135,11 @@ def parity(s: Summary) -> Section | None:
         text.append(_later(steps, np.abs(other - one), p.max_abs_loss_diff))
     if p.final_val_loss_diff is not None:
         end = f"at image {q.count(p.final_images_seen)}" if p.final_images_seen else "at the end"
-        text.append(
-            f"The final validation losses ({end}) differ by **{q.small(p.final_val_loss_diff)} nats**."
-        )
+        apart = f"differ by **{q.small(p.final_val_loss_diff)} nats**"
+        text.append(f"The final validation losses ({end}) {apart if p.final_val_loss_diff else 'are equal'}.")
     if not text:
         text.append(
-            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point "
-            "in common."
+            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point in common."
         )
     finite = np.isfinite(one) & np.isfinite(other)
     drawn = (
@@ -213,6 +211,7 @@ def cost(s: Summary) -> Section | None:
 
 def window(found: Parity) -> str:
     """Says how many steps were compared, should fewer than all of the first 50 be in the logs."""
-    if found.steps == PARITY_STEPS:
-        return f"the first {PARITY_STEPS} steps"
+    last = int(max(found.one.steps.max(initial=0), found.other.steps.max(initial=0)))
+    if found.steps == min(PARITY_STEPS, last):
+        return f"the first {found.steps} steps"
     return f"{found.steps} of the first {PARITY_STEPS} steps"

@@ -28,9 +28,7 @@ def section(s: Summary) -> Section | None:
     if grid:
         blocks.append(grid)
     else:
-        blocks.append(
-            Markdown("No reconstructions: the tokenizer's checkpoint or the held-out images are not there.")
-        )
+        blocks.append(Markdown("No reconstructions: the tokenizer's checkpoint or the held-out images are not there."))
     losses = (Markdown(_losses(config)),) if config else ()
     blocks.append(Columns((_curves(run, config), _facts(run, config))))
     return Section(
@@ -112,6 +110,4 @@ def _losses(config: TokenizerConfigFile) -> str:
         )
     else:
         on.append(f"adversarial ({gan.kind}, weight {gan.weight:g}, from image {q.count(gan.start_images)})")
-    return "\n\n".join(
-        ["### Which losses were on", f"On: {', '.join(on)}.", *(["\n".join(off)] if off else [])]
-    )
+    return "\n\n".join(["### Which losses were on", f"On: {', '.join(on)}.", *(["\n".join(off)] if off else [])])

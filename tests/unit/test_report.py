@@ -81,13 +81,19 @@ def test_a_difference_after_step_50_does_not_count_but_one_at_step_50_does(out: 
     original = lines_of(path)
     for step, expected in ((51, 3e-6), (50, 0.5)):
         changed = [
-            line | {"loss": train_loss("g130k", step) + 0.5}
-            if line["step"] == step and "loss" in line
-            else line
+            line | {"loss": train_loss("g130k", step) + 0.5} if line["step"] == step and "loss" in line else line
             for line in original
         ]
         write_lines(path, changed)
         assert results(collect(out))["parity"]["tp_max_abs_loss_diff"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_log_of_every_tenth_step_is_said_to_be_one(out: Path) -> None:
+    for folder in ("ladder", "tp2"):
+        path = out / folder / "g130k" / "metrics.jsonl"
+        write_lines(path, [line for line in lines_of(path) if line["step"] % 10 == 0])
+    assert results(collect(out))["parity"]["steps"] == 5
+    assert "5 of the first 50 steps" in html.render(quickstart.build(collect(out)))
 
 
 def test_steps_that_saw_other_images_are_not_compared(out: Path) -> None:
@@ -130,9 +136,7 @@ def test_a_half_written_last_line_is_not_there_yet_but_a_broken_one_is_named(out
 
 def test_a_loss_that_is_not_finite_stays_out_of_the_json(out: Path) -> None:
     path = out / "ladder" / "g30k" / "metrics.jsonl"
-    write_lines(
-        path, [line | {"val_loss": math.nan} if "val_loss" in line else line for line in lines_of(path)]
-    )
+    write_lines(path, [line | {"val_loss": math.nan} if "val_loss" in line else line for line in lines_of(path)])
     main(["report", str(out)])
     found = json.loads((out / "results.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert [("val_loss" in point) for point in found["gpt"]] == [False] * 3 + [True] * 6

@@ -68,9 +68,7 @@ class Loaded(HTMLParser):
                 self.links.append(value or "")
 
 
-def test_the_command_writes_a_small_page_that_fetches_nothing(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_a_small_page_that_fetches_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(out)])
     assert capsys.readouterr().out.split() == [str(out / "report.html"), str(out / "results.json")]
     page = (out / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
@@ -121,9 +119,7 @@ def test_names_are_shown_not_run(out: Path) -> None:
 
 
 def test_links_only_lead_to_the_web_or_down_the_page() -> None:
-    page = html.markdown(
-        "[a](https://example.org/x?y=1&z=2) [b](javascript:alert(1)) [c](#s1) [d](data:text/html,x)"
-    )
+    page = html.markdown("[a](https://example.org/x?y=1&z=2) [b](javascript:alert(1)) [c](#s1) [d](data:text/html,x)")
     assert Loaded(page).links == ["https://example.org/x?y=1&z=2", "#s1"]
 
 
@@ -167,11 +163,7 @@ def test_pictures_are_enlarged_with_hard_edges() -> None:
 def test_the_description_is_json_and_keeps_the_plots_numbers(out: Path) -> None:
     made = json.loads(json.dumps(describe(quickstart.build(collect(out)))))
     figures = [
-        b
-        for s in made["blocks"]
-        for c in s.get("blocks", [])
-        for b in c.get("blocks", [])
-        if b["block"] == "figure"
+        b for s in made["blocks"] for c in s.get("blocks", []) for b in c.get("blocks", []) if b["block"] == "figure"
     ]
     ladder = next(f for f in figures if "curves" in f["data"])
     assert [curve["name"] for curve in ladder["data"]["curves"]] == ["g30k", "g130k", "g560k"]
