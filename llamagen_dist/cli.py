@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, import the one command that was asked for, run it. Raises what the command raises."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if word in COMMANDS), None)
-    parser = argparse.ArgumentParser(prog="llamagen", description="Train Llama image generators, on one core or a cluster.")
+    parser = argparse.ArgumentParser(
+        prog="llamagen", description="Train Llama image generators, on one core or a cluster."
+    )
     parser.add_argument("--version", action="version", version=f"llamagen-dist {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():

@@ -1,6 +1,6 @@
 """PROGRAM: train a Llama GPT on token shards.
 
-    torchrun --nproc-per-node=2 -m llamagen_dist.train_gpt configs/gpt/ladder.yaml run_dir=runs/ladder data.train=… data.validation=…
+    torchrun --nproc-per-node=2 -m llamagen_dist.train_gpt configs/gpt/ladder.yaml run_dir=runs/ladder data.train=… …
 
 also plain ``python -m`` for one rank, or ``srun``. The same command again resumes. A config with a ``ladder`` trains
 its rungs one after another in run_dir/NAME, in one process start.
@@ -26,7 +26,9 @@ def main(argv: list[str]) -> None:
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
     topology = start(config.parallel.tensor, config.parallel.threads)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
-    models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
+    models = [
+        _model(rung, train, topology) for _, rung, train, _ in plan
+    ]  # every refusal comes before any training
     for number, ((name, rung, train, validation), model) in enumerate(zip(plan, models, strict=True), 1):
         label = name if len(plan) == 1 else f"{name} ({number}/{len(plan)})"
         train_one(name, label, rung, model, train, validation, topology)
@@ -43,8 +45,10 @@ def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
         data["run_dir"] = config.run_dir / name
         rung = build(GPTConfigFile, data, f"ladder.{name}")
         if rung.parallel.tensor != config.parallel.tensor:
-            raise UserError(f"ladder.{name}: parallel.tensor cannot differ between rungs of one process start; "
-                            "train it as a run of its own")
+            raise UserError(
+                f"ladder.{name}: parallel.tensor cannot differ between rungs of one process start; "
+                "train it as a run of its own"
+            )
         found.append((name, rung))
     return found
 
@@ -52,7 +56,11 @@ def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
 def _laid_over(below: dict, above: dict) -> dict:
     both = dict(below)
     for key, value in above.items():
-        both[key] = _laid_over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+        both[key] = (
+            _laid_over(both[key], value)
+            if isinstance(value, dict) and isinstance(both.get(key), dict)
+            else value
+        )
     return both
 
 
@@ -61,10 +69,14 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
     train, validation = open_shards(config.data.train), open_shards(config.data.validation)
     for key, shards in (("data.train", train), ("data.validation", validation)):
         if shards.manifest.kind != "tokens":
-            raise UserError(f"{key}: {shards.folder} holds {shards.manifest.kind}, not tokens; run tokenizer_training.extract on it")
+            raise UserError(
+                f"{key}: {shards.folder} holds {shards.manifest.kind}, not tokens; run tokenizer_training.extract on it"
+            )
     for what in ("tokenizer_sha256", "vocab_size", "grid", "classes"):
         if getattr(train.manifest, what) != getattr(validation.manifest, what):
-            raise UserError(f"data.validation: its {what} differs from that of data.train; extract both with one tokenizer")
+            raise UserError(
+                f"data.validation: its {what} differs from that of data.train; extract both with one tokenizer"
+            )
     return train, validation
 
 
@@ -72,23 +84,45 @@ def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfi
     manifest = train.manifest
     assert manifest.vocab_size is not None
     assert manifest.grid is not None
-    model = gpt_config(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.grid[0] * manifest.grid[1],
-                       num_classes=manifest.num_classes)
+    model = gpt_config(
+        config.model,
+        vocab_size=manifest.vocab_size,
+        image_tokens=manifest.grid[0] * manifest.grid[1],
+        num_classes=manifest.num_classes,
+    )
     tensor_parallel.check(model, topology.tensor)
     micro_batches(config.train, topology)
     return model
 
 
-def train_one(name: str, label: str, config: GPTConfigFile, model: GPTConfig, train: Shards, validation: Shards,
-              topology: Topology) -> None:
+def train_one(
+    name: str,
+    label: str,
+    config: GPTConfigFile,
+    model: GPTConfig,
+    train: Shards,
+    validation: Shards,
+    topology: Topology,
+) -> None:
     """One run in its run directory, from wherever it stands to its end."""
-    with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
+    with open_run(
+        config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label
+    ) as run:
         held_out = TokenStream(validation, topology, config.train.global_batch, config.train.seed, 0.0)
-        stream = TokenStream(train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p)
-        task = GPTTask(build_gpt(model, config.train.seed), config, topology, name,
-                       lambda: held_out.validation_batches(config.validation.images, config.validation.batch))
-        run.say(f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, data {topology.dp}, "
-                f"ZeRO-{config.parallel.zero}), {config.train.images:,} images")
+        stream = TokenStream(
+            train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p
+        )
+        task = GPTTask(
+            build_gpt(model, config.train.seed),
+            config,
+            topology,
+            name,
+            lambda: held_out.validation_batches(config.validation.images, config.validation.batch),
+        )
+        run.say(
+            f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
+            f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
+        )
         fit(task, stream, config, run)
 
 

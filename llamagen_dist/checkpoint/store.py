@@ -1,8 +1,9 @@
 """One checkpoint directory per step, the same for every layout; valid only once COMPLETE is there.
 
-``step_00012000/`` holds full tensors in safetensors shards, one per file family and writer rank (``weights-00000.safetensors``,
-``optimizer-00001.safetensors`` …), ``index.json`` (tensor -> file, and each file's sha256), ``state.json``,
-``config.yaml``, ``classes.json`` and, written last after every rank has reported its hashes, ``COMPLETE``. It is removed first.
+``step_00012000/`` holds full tensors in safetensors shards, one or more per file family and writer rank
+(``weights-00000-000.safetensors``, ``optimizer-00001-001.safetensors`` …), ``index.json`` (tensor -> file, and each
+file's sha256), ``state.json``, ``config.yaml``, ``classes.json`` and, written last after every rank has reported its
+hashes, ``COMPLETE``. It is removed first.
 """
 
 import hashlib
@@ -46,7 +47,11 @@ def _sync_folder(folder: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:
@@ -96,8 +101,17 @@ class _Writer:
         self.where.update({f"{group}:{key}": name for key in batch})
 
 
-def save(run_dir: Path, step: int, entries: Sequence[Entry], state: Mapping[str, Any], topology: Topology, *,
-         config_text: str, classes: Sequence[str] | None = None, keep_last: int = 2) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    entries: Sequence[Entry],
+    state: Mapping[str, Any],
+    topology: Topology,
+    *,
+    config_text: str,
+    classes: Sequence[str] | None = None,
+    keep_last: int = 2,
+) -> Path:
     """Write ``run_dir/checkpoints/step_…`` (collective) and prune older ones. Returns its path.
 
     An OSError (disk full) leaves the earlier checkpoints as they were.
@@ -121,8 +135,11 @@ def save(run_dir: Path, step: int, entries: Sequence[Entry], state: Mapping[str,
         reports = [None] * topology.world
         dist.all_gather_object(reports, (writer.files, writer.where))
     if topology.rank == 0:
-        index = {"format": FORMAT, "files": {k: v for files, _ in reports for k, v in files.items()},
-                 "tensors": {k: v for _, where in reports for k, v in where.items()}}
+        index = {
+            "format": FORMAT,
+            "files": {k: v for files, _ in reports for k, v in files.items()},
+            "tensors": {k: v for _, where in reports for k, v in where.items()},
+        }
         write_text(folder / "index.json", json.dumps(index, indent=1, sort_keys=True))
         write_text(folder / "state.json", json.dumps(dict(state), indent=1, sort_keys=True))
         write_text(folder / "config.yaml", config_text)
@@ -151,7 +168,9 @@ def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a checkpoint that is missing or has other bytes than were written."""
     index_path = folder / "index.json"
     if not (folder / "COMPLETE").exists():
-        raise UserError(f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted")
+        raise UserError(
+            f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted"
+        )
     if not index_path.exists() or (folder / "COMPLETE").read_text().strip() != file_sha256(index_path):
         raise UserError(f"{index_path}: missing or not the file that was written (sha256 differs)")
     for name, expected in json.loads(index_path.read_text())["files"].items():
@@ -191,11 +210,15 @@ def restore(folder: Path, entries: Sequence[Entry]) -> None:
     for entry in entries:
         name = where.get(f"{entry.group}:{entry.key}")
         if name is None:
-            raise UserError(f"{folder}: holds no {entry.group} tensor {entry.key}; it was written by another kind of model")
+            raise UserError(
+                f"{folder}: holds no {entry.group} tensor {entry.key}; it was written by another kind of model"
+            )
         with safe_open(folder / name, framework="pt") as file:
             tensor = file.get_tensor(entry.key)
         if tuple(tensor.shape) != tuple(entry.shape):
-            raise UserError(f"{folder}: {entry.key} has shape {tuple(tensor.shape)}, the model wants {tuple(entry.shape)}")
+            raise UserError(
+                f"{folder}: {entry.key} has shape {tuple(tensor.shape)}, the model wants {tuple(entry.shape)}"
+            )
         entry.write(tensor)
 
 
@@ -206,7 +229,9 @@ def _locate(path: Path) -> Path:
         return path
     found = newest(path)
     if found is None:
-        raise UserError(f"{path}: no complete checkpoint there; give a run directory, a step_… folder or a weights file")
+        raise UserError(
+            f"{path}: no complete checkpoint there; give a run directory, a step_… folder or a weights file"
+        )
     return found
 
 

@@ -33,15 +33,22 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -50,18 +57,18 @@ def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""))
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
         seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -112,7 +119,7 @@ def parse(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
             raise UserError(f"{word!r} is not a setting: write key=value, for example optim.lr=1e-4")
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             value = text
         nested = _merge(nested, nest({key: value}))
@@ -140,7 +147,9 @@ def _fields_at(section: type[BaseModel], location: Sequence[Any]) -> list[str]:
             return []
         current = field.annotation
         while not (isinstance(current, type) and issubclass(current, BaseModel)):
-            inner = [a for a in get_args(current) if get_origin(a) or (isinstance(a, type) and issubclass(a, BaseModel))]
+            inner = [
+                a for a in get_args(current) if get_origin(a) or (isinstance(a, type) and issubclass(a, BaseModel))
+            ]
             if not inner:
                 return []
             current = inner[0]
@@ -189,8 +198,11 @@ def build(section: type[S], data: Mapping[str, Any], source: str) -> S:
         raise _explain(error, section, source) from None
 
 
-def load(files: str | Path | Sequence[str | Path], overrides: Iterable[str] | Mapping[str, Any] = (),
-         kind: str | None = None) -> Any:
+def load(
+    files: str | Path | Sequence[str | Path],
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    kind: str | None = None,
+) -> Any:
     """Read one config.
 
     files: one YAML file or several, merged left to right. overrides: ``key=value`` words, or a nested mapping,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """tokens: int64 (B, N). labels: int64 (B,), the null class where dropped. positions: int64 (B,), global sample numbers."""
+    """tokens: int64 (B, N). labels: int64 (B,), the null class where dropped. positions: int64 (B,), global."""
 
     tokens: Tensor
     labels: Tensor

@@ -25,7 +25,7 @@ def total_parameters(config: GPTConfig) -> int:
 
 
 def forward_flops_per_image(config: GPTConfig) -> int:
-    """Matrix products only: blocks over prefix + N - 1 positions, causal attention counted half, head at N positions."""
+    """Matrix products only: blocks over prefix + N - 1 positions, causal attention as half, head at N positions."""
     groups = parameters(config)
     length = config.prefix + config.image_tokens - 1
     blocks = 2 * (groups["attention"] + groups["feed-forward"]) * length

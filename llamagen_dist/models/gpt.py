@@ -6,7 +6,7 @@ that those weights depend on and that look like mistakes:
 
 * prefix positions are rotated by cos = sin = 0, so their queries and keys are zero and every image token attends to
   the prefix with logit 0;
-* the rotary pairs are interleaved (2p, 2p+1), the first half of a head turning with the row, the second with the column;
+* the rotary pairs are interleaved (2p, 2p+1); the first half of a head turns with the row, the second with the column;
 * the null caption (``uncond_embedding``) is a buffer that was never trained; the null class is row ``num_classes``.
 """
 
@@ -51,8 +51,10 @@ class GPTConfig:
         if self.dim % self.n_head:
             raise ValueError(f"dim {self.dim} is not a multiple of n_head {self.n_head}")
         if self.head_dim % 4:
-            raise ValueError(f"head dimension {self.head_dim} (dim / n_head) must be a multiple of 4: "
-                             "half of it turns with the row and half with the column, in pairs")
+            raise ValueError(
+                f"head dimension {self.head_dim} (dim / n_head) must be a multiple of 4: "
+                "half of it turns with the row and half with the column, in pairs"
+            )
         if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise ValueError(f"image_tokens {self.image_tokens} is not a square")
 
@@ -179,8 +181,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).chunk(3, dim=-1))
         q, k = rotate(q, table), rotate(k, table)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                             is_causal=mask is None)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
+        )
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -220,7 +223,9 @@ class Block(nn.Module):
 
 def _token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """(B, N, V), (B, N) -> (B, N) nats in fp32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(
+        tokens.shape
+    )
 
 
 class GPT(nn.Module):
@@ -263,14 +268,18 @@ class GPT(nn.Module):
     @property
     def dropout_active(self) -> bool:
         c = self.config
-        return self.training and max(c.token_dropout_p, c.resid_dropout_p, c.ffn_dropout_p, c.drop_path_rate) > 0
+        return (
+            self.training and max(c.token_dropout_p, c.resid_dropout_p, c.ffn_dropout_p, c.drop_path_rate) > 0
+        )
 
     def _hidden(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None) -> Tensor:
         """(B, N, dim): the state at the N positions that predict tokens[:, 0 … N-1]."""
         random = None
         if self.dropout_active:
             if sample_ids is None:
-                raise ValueError("dropout needs sample_ids: its masks are a function of the global sample numbers")
+                raise ValueError(
+                    "dropout needs sample_ids: its masks are a function of the global sample numbers"
+                )
             random = Randomness(prng.stream(self.dropout_seed, "dropout", sample_ids))
         mask = None
         if isinstance(condition, tuple):
@@ -303,9 +312,14 @@ class GPT(nn.Module):
         """
         return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids)))
 
-    def loss(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None = None,
-             weights: Tensor | None = None) -> Tensor:
-        """Mean nats per token (0-d fp32); in eval mode this is the validation loss. weights: (B,), 0 leaves a sample out."""
+    def loss(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        sample_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Mean nats per token (0-d fp32); in eval mode the validation loss. weights: (B,), 0 leaves a sample out."""
         nll = self.token_nll(self.output(self._hidden(tokens, condition, sample_ids)), tokens)
         if weights is None:
             return nll.mean()

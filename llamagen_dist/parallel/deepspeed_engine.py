@@ -54,8 +54,13 @@ def _join(topology: Topology) -> Any:
     """Import DeepSpeed and let it adopt the process group; returns the module."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if topology.device.type == "cuda" else "cpu")
     # single-process groups are enough for the rendezvous variables it insists on
-    for name, value in {"RANK": topology.rank, "WORLD_SIZE": topology.world, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": 29500}.items():
+    for name, value in {
+        "RANK": topology.rank,
+        "WORLD_SIZE": topology.world,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }.items():
         os.environ.setdefault(name, str(value))
     import deepspeed
     import deepspeed.ops
@@ -66,22 +71,36 @@ def _join(topology: Topology) -> Any:
         # its shared-memory gloo extension takes a minute of C++ compilation and is not needed
         deepspeed.ops.__compatible_ops__ = {}
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if topology.device.type == "cpu" else "nccl", rank=0, world_size=1,
-                                store=dist.HashStore())
-    deepspeed.init_distributed(dist_backend="gloo" if topology.device.type == "cpu" else "nccl", verbose=False,
-                               auto_mpi_discovery=False)
+        dist.init_process_group(
+            "gloo" if topology.device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore()
+        )
+    deepspeed.init_distributed(
+        dist_backend="gloo" if topology.device.type == "cpu" else "nccl",
+        verbose=False,
+        auto_mpi_discovery=False,
+    )
     return deepspeed
 
 
 class DeepSpeedEngine:
     """ZeRO stage 1 or 2 over the data-parallel ranks of ``topology``; fp32.
 
-    module: plain GPT whose split layers are already in place; called: a module around it whose forward is run instead. micro_batch: images per rank and forward pass;
+    module: plain GPT whose split layers are already in place; called: a module around it whose forward is run
+    instead. micro_batch: images per rank and forward pass;
     accumulation: forward passes per optimizer step.
     """
 
-    def __init__(self, module: nn.Module, optim: OptimSection, topology: Topology, *, stage: int, micro_batch: int,
-                 accumulation: int, called: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimSection,
+        topology: Topology,
+        *,
+        stage: int,
+        micro_batch: int,
+        accumulation: int,
+        called: nn.Module | None = None,
+    ) -> None:
         deepspeed = _join(topology)
         self.optim, self.topology = optim, topology
         self.plain = module.to(topology.device)
@@ -93,13 +112,21 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro_batch * accumulation * topology.dp,
             "gradient_clipping": optim.clip,
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }
         self._engine, _, _, _ = deepspeed.initialize(
-            model=called if called is not None else self.plain, optimizer=optimizers.build(self.plain, optim), config=settings,
-            mpu=_ModelParallelUnit(topology) if topology.tensor > 1 else None, dist_init_required=False)
+            model=called if called is not None else self.plain,
+            optimizer=optimizers.build(self.plain, optim),
+            config=settings,
+            mpu=_ModelParallelUnit(topology) if topology.tensor > 1 else None,
+            dist_init_required=False,
+        )
         self.module: nn.Module = self._engine
         self._make_optimizer_state()
 
@@ -108,7 +135,10 @@ class DeepSpeedEngine:
         inner = self._engine.optimizer.optimizer
         for group in inner.param_groups:
             for p in group["params"]:
-                inner.state[p] = {"step": torch.zeros(()), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
+                inner.state[p] = {
+                    "step": torch.zeros(()),
+                    **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS},
+                }
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor) -> None:

@@ -36,12 +36,20 @@ class TorchEngine:
     """One process, or DDP when the topology has several data-parallel ranks.
 
     module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module, whose parameter names
-    the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are those
-    of rank 0. group, optimizer_group: file families in the checkpoint.
+    the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are
+    those of rank 0. group, optimizer_group: file families in the checkpoint.
     """
 
-    def __init__(self, module: nn.Module, optim: OptimSection, topology: Topology, *, called: nn.Module | None = None,
-                 group: str = "weights", optimizer_group: str = "optimizer") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimSection,
+        topology: Topology,
+        *,
+        called: nn.Module | None = None,
+        group: str = "weights",
+        optimizer_group: str = "optimizer",
+    ) -> None:
         self.plain = module.to(topology.device)
         self.optim, self.topology = optim, topology
         self.group, self.optimizer_group = group, optimizer_group
@@ -52,12 +60,15 @@ class TorchEngine:
         self.optimizer = optimizers.build(self.plain, optim)
         for p in self.plain.parameters():
             if p.requires_grad:
-                self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                                           "exp_avg_sq": torch.zeros_like(p)}
+                self.optimizer.state[p] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (already divided by the number of micro-batches)."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, images_seen: int) -> Tensor:
         """Clip, set the learning rate of this position, update, clear. Returns the gradient norm before clipping.

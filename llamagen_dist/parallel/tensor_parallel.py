@@ -1,7 +1,7 @@
 """Tensor parallelism from outside: one table says how each weight of the finished plain model is split.
 
-The table drives everything that must agree: swapping Megatron-core's layers in (names and order of the parameters stay),
-cutting full weights into a rank's part, and merging parts for a checkpoint. What it does not name is replicated.
+The table drives everything that must agree: swapping Megatron-core's layers in (names and order of the parameters
+stay), cutting full weights into a rank's part, and merging parts for a checkpoint. What it does not name is replicated.
 """
 
 import re
@@ -18,7 +18,7 @@ from llamagen_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Split:
-    """kind: ``vocab``, ``column`` or ``row``; dim: the dimension cut; parts: equal blocks cut one by one ([q|k|v]: 3)."""
+    """kind: ``vocab``, ``column`` or ``row``; dim: the dimension cut; parts: blocks cut one by one ([q|k|v]: 3)."""
 
     kind: str
     dim: int
@@ -64,12 +64,14 @@ def check(config: GPTConfig, tensor: int) -> None:
     bad = [f"{name} {size}" for name, size in limits.items() if size % tensor]
     if bad:
         fits = [n for n in range(1, config.n_head + 1) if all(size % n == 0 for size in limits.values())]
-        raise UserError(f"parallel.tensor: {tensor} does not divide this model's {' and '.join(bad)}; "
-                        f"sizes that work: {', '.join(map(str, fits))}")
+        raise UserError(
+            f"parallel.tensor: {tensor} does not divide this model's {' and '.join(bad)}; "
+            f"sizes that work: {', '.join(map(str, fits))}"
+        )
 
 
 def apply(model: GPT, topology: Topology) -> GPT:
-    """Replace the split layers of a finished plain model by Megatron-core's, in place, each with its part of the weights.
+    """Replace the split layers of a finished plain model by Megatron-core's, in place, with their part of the weights.
 
     Every rank must hold the same full weights. Nothing happens at tensor size 1.
     """
@@ -86,8 +88,12 @@ def apply(model: GPT, topology: Topology) -> GPT:
     )
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-    mcore = ModelParallelConfig(tensor_model_parallel_size=topology.tensor, use_cpu_initialization=True,
-                                params_dtype=torch.float32, perform_initialization=False)
+    mcore = ModelParallelConfig(
+        tensor_model_parallel_size=topology.tensor,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        perform_initialization=False,
+    )
 
     # mcore adds an _extra_state to state dicts, which strict loading of LlamaGen's names would refuse
     class Column(ColumnParallelLinear):
@@ -107,7 +113,9 @@ def apply(model: GPT, topology: Topology) -> GPT:
 
     def swapped(kind: str, old: nn.Linear | nn.Embedding) -> nn.Module:
         if isinstance(old, nn.Embedding):
-            return VocabParallelEmbedding(old.num_embeddings, old.embedding_dim, init_method=nn.init.zeros_, config=mcore)
+            return VocabParallelEmbedding(
+                old.num_embeddings, old.embedding_dim, init_method=nn.init.zeros_, config=mcore
+            )
         options = {"config": mcore, "init_method": nn.init.zeros_, "bias": False}
         if kind == "column":
             return Column(old.in_features, old.out_features, gather_output=False, **options)
@@ -122,14 +130,15 @@ def apply(model: GPT, topology: Topology) -> GPT:
         parent = model.get_submodule(path.rpartition(".")[0])
         old = getattr(parent, path.rpartition(".")[2])
         new = swapped(split.kind, old)
-        new._load_state_dict_pre_hooks.clear()
+        getattr(new, "_load_state_dict_pre_hooks").clear()  # noqa: B009 - nn.Module types it as a tensor
+        weight = new.get_parameter("weight")
         with torch.no_grad():
-            new.weight.copy_(cut(name, p, topology.tensor, topology.tp_rank))
+            weight.copy_(cut(name, p, topology.tensor, topology.tp_rank))
         for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-            if hasattr(new.weight, attribute):
-                delattr(new.weight, attribute)
+            if hasattr(weight, attribute):
+                delattr(weight, attribute)
         # without this mark DeepSpeed takes the part for a replica and the gradient norm comes out too small
-        set_tensor_model_parallel_attributes(new.weight, True, split.dim, 1)
+        set_tensor_model_parallel_attributes(weight, True, split.dim, 1)
         setattr(parent, path.rpartition(".")[2], new)
     assert [name for name, _ in model.named_parameters()] == order, "swapping changed the parameters' order"
 

@@ -84,16 +84,19 @@ def start(tensor: int = 1, threads: int | None = None, timeout_s: float = 1800) 
     if threads is not None:
         torch.set_num_threads(threads)
     if world % tensor:
-        raise UserError(f"parallel.tensor: {tensor} does not divide the {world} ranks that were started; "
-                        f"start a multiple of {tensor} ranks or set parallel.tensor=1")
+        raise UserError(
+            f"parallel.tensor: {tensor} does not divide the {world} ranks that were started; "
+            f"start a multiple of {tensor} ranks or set parallel.tensor=1"
+        )
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
-        # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic anyway,
-        # and the call imports the compiler, which takes seconds.
+        # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic
+        # anyway, and the call imports the compiler, which takes seconds.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new buffer that checks nothing
+        # not a pass over every new buffer: nothing here reads memory it has not written
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - untyped in torch
     else:
         device = torch.device("cpu")
     if world == 1:

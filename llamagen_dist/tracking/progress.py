@@ -25,8 +25,13 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                       TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self._row = self._bar.add_task(label, total=total, text="")
 
@@ -36,7 +41,9 @@ class Progress:
         self._show(force=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show(force=kind is None)
         if self._bar:
             self._bar.stop()
@@ -60,7 +67,9 @@ class Progress:
             return
         if self._file:
             scratch = self._file.with_suffix(".tmp")
-            scratch.write_text(json.dumps({"label": self.label, "done": self.done, "total": self.total, "text": self.text}))
+            scratch.write_text(
+                json.dumps({"label": self.label, "done": self.done, "total": self.total, "text": self.text})
+            )
             scratch.replace(self._file)
         if force or now - self._last_line >= self._line_every:
             self._last_line = now

@@ -13,17 +13,26 @@ def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, 
     if section.size is not None:
         if section.size not in GPT_SIZES:
             near = difflib.get_close_matches(section.size, GPT_SIZES, n=1, cutoff=0.3)
-            raise UserError(f"model.size: {section.size!r} is unknown; {'did you mean ' + near[0] if near else 'one of '}"
-                            f"{'?' if near else ', '.join(GPT_SIZES)}")
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPT_SIZES)}"
+            raise UserError(f"model.size: {section.size!r} is unknown; {hint}")
         sizes = GPT_SIZES[section.size]
-    else:
-        assert section.n_layer and section.n_head and section.dim
-        sizes = {"n_layer": section.n_layer, "n_head": section.n_head, "dim": section.dim}
+    else:  # the section has checked that all three are there
+        own = {"n_layer": section.n_layer, "n_head": section.n_head, "dim": section.dim}
+        sizes = {name: number for name, number in own.items() if number is not None}
     try:
-        return GPTConfig(**sizes, vocab_size=vocab_size, image_tokens=image_tokens, num_classes=num_classes,
-                         multiple_of=section.multiple_of, token_dropout_p=section.token_dropout_p,
-                         resid_dropout_p=section.resid_dropout_p, ffn_dropout_p=section.ffn_dropout_p,
-                         drop_path_rate=section.drop_path_rate)
+        return GPTConfig(
+            n_layer=sizes["n_layer"],
+            n_head=sizes["n_head"],
+            dim=sizes["dim"],
+            vocab_size=vocab_size,
+            image_tokens=image_tokens,
+            num_classes=num_classes,
+            multiple_of=section.multiple_of,
+            token_dropout_p=section.token_dropout_p,
+            resid_dropout_p=section.resid_dropout_p,
+            ffn_dropout_p=section.ffn_dropout_p,
+            drop_path_rate=section.drop_path_rate,
+        )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
 
@@ -38,10 +47,17 @@ def build_gpt(config: GPTConfig, seed: int) -> GPT:
 def vq_config(section: TokenizerModelSection) -> VQConfig:
     if section.size is not None:
         return VQConfig(**VQ_SIZES[section.size])
-    assert section.channels and section.channel_multipliers
-    return VQConfig(channels=section.channels, channel_multipliers=section.channel_multipliers,
-                    res_blocks=section.res_blocks, z_channels=section.z_channels, codebook_size=section.codebook_size,
-                    codebook_dim=section.codebook_dim, l2_norm=section.l2_norm)
+    assert section.channels is not None
+    assert section.channel_multipliers is not None
+    return VQConfig(
+        channels=section.channels,
+        channel_multipliers=section.channel_multipliers,
+        res_blocks=section.res_blocks,
+        z_channels=section.z_channels,
+        codebook_size=section.codebook_size,
+        codebook_dim=section.codebook_dim,
+        l2_norm=section.l2_norm,
+    )
 
 
 def build_vq(section: TokenizerModelSection) -> VQModel:

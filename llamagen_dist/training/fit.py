@@ -41,8 +41,10 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     if folder is not None:
         state = store.read_state(folder)
         if run.fingerprint is not None and state["data"] != run.fingerprint:
-            raise UserError(f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
-                            "point data.train at the same shards, or choose another run_dir")
+            raise UserError(
+                f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
+                "point data.train at the same shards, or choose another run_dir"
+            )
         store.restore(folder, task.entries())
         task.load_scalars(state["task"])
         step, images_seen = state["step"], state["images_seen"]
@@ -57,10 +59,24 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
 
     def save() -> None:
         nonlocal last_saved
-        state = {"images_seen": images_seen, "step": step, "seed": train.seed, "layout": layout(task),
-                 "data": run.fingerprint, "task": dict(task.scalars())}
-        store.save(run.directory, step, task.entries(), state, topology, config_text=run.config_text, classes=run.classes,
-                   keep_last=config.checkpoint.keep_last)
+        state = {
+            "images_seen": images_seen,
+            "step": step,
+            "seed": train.seed,
+            "layout": layout(task),
+            "data": run.fingerprint,
+            "task": dict(task.scalars()),
+        }
+        store.save(
+            run.directory,
+            step,
+            task.entries(),
+            state,
+            topology,
+            config_text=run.config_text,
+            classes=run.classes,
+            keep_last=config.checkpoint.keep_last,
+        )
         last_saved = images_seen
 
     progress = Progress(run.label, train.images) if topology.rank == 0 else None
@@ -80,7 +96,9 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                 if progress:
                     progress.set(images_seen, f"loss {averaged['loss']:.4f}, {speed:.0f} images/s")
                 window_start, window_images = time.monotonic(), 0
-            if done or _due(images_seen, train.global_batch, config.validation.every_images, config.validation.at_images):
+            if done or _due(
+                images_seen, train.global_batch, config.validation.every_images, config.validation.at_images
+            ):
                 held_out = task.validate()
                 run.metrics(step=step, images_seen=images_seen, **held_out)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
@@ -90,8 +108,10 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                 save()
                 window_start, window_images = time.monotonic(), 0
             if asked and not done:
-                raise Stopped(f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
-                              "same command goes on from here")
+                raise Stopped(
+                    f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
+                    "same command goes on from here"
+                )
         if progress:
             progress.__exit__(None, None, None)
     if last_saved != images_seen:
@@ -99,8 +119,14 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    run.summary(images_seen=images_seen, step=step, seconds=round(time.monotonic() - started, 2),
-                peak_rss_gb=round(float(peak), 3), layout=layout(task), **task.describe())
+    run.summary(
+        images_seen=images_seen,
+        step=step,
+        seconds=round(time.monotonic() - started, 2),
+        peak_rss_gb=round(float(peak), 3),
+        layout=layout(task),
+        **task.describe(),
+    )
 
 
 def layout(task: Task) -> dict[str, int]:

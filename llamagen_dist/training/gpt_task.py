@@ -47,8 +47,15 @@ def build_engine(model: GPT, config: GPTConfigFile, topology: Topology) -> Engin
         return TorchEngine(model, config.optim, topology, called=Objective(model))
     from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, config.optim, topology, called=Objective(model), stage=config.parallel.zero,
-                           micro_batch=micro, accumulation=accumulation)
+    return DeepSpeedEngine(
+        model,
+        config.optim,
+        topology,
+        called=Objective(model),
+        stage=config.parallel.zero,
+        micro_batch=micro,
+        accumulation=accumulation,
+    )
 
 
 class GPTTask:
@@ -57,8 +64,14 @@ class GPTTask:
     validation_batches() yields this data-parallel rank's share of the held-out samples, each once.
     """
 
-    def __init__(self, model: GPT, config: GPTConfigFile, topology: Topology, name: str,
-                 validation_batches: Callable[[], Iterable[TokenBatch]]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: GPTConfigFile,
+        topology: Topology,
+        name: str,
+        validation_batches: Callable[[], Iterable[TokenBatch]],
+    ) -> None:
         self.name, self.config, self.topology = name, config, topology
         self.zero = config.parallel.zero
         self.parameters = total_parameters(model.config)
@@ -79,11 +92,15 @@ class GPTTask:
             self.engine.backward(loss / len(pieces))
             total += loss.detach() / len(pieces)
         norm = self.engine.step(images_seen)
-        return {"loss": total, "grad_norm": norm, "lr": torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))}
+        return {
+            "loss": total,
+            "grad_norm": norm,
+            "lr": torch.tensor(optimizers.learning_rate(self.config.optim, images_seen)),
+        }
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """val_loss with the true labels and val_loss_null with the null class, mean nats per token over all held-out samples."""
+        """val_loss (true labels) and val_loss_null (null class): mean nats per token over all held-out samples."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in self._validation_batches():
@@ -106,5 +123,8 @@ class GPTTask:
         self.engine.load_scalars(scalars)
 
     def describe(self) -> Mapping[str, Any]:
-        return {"name": self.name, "params": self.parameters, "tokens_per_image": self.model.config.image_tokens}
-
+        return {
+            "name": self.name,
+            "params": self.parameters,
+            "tokens_per_image": self.model.config.image_tokens,
+        }

@@ -46,13 +46,17 @@ class StopFlag:
 def check_loss(loss: Tensor, topology: Topology, images_seen: int, count: int) -> None:
     """Raise NonFiniteError on all ranks alike if the loss is not finite on any. ``count``: the global batch."""
     if topology.any(not bool(torch.isfinite(loss).all())):
-        raise NonFiniteError(f"the loss is not finite for the global batch of samples {images_seen} … "
-                             f"{images_seen + count - 1} (rank {topology.rank} saw {loss.detach().flatten().tolist()}); "
-                             "no weight was changed. The last checkpoint is good: lower optim.lr or look at that batch")
+        raise NonFiniteError(
+            f"the loss is not finite for the global batch of samples {images_seen} … "
+            f"{images_seen + count - 1} (rank {topology.rank} saw {loss.detach().flatten().tolist()}); "
+            "no weight was changed. The last checkpoint is good: lower optim.lr or look at that batch"
+        )
 
 
 def check_gradient(norm: Tensor, topology: Topology, where: str) -> None:
     """The same for a gradient norm that is already equal on all ranks, so that all raise without asking."""
     if not bool(torch.isfinite(norm)) or float(norm) < 0:
-        raise NonFiniteError(f"the gradient norm of the {where} is not finite ({float(norm)}); no weight was changed. "
-                             "The last checkpoint is good: lower optim.lr, or set optim.clip")
+        raise NonFiniteError(
+            f"the gradient norm of the {where} is not finite ({float(norm)}); no weight was changed. "
+            "The last checkpoint is good: lower optim.lr, or set optim.clip"
+        )

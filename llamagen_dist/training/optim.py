@@ -16,7 +16,9 @@ def groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
 
 def build(module: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW; with weight_decay 0 it is plain Adam, which is what LlamaGen's tokenizer uses."""
-    return torch.optim.AdamW(groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=True)
+    return torch.optim.AdamW(
+        groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=True
+    )
 
 
 def learning_rate(optim: OptimSection, images_seen: int) -> float:

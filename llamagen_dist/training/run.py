@@ -19,7 +19,16 @@ from llamagen_dist.config import Section, UserError, difference, dump, load
 from llamagen_dist.parallel.topology import Topology
 
 # What may change between two launches of one run: how it is executed and watched, never what is computed.
-ELASTIC = ("run_dir", "parallel", "train.micro_batch", "checkpoint", "log", "validation.batch", "data.workers", "ladder")
+ELASTIC = (
+    "run_dir",
+    "parallel",
+    "train.micro_batch",
+    "checkpoint",
+    "log",
+    "validation.batch",
+    "data.workers",
+    "ladder",
+)
 LOCK_PATIENCE_S = 90.0
 
 
@@ -43,7 +52,7 @@ class Run:
         """Append one line to metrics.jsonl."""
         if self.topology.rank == 0:
             if self._metrics is None:
-                self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")
+                self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by open_run
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
 
@@ -74,7 +83,9 @@ def _make_private(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = directory.stat().st_uid
     except OSError as error:
-        raise UserError(f"run_dir: {directory} cannot be made ({error.strerror}); choose a folder you may write to") from None
+        raise UserError(
+            f"run_dir: {directory} cannot be made ({error.strerror}); choose a folder you may write to"
+        ) from None
     if owner != os.getuid():
         raise UserError(f"run_dir: {directory} belongs to another user (uid {owner}); choose another folder")
     if not os.access(directory, os.W_OK):
@@ -83,7 +94,7 @@ def _make_private(directory: Path) -> None:
 
 def _lock(directory: Path) -> IO[str]:
     """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping."""
-    file = open(directory / "lock", "a+", encoding="utf-8")
+    file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
@@ -92,8 +103,10 @@ def _lock(directory: Path) -> IO[str]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise UserError(f"{directory}: another process ({file.read().strip() or 'unknown'}) is running in this "
-                                "run directory; stop it or choose another run_dir") from None
+                raise UserError(
+                    f"{directory}: another process ({file.read().strip() or 'unknown'}) is running in this "
+                    "run directory; stop it or choose another run_dir"
+                ) from None
             time.sleep(0.5)
     file.seek(0)
     file.truncate()
@@ -103,8 +116,14 @@ def _lock(directory: Path) -> IO[str]:
 
 
 @contextmanager
-def open_run(config: Section, topology: Topology, directory: Path | None = None, classes: list[str] | None = None,
-             fingerprint: str | None = None, label: str | None = None) -> Iterator[Run]:
+def open_run(
+    config: Section,
+    topology: Topology,
+    directory: Path | None = None,
+    classes: list[str] | None = None,
+    fingerprint: str | None = None,
+    label: str | None = None,
+) -> Iterator[Run]:
     """Make or reopen ``config.run_dir`` (collective; rank 0 does the work).
 
     Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with
@@ -143,10 +162,18 @@ def _same_config(directory: Path, config: Section) -> None:
         return
     changed = difference(load(path), config, ignore=ELASTIC)
     if changed:
-        raise UserError(f"{directory}: holds a run with another config ({'; '.join(changed)}); "
-                        "choose another run_dir, or use the old values to go on with it")
+        raise UserError(
+            f"{directory}: holds a run with another config ({'; '.join(changed)}); "
+            "choose another run_dir, or use the old values to go on with it"
+        )
 
 
 def _record() -> dict[str, Any]:
-    return {"llamagen_dist": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "host": platform.node(), "cpus": os.cpu_count(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return {
+        "llamagen_dist": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

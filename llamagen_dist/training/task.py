@@ -13,7 +13,11 @@ class Task(Protocol):
     """One trainable system: its modules and optimizers on this rank, already built and sharded."""
 
     topology: Topology
-    zero: int
+
+    @property
+    def zero(self) -> int:
+        """DeepSpeed ZeRO stage, 0 without."""
+        ...
 
     def step(self, batch: Any, images_seen: int) -> Mapping[str, Tensor]:
         """One optimizer step on this rank's share of the global batch that starts at sample ``images_seen``.

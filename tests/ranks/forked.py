@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
-    """Call ``function(*arguments)`` on ``world`` gloo ranks; returns their results, or raises the first rank's traceback."""
+    """Call ``function(*arguments)`` on ``world`` gloo ranks; returns their results or raises the first traceback."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         sys.stdout.flush()
@@ -48,8 +48,13 @@ def _fork(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
         return pid
     status = 1
     try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT="29500")
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT="29500",
+        )
         store = dist.FileStore(str(folder / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         (folder / f"result-{rank}").write_bytes(pickle.dumps(function(*arguments)))

@@ -29,11 +29,17 @@ TOLERANCE = 1e-5  # rounding of sums in another order; at lr 1e-3 Adam does not 
 
 def config(layout: tuple[int, int, int], **train: Any) -> GPTConfigFile:
     _, tensor, zero = layout
-    return GPTConfigFile.model_validate({
-        "kind": "gpt", "run_dir": "unused", "data": {"train": "unused", "validation": "unused"},
-        "model": {"n_layer": 2, "n_head": 4, "dim": 32, "multiple_of": 16},
-        "train": {"images": BATCH * STEPS, "global_batch": BATCH, "seed": 3, **train},
-        "optim": {"lr": 1e-3, "clip": 0.5}, "parallel": {"tensor": tensor, "zero": zero}})
+    return GPTConfigFile.model_validate(
+        {
+            "kind": "gpt",
+            "run_dir": "unused",
+            "data": {"train": "unused", "validation": "unused"},
+            "model": {"n_layer": 2, "n_head": 4, "dim": 32, "multiple_of": 16},
+            "train": {"images": BATCH * STEPS, "global_batch": BATCH, "seed": 3, **train},
+            "optim": {"lr": 1e-3, "clip": 0.5},
+            "parallel": {"tensor": tensor, "zero": zero},
+        }
+    )
 
 
 def global_batch(images_seen: int) -> TokenBatch:
@@ -45,8 +51,12 @@ def global_batch(images_seen: int) -> TokenBatch:
 def make_task(layout: tuple[int, int, int], **train: Any) -> GPTTask:
     settings = config(layout, **train)
     topology = start(settings.parallel.tensor)
-    model = build_gpt(gpt_config(settings.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), seed=3)
-    torch.nn.init.normal_(model.output.weight, std=0.05, generator=torch.Generator().manual_seed(1))  # gradients everywhere
+    model = build_gpt(
+        gpt_config(settings.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), seed=3
+    )
+    torch.nn.init.normal_(
+        model.output.weight, std=0.05, generator=torch.Generator().manual_seed(1)
+    )  # gradients everywhere
     share = topology.share(BATCH)
 
     def held_out():
@@ -61,7 +71,7 @@ def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
 
 
 def steps(task: GPTTask, first: int, last: int, shift: int = 0) -> list[tuple[float, float]]:
-    """(mean loss over the ranks, gradient norm) of steps first … last - 1; shift moves this rank's samples by so many."""
+    """(mean loss over the ranks, gradient norm) of steps first … last - 1; shift moves this rank's samples."""
     found = []
     share = task.topology.share(BATCH)
     for number in range(first, last):
@@ -73,8 +83,12 @@ def steps(task: GPTTask, first: int, last: int, shift: int = 0) -> list[tuple[fl
 
 def train(layout: tuple[int, int, int], **options: Any) -> dict[str, Any]:
     task = make_task(layout, **options)
-    result: dict[str, Any] = {"losses": steps(task, 0, STEPS), "validation": task.validate(), "dp_rank": task.topology.dp_rank,
-                              "tp_rank": task.topology.tp_rank}
+    result: dict[str, Any] = {
+        "losses": steps(task, 0, STEPS),
+        "validation": task.validate(),
+        "dp_rank": task.topology.dp_rank,
+        "tp_rank": task.topology.tp_rank,
+    }
     if hasattr(task.engine, "held_bytes"):
         result["bytes"] = task.engine.held_bytes()
     return result
@@ -99,7 +113,8 @@ def test_every_layout_equals_one_plain_process(serial, layout):
         for key, value in serial["validation"].items():
             assert abs(result["validation"][key] - value) < TOLERANCE
     assert {(r["dp_rank"], r["tp_rank"]) for r in results} == {
-        (d, t) for d in range(layout[0] // layout[1]) for t in range(layout[1])}
+        (d, t) for d in range(layout[0] // layout[1]) for t in range(layout[1])
+    }
 
 
 def test_accumulation_over_micro_batches_changes_nothing(serial):
@@ -109,7 +124,9 @@ def test_accumulation_over_micro_batches_changes_nothing(serial):
 
 
 def test_bytes_per_rank_are_what_the_layout_says():
-    model = build_gpt(gpt_config(config(SERIAL).model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), 0)
+    model = build_gpt(
+        gpt_config(config(SERIAL).model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), 0
+    )
     for layout in [(2, 1, 1), (2, 2, 1), (4, 2, 1)]:
         ranks, tensor, _ = layout
         expected = sum(p.nbytes // (tensor if split_of(n) else 1) for n, p in model.named_parameters())
@@ -119,7 +136,7 @@ def test_bytes_per_rank_are_what_the_layout_says():
             assert 2 * expected <= padded <= 2 * expected + 4096, "two moments, shared by the data-parallel ranks"
 
 
-# --- sabotage: each of these breaks one thing on purpose, and the comparison above must notice -------------------------
+# --- sabotage: each of these breaks one thing on purpose, and the comparison above must notice ---
 
 
 def train_with_the_wrong_share() -> list[tuple[float, float]]:
@@ -150,20 +167,34 @@ def train_with_unmarked_splits() -> list[tuple[float, float]]:
     return steps(task, 0, STEPS)
 
 
-@pytest.mark.parametrize("broken", [train_with_the_wrong_share, train_without_the_data_parallel_reduce,
-                                    train_without_the_row_reduce, train_with_unmarked_splits])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        train_with_the_wrong_share,
+        train_without_the_data_parallel_reduce,
+        train_without_the_row_reduce,
+        train_with_unmarked_splits,
+    ],
+)
 def test_a_broken_layout_is_noticed(serial, broken):
     assert worst(run_ranks(broken, 2)[0], serial["losses"]) > 100 * TOLERANCE
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def save_after(layout: tuple[int, int, int], folder: Path, count: int) -> list[tuple[float, float]]:
     """Train ``count`` steps, save, go on to the end; returns the losses after the save."""
     task = make_task(layout)
     steps(task, 0, count)
-    store.save(folder, count, task.entries(), {"task": dict(task.scalars())}, task.topology, config_text="kind: gpt\n")
+    store.save(
+        folder,
+        count,
+        task.entries(),
+        {"task": dict(task.scalars())},
+        task.topology,
+        config_text="kind: gpt\n",
+    )
     return steps(task, count, STEPS)
 
 
@@ -194,7 +225,7 @@ def test_a_resume_that_forgets_something_is_noticed(tmp_path, forgotten):
     assert worst(run_ranks(resume_from, 2, (2, 1, 1), tmp_path, 5, forgotten)[0], uninterrupted) > 100 * TOLERANCE
 
 
-# --- refusals and guards ------------------------------------------------------------------------------------------------
+# --- refusals and guards ---
 
 
 def train_into_infinity(layout: tuple[int, int, int], what: str) -> tuple[str, bool]:
@@ -224,7 +255,9 @@ def test_a_non_finite_step_stops_all_ranks_before_the_update(layout, what):
 
 
 def test_splitting_and_merging_is_the_identity():
-    model = build_gpt(gpt_config(config(SERIAL).model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), 0)
+    model = build_gpt(
+        gpt_config(config(SERIAL).model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), 0
+    )
     names = dict(model.named_parameters())
     assert {pattern for pattern, split in TABLE if any(split_of(n) == split for n in names)} == {p for p, _ in TABLE}
     for name, p in names.items():

@@ -41,12 +41,22 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(data) -> Path:
     path = data / "gpt.yaml"
-    path.write_text(yaml.safe_dump({
-        "kind": "gpt", "run_dir": str(data / "unused"),
-        "data": {"train": str(data / "train"), "validation": str(data / "validation")},
-        "model": {"n_layer": 2, "n_head": 2, "dim": 32, "multiple_of": 16},
-        "train": {"images": IMAGES, "global_batch": BATCH}, "optim": {"lr": 0.001}, "parallel": {"zero": 1},
-        "validation": {"at_images": [320]}, "checkpoint": {"every_images": 160}, "log": {"every_steps": 1}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "kind": "gpt",
+                "run_dir": str(data / "unused"),
+                "data": {"train": str(data / "train"), "validation": str(data / "validation")},
+                "model": {"n_layer": 2, "n_head": 2, "dim": 32, "multiple_of": 16},
+                "train": {"images": IMAGES, "global_batch": BATCH},
+                "optim": {"lr": 0.001},
+                "parallel": {"zero": 1},
+                "validation": {"at_images": [320]},
+                "checkpoint": {"every_images": 160},
+                "log": {"every_steps": 1},
+            }
+        )
+    )
     return path
 
 
@@ -54,10 +64,25 @@ def start(ranks: int, config: Path, *settings: str) -> list[subprocess.Popen[str
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "llamagen_dist.train_gpt", str(config), *settings]
-    return [subprocess.Popen(command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(ranks)]
+    return [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for r in range(ranks)
+    ]
 
 
 def call(config: Path, settings: tuple[str, ...]) -> tuple[int, str, str]:
@@ -81,7 +106,10 @@ def finish(processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
     return processes[0].returncode, *outputs[0]
 
 
-def lines(run: Path, keys: tuple[str, ...] = ("step", "images_seen", "loss", "grad_norm", "val_loss", "val_loss_null")) -> list[dict]:
+def lines(
+    run: Path,
+    keys: tuple[str, ...] = ("step", "images_seen", "loss", "grad_norm", "val_loss", "val_loss_null"),
+) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: row[k] for k in keys if k in row} for row in rows]
 
@@ -104,7 +132,9 @@ def test_it_learns_and_says_what_it_did(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["layout"] == {"ranks": 2, "tensor": 1, "data": 2, "zero": 1}
     assert summary["params"] == 64 * 32 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 96) + 5 * 32
-    assert json.loads((store.newest(uninterrupted) / "classes.json").read_text()) == [f"class {c}" for c in range(4)]
+    assert json.loads((store.newest(uninterrupted) / "classes.json").read_text()) == [
+        f"class {c}" for c in range(4)
+    ]
     assert len(store.complete(uninterrupted)) == 2, "keep_last is 2"
 
 
@@ -165,7 +195,9 @@ def contents(folder: Path) -> list[tuple[Path, bytes]]:
 
 def test_another_config_or_other_data_is_refused_and_nothing_lost(data, config, uninterrupted):
     before = contents(uninterrupted)
-    [(code, _, err), (other_code, _, other_err)] = run_all(2, config, f"run_dir={uninterrupted}", "optim.lr=2e-3")
+    [(code, _, err), (other_code, _, other_err)] = run_all(
+        2, config, f"run_dir={uninterrupted}", "optim.lr=2e-3"
+    )
     assert (code, err) == (other_code, other_err) == (2, err)
     assert "optim.lr: 0.001 -> 0.002" in err
     code, _, err = run_all(1, config, f"run_dir={uninterrupted}", f"data.train={data / 'other'}")[0]
@@ -190,14 +222,20 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(data, conf
     assert lines(run) == lines(uninterrupted)
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    (["train.global_batch=15", "train.images=600"], "15 images cannot be shared equally by 2"),
-    (["data.train=nowhere"], "nowhere"),
-    (["run_dir=/proc/version/x"], "cannot be made"),
-    (["model.dim=36"], "multiple of 4"),
-    (["model.size=GPT-Q", "model.n_layer=null", "model.n_head=null", "model.dim=null"], "did you mean GPT-"),
-    (["train.micro_batch=3"], "does not divide a rank's share of 8"),
-])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["train.global_batch=15", "train.images=600"], "15 images cannot be shared equally by 2"),
+        (["data.train=nowhere"], "nowhere"),
+        (["run_dir=/proc/version/x"], "cannot be made"),
+        (["model.dim=36"], "multiple of 4"),
+        (
+            ["model.size=GPT-Q", "model.n_layer=null", "model.n_head=null", "model.dim=null"],
+            "did you mean GPT-",
+        ),
+        (["train.micro_batch=3"], "does not divide a rank's share of 8"),
+    ],
+)
 def test_bad_input_is_one_sentence_on_every_rank(data, config, settings, expected):
     for code, _, err in run_all(2, config, f"run_dir={data / 'refused'}", *settings):
         assert code == 2
@@ -222,7 +260,9 @@ def test_a_ladder_trains_each_rung_in_its_own_run_directory(data, config):
     ladder = "ladder={small: {model.dim: 16}, wide: {model.dim: 48, train.images: 160}}"
     code, out, err = run_all(2, config, f"run_dir={run}", "train.images=320", ladder)[0]
     assert code == 0, out + err
-    params = {name: json.loads((run / name / "summary.json").read_text())["params"] for name in ("small", "wide")}
+    params = {
+        name: json.loads((run / name / "summary.json").read_text())["params"] for name in ("small", "wide")
+    }
     assert params["small"] < params["wide"]
     assert json.loads((run / "wide" / "summary.json").read_text())["images_seen"] == 160
     code, _, err = run_all(1, config, f"run_dir={run}", "ladder={small: {model.dmi: 16}}")[0]

@@ -21,12 +21,29 @@ def write_tokens(folder: Path, count: int, seed: int) -> Path:
             label = i % CLASSES
             start = rng.integers(VOCABULARY, size=(2, 1))
             codes = (start + np.arange(SIDE * SIDE) * (label + 1)) % VOCABULARY
-            yield f"{i:08d}", {CODES_MEMBER: codes_bytes(codes.astype(np.uint16)), ".cls": label_text(label, CLASSES)}
+            yield (
+                f"{i:08d}",
+                {CODES_MEMBER: codes_bytes(codes.astype(np.uint16)), ".cls": label_text(label, CLASSES)},
+            )
 
     half = count // 2
-    records = tuple(write_shard(folder, shard_name(n), samples(*span), members)
-                    for n, span in enumerate([(0, half), (half, count)]))
-    write_manifest(folder, Manifest(kind="tokens", count=count, members=members, shards=records,
-                                    classes=[f"class {c}" for c in range(CLASSES)], image_size=16, vocab_size=VOCABULARY,
-                                    grid=(SIDE, SIDE), crops=2, tokenizer_sha256="0" * 64))
+    records = tuple(
+        write_shard(folder, shard_name(n), samples(*span), members)
+        for n, span in enumerate([(0, half), (half, count)])
+    )
+    write_manifest(
+        folder,
+        Manifest(
+            kind="tokens",
+            count=count,
+            members=members,
+            shards=records,
+            classes=[f"class {c}" for c in range(CLASSES)],
+            image_size=16,
+            vocab_size=VOCABULARY,
+            grid=(SIDE, SIDE),
+            crops=2,
+            tokenizer_sha256="0" * 64,
+        ),
+    )
     return folder

@@ -31,8 +31,11 @@ def imports(source: str, module: str) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("llamagen_dist", "tokenizer_training", "eval")}
 
 
-SOURCES = {module_name(p): p for folder in ("llamagen_dist", "tokenizer_training", "eval")
-           for p in sorted((ROOT / folder).rglob("*.py"))}
+SOURCES = {
+    module_name(p): p
+    for folder in ("llamagen_dist", "tokenizer_training", "eval")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+}
 
 
 def is_program_code(module: str) -> bool:
@@ -44,11 +47,17 @@ def violations(graph: dict[str, set[str]]) -> list[str]:
     for module, used in graph.items():
         for target in used:
             package = target.split(".")[0]
-            if module.startswith("llamagen_dist.models") and not target.startswith(
-                    ("llamagen_dist.models", "llamagen_dist.prng")) and target != "llamagen_dist":
+            if (
+                module.startswith("llamagen_dist.models")
+                and not target.startswith(("llamagen_dist.models", "llamagen_dist.prng"))
+                and target != "llamagen_dist"
+            ):
                 bad.append(f"{module} imports {target}: models stand alone")
-            if module.startswith("llamagen_dist.config") and not target.startswith("llamagen_dist.config") \
-                    and target != "llamagen_dist":
+            if (
+                module.startswith("llamagen_dist.config")
+                and not target.startswith("llamagen_dist.config")
+                and target != "llamagen_dist"
+            ):
                 bad.append(f"{module} imports {target}: config imports nothing of ours")
             if not is_program_code(module) and is_program_code(target):
                 bad.append(f"{module} imports the program {target}")
@@ -61,13 +70,16 @@ def test_imports_point_from_programs_to_the_library():
     assert violations({m: imports(p.read_text(), m) for m, p in SOURCES.items()}) == []
 
 
-@pytest.mark.parametrize(("module", "source"), [
-    ("llamagen_dist.models.gpt", "from llamagen_dist.config import UserError"),
-    ("llamagen_dist.config.loader", "def f():\n    import llamagen_dist.models.gpt"),
-    ("llamagen_dist.training.fit", "from llamagen_dist import train_gpt"),
-    ("llamagen_dist.data.shards", "from tokenizer_training import losses"),
-    ("eval.sample", "from tokenizer_training.losses import x"),
-])
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("llamagen_dist.models.gpt", "from llamagen_dist.config import UserError"),
+        ("llamagen_dist.config.loader", "def f():\n    import llamagen_dist.models.gpt"),
+        ("llamagen_dist.training.fit", "from llamagen_dist import train_gpt"),
+        ("llamagen_dist.data.shards", "from tokenizer_training import losses"),
+        ("eval.sample", "from tokenizer_training.losses import x"),
+    ],
+)
 def test_a_wrong_arrow_is_noticed(module, source):
     assert violations({module: imports(source, module)})
 
@@ -78,21 +90,37 @@ def test_no_room_without_a_name_and_no_huge_file():
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_help_and_import_load_nothing_heavy():
-    heavy = "{'torch', 'numpy', 'deepspeed', 'megatron', 'pydantic', 'matplotlib', 'submitit', 'wandb', 'PIL'}"
+    heavy = (
+        "{'torch', 'numpy', 'deepspeed', 'megatron', 'pydantic', 'matplotlib', 'submitit', 'wandb', 'PIL'}"
+    )
     code = f"import sys; import llamagen_dist, llamagen_dist.cli; print(sorted({heavy} & set(sys.modules)))"
     assert fresh(code).stdout.strip() == "[]"
-    out = subprocess.run([sys.executable, "-m", "llamagen_dist.cli", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "llamagen_dist.cli", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     assert "quickstart" in out.stdout
 
 
 def test_a_single_process_model_needs_neither_megatron_nor_deepspeed():
-    code = ("import sys, torch; from llamagen_dist.training.gpt_task import GPTTask; from llamagen_dist.training.fit import fit; "
-            "print(sorted({'deepspeed', 'megatron'} & set(sys.modules)))")
+    code = (
+        "import sys, torch, llamagen_dist.training.gpt_task, llamagen_dist.training.fit; "
+        "print(sorted({'deepspeed', 'megatron'} & set(sys.modules)))"
+    )
     assert fresh(code).stdout.strip() == "[]"
 
 
@@ -101,6 +129,8 @@ def test_llamagen_runs_from_another_folder(tmp_path):
     config = ROOT / "configs" / "gpt" / "GPT-B.yaml"
     out = subprocess.run([script, "config", config], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "GPT-B" in out.stdout
-    bad = subprocess.run([script, "config", config, "optim.lrr=1"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    bad = subprocess.run(
+        [script, "config", config, "optim.lrr=1"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
     assert "did you mean optim.lr?" in bad.stderr

@@ -17,7 +17,10 @@ ALONE = Topology()
 
 def entries(seed: int = 0, size: int = 8) -> list:
     generator = torch.Generator().manual_seed(seed)
-    tensors = {"a.weight": torch.randn(size, 4, generator=generator), "b.weight": torch.randn(3, generator=generator)}
+    tensors = {
+        "a.weight": torch.randn(size, 4, generator=generator),
+        "b.weight": torch.randn(3, generator=generator),
+    }
     found = [replicated("weights", name, t) for name, t in tensors.items()]
     return found + [replicated("optimizer", f"exp_avg/{name}", t * 2) for name, t in tensors.items()]
 
@@ -27,7 +30,9 @@ def values(found: list) -> dict[str, torch.Tensor]:
 
 
 def save(run, step, found, **options):
-    return store.save(run, step, found, {"images_seen": step * 4, "step": step}, ALONE, config_text="kind: gpt\n", **options)
+    return store.save(
+        run, step, found, {"images_seen": step * 4, "step": step}, ALONE, config_text="kind: gpt\n", **options
+    )
 
 
 def test_round_trip_and_pruning(tmp_path):
@@ -69,7 +74,9 @@ def test_damage_is_named_and_the_older_one_used(tmp_path, damage, capsys):
         victim = newest / "index.json"
         victim.write_text(victim.read_text().replace("a.weight", "c.weight"))
     if damage == "nothing":
-        assert store.newest(tmp_path).name == "step_00000002", "an undamaged one passes: the check is not always 'damaged'"
+        assert store.newest(tmp_path).name == "step_00000002", (
+            "an undamaged one passes: the check is not always 'damaged'"
+        )
         return
     assert store.newest(tmp_path).name == "step_00000001"
     assert str(victim) in capsys.readouterr().out
@@ -120,7 +127,10 @@ def test_llamagen_containers_are_unwrapped(tmp_path, container):
 def test_files_that_are_no_weights_are_one_sentence(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"steps": 5}, tmp_path / "empty.pt")
-    torch.save({"model": {"w": torch.ones(1)}, "args": __import__("argparse").Namespace(lr=1)}, tmp_path / "pickle.pt")
+    torch.save(
+        {"model": {"w": torch.ones(1)}, "args": __import__("argparse").Namespace(lr=1)},
+        tmp_path / "pickle.pt",
+    )
     (tmp_path / "bad.safetensors").write_bytes(b"123")
     for name in ("text.pt", "empty.pt", "pickle.pt", "bad.safetensors", "missing.pt"):
         with pytest.raises(UserError) as caught:

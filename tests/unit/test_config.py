@@ -69,7 +69,11 @@ def test_every_float_survives_dump_and_load(tmp_path_factory, lr):
     assert yaml.safe_load(dump(config))["optim"]["lr"] == lr, "a plain YAML 1.1 reader must see a number too"
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True), st.integers(), max_size=5))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True), st.integers(), max_size=5
+    )
+)
 def test_settings_nest(pairs):
     prefixes = [k for k in pairs for other in pairs if other.startswith(k + ".")]
     if prefixes:
@@ -98,13 +102,16 @@ def test_cross_field_rules_are_told(file):
     assert "warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("kind: gptt\n", "did you mean gpt?"),
-    ("run_dir: x\n", "kind: missing; one of"),
-    ("- 1\n", "a mapping of keys to values"),
-    ("kind: gpt\nkind: gpt\n", "appears twice"),
-    ("kind: [\n", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: gptt\n", "did you mean gpt?"),
+        ("run_dir: x\n", "kind: missing; one of"),
+        ("- 1\n", "a mapping of keys to values"),
+        ("kind: gpt\nkind: gpt\n", "appears twice"),
+        ("kind: [\n", "not valid YAML"),
+    ],
+)
 def test_broken_files_are_one_sentence(file, text, expected):
     lines = errors(file(text))
     assert len(lines) == 1

@@ -15,19 +15,37 @@ from llamagen_dist.models.sizes import GPT_SIZES
 GOLDEN = Path(__file__).parent.parent / "golden"
 NO_DROPOUT = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
 PUBLISHED = {  # class-conditional, text-conditional
-    "GPT-B": (110_888_448, 112_282_368), "GPT-L": (342_910_976, 345_031_680), "GPT-XL": (774_699_520, 777_678_080),
-    "GPT-XXL": (1_410_972_672, 1_414_940_160), "GPT-XXXL": (3_893_027_840, 3_902_261_760),
-    "GPT-1B": (1_199_616_000, 1_205_954_560), "GPT-3B": (3_096_659_200, 3_110_249_600),
+    "GPT-B": (110_888_448, 112_282_368),
+    "GPT-L": (342_910_976, 345_031_680),
+    "GPT-XL": (774_699_520, 777_678_080),
+    "GPT-XXL": (1_410_972_672, 1_414_940_160),
+    "GPT-XXXL": (3_893_027_840, 3_902_261_760),
+    "GPT-1B": (1_199_616_000, 1_205_954_560),
+    "GPT-3B": (3_096_659_200, 3_110_249_600),
     "GPT-7B": (6_614_589_440, 6_635_655_168),
 }
 
 
 def tiny(condition: str, golden: np.lib.npyio.NpzFile) -> GPT:
     weights = {key[2:]: torch.from_numpy(golden[key]) for key in golden.files if key.startswith("w/")}
-    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1 if condition == "class" else 1000
-    model = GPT(GPTConfig(n_layer=sum("attention.wo" in k for k in weights), n_head=4, dim=64, vocab_size=128, image_tokens=16,
-                          condition=condition, num_classes=num_classes, prefix_tokens=None if condition == "class" else 6,
-                          caption_dim=32, multiple_of=32, **NO_DROPOUT))
+    num_classes = (
+        weights["cls_embedding.embedding_table.weight"].shape[0] - 1 if condition == "class" else 1000
+    )
+    model = GPT(
+        GPTConfig(
+            n_layer=sum("attention.wo" in k for k in weights),
+            n_head=4,
+            dim=64,
+            vocab_size=128,
+            image_tokens=16,
+            condition=condition,
+            num_classes=num_classes,
+            prefix_tokens=None if condition == "class" else 6,
+            caption_dim=32,
+            multiple_of=32,
+            **NO_DROPOUT,
+        )
+    )
     model.load_state_dict(weights)
     return model
 
@@ -47,7 +65,10 @@ def test_class_conditional_matches_the_reference(c2i):
     loss = model.loss(tokens, labels)
     assert abs(loss.item() - float(golden["loss"])) < 1e-5
     loss.backward()
-    for name, key in [("layers.0.attention.wqkv.weight", "grad_wqkv0"), ("tok_embeddings.weight", "grad_tok")]:
+    for name, key in [
+        ("layers.0.attention.wqkv.weight", "grad_wqkv0"),
+        ("tok_embeddings.weight", "grad_tok"),
+    ]:
         gradient = dict(model.named_parameters())[name].grad
         assert torch.allclose(gradient, torch.from_numpy(golden[key]), atol=1e-6), name
 
@@ -74,7 +95,9 @@ def greedy(model: GPT, labels: torch.Tensor, cfg: float) -> torch.Tensor:
 @pytest.mark.parametrize(("key", "cfg"), [("greedy_nocfg", 1.0), ("greedy_cfg2", 2.0)])
 def test_greedy_tokens_equal_the_reference(c2i, key, cfg):
     model, golden = c2i
-    assert torch.equal(greedy(model.eval(), torch.from_numpy(golden["labels"]), cfg), torch.from_numpy(golden[key]).long())
+    assert torch.equal(
+        greedy(model.eval(), torch.from_numpy(golden["labels"]), cfg), torch.from_numpy(golden[key]).long()
+    )
 
 
 def test_an_identity_rotation_of_the_prefix_would_be_seen(c2i):
@@ -100,7 +123,11 @@ def test_text_conditional_matches_the_reference():
 def recipe(model: GPT) -> None:
     """Weights by the recipe that the golden files were made with: each tensor drawn from its own name."""
     for name, tensor in model.state_dict().items():
-        drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(tensor.shape)).astype(np.float32)
+        drawn = (
+            np.random.RandomState(zlib.crc32(name.encode()))
+            .standard_normal(tuple(tensor.shape))
+            .astype(np.float32)
+        )
         scaled = drawn / np.sqrt(np.prod(drawn.shape[1:])) if drawn.ndim >= 2 else 1 + 0.05 * drawn
         tensor.copy_(torch.from_numpy(scaled.astype(np.float32)))
 
@@ -130,7 +157,9 @@ def test_parameter_counts_are_the_published_ones(size):
 
 
 def test_first_loss_is_the_logarithm_of_the_vocabulary():
-    model = GPT(GPTConfig(2, 2, 32, vocab_size=512, image_tokens=16, num_classes=10, **NO_DROPOUT)).initialize(0)
+    model = GPT(
+        GPTConfig(2, 2, 32, vocab_size=512, image_tokens=16, num_classes=10, **NO_DROPOUT)
+    ).initialize(0)
     loss = model.loss(torch.randint(512, (4, 16)), torch.tensor([0, 1, 9, 10]))
     assert abs(loss.item() - np.log(512)) < 1e-5
 
@@ -143,7 +172,9 @@ def test_dropout_masks_depend_on_the_sample_not_on_its_place_in_the_batch():
     together = model(tokens, labels, ids)
     order = torch.tensor([3, 0, 5])
     assert torch.allclose(model(tokens[order], labels[order], ids[order]), together[order], atol=1e-6)
-    assert (model(tokens, labels, ids + 1) - together).abs().max() > 1e-2, "other samples must get other masks"
+    assert (model(tokens, labels, ids + 1) - together).abs().max() > 1e-2, (
+        "other samples must get other masks"
+    )
     with pytest.raises(ValueError, match="sample_ids"):
         model(tokens, labels)
 

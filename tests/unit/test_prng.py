@@ -39,8 +39,14 @@ def test_uniform_numbers_are_uniform_and_streams_are_independent():
 
 def test_seed_purpose_sample_and_position_all_matter():
     base = prng.bits(1, "a", 2, 3).item()
-    others = [prng.bits(2, "a", 2, 3), prng.bits(1, "b", 2, 3), prng.bits(1, "a", 3, 3), prng.bits(1, "a", 2, 4),
-              prng.bits(1 + 2**32, "a", 2, 3), prng.bits(1, "a", 2 + 2**32, 3)]
+    others = [
+        prng.bits(2, "a", 2, 3),
+        prng.bits(1, "b", 2, 3),
+        prng.bits(1, "a", 3, 3),
+        prng.bits(1, "a", 2, 4),
+        prng.bits(1 + 2**32, "a", 2, 3),
+        prng.bits(1, "a", 2 + 2**32, 3),
+    ]
     assert len({base, *(o.item() for o in others)}) == 7
 
 
