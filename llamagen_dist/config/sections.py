@@ -36,8 +36,10 @@ class TrainSection(Section):
     def _whole_batches(self) -> "TrainSection":
         if self.images % self.global_batch:
             nearest = max(1, round(self.images / self.global_batch)) * self.global_batch
-            raise ValueError(f"images ({self.images}) must be a multiple of global_batch "
-                             f"({self.global_batch}); the nearest is {nearest}")
+            raise ValueError(
+                f"images ({self.images}) must be a multiple of global_batch "
+                f"({self.global_batch}); the nearest is {nearest}"
+            )
         return self
 
 
@@ -168,6 +170,9 @@ class TokenizerModelSection(Section):
     codebook_dim: PositiveInt = 8
     l2_norm: bool = True
     """Compare l2-normalised vectors (paper section 2.2)."""
+    codebook_init: Literal["random", "first_batch"] = "random"
+    """Where training starts the codes: LlamaGen's U(-1/K, 1/K), or at latents of the first global batch, which keeps
+    a small codebook in use when training is short."""
 
     @model_validator(mode="after")
     def _size_or_numbers(self) -> "TokenizerModelSection":
@@ -196,6 +201,9 @@ class DiscriminatorSection(Section):
     weight: Annotated[float, Field(ge=0)] = 0.5
     channels: PositiveInt = 64
     layers: PositiveInt = 3
+    norm: Literal["batch", "group"] = "batch"
+    """``batch`` is LlamaGen's and averages over one rank's micro-batch; ``group`` looks at one image at a time, so
+    the result does not depend on the number of ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Empty: the tokenizer's own learning rate."""
 
@@ -217,8 +225,10 @@ class TokenizerLossSection(Section):
     @model_validator(mode="after")
     def _lpips_needs_weights(self) -> "TokenizerLossSection":
         if self.perceptual == "lpips" and self.vgg16_weights is None:
-            raise ValueError("perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
-                             "fetched by you); or choose perceptual: none")
+            raise ValueError(
+                "perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
+                "fetched by you); or choose perceptual: none"
+            )
         return self
 
 
@@ -240,7 +250,9 @@ class TokenizerConfigFile(Section):
     @model_validator(mode="after")
     def _no_split(self) -> "TokenizerConfigFile":
         if self.parallel.tensor != 1 or self.parallel.zero != 0:
-            raise ValueError("the tokenizer is trained under plain DDP: leave parallel.tensor at 1 and parallel.zero at 0")
+            raise ValueError(
+                "the tokenizer is trained under plain DDP: leave parallel.tensor at 1 and parallel.zero at 0"
+            )
         return self
 
 

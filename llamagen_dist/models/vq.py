@@ -1,7 +1,7 @@
 """LlamaGen's image tokenizer: a convolutional autoencoder around a small codebook (paper section 2.2).
 
-Module and parameter names are LlamaGen's, so its released weights load strictly. Nothing here knows about ranks,
-losses on pixels or runs.
+Module and parameter names are LlamaGen's, so its released weights load strictly. Nothing here knows about
+ranks, losses on pixels or runs.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ VQ_SIZES: dict[str, dict[str, Any]] = {
     "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
     "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
 }
-"""The released sizes; the number in the name is the downsampling factor. 70,109,835 and 71,883,403 parameters."""
+"""The released sizes, of 70,109,835 and 71,883,403 parameters; the number in the name is the downsampling."""
 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """channel_multipliers: one per level, highest resolution first; every level but the last halves the resolution."""
+    """channel_multipliers: one per level, highest resolution first; all levels but the last halve it."""
 
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -45,8 +45,8 @@ class VQConfig:
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with LlamaGen's 32 groups, or with the largest divisor of ``channels`` below that.
 
-    All channel counts of the released sizes are multiples of 32; a small own size (24 channels, say) need not be,
-    and GroupNorm wants equal groups.
+    All channel counts of the released sizes are multiples of 32; those of a small own size (24, say) need
+    not be, and GroupNorm wants equal groups.
     """
     groups = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -122,9 +122,10 @@ class Level(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[number](x)
-        if hasattr(self, "downsample"):
-            return self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        for change in ("downsample", "upsample"):
+            if change in self._modules:
+                x = getattr(self, change)(x)
+        return x
 
 
 def middle(channels: int, dropout: float) -> nn.Sequential:
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
 
 
 class VQModel(nn.Module):
-    """Images to codes and back. Images are floats, (B, 3, H, W), nominally in [-1, 1]; H, W multiples of f."""
+    """Images to codes and back. Images: floats (B, 3, H, W), nominally in [-1, 1]; H, W multiples of f."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -196,13 +197,8 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight whose gradient LlamaGen's adaptive adversarial weight compares."""
-        return self.decoder.conv_out.weight
-
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation. Raises ValueError for other sizes."""
+        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation; ValueError for odd sizes."""
         factor = self.config.downsampling
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(
@@ -212,7 +208,7 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> codes int64 (B, H/f, W/f); row-major flattening gives the token sequence."""
+        """(B, 3, H, W) in [-1, 1] -> codes int64 (B, H/f, W/f); flattened row by row they are the tokens."""
         rows = self.quantize.prepare(self.latents(images))
         return self.quantize.nearest(rows.reshape(-1, self.config.codebook_dim)).view(rows.shape[:-1])
 
@@ -222,6 +218,6 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
 
     def forward(self, images: Tensor, entropy: bool = False) -> tuple[Tensor, VQLosses, Tensor]:
-        """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)). entropy: compute that loss too."""
+        """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)). entropy: that loss too."""
         quantised, losses, codes = self.quantize(self.latents(images), entropy=entropy)
         return self.decoder(self.post_quant_conv(quantised)), losses, codes

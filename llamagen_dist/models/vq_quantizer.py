@@ -1,4 +1,4 @@
-"""The codebook: nearest unit vector, straight-through gradient, and the two losses that train it (paper section 2.2)."""
+"""The codebook: nearest vector, straight-through gradient, the losses that train it (paper section 2.2)."""
 
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ class VQLosses(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Replaces every latent vector by its nearest code.
 
-    With ``l2_norm`` latents and codes are both divided by their length first, so nearest means largest dot product.
-    All of it runs in fp32, under autocast too: a search in bf16 picks another code for one token in twenty.
+    With ``l2_norm`` latents and codes are both divided by their length first, so nearest means largest dot
+    product. All of it runs in fp32, under autocast too: in bf16 one token in twenty gets another code.
     """
 
     codebook_used: Tensor
@@ -42,12 +42,12 @@ class VectorQuantizer(nn.Module):
                 -1.0 / codebook_size, 1.0 / codebook_size
             )
             self.embedding.weight.copy_(F.normalize(weight, dim=-1) if l2_norm else weight)
-        # LlamaGen's checkpoints hold this record of the last 65,536 codes. It is kept so that they load strictly and
-        # is neither read nor written: usage is counted exactly, over all ranks, by code_histogram.
+        # LlamaGen's checkpoints hold this record of the last 65,536 codes. It is kept so that they load
+        # strictly and is neither read nor written: code_histogram counts usage exactly, over all ranks.
         self.register_buffer("codebook_used", torch.zeros(USED_BUFFER))
 
     def codes_as_vectors(self) -> Tensor:
-        """The codebook as it is compared and decoded: fp32 (K, C), unit rows if ``l2_norm``; differentiable."""
+        """The codebook as it is compared and decoded: fp32 (K, C), unit rows if ``l2_norm``."""
         weight = self.embedding.weight.float()
         return F.normalize(weight, dim=-1) if self.l2_norm else weight
 
@@ -60,8 +60,8 @@ class VectorQuantizer(nn.Module):
     def nearest(self, rows: Tensor) -> Tensor:
         """Index of the nearest code of every row: fp32 (N, C), prepared -> int64 (N,).
 
-        argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); unit codes need z.e only. The rows go through in pieces, so
-        the N x K matrix never exists whole.
+        argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); unit codes need z.e only. The rows go through in pieces,
+        so the N x K matrix never exists whole.
         """
         with torch.autocast(rows.device.type, enabled=False):
             codes = self.codes_as_vectors()
@@ -92,9 +92,9 @@ class VectorQuantizer(nn.Module):
             return straight.permute(0, 3, 1, 2), losses, index.view(z.shape[:-1])
 
     def entropy(self, rows: Tensor) -> Tensor:
-        """mean_n H(p_n) - H(mean_n p_n), in nats; p_n = softmax_k(-|z_n - e_k|^2 / 0.01). rows: fp32 (N, C), prepared.
+        """mean_n H(p_n) - H(mean_n p_n), in nats; p_n = softmax_k(-|z_n - e_k|^2 / 0.01).
 
-        The mean is over the rows of this call, that is one micro-batch of one rank.
+        rows: fp32 (N, C), prepared. Both means are over the rows of this call, one micro-batch of one rank.
         """
         codes = self.codes_as_vectors()
         distance = rows.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * rows @ codes.t()

@@ -1,0 +1,87 @@
+"""PSNR and SSIM of reconstructions: per image, in float64, on whole pictures or on a part of them.
+
+Published averages are means of per-image values, never the PSNR of a pooled error: keep the per-image
+results and average those.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Region = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels, right and bottom excluded."""
+
+PSNR_LIMIT = 100.0
+"""dB given to identical images, whose PSNR is infinite, so that averages stay finite."""
+SSIM_WINDOW = 7
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to bytes as LlamaGen writes them: 127.5 x + 128, clamped to 0…255, truncated."""
+    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def unpadded(
+    padding: tuple[int, int, int, int] | None, image_size: int, stored_size: int | None
+) -> Region | None:
+    """The part of image_size x image_size pictures that is not padding; None where there is no padding.
+
+    padding: zero pixels (left, top, right, bottom) of the stored_size x stored_size pictures. Where the two
+    sizes differ the border scales with them, rounded inwards.
+    """
+    if padding is None or not any(padding):
+        return None
+    stored = stored_size or image_size
+    left, top, right, bottom = (-(-border * image_size // stored) for border in padding)
+    return left, top, image_size - right, image_size - bottom
+
+
+def psnr(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, float64 (B,): 10 log10(1 / MSE) over all channels.
+
+    Both: (B, C, H, W), uint8 or floats in [0, 1]. Identical images get PSNR_LIMIT dB.
+    """
+    a, b = _unit(images, region), _unit(references, region)
+    error = (a - b).square().mean(dim=(1, 2, 3))
+    return (-10.0 * torch.log10(error.clamp_min(10 ** (-PSNR_LIMIT / 10)))).clamp(max=PSNR_LIMIT)
+
+
+def ssim(images: Tensor, references: Tensor, region: Region | None = None, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of each image, float64 (B,) (Wang et al. 2004, with scikit-image's defaults).
+
+    A uniform 7 x 7 window, sample (N - 1) covariances, K1 = 0.01, K2 = 0.03, only windows that lie wholly
+    inside the picture, then the mean over windows and channels. Both: (B, C, H, W), uint8 or floats in [0,
+    1], at least 7 x 7 pixels (else ValueError).
+    """
+    a, b = _unit(images, region), _unit(references, region)
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {tuple(a.shape[-2:])}"
+        )
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
+
+    pixels = SSIM_WINDOW**2
+    sample = pixels / (pixels - 1)
+    mean_a, mean_b = mean(a), mean(b)
+    var_a = sample * (mean(a * a) - mean_a * mean_a)
+    var_b = sample * (mean(b * b) - mean_b * mean_b)
+    covariance = sample * (mean(a * b) - mean_a * mean_b)
+    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    denominator = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (numerator / denominator).mean(dim=(1, 2, 3))
+
+
+def ssim_llamagen(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
+    """SSIM as LlamaGen's published numbers have it: pixels in [0, 1] but data_range 2, which reads higher."""
+    return ssim(images, references, region, data_range=2.0)
+
+
+def _unit(images: Tensor, region: Region | None) -> Tensor:
+    if region is not None:
+        left, top, right, bottom = region
+        images = images[..., top:bottom, left:right]
+    return images.double() / 255.0 if images.dtype == torch.uint8 else images.double()

@@ -1,0 +1,123 @@
+"""The tokenizer's program on forked ranks: two ranks learn what one learns, a resumed run is bit-equal."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llamagen_dist.checkpoint import store
+from llamagen_dist.config import UserError
+from tests.image_shards import write_images
+from tests.ranks.forked import run_ranks
+from tokenizer_training.train import main
+
+IMAGES, BATCH, START = 96, 8, 48
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_images(folder / "train", 40, 16, (2, 2, 2, 2))
+    write_images(folder / "validation", 9, 16, (2, 2, 2, 2), seed=1)
+    path = folder / "tokenizer.yaml"
+    path.write_text(yaml.safe_dump({
+        "kind": "tokenizer", "run_dir": str(folder / "unused"),
+        "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "codebook_size": 32,
+                  "codebook_dim": 4, "codebook_init": "first_batch"},
+        "data": {"train": str(folder / "train"), "validation": str(folder / "validation"), "image_size": 16},
+        "loss": {"perceptual": "none",
+                 "discriminator": {"start_images": START, "channels": 8, "layers": 2, "norm": "group", "weight": 0.1}},
+        "train": {"images": IMAGES, "global_batch": BATCH}, "optim": {"lr": 0.001, "weight_decay": 0.0},
+        "validation": {"at_images": [48], "batch": 4}, "checkpoint": {"every_images": 32, "keep_last": 9},
+        "log": {"every_steps": 1}}))  # fmt: skip
+    return path
+
+
+def call(config: Path, settings: tuple[str, ...]) -> tuple[str, str]:
+    """(stdout, error sentence) of the program on this rank."""
+    torch.set_num_threads(1)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            main([str(config), *settings])
+    except UserError as error:
+        return said.getvalue(), str(error)
+    return said.getvalue(), ""
+
+
+def train(ranks: int, config: Path, folder: Path, *settings: str) -> str:
+    results = run_ranks(call, ranks, config, (f"run_dir={folder}", *settings))
+    assert [error for _, error in results] == [""] * ranks
+    assert all(said == "" for said, _ in results[1:])
+    return results[0][0]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    groups = ("weights", "optimizer", "discriminator", "discriminator_optimizer")
+    return {f"{g}/{k}": v for g in groups for k, v in store.read_weights(folder, group=g).items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(config: Path) -> tuple[Path, str]:
+    folder = config.parent / "two"
+    return folder, train(2, config, folder)
+
+
+def test_two_ranks_learn_what_one_learns(config, two_ranks):
+    folder, said = two_ranks
+    assert "perceptual loss off (loss.perceptual: none)" in said
+    train(1, config, config.parent / "one")
+    a, b = lines(folder), lines(config.parent / "one")
+    assert [line.keys() for line in a] == [line.keys() for line in b]
+    for one, other in zip(a, b, strict=True):
+        for name in one.keys() - {"images_per_s"}:
+            assert one[name] == pytest.approx(other[name], rel=5e-3, abs=5e-4), (name, one["images_seen"])
+    train(1, config, config.parent / "seed", "train.seed=1")  # and the tolerance is one that other data misses
+    assert lines(config.parent / "seed")[0]["loss"] != pytest.approx(a[0]["loss"], rel=5e-3, abs=5e-4)
+
+
+def test_metrics_say_when_the_discriminator_came_in_and_what_validation_found(two_ranks):
+    folder, _ = two_ranks
+    steps = [line for line in lines(folder) if "loss" in line]
+    assert [line["images_seen"] for line in steps] == list(range(BATCH, IMAGES + 1, BATCH))
+    assert [("discriminator" in line) for line in steps] == [n * BATCH >= START for n in range(len(steps))]
+    found = [line for line in lines(folder) if "val_loss" in line]
+    assert [line["images_seen"] for line in found] == [48, 96]
+    assert all({"psnr", "ssim", "codebook_usage"} <= line.keys() for line in found)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["params"] == sum(
+        v.numel() for k, v in store.read_weights(folder).items() if "codebook_used" not in k
+    )
+
+
+@pytest.mark.parametrize("images_kept", [32, 64])
+def test_a_resumed_run_is_bit_equal(config, two_ranks, tmp_path, images_kept):
+    """Once from before and once from after the discriminator came in."""
+    folder, _ = two_ranks
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    (again / "summary.json").unlink()
+    for checkpoint in (again / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > images_kept // BATCH:
+            shutil.rmtree(checkpoint)
+    assert f"at image {images_kept} of {IMAGES}" in train(2, config, again)
+    expected, found = weights(folder), weights(again)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    earlier = weights(next((again / "checkpoints").glob(f"step_*{images_kept // BATCH}")))
+    assert sum(not torch.equal(earlier[name], value) for name, value in expected.items()) > len(expected) / 2
+
+
+def test_another_config_in_the_same_folder_is_refused(config, two_ranks):
+    folder, _ = two_ranks
+    ((_, error),) = run_ranks(call, 1, config, (f"run_dir={folder}", "loss.reconstruction=l1"))
+    assert "loss.reconstruction: l2 -> l1" in error

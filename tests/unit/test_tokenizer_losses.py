@@ -1,0 +1,265 @@
+"""Loss values by hand, a discriminator that waits for its turn, and a perceptual loss that refuses bad files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection, UserError
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.models.vq import VQLosses
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.build import build_vq
+from llamagen_dist.training.guards import NonFiniteError
+from tests.image_shards import write_images
+from tokenizer_training.discriminators import PatchGAN
+from tokenizer_training.losses import (
+    LPIPS,
+    TokenizerLoss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    reconstruction_loss,
+)
+from tokenizer_training.task import TokenizerTask
+
+CPU = torch.device("cpu")
+WIDTHS = {0: 3, 2: 64, 5: 64, 7: 128, 10: 128, 12: 256, 14: 256, 17: 256, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
+CONVOLUTIONS = {n: (min(64 << sum(n >= pool for pool in (5, 10, 17)), 512), into) for n, into in WIDTHS.items()}
+
+
+def section(**keys: Any) -> TokenizerLossSection:
+    return TokenizerLossSection.model_validate({"perceptual": "none", **keys})
+
+
+def test_reconstruction_by_hand():
+    images, found = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.5, 1.0, 0.0])
+    assert reconstruction_loss("l2", found, images).item() == pytest.approx((0.25 + 1.0) / 3)
+    assert reconstruction_loss("l1", found, images).item() == pytest.approx(0.5)
+
+
+def test_hinge_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert hinge_discriminator_loss(fake, real).item() > 1.0  # real and fake are not interchangeable
+    assert hinge_discriminator_loss(torch.tensor([1.0]), torch.tensor([-1.0])).item() == 0.0
+    assert hinge_generator_loss(fake).item() == pytest.approx(1.5)
+
+
+def test_the_total_is_the_weighted_sum_of_its_terms():
+    loss = TokenizerLoss(
+        section(reconstruction_weight=3.0, codebook_weight=2.0, commitment_weight=0.25, entropy_weight=0.1,
+                discriminator={"weight": 0.5}), CPU)  # fmt: skip
+    images, found = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.2)
+    codebook = VQLosses(torch.tensor(0.3), torch.tensor(0.4), torch.tensor(-2.0))
+    terms = loss.generator(images, found, codebook, torch.tensor([[1.0, 3.0]]))
+    assert terms.reconstruction.item() == pytest.approx(0.04)
+    assert terms.adversarial.item() == pytest.approx(-2.0)
+    assert terms.total.item() == pytest.approx(3 * 0.04 + 2 * 0.3 + 0.25 * 0.4 - 0.1 * 2.0 - 0.5 * 2.0)
+    without = loss.generator(images, found, VQLosses(codebook.vq, codebook.commit, None), None)
+    assert without.total.item() == pytest.approx(3 * 0.04 + 2 * 0.3 + 0.25 * 0.4)
+    assert without.adversarial is None
+    assert without.perceptual is None
+
+
+def test_what_is_switched_off_is_said():
+    line = TokenizerLoss(section(), CPU).describe()
+    assert "perceptual loss off (loss.perceptual: none)" in line
+    assert "entropy off" in line
+    assert "0.5 x PatchGAN hinge from image 2,560,000" in line
+    assert "\n" not in line
+    assert (
+        "adversarial loss off (loss.discriminator.kind: none)"
+        in TokenizerLoss(section(discriminator={"kind": "none"}), CPU).describe()
+    )
+
+
+def test_patchgan_has_the_reference_systems_names_and_sizes():
+    network = PatchGAN()
+    assert sum(p.numel() for p in network.parameters()) == 2_765_633
+    assert sorted({int(name.split(".")[1]) for name in network.state_dict()}) == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert "main.3.running_mean" in network.state_dict()
+    (logits,) = network(torch.zeros(1, 3, 256, 256))
+    assert logits.shape == (1, 1, 30, 30)
+    assert network.main[2].weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert network.main[3].weight.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert not network.main[3].bias.any()
+
+
+def test_group_norm_looks_at_one_image_at_a_time_and_batch_norm_does_not():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    for norm, alone in (("group", True), ("batch", False)):
+        network = PatchGAN(channels=8, layers=2, norm=norm)
+        (whole,), (part,) = network(images), network(images[:1])
+        assert torch.allclose(whole[:1], part, atol=1e-5) == alone
+
+
+def settings(folder: Path, **changes: Any) -> TokenizerConfigFile:
+    loss = {"perceptual": "none",
+            "discriminator": {"start_images": 8, "channels": 8, "layers": 2, "norm": "group"}}  # fmt: skip
+    return TokenizerConfigFile.model_validate(
+        {"kind": "tokenizer", "run_dir": folder / "run",
+         "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "codebook_size": 32,
+                   "codebook_dim": 4, **changes.pop("model", {})},
+         "data": {"train": folder, "validation": folder, "image_size": 16},
+         "train": {"images": 32, "global_batch": 4, **changes.pop("train", {})},
+         "optim": {"lr": 1e-3, "weight_decay": 0}, "loss": {**loss, **changes.pop("loss", {})}, **changes})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, count=10, size=16, padding=(2, 2, 2, 2))
+    return folder
+
+
+def make_task(folder: Path, **changes: Any) -> TokenizerTask:
+    torch.manual_seed(0)
+    config = settings(folder, **changes)
+    return TokenizerTask(build_vq(config.model), config, Topology(), open_shards(folder))
+
+
+def batch(seed: int = 1) -> Tensor:
+    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_the_discriminator_neither_runs_nor_learns_before_its_start(shards):
+    task = make_task(shards)
+    calls: list[int] = []
+    task.discriminator.plain.register_forward_hook(lambda *_: calls.append(1))
+    before = snapshot(task.discriminator.plain)
+    for images_seen in (0, 4):
+        metrics = task.step(batch(), images_seen)
+        assert not {"adversarial", "discriminator", "discriminator_grad_norm"} & metrics.keys()
+    assert calls == []
+    assert all(torch.equal(value, before[name]) for name, value in task.discriminator.plain.state_dict().items())
+    assert task.scalars() == {"optimizer.step": 2.0, "discriminator_optimizer.step": 0.0}
+    metrics = task.step(batch(), 8)  # its first image
+    assert {"adversarial", "discriminator", "discriminator_grad_norm"} <= metrics.keys()
+    assert len(calls) == 2
+    assert not torch.equal(task.discriminator.plain.main[0].weight, before["main.0.weight"])
+    assert task.scalars()["discriminator_optimizer.step"] == 1.0
+
+
+def test_the_generators_pass_leaves_no_gradient_in_the_discriminator(shards):
+    task = make_task(shards)
+    losses, reconstruction = task._generator_pass(batch(), task.discriminator)
+    task.generator.backward(losses.total)
+    assert all(p.grad is None and p.requires_grad for p in task.discriminator.plain.parameters())
+    task._discriminator_pass(task.discriminator, batch(), reconstruction.detach(), 1.0, 8)
+    assert all(p.grad is not None for p in task.discriminator.plain.parameters())
+
+
+def test_micro_batches_change_nothing(shards):
+    whole, pieces, wrong = make_task(shards), make_task(shards, train={"micro_batch": 1}), make_task(shards)
+    for images_seen in (0, 4, 8, 12):
+        a, b = whole.step(batch(images_seen), images_seen), pieces.step(batch(images_seen), images_seen)
+        assert a.keys() == b.keys()
+        assert all(float(a[name]) == pytest.approx(float(b[name]), rel=2e-3, abs=2e-4) for name in a)
+        wrong.step(batch(99), images_seen)
+    distance = [_distance(whole, other) for other in (pieces, wrong)]
+    assert distance[0] < 0.05 * distance[1]  # rounding, against what other pictures would have done
+
+
+def _distance(one: TokenizerTask, other: TokenizerTask) -> float:
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(shards):
+    task = make_task(shards)
+    before = [snapshot(task.model), snapshot(task.discriminator.plain)]
+    bad = batch()
+    bad[2, 0, 3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"samples 8 … 11"):
+        task.step(bad, 8)
+    for module, kept in zip((task.model, task.discriminator.plain), before, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+
+
+def test_the_first_batch_can_place_the_codes(shards):
+    task = make_task(shards, model={"codebook_init": "first_batch"})
+    with torch.no_grad():
+        rows = task.model.quantize.prepare(task.model.latents(batch())).reshape(-1, 4)
+        task._start_codebook(batch())
+        found = task.model.quantize.embedding.weight
+    assert torch.cdist(found.double(), rows.double()).min(1).values.max() < 1e-6
+    assert len(torch.unique(found, dim=0)) == 32
+    task.step(batch(), 4)  # a later step leaves them to the optimizer
+    assert torch.cdist(task.model.quantize.embedding.weight.double(), rows.double()).min(1).values.max() > 1e-6
+    with pytest.raises(UserError, match=r"only 256 latents .* 500 codes"):
+        make_task(shards, model={"codebook_init": "first_batch", "codebook_size": 500}).step(batch(), 0)
+
+
+def test_validation_measures_the_unpadded_part_and_counts_codes_exactly(shards):
+    task = make_task(shards, validation={"batch": 3})
+    found = task.validate()
+    whole = make_task(shards, validation={"batch": 256}).validate()
+    assert found == pytest.approx(whole, rel=1e-6)
+    task.held_out = open_shards(shards)
+    task.held_out.manifest.__dict__["padding"] = None  # what forgetting the padding would give
+    assert task.validate()["psnr"] != pytest.approx(found["psnr"], abs=1e-3)
+    assert task.validate()["val_loss"] == pytest.approx(found["val_loss"])
+    assert 1 / 32 <= found["codebook_usage"] <= 1
+    assert (found["codebook_usage"] * 32) == round(found["codebook_usage"] * 32)
+
+
+def test_bad_sizes_are_refused_in_one_sentence(shards):
+    with pytest.raises(UserError, match=r"data.image_size: 17 .* multiple of 2"):
+        make_task(shards, data={"train": shards, "validation": shards, "image_size": 17})
+    with pytest.raises(UserError, match=r"loss.discriminator.layers: 3 layers need at least 24 pixels"):
+        make_task(shards, loss={"discriminator": {"layers": 3, "start_images": 8}})
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of torchvision's layout with random weights: the structure is tested here, not the perception."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for number, (out, into) in CONVOLUTIONS.items():
+        scale = (2 / (9 * into)) ** 0.5
+        state[f"features.{number}.weight"] = torch.randn(out, into, 3, 3, generator=generator) * scale
+        state[f"features.{number}.bias"] = torch.zeros(out)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_lpips_is_frozen_quiet_and_loads_every_layer(vgg16):
+    loss = LPIPS(vgg16)
+    assert not any(p.requires_grad for p in loss.parameters())
+    assert not any(module.training for module in loss.train().modules())
+    images, other = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    assert loss(images, images).item() == 0.0
+    distance = loss(other, images)
+    assert distance.item() > 0.0
+    assert loss(other, images).item() == distance.item()  # no dropout
+    distance.backward()
+    assert other.grad.abs().sum() > 0
+    stored = torch.load(vgg16, weights_only=True)
+    last = dict(loss.network.net.slice5.named_children())["28"]
+    assert torch.equal(last.weight, stored["features.28.weight"])
+    assert "NOT torchvision's published VGG16 file" in loss.source
+
+
+def test_lpips_refuses_files_that_are_not_vgg16(tmp_path, vgg16):
+    with pytest.raises(UserError, match=r"loss.vgg16_weights: .*absent.pth cannot be read"):
+        LPIPS(tmp_path / "absent.pth")
+    text = tmp_path / "page.html"
+    text.write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"does not hold torchvision's VGG16 weights \(not a weights file"):
+        LPIPS(text)
+    state = torch.load(vgg16, weights_only=True)
+    torch.save({**state, "features.28.weight": state["features.28.weight"][:, :7]}, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match=r"features.28: size mismatch"):
+        LPIPS(tmp_path / "cut.pth")
+    del state["features.10.bias"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"features.10.bias is missing"):
+        LPIPS(tmp_path / "less.pth")

@@ -1,0 +1,197 @@
+"""The tokenizer as a Task: the autoencoder and, from some image on, its discriminator."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamagen_dist import prng
+from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.config import TokenizerConfigFile, UserError
+from llamagen_dist.data.images import load_images, to_floats
+from llamagen_dist.data.shards import Shards
+from llamagen_dist.evaluation.image_quality import psnr, ssim, to_uint8, unpadded
+from llamagen_dist.models.vq import VQModel, code_histogram
+from llamagen_dist.parallel.engine import TorchEngine
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training import optim as optimizers
+from llamagen_dist.training.guards import check_loss
+from tokenizer_training.discriminators import PatchGAN
+from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
+
+
+class TokenizerTask:
+    """model: with its initial weights; held_out: image shards to validate on.
+
+    Before ``loss.discriminator.start_images`` the discriminator neither runs nor learns.
+    """
+
+    zero = 0
+
+    def __init__(
+        self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards
+    ) -> None:
+        self.config, self.topology, self.model, self.held_out = config, topology, model, held_out
+        self.parameters = sum(p.numel() for p in model.parameters())
+        size, factor = config.data.image_size, model.config.downsampling
+        if size % factor:
+            raise UserError(
+                f"data.image_size: {size} pixels cannot be cut into tokens of {factor} x {factor} pixels "
+                f"(model.channel_multipliers has {len(model.config.channel_multipliers)} levels); "
+                f"use a multiple of {factor}"
+            )
+        self.share = topology.share(config.train.global_batch)
+        self.micro = config.train.micro_batch or self.share
+        self.loss = TokenizerLoss(config.loss, topology.device)
+        self.entropy = config.loss.entropy_weight > 0
+        self.generator = TorchEngine(model, config.optim, topology)
+        self.discriminator: TorchEngine | None = None
+        self.adversarial_from = self.loss.adversarial_from()
+        if self.adversarial_from is not None:
+            d = config.loss.discriminator
+            optim = config.optim if d.lr is None else config.optim.model_copy(update={"lr": d.lr})
+            network = PatchGAN(model.config.image_channels, d.channels, d.layers, d.norm)
+            smallest = 3 * 2**d.layers  # every layer halves it, and two more convolutions take one pixel each
+            if size < smallest:
+                raise UserError(
+                    f"loss.discriminator.layers: {d.layers} layers need at least {smallest} pixels, and "
+                    f"data.image_size is {size}; use fewer layers"
+                )
+            self.discriminator = TorchEngine(
+                network,
+                optim,
+                topology,
+                group="discriminator",
+                optimizer_group="discriminator_optimizer",
+            )
+
+    def step(self, batch: Tensor, images_seen: int) -> Mapping[str, Tensor]:
+        """batch: this rank's images, (b, 3, S, S) in [-1, 1].
+
+        Returns loss (the weighted sum), its unweighted terms, grad_norm (before clipping) and lr. The
+        discriminator's backward pass on the same, detached reconstructions comes before either update, so
+        that a loss that is not finite is found while no weight has changed.
+        """
+        batch = batch.to(self.topology.device)
+        if images_seen == 0 and self.config.model.codebook_init == "first_batch":
+            self._start_codebook(batch)
+        self.model.train()
+        against = self.discriminator
+        if against is not None and (self.adversarial_from is None or images_seen < self.adversarial_from):
+            against = None
+        sums: dict[str, Tensor] = {}
+        for images in batch.split(self.micro):
+            share = len(images) / len(batch)
+            losses, reconstruction = self._generator_pass(images, against)
+            check_loss(losses.total, self.topology, images_seen, self.config.train.global_batch)
+            self.generator.backward(losses.total * share)
+            found = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
+            if against is not None:
+                found |= self._discriminator_pass(
+                    against, images, reconstruction.detach(), share, images_seen
+                )
+            for name, value in found.items():
+                if value is not None:
+                    sums[name] = sums.get(name, 0.0) + value.detach() * share
+        sums["grad_norm"] = self.generator.step(images_seen)
+        sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
+        if against is not None:
+            sums["discriminator_grad_norm"] = against.step(images_seen)
+        return sums
+
+    def _generator_pass(self, images: Tensor, against: TorchEngine | None) -> tuple[GeneratorLosses, Tensor]:
+        reconstruction, codebook, _ = self.generator.module(images, entropy=self.entropy)
+        logits = None
+        if against is not None:
+            # The bare module, frozen: the discriminator passes the gradient on and gets none itself.
+            against.plain.requires_grad_(False)
+            (logits,) = against.plain(reconstruction)
+            against.plain.requires_grad_(True)
+        return self.loss.generator(images, reconstruction, codebook, logits), reconstruction
+
+    def _discriminator_pass(
+        self, engine: TorchEngine, images: Tensor, reconstruction: Tensor, share: float, images_seen: int
+    ) -> dict[str, Tensor]:
+        real, fake = engine.module(images, reconstruction)
+        loss = hinge_discriminator_loss(real, fake)
+        check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
+        engine.backward(loss * share)
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    @torch.no_grad()
+    def _start_codebook(self, batch: Tensor) -> None:
+        """Put every code on a latent of the first global batch, chosen by a keyed order over its positions.
+
+        All ranks gather the same rows in the order of the global batch, so the codebook does not depend on
+        how many there are. Raises UserError if the batch has fewer latents than there are codes.
+        """
+        rows = self.model.quantize.prepare(self.model.latents(batch)).flatten(0, 2)
+        if self.topology.dp_group is not None:
+            parts = [torch.empty_like(rows) for _ in range(self.topology.dp)]
+            dist.all_gather(parts, rows.contiguous(), group=self.topology.dp_group)
+            rows = torch.cat(parts)
+        codes = self.model.config.codebook_size
+        if len(rows) < codes:
+            raise UserError(
+                f"model.codebook_init: first_batch finds only {len(rows)} latents in train.global_batch "
+                f"({self.config.train.global_batch} images) for {codes} codes; raise train.global_batch "
+                "or use random"
+            )
+        order = prng.uniform(self.config.train.seed, "codebook", torch.arange(len(rows))).argsort(stable=True)
+        self.model.quantize.embedding.weight.copy_(rows[order[:codes].to(rows.device)])
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """Over the held-out images, each counted once on whatever number of ranks.
+
+        val_loss: mean squared error of pixels in [-1, 1]. psnr (dB) and ssim: means of per-image values of
+        the 8-bit pictures, on the part that is not padding. codebook_usage: share of all codes that occur at
+        all.
+        """
+        self.model.eval()
+        section, size = self.config.validation, self.config.data.image_size
+        count = min(section.images or len(self.held_out), len(self.held_out))
+        mine = range(self.topology.dp_rank, count, self.topology.dp)
+        manifest = self.held_out.manifest
+        region = unpadded(manifest.padding, size, manifest.image_size)
+        sums = torch.zeros(4, dtype=torch.float64)
+        histogram = torch.zeros(self.model.config.codebook_size, dtype=torch.int64)
+        for start in range(0, len(mine), section.batch):
+            pixels = load_images(self.held_out, mine[start : start + section.batch], size)
+            images = to_floats(pixels).to(self.topology.device)
+            reconstruction, _, codes = self.model(images)
+            original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            shown = to_uint8(reconstruction).cpu()
+            error = (
+                F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
+            )
+            found = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
+            sums += torch.stack([*found, torch.tensor(float(len(pixels)), dtype=torch.float64)])
+            histogram += code_histogram(codes, len(histogram)).cpu()
+        self.model.train()
+        sums, histogram = self._total(sums), self._total(histogram)
+        loss, decibels, similarity = (sums[:3] / sums[3]).tolist()
+        usage = float((histogram > 0).double().mean())
+        return {"val_loss": loss, "psnr": decibels, "ssim": similarity, "codebook_usage": usage}
+
+    def _total(self, values: Tensor) -> Tensor:
+        return self.topology.sum(values.to(self.topology.device)).cpu()
+
+    def entries(self) -> list[Entry]:
+        found = self.generator.entries()
+        return found + (self.discriminator.entries() if self.discriminator is not None else [])
+
+    def scalars(self) -> Mapping[str, float]:
+        found = self.generator.scalars()
+        return found | (self.discriminator.scalars() if self.discriminator is not None else {})
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        self.generator.load_scalars(scalars)
+        if self.discriminator is not None:
+            self.discriminator.load_scalars(scalars)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"params": self.parameters}

@@ -1,0 +1,50 @@
+"""PROGRAM: train the image tokenizer on image shards.
+
+    torchrun --nproc-per-node=8 -m tokenizer_training.train configs/tokenizer/VQ-16.yaml run_dir=runs/VQ-16
+
+also plain ``python -m`` for one rank, or ``srun``. The same command again resumes.
+"""
+
+import torch
+
+from llamagen_dist.config import TokenizerConfigFile, UserError, load
+from llamagen_dist.data.images import ImageStream
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.parallel.topology import start
+from llamagen_dist.training.build import build_vq
+from llamagen_dist.training.fit import fit
+from llamagen_dist.training.run import open_run
+from tokenizer_training.task import TokenizerTask
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("usage: python -m tokenizer_training.train CONFIG [key=value …]")
+    config: TokenizerConfigFile = load(argv[0], argv[1:], kind="tokenizer")
+    topology = start(threads=config.parallel.threads)
+    images = open_shards(config.data.train, kind="images")
+    held_out = open_shards(config.data.validation, kind="images")
+    stream = ImageStream(
+        images,
+        topology,
+        config.train.global_batch,
+        config.train.seed,
+        config.data.image_size,
+        random_crop=config.data.random_crop,
+        horizontal_flip=config.data.horizontal_flip,
+        workers=config.data.workers,
+    )
+    torch.manual_seed(config.train.seed)  # for the initial weights only; nothing after them draws from it
+    task = TokenizerTask(build_vq(config.model), config, topology, held_out)
+    with open_run(config, topology, fingerprint=images.manifest.fingerprint(), label="tokenizer") as run:
+        run.say(
+            f"tokenizer: {task.parameters:,} parameters, {topology.world} ranks, "
+            f"{config.train.images:,} images of {config.data.image_size} x {config.data.image_size} pixels"
+        )
+        run.say(task.loss.describe())
+        fit(task, stream, config, run)
+
+
+if __name__ == "__main__":
+    run_program(main)
