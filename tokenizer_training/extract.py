@@ -8,8 +8,9 @@ bytes do not depend on the number of ranks or on where an earlier process was cu
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from PIL import Image
 from llamagen_dist.checkpoint.store import identity, read_config, read_weights
 from llamagen_dist.config import ExtractConfig, TokenizerConfigFile, TokenizerModelSection, UserError, load
 from llamagen_dist.data import images
-from llamagen_dist.data.manifest import MANIFEST, Manifest
+from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
@@ -38,9 +39,7 @@ MEMBERS = (LABEL_MEMBER, CODES_MEMBER)
 
 def main(argv: list[str]) -> None:
     if not argv:
-        raise UserError(
-            "usage: python -m tokenizer_training.extract CONFIG tokenizer=PATH images=SHARDS out=DIR"
-        )
+        raise UserError("usage: python -m tokenizer_training.extract CONFIG tokenizer=PATH images=SHARDS out=DIR")
     config: ExtractConfig = load(argv[0], argv[1:], kind="extract")
     topology = start(threads=config.threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # codes are chosen in full fp32
@@ -75,18 +74,14 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
                 "image_size or crops"
             )
         if shards.manifest.classes is None:
-            raise UserError(
-                f"images: {shards.folder} has no class labels (.cls), which token shards must hold"
-            )
+            raise UserError(f"images: {shards.folder} has no class labels (.cls), which token shards must hold")
     return sets
 
 
 def tokenizer(config: ExtractConfig) -> VQModel:
     """The trained tokenizer, in evaluation mode. Raises UserError: not there, another kind, does not fit."""
     if not config.tokenizer.exists():
-        raise UserError(
-            f"tokenizer: {config.tokenizer} does not exist; give a run directory or a weights file"
-        )
+        raise UserError(f"tokenizer: {config.tokenizer} does not exist; give a run directory or a weights file")
     section: TokenizerModelSection | None = config.model
     trained = read_config(config.tokenizer)
     if trained is not None:
@@ -94,14 +89,10 @@ def tokenizer(config: ExtractConfig) -> VQModel:
             raise UserError(f"tokenizer: {config.tokenizer} is not a tokenizer's run")
         section = trained.model
     if section is None:
-        raise UserError(
-            f"tokenizer: {config.tokenizer} is a bare weights file; say what it is, as in model.size=VQ-16"
-        )
+        raise UserError(f"tokenizer: {config.tokenizer} is a bare weights file; say what it is, as in model.size=VQ-16")
     model = build_vq(section)
     if model.config.codebook_size > 1 << 16:
-        raise UserError(
-            f"tokenizer: {model.config.codebook_size} codes do not fit into 16 bits (at most 65536)"
-        )
+        raise UserError(f"tokenizer: {model.config.codebook_size} codes do not fit into 16 bits (at most 65536)")
     if config.image_size % model.config.downsampling:
         raise UserError(
             f"image_size: {config.image_size} is not a multiple of {model.config.downsampling}, the "
@@ -113,9 +104,7 @@ def tokenizer(config: ExtractConfig) -> VQModel:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"tokenizer: the weights in {config.tokenizer} do not fit its sizes: {first}"
-        ) from None
+        raise UserError(f"tokenizer: the weights in {config.tokenizer} do not fit its sizes: {first}") from None
     return model.eval()
 
 
@@ -168,23 +157,23 @@ class Extraction:
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""
         count = -(-len(self.shards) // self.config.samples_per_shard)
-        missing = _agreed(self.topology, lambda: self._missing(count))
-        if missing is None:
+        kept = _agreed(self.topology, lambda: self._finished(count))
+        if kept is None:
             self._say(f"{self.job.folder}: complete already")
             return
+        missing = [shard for shard in range(count) if shard not in kept]
         mine = missing[self.topology.rank :: self.topology.world]
-        total = sum(len(self._samples(shard)) for shard in mine)
-        progress = None
-        if self.topology.rank == 0:
-            whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
-            progress = Progress(self.label + whose, total)
-            progress.__enter__()
-        for shard in mine:
-            self.job.write(shard_name(shard), self._encoded(shard, progress), MEMBERS)
-        if progress is not None:
-            progress.__exit__(None, None, None)
-        self.topology.barrier()
-        _agreed(self.topology, lambda: self._finish(count))
+        with self._progress(sum(len(self._samples(shard)) for shard in mine)) as progress:
+            written = {
+                shard: self.job.write(shard_name(shard), self._encoded(shard, progress), MEMBERS) for shard in mine
+            }
+        reports: list[dict[int, ShardRecord]] = [written]
+        if self.topology.world > 1:
+            reports = [{} for _ in range(self.topology.world)]
+            dist.all_gather_object(reports, written)
+        for report in reports:
+            kept |= report
+        _agreed(self.topology, lambda: self._finish([kept[shard] for shard in range(count)]))
         size = f"{len(self.shards):,} images x {self.crops} crops x {self.side * self.side} tokens"
         self._say(f"{self.job.folder}: {size}")
 
@@ -192,24 +181,27 @@ class Extraction:
         if self.topology.rank == 0:
             print(text, flush=True)
 
-    def _missing(self, count: int) -> list[int] | None:
-        """Shards still to be written; None when all is complete. Rank 0 only: it reads the finished ones."""
+    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
+        if self.topology.rank != 0:
+            return nullcontext()
+        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
+        return Progress(self.label + whose, images_of_rank)
+
+    def _finished(self, count: int) -> dict[int, ShardRecord] | None:
+        """Shards of an earlier process; None when all is complete. Rank 0 only: it reads them all."""
         if self.job.completed() is not None:
             return None
         self.job.begin()
-        return [shard for shard in range(count) if self.job.finished(shard_name(shard)) is None]
+        found = {shard: self.job.finished(shard_name(shard)) for shard in range(count)}
+        return {shard: record[0] for shard, record in found.items() if record is not None}
 
-    def _finish(self, count: int) -> None:
-        records = [self.job.finished(shard_name(shard)) for shard in range(count)]
-        lost = [shard_name(shard) for shard, record in enumerate(records) if record is None]
-        if lost:
-            raise UserError(f"{self.job.folder}: {', '.join(lost)} changed meanwhile; run the command again")
+    def _finish(self, records: Sequence[ShardRecord]) -> None:
         held = self.shards.manifest
         manifest = Manifest(
             kind="tokens",
             count=held.count,
             members=MEMBERS,
-            shards=tuple(record[0] for record in records if record is not None),
+            shards=tuple(records),
             classes=held.classes,
             image_size=self.config.image_size,
             padding=held.padding,

@@ -1,0 +1,299 @@
+"""Token extraction: the same bytes on any number of ranks and after any interruption; wrong inputs refused."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+import tokenizer_training.extract as program
+from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.entries import replicated
+from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, UserError, dump, load
+from llamagen_dist.config.loader import build
+from llamagen_dist.data import images
+from llamagen_dist.data.pack import PackOptions, pack
+from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.build import build_vq
+from tests.ranks.forked import run_ranks
+
+ROOT = Path(__file__).parent.parent.parent
+SIZE, COUNT = 16, 40
+MODEL = {
+    "channels": 32,
+    "channel_multipliers": [1, 1],
+    "res_blocks": 1,
+    "z_channels": 16,
+    "codebook_size": 96,
+    "codebook_dim": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A random tiny tokenizer (run directory and bare file) and images: 16 px sets, and originals of mixed
+    sizes.
+    """
+    folder = tmp_path_factory.mktemp("extract")
+    torch.manual_seed(0)
+    section = TokenizerModelSection.model_validate(MODEL)
+    model = build_vq(section)
+    for number in (1, 2):
+        entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
+        trained = {
+            "kind": "tokenizer",
+            "run_dir": "x",
+            "model": MODEL,
+            "data": {"train": "x", "validation": "x"},
+            "loss": {"perceptual": "none"},
+            "train": {"images": 256},
+        }
+        config = build(TokenizerConfigFile, trained, "test")
+        run = folder / f"tokenizer{number}"
+        run.mkdir()
+        store.save(run, 1, entries, {}, Topology(), config_text=dump(config))
+        if number == 1:
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "bare.safetensors")
+        torch.nn.init.normal_(model.quant_conv.weight)  # the second tokenizer is another one
+    for n in range(COUNT):
+        rng = np.random.default_rng(n)
+        image = Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+        target = folder / "photos" / f"class{n % 3}"
+        target.mkdir(parents=True, exist_ok=True)
+        image.resize((30 + n, 28), Image.Resampling.BICUBIC).save(target / f"{n}.png")
+    pack(str(folder / "photos"), folder / "small", PackOptions(size=SIZE, held_out=8, samples_per_shard=9))
+    pack(str(folder / "photos"), folder / "originals", PackOptions(samples_per_shard=100))
+    settings = {
+        "kind": "extract",
+        "tokenizer": str(folder / "tokenizer1"),
+        "images": str(folder / "small"),
+        "out": str(folder / "unused"),
+        "image_size": SIZE,
+        "crops": "center_flip",
+        "batch": 10,
+        "samples_per_shard": 5,
+    }
+    (folder / "extract.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+SLOWLY = """
+import runpy, sys, time
+import llamagen_dist.data.images as images
+crop = images.center_crop
+def slow(*arguments):
+    time.sleep(0.03)
+    return crop(*arguments)
+images.center_crop = slow
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def words(work: Path, out: Path, *settings: str) -> list[str]:
+    return [str(work / "extract.yaml"), f"out={out}", *settings]
+
+
+def extract(work: Path, out: Path, *settings: str) -> str:
+    heard = io.StringIO()
+    with contextlib.redirect_stdout(heard):
+        program.main(words(work, out, *settings))
+    return heard.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    extract(work, work / "alone")
+    return work / "alone"
+
+
+def test_codes_are_the_tokenizers_own(work, alone):
+    for name, count in (("train", 32), ("validation", 8)):
+        shards, pictures = open_shards(alone / name, "tokens"), open_shards(work / "small" / name)
+        manifest = shards.manifest
+        assert (manifest.count, manifest.crops, manifest.grid, manifest.vocab_size) == (count, 2, (8, 8), 96)
+        assert manifest.tokenizer_sha256 == store.identity(work / "tokenizer1")
+        assert manifest.classes == ["class0", "class1", "class2"]
+        assert [record.samples for record in manifest.shards] == [5] * (count // 5) + [count % 5]
+        verify(shards)
+        model = build_vq(TokenizerModelSection.model_validate(MODEL)).eval()
+        model.load_state_dict(store.read_weights(work / "tokenizer1"))
+        pixels = images.load_images(pictures, range(count), SIZE)
+        reader, numbers = TokenReader(shards), np.arange(count)
+        for crop, view in enumerate((pixels, pixels[:, :, ::-1])):
+            expected = model.encode(images.to_floats(np.ascontiguousarray(view))).reshape(count, -1).numpy()
+            tokens, labels = reader.gather(numbers, np.full(count, crop))
+            assert np.array_equal(labels, pictures.labels(range(count)))
+            assert (tokens == expected).mean() > 0.999  # the batch shape may move a tie
+            assert (tokens == np.roll(expected, 1, axis=0)).mean() < 0.5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(work, alone, tmp_path, ranks):
+    run_ranks(program.main, ranks, words(work, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(alone)
+    assert len(contents(alone)) == 11  # 7 + 2 tars and two manifests, nothing else
+
+
+def test_another_tokenizer_gives_other_bytes(work, alone, tmp_path):
+    extract(work, tmp_path / "out", f"tokenizer={work / 'tokenizer2'}")
+    assert contents(tmp_path / "out") != contents(alone)
+
+
+def test_decoding_threads_change_nothing(work, alone, tmp_path):
+    extract(work, tmp_path / "out", "workers=3")
+    assert contents(tmp_path / "out") == contents(alone)
+
+
+def test_killed_ranks_go_on_to_the_same_bytes_and_keep_what_was_finished(work, alone, tmp_path):
+    """Real processes; SIGKILL after some shards; continued by another number of ranks."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tokenizer_training.extract", *words(work, out)]
+    command[1:2] = ["-c", SLOWLY]  # in place of -m, so that there is time to kill it
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("train/*.tar"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "train" / "manifest.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
+    assert 2 <= len(done) < 7
+    torn = sorted(done)[1]
+    torn.write_bytes(torn.read_bytes()[:-1] + b"x")  # a finished shard that was damaged since is made again
+    run_ranks(program.main, 2, words(work, out))
+    assert contents(out) == contents(alone)
+    kept = [path for path in done if path != torn]
+    assert all(path.stat().st_mtime_ns == done[path] for path in kept)
+
+
+def test_a_finished_extraction_is_left_alone_and_another_refused(work, alone):
+    before = {path: path.stat().st_mtime_ns for path in alone.rglob("*")}
+    assert "complete already" in extract(work, alone)
+    for setting in (f"tokenizer={work / 'tokenizer2'}", "crops=center", "batch=11"):
+        with pytest.raises(UserError, match="already holds shards made in another way"):
+            extract(work, alone, setting)
+    assert {path: path.stat().st_mtime_ns for path in alone.rglob("*")} == before
+
+
+def test_ten_crops_from_the_originals(work, tmp_path):
+    settings = (f"images={work / 'originals'}", "crops=ten_crop", "crop_ranges=[1.1,1.5]")
+    extract(work, tmp_path / "out", *settings)
+    shards, pictures = open_shards(tmp_path / "out"), open_shards(work / "originals")
+    assert (shards.manifest.crops, shards.manifest.count) == (20, COUNT)
+    model = build_vq(TokenizerModelSection.model_validate(MODEL)).eval()
+    model.load_state_dict(store.read_weights(work / "tokenizer1"))
+    image = images.read_image(pictures, 7)
+    views = np.stack([np.asarray(v) for r in (1.1, 1.5) for v in images.ten_crops(image, SIZE, r)])
+    expected = model.encode(images.to_floats(views)).reshape(20, -1).numpy()
+    tokens, _ = TokenReader(shards).gather(np.full(20, 7), np.arange(20))
+    assert (tokens == expected).mean() > 0.999
+    assert (tokens == np.roll(expected, 1, axis=0)).mean() < 0.9
+
+
+def test_a_bare_weights_file_needs_its_sizes(work, alone, tmp_path):
+    bare = f"tokenizer={work / 'bare.safetensors'}"
+    with pytest.raises(UserError, match="say what it is"):
+        extract(work, tmp_path / "out", bare)
+    sizes = [f"model.{key}={value}" for key, value in MODEL.items()]
+    extract(work, tmp_path / "out", bare, *sizes)
+    tars = {name: data for name, data in contents(alone).items() if name.endswith(".tar")}
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name.endswith(".tar")} == tars
+    with pytest.raises(UserError, match="do not fit its sizes"):
+        extract(work, tmp_path / "other", bare, *sizes[:-2], "model.codebook_size=97", sizes[-1])
+
+
+@pytest.mark.parametrize(("setting", "sentence"), [
+    ("tokenizer={work}/nowhere", "does not exist; give a run directory"),
+    ("tokenizer={work}/photos", "no complete checkpoint there"),
+    ("images={work}/nowhere", "the folder does not exist"),
+    ("images={work}/photos", "manifest.json is missing"),
+    ("images={work}/alone/train", "holds tokens, but images are needed"),
+    ("image_size=32", "holds 16 x 16 pixels, but image_size: 32 with crops: center_flip needs 32 x 32"),
+    ("crops=ten_crop", "holds 16 x 16 pixels, but image_size: 16 with crops: ten_crop needs 17 x 17"),
+    ("image_size=15", "holds 16 x 16 pixels"),
+    ("out={work}/extract.yaml/x", "cannot be written"),
+])  # fmt: skip
+def test_wrong_inputs_get_one_sentence(work, alone, tmp_path, setting, sentence):
+    with pytest.raises(UserError) as refusal:
+        extract(work, tmp_path / "out", setting.format(work=work))
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_codes_beyond_16_bits_and_odd_sizes_are_refused(work, tmp_path):
+    sizes = [f"model.{key}={value}" for key, value in MODEL.items() if key != "codebook_size"]
+    bare = f"tokenizer={work / 'bare.safetensors'}"
+    with pytest.raises(UserError, match="65537 codes do not fit into 16 bits"):
+        extract(work, tmp_path / "out", bare, *sizes, "model.codebook_size=65537")
+    originals = f"images={work / 'originals'}"
+    with pytest.raises(UserError, match="15 is not a multiple of 2"):
+        extract(work, tmp_path / "out", originals, "image_size=15")
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, SIZE, SIZE, 3), np.uint8))
+    pack(str(tmp_path / "x.npz"), tmp_path / "bare", PackOptions(size=SIZE))
+    with pytest.raises(UserError, match="has no class labels"):
+        extract(work, tmp_path / "out", f"images={tmp_path / 'bare'}")
+
+
+def refused_rank(arguments: list[str]) -> str:
+    try:
+        program.main(arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_gets_the_main_ranks_sentence(work, alone):
+    sentences = run_ranks(refused_rank, 2, words(work, alone, "batch=12"))
+    assert sentences[0] == sentences[1]
+    assert "made in another way" in sentences[0]
+
+
+def test_the_program_from_outside(work, tmp_path):
+    """Exit codes and streams of a real process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    shutil.copytree(work / "small", tmp_path / "images")
+    with open(tmp_path / "images" / "train" / "shard-000001.tar", "ab") as file:
+        file.write(b"\0")
+    command = [sys.executable, "-m", "tokenizer_training.extract", *words(work, tmp_path / "out")]
+    result = subprocess.run(
+        [*command, f"images={tmp_path / 'images'}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("llamagen: error: ")
+    assert "shard-000001.tar" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["quickstart", "imagenet"])
+def test_shipped_configs_load(name):
+    config = load(ROOT / "configs" / "extract" / f"{name}.yaml", kind="extract")
+    assert (config.crops, config.image_size) == {
+        "quickstart": ("center_flip", 32),
+        "imagenet": ("ten_crop", 256),
+    }[name]
