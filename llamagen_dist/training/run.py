@@ -16,6 +16,7 @@ import torch
 from llamagen_dist import __version__
 from llamagen_dist.checkpoint.store import write_text
 from llamagen_dist.config import Section, UserError, difference, dump, load
+from llamagen_dist.launch import snapshot
 from llamagen_dist.parallel.topology import Topology
 
 # What may change between two launches of one run: how it is executed and watched, never what is computed.
@@ -169,11 +170,17 @@ def _same_config(directory: Path, config: Section) -> None:
 
 
 def _record() -> dict[str, Any]:
+    """What ran: a launched job runs a snapshot, which says where it was taken; else the checkout itself is asked."""
+    root = Path(__file__).resolve().parents[2]
+    taken = root / "record.json"
+    code = json.loads(taken.read_text(encoding="utf-8")) if taken.exists() else snapshot.record(root)
+    versions = {name: version for name, version in code["versions"].items() if name != "llamagen-dist"}
     return {
         "llamagen_dist": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions,
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": code["commit"],
+        "diff": code["diff"],
     }
