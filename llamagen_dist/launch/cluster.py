@@ -85,9 +85,7 @@ class Launch:
                     found[rank] = {"outcome": DIED, "ended": time.time()}
             elif "outcome" not in found[rank] and not _who(found[rank]).alive():
                 again = read_notes(self.log)[rank]  # it may have written its last word just before it ended
-                found[rank] = (
-                    again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
-                )
+                found[rank] = again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
         return found
 
     def watch(self, stop: StopRequest, tick: Callable[[], None]) -> Outcome:
@@ -134,9 +132,7 @@ class Launch:
                 self._killed.add(rank)
             if "pid" in note:
                 _send(_who(note), signal.SIGKILL, group=True)
-        controller = (
-            self._submitted._process
-        )  # submitit's own cancel() sends SIGINT, which the controller ignores
+        controller = self._submitted._process  # submitit's own cancel() sends SIGINT, which the controller ignores
         controller.terminate()  # it passes SIGTERM on to ranks that have not introduced themselves yet
         deadline = time.monotonic() + 2.0
         while controller.poll() is None and time.monotonic() < deadline:
@@ -175,16 +171,12 @@ class Launch:
         return Outcome(INTERRUPTED, peak_rss_gb=peak)  # killed after its patience ran out
 
 
-def submit(
-    module: str, arguments: tuple[str, ...], ranks: int, root: Path, log: Path, progress: Path
-) -> Launch:
+def submit(module: str, arguments: tuple[str, ...], ranks: int, root: Path, log: Path, progress: Path) -> Launch:
     """Start one program on ``ranks`` ranks of this machine, one process each."""
     log.mkdir(parents=True, exist_ok=True)
     for old in [*log.glob("rank_*.json"), *log.glob("error_*.txt"), progress]:
         old.unlink(missing_ok=True)
-    job = Job(
-        module, arguments, str(root), str(log), ranks, free_port(), identify(), str(progress), devices(ranks)
-    )
+    job = Job(module, arguments, str(root), str(log), ranks, free_port(), identify(), str(progress), devices(ranks))
     with _as_if_at(root):
         executor = AutoExecutor(folder=log, cluster="local")
         executor.update_parameters(tasks_per_node=ranks, timeout_min=ONE_YEAR_MIN, stderr_to_stdout=True)
@@ -222,9 +214,7 @@ def wait_for_orphans(log: Path, say: Callable[[str], None], patience_s: float = 
         if not alive:
             return
         if not told:
-            say(
-                f"waiting for ranks of an earlier launch to save and stop (pids {', '.join(map(str, alive))})"
-            )
+            say(f"waiting for ranks of an earlier launch to save and stop (pids {', '.join(map(str, alive))})")
             told = True
         if time.monotonic() > deadline:
             raise UserError(

@@ -15,15 +15,17 @@ from llamagen_dist.launch.stages import Plan, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-# Measured constants: see docs of each. START_S: submission to first step of a 2-rank stage, warm disk.
-START_S = 8.0
-GPT_EFFICIENCY = 0.35
-GPT_STEP_S = 0.010
-GPT_LAYER_STEP_S = 0.006
-TOKENIZER_EFFICIENCY = 0.25
-EXTRACT_EFFICIENCY = 0.35
-PACK_IMAGES_PER_S = 4000.0
-OTHER_S = 10.0
+# Measured on two cores of 72 GFLOP/s each with two ranks, as CPU seconds per rank (which other programs on the machine
+# do not change): the quickstart's own programs with 1 and with 20 to 100 steps, the difference being the cost of steps.
+GPT_START_S = 8.0  # submission to first step: imports of torch, DeepSpeed and Megatron-core
+START_S = 5.0  # the same without the last two
+GPT_EFFICIENCY = 0.6  # least squares over g30k, g130k, g560k and g1m under ZeRO-1 ...
+GPT_STEP_S = 0.02  # ... of FLOPs / (rate x efficiency) + steps x (this
+GPT_LAYER_STEP_S = 0.01  # + layers x this)
+TOKENIZER_EFFICIENCY = 0.19  # the small autoencoder with its discriminator running for half of the images
+EXTRACT_EFFICIENCY = 0.2  # two crops per image, reading and writing shards included
+PACK_IMAGES_PER_CORE_S = 1000.0  # 28 x 28 PNGs
+OTHER_S = 5.0  # the report
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ class Estimator:
 
     def __init__(self, plan: Plan) -> None:
         self.rate = matmul_rate()
-        self._tokenizer = next(
-            (s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None
-        )
+        self._tokenizer = next((s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None)
 
     def stage(self, stage: Stage) -> Estimate:
         if isinstance(stage.config, GPTConfigFile):
@@ -60,7 +60,7 @@ class Estimator:
         if isinstance(stage.config, ExtractConfig):
             return self._extract(stage.config, stage.images)
         if stage.images is not None:
-            return Estimate(f"{stage.images:,} images", OTHER_S / 3 + stage.images / PACK_IMAGES_PER_S)
+            return Estimate(f"{stage.images:,} images", 1.0 + stage.images / (PACK_IMAGES_PER_CORE_S * cores()))
         return Estimate("", OTHER_S)
 
     def _seconds(self, flops: float, efficiency: float) -> float:
@@ -81,9 +81,7 @@ class Estimator:
         if count is None or self._tokenizer is None:
             return Estimate(f"{crops} crops per image", None)
         _, encode, _ = autoencoder_cost(self._tokenizer.model, config.image_size)
-        return Estimate(
-            f"{count:,} images x {crops} crops", self._seconds(encode * count * crops, EXTRACT_EFFICIENCY)
-        )
+        return Estimate(f"{count:,} images x {crops} crops", self._seconds(encode * count * crops, EXTRACT_EFFICIENCY))
 
     def _gpt(self, config: GPTConfigFile) -> Estimate:
         """Training FLOPs of models/cost.py over the measured rate, plus overheads per step and per layer."""
@@ -93,7 +91,7 @@ class Estimator:
         from llamagen_dist.models.cost import total_parameters, training_flops_per_image
         from llamagen_dist.training.build import gpt_config
 
-        seconds, sizes, images = START_S, [], 0
+        seconds, sizes, images = GPT_START_S, [], 0
         for changes in (config.ladder or {"": {}}).values():
             rung = rung_of(config, changes)
             model = gpt_config(

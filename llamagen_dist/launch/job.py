@@ -65,9 +65,7 @@ class Job:
         began = time.time()
         note.write(began=began)
         watch_launcher(self.launcher)
-        outcome, message, failure = run_program(
-            self.module, self.arguments, lambda: self._surroundings(rank, note)
-        )
+        outcome, message, failure = run_program(self.module, self.arguments, lambda: self._surroundings(rank, note))
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if not message and note.sentence.exists():
@@ -77,9 +75,7 @@ class Job:
         if failure is not None:
             raise failure
         if outcome != DONE:
-            sys.exit(
-                {USER_ERROR: EXIT_USER_ERROR, STOPPED: EXIT_STOPPED, INTERRUPTED: EXIT_INTERRUPTED}[outcome]
-            )
+            sys.exit({USER_ERROR: EXIT_USER_ERROR, STOPPED: EXIT_STOPPED, INTERRUPTED: EXIT_INTERRUPTED}[outcome])
         return result
 
     def _surroundings(self, rank: int, note: "Note") -> None:

@@ -56,11 +56,7 @@ def folder_of(out: Path, stage: Stage) -> Folder:
 def is_finished(out: Path, stage: Stage) -> bool:
     """DONE.json for this very config is there, and so is everything the stage promises to produce."""
     done = _read(folder_of(out, stage).done)
-    return (
-        done is not None
-        and done["config_sha256"] == stage.sha256()
-        and all(p.exists() for p in stage.produces)
-    )
+    return done is not None and done["config_sha256"] == stage.sha256() and all(p.exists() for p in stage.produces)
 
 
 def check(plan: Plan) -> None:
@@ -91,13 +87,19 @@ def check(plan: Plan) -> None:
             continue
         changed = stage.differs_from(identity["identity"], folder.config)
         if changed:
-            wrote = f" and what it wrote ({', '.join(map(str, stage.produces))})" if stage.produces else ""
+            wrote = "".join(f" and {path}" for path in written_by(stage, out))
             problems.append(
                 f"stage {stage.name} was started with another config ({'; '.join(changed)}): choose another "
                 f"--out, or delete {folder.path}{wrote}"
             )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def written_by(stage: Stage, out: Path) -> list[Path]:
+    """The files and folders directly under OUT that hold what the stage promises to produce."""
+    inside = [path.relative_to(out) for path in stage.produces if path.is_relative_to(out)]
+    return sorted({out / path.parts[0] for path in inside})
 
 
 def program_exists(module: str, root: Path, where: str = "") -> None:
@@ -123,17 +125,15 @@ def run(plan: Plan) -> None:
         for stage in plan.stages:
             cluster.wait_for_orphans(folder_of(plan.out, stage).log, screen.say)
         write(plan.out / "config.yaml", dump(plan.config))
-        code = take_code(plan.out, screen)
-        all_skipped = True
+        code: Path | None = None
         for number, stage in enumerate(plan.stages, start=1):
             place = f"[{number}/{len(plan.stages)}] {stage.name}"
-            if all_skipped and is_finished(plan.out, stage):
+            if code is None and is_finished(plan.out, stage):
                 seconds = (_read(folder_of(plan.out, stage).done) or {})["seconds"]
                 screen.say(f"{place} — finished earlier (took {duration(seconds)})")
                 continue
-            all_skipped = (
-                False  # what follows an earlier stage that ran again is checked again by its own program
-            )
+            # From the first stage that runs, all run: each finds by itself that there is nothing left to do.
+            code = code or take_code(plan.out, screen)
             if stop.count:
                 raise _stopped(screen, f"stopped before stage {stage.name}")
             ranks = f"{stage.ranks} ranks" if stage.ranks > 1 else "1 rank"

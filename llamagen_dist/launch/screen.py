@@ -31,9 +31,7 @@ class Screen:
 
     def __init__(self) -> None:
         width = None if sys.stdout.isatty() else 120
-        self.console = Console(
-            width=width, file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False
-        )
+        self.console = Console(width=width, file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
         self.console.print(text)

@@ -76,12 +76,8 @@ def _sources(root: Path) -> list[str]:
     else:
         names = {str(p.relative_to(root)) for p in root.glob("*.py")} | {"pyproject.toml"}
         for folder in FOLDERS:
-            names |= {
-                str(p.relative_to(root)) for p in (root / folder).rglob("*") if "__pycache__" not in p.parts
-            }
-    files = sorted(
-        n for n in names if n and (root / n).is_file() and (root / n).resolve().is_relative_to(root)
-    )
+            names |= {str(p.relative_to(root)) for p in (root / folder).rglob("*") if "__pycache__" not in p.parts}
+    files = sorted(n for n in names if n and (root / n).is_file() and (root / n).resolve().is_relative_to(root))
     sizes = {name: (root / name).stat().st_size for name in files}
     if sum(sizes.values()) > LIMIT_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -112,9 +108,7 @@ def record(root: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": masked_command(sys.argv),
         "environment": {
-            k: "***" if _SECRET.search(k) else v
-            for k, v in sorted(os.environ.items())
-            if ENVIRONMENT.match(k)
+            k: "***" if _SECRET.search(k) else v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)
         },
     }
 

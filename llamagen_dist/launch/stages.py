@@ -42,9 +42,7 @@ class Stage:
         """What changed since it was started with ``earlier`` (an identity), as ``key: old -> new`` lines."""
         mine = self.identity()
         lines = [
-            f"{key}: {earlier[key]} -> {mine[key]}"
-            for key in ("module", "arguments")
-            if earlier[key] != mine[key]
+            f"{key}: {earlier[key]} -> {mine[key]}" for key in ("module", "arguments") if earlier[key] != mine[key]
         ]
         if earlier["config"] != mine["config"]:
             if self.config is None or earlier["config"] is None:
@@ -75,9 +73,7 @@ def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, smal
     known = {**config.variables, **{name: str(count) for name, count in counts.items()}}
     for name in variables or {}:
         if name not in known:
-            raise UserError(
-                f"{file}: there is no variable {name!r}; it has {', '.join(sorted(known)) or 'none'}"
-            )
+            raise UserError(f"{file}: there is no variable {name!r}; it has {', '.join(sorted(known)) or 'none'}")
     values = {**known, **(variables or {}), "out": str(out)}
     kept = {"variables": {k: values[k] for k in config.variables}, "counts": config.counts}
     stages = tuple(_fill(stage, file, values, small) for stage in config.stages)

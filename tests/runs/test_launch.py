@@ -102,15 +102,11 @@ def counting(out: Path, name: str, ranks: int = 1) -> Callable[[], bool]:
 
 def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = launch(
-        root, pipeline(tmp_path, stage("meet", "join", ranks=2, produces=["{out}/work/joined_1.txt"])), out
-    )
+    done = launch(root, pipeline(tmp_path, stage("meet", "join", ranks=2, produces=["{out}/work/joined_1.txt"])), out)
     assert done.returncode == 0, done.stderr
     assert "[1/1] meet — a test (2 ranks)" in done.stdout
     for rank in (0, 1):
-        facts = dict(
-            line.split("=", 1) for line in (out / f"work/joined_{rank}.txt").read_text().splitlines()
-        )
+        facts = dict(line.split("=", 1) for line in (out / f"work/joined_{rank}.txt").read_text().splitlines())
         assert facts["total"] == "3"
         assert facts["world"] == "2"
         assert facts["LOCAL_RANK"] == str(rank)
@@ -137,15 +133,10 @@ def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_users_mistake_on_one_rank_is_one_sentence_and_no_hang(
-    root: Path, tmp_path: Path, rank: int
-) -> None:
+def test_a_users_mistake_on_one_rank_is_one_sentence_and_no_hang(root: Path, tmp_path: Path, rank: int) -> None:
     done = launch(root, pipeline(tmp_path, stage("bad", "refuse", str(rank), ranks=2)), tmp_path / "out")
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"llamagen: error: stage bad: toy.yaml: rank {rank} was given nonsense; give it sense\n"
-    )
+    assert done.stderr == f"llamagen: error: stage bad: toy.yaml: rank {rank} was given nonsense; give it sense\n"
     assert not any(running(pid) for pid in rank_pids(tmp_path / "out", "bad"))
     assert not (tmp_path / "out/stages/bad/DONE.json").exists()
 
@@ -172,9 +163,7 @@ def test_a_killed_rank_takes_the_others_along(root: Path, tmp_path: Path) -> Non
 
 def test_finished_stages_are_skipped_until_they_lose_something(root: Path, tmp_path: Path) -> None:
     out, touched = tmp_path / "out", tmp_path / "out/work/touched.txt"
-    file = pipeline(
-        tmp_path, stage("a", "touch", produces=["{out}/work/touched.txt"]), stage("b", "work", "1", "0")
-    )
+    file = pipeline(tmp_path, stage("a", "touch", produces=["{out}/work/touched.txt"]), stage("b", "work", "1", "0"))
     assert launch(root, file, out).returncode == 0
     again = launch(root, file, out)
     assert again.returncode == 0
@@ -222,16 +211,16 @@ def test_a_stop_before_the_program_listens_ends_at_once(root: Path, tmp_path: Pa
 
 
 def test_another_config_is_refused_with_the_difference(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert launch(root, pipeline(tmp_path, stage("count", "work", "3", "0")), out).returncode == 0
+    out, product = tmp_path / "out", {"produces": ["{out}/work/steps_0.txt"]}
+    assert launch(root, pipeline(tmp_path, stage("count", "work", "3", "0", **product)), out).returncode == 0
     kept = {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-    done = launch(root, pipeline(tmp_path, stage("count", "work", "4", "0")), out)
+    done = launch(root, pipeline(tmp_path, stage("count", "work", "4", "0", **product)), out)
     assert done.returncode == 2
     assert "stage count was started with another config" in done.stderr
     assert "'3', '0'] -> ['work'" in done.stderr
-    assert "choose another --out" in done.stderr
+    assert f"choose another --out, or delete {out / 'stages/count'} and {out / 'work'}" in done.stderr
     assert {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()} == kept
-    other = launch(root, pipeline(tmp_path, stage("count", "work", "3", "0"), title="other"), out)
+    other = launch(root, pipeline(tmp_path, stage("count", "work", "3", "0", **product), title="other"), out)
     assert other.returncode == 2
     assert "holds another pipeline ('toy')" in other.stderr
 
@@ -249,9 +238,7 @@ def test_a_foreign_folder_is_left_alone(root: Path, tmp_path: Path) -> None:
     assert "is a file" in below_a_file.stderr
 
 
-def test_ranks_stop_when_their_launcher_is_killed_and_a_new_launch_takes_over(
-    root: Path, tmp_path: Path
-) -> None:
+def test_ranks_stop_when_their_launcher_is_killed_and_a_new_launch_takes_over(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = pipeline(tmp_path, stage("count", "work", "100", "0.05", ranks=2))
     first = start(root, file, out)
@@ -261,7 +248,8 @@ def test_ranks_stop_when_their_launcher_is_killed_and_a_new_launch_takes_over(
     assert f"in use by another launcher (process {first.pid})" in refused.stderr
     pids = rank_pids(out, "count")
     first.kill()
-    first.communicate()
+    first.wait()
+    assert all(running(pid) for pid in pids)
     second = launch(root, file, out)  # it waits for the orphans to save, then goes on
     assert not any(running(pid) for pid in pids)
     assert second.returncode == 0, second.stderr
@@ -314,3 +302,40 @@ def test_an_edit_does_not_reach_a_running_job_but_the_next_launch(tmp_path: Path
     assert len(records) == 2
     assert sum("edited" in (r["diff"] or "") for r in records) == 1
     assert all(len(r["commit"]) == 40 for r in records)
+
+
+def sabotaged(root: Path, folder: Path, file: str, good: str, bad: str) -> Path:
+    """A checkout in which one thing is broken."""
+    broken = folder / "sabotaged"
+    shutil.copytree(root, broken)
+    text = (broken / file).read_text()
+    assert text.count(good) == 1
+    (broken / file).write_text(text.replace(good, bad))
+    return broken
+
+
+def test_without_the_watch_an_orphan_would_run_on(root: Path, tmp_path: Path) -> None:
+    broken = sabotaged(root, tmp_path, "llamagen_dist/launch/job.py", "        watch_launcher(self.launcher)\n", "")
+    out = tmp_path / "out"
+    first = start(broken, pipeline(tmp_path, stage("count", "work", "1000", "0.05")), out)
+    wait_for(counting(out, "count"))
+    (pid,) = rank_pids(out, "count")
+    first.kill()
+    first.wait()
+    time.sleep(2.5)  # five times as long as the watch needs
+    assert running(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_without_the_grace_period_the_other_rank_would_hang(root: Path, tmp_path: Path) -> None:
+    file, good = "llamagen_dist/launch/cluster.py", "COMPANION_GRACE_S = 2.0"
+    broken = sabotaged(root, tmp_path, file, good, "COMPANION_GRACE_S = 1e9")
+    out = tmp_path / "out"
+    first = start(broken, pipeline(tmp_path, stage("bad", "refuse", "0", ranks=2)), out)
+    wait_for((out / "stages/bad/log/error_0.txt").exists)
+    time.sleep(3)
+    assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    _, stderr = first.communicate(timeout=30)
+    assert first.returncode == 2
+    assert "rank 0 was given nonsense" in stderr
