@@ -23,6 +23,7 @@ COMPANION_GRACE_S = 2.0  # once a rank has failed, the others may notice by them
 START_PATIENCE_S = 180.0  # from submission to the rank's first sign of life (a cold disk imports slowly)
 EXIT_PATIENCE_S = 15.0  # from a rank's last word to the end of its process
 STOP_PATIENCE_S = 60.0  # what a stop may take: one step and one save
+REMIND_S = 10.0  # the signal is sent again, for a program that was between two trainings when it came
 LOG_TAIL_LINES = 25
 ONE_YEAR_MIN = 525_600  # submitit's local executor wants a time limit
 
@@ -91,7 +92,7 @@ class Launch:
     def watch(self, stop: StopRequest, tick: Callable[[], None]) -> Outcome:
         """Wait until every rank has ended; pass stops on; no rank outlives a failed one by much."""
         asked = failed = None
-        told: set[int] = set()
+        told: dict[int, float] = {}
         while True:
             notes = self.notes()
             ended = {rank: note for rank, note in notes.items() if "outcome" in note}
@@ -100,9 +101,10 @@ class Launch:
             now = time.monotonic()
             if stop.count:
                 asked = asked or now
-                for rank in notes.keys() - ended.keys() - told:
-                    _send(_who(notes[rank]), signal.SIGTERM)
-                    told.add(rank)
+                for rank in notes.keys() - ended.keys():
+                    if now - told.get(rank, float("-inf")) > REMIND_S:
+                        _send(_who(notes[rank]), signal.SIGTERM)
+                        told[rank] = now
                 if stop.count > 1 or now - asked > STOP_PATIENCE_S:
                     self.kill()
                     break
