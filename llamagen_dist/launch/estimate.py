@@ -42,7 +42,8 @@ class Tokens:
 
     vocab_size: int
     per_image: int
-    classes: int = 1000
+    classes: int = 0
+    """0 where it is not known yet: the class embedding is then left out of the count."""
 
 
 class Estimator:
@@ -115,13 +116,15 @@ class Estimator:
         found = _manifest(shards)
         if found is not None:
             rows, columns = found["grid"]
-            return Tokens(found["vocab_size"], rows * columns, len(found["classes"] or []) or 1000)
+            return Tokens(found["vocab_size"], rows * columns, len(found["classes"] or []))
         if self._tokenizer is None:
             return None
         from llamagen_dist.training.build import vq_config
 
         model = vq_config(self._tokenizer.model)
-        return Tokens(model.codebook_size, (self._tokenizer.data.image_size // model.downsampling) ** 2)
+        packed = _manifest(self._tokenizer.data.train) or {}
+        per_image = (self._tokenizer.data.image_size // model.downsampling) ** 2
+        return Tokens(model.codebook_size, per_image, len(packed.get("classes") or []))
 
 
 def rung_of(config: GPTConfigFile, changes: dict[str, Any]) -> GPTConfigFile:
