@@ -12,9 +12,7 @@ class PatchGAN(nn.Module):
     ``group``, whose result for an image does not depend on the other images or on the number of ranks.
     """
 
-    def __init__(
-        self, image_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "batch"
-    ) -> None:
+    def __init__(self, image_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "batch") -> None:
         super().__init__()
         main: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels

@@ -92,9 +92,7 @@ def _read_vgg16(path: Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(_not_vgg16(path, f"not a weights file: {str(error).splitlines()[0]}")) from None
     needed = [f"features.{n}.{kind}" for n in _VGG16_CONVOLUTIONS for kind in ("weight", "bias")]
     if not isinstance(state, dict) or (missing := [name for name in needed if name not in state]):
-        raise UserError(
-            _not_vgg16(path, f"{missing[0]} is missing" if isinstance(state, dict) else "no dictionary")
-        )
+        raise UserError(_not_vgg16(path, f"{missing[0]} is missing" if isinstance(state, dict) else "no dictionary"))
     digest = hashlib.sha256(data).hexdigest()
     known = digest.startswith(VGG16_SHA256_START)
     return (
@@ -161,9 +159,7 @@ class TokenizerLoss:
             parts.append("perceptual loss off (loss.perceptual: none)")
         parts += [f"{s.codebook_weight:g} x codebook", f"{s.commitment_weight:g} x commitment"]
         parts.append(
-            f"{s.entropy_weight:g} x entropy"
-            if s.entropy_weight > 0
-            else "entropy off (loss.entropy_weight: 0)"
+            f"{s.entropy_weight:g} x entropy" if s.entropy_weight > 0 else "entropy off (loss.entropy_weight: 0)"
         )
         if self.adversarial_from() is None:
             off = "kind: none" if d.kind == "none" else "weight: 0"

@@ -31,9 +31,7 @@ class TokenizerTask:
 
     zero = 0
 
-    def __init__(
-        self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards
-    ) -> None:
+    def __init__(self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards) -> None:
         self.config, self.topology, self.model, self.held_out = config, topology, model, held_out
         self.parameters = sum(p.numel() for p in model.parameters())
         size, factor = config.data.image_size, model.config.downsampling
@@ -90,9 +88,7 @@ class TokenizerTask:
             self.generator.backward(losses.total * share)
             found = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
             if against is not None:
-                found |= self._discriminator_pass(
-                    against, images, reconstruction.detach(), share, images_seen
-                )
+                found |= self._discriminator_pass(against, images, reconstruction.detach(), share, images_seen)
             for name, value in found.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + value.detach() * share
@@ -165,9 +161,7 @@ class TokenizerTask:
             reconstruction, _, codes = self.model(images)
             original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             shown = to_uint8(reconstruction).cpu()
-            error = (
-                F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
-            )
+            error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
             found = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
             sums += torch.stack([*found, torch.tensor(float(len(pixels)), dtype=torch.float64)])
             histogram += code_histogram(codes, len(histogram)).cpu()

@@ -22,9 +22,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
 
 
-def unpadded(
-    padding: tuple[int, int, int, int] | None, image_size: int, stored_size: int | None
-) -> Region | None:
+def unpadded(padding: tuple[int, int, int, int] | None, image_size: int, stored_size: int | None) -> Region | None:
     """The part of image_size x image_size pictures that is not padding; None where there is no padding.
 
     padding: zero pixels (left, top, right, bottom) of the stored_size x stored_size pictures. Where the two
@@ -56,9 +54,7 @@ def ssim(images: Tensor, references: Tensor, region: Region | None = None, data_
     """
     a, b = _unit(images, region), _unit(references, region)
     if min(a.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(
-            f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {tuple(a.shape[-2:])}"
-        )
+        raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {tuple(a.shape[-2:])}")
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, SSIM_WINDOW, stride=1)

@@ -109,9 +109,7 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution. Attention follows every residual block where ``attention`` is set."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, dropout: float, attention: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, dropout: float, attention: bool) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (blocks - 1)
         self.res = nn.ModuleList(ResidualBlock(c, out_channels, dropout) for c in inputs)

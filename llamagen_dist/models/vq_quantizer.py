@@ -38,9 +38,7 @@ class VectorQuantizer(nn.Module):
         self.codebook_size, self.codebook_dim, self.l2_norm = codebook_size, codebook_dim, l2_norm
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         with torch.no_grad():
-            weight = torch.empty(codebook_size, codebook_dim).uniform_(
-                -1.0 / codebook_size, 1.0 / codebook_size
-            )
+            weight = torch.empty(codebook_size, codebook_dim).uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
             self.embedding.weight.copy_(F.normalize(weight, dim=-1) if l2_norm else weight)
         # LlamaGen's checkpoints hold this record of the last 65,536 codes. It is kept so that they load
         # strictly and is neither read nor written: code_histogram counts usage exactly, over all ranks.
