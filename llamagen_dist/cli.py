@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == chosen:
             module = importlib.import_module(f"llamagen_dist.commands.{name}")
             module.arguments(sub)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
+    if hasattr(args, "settings") and all("=" in word and not word.startswith("-") for word in rest):
+        args.settings = [*args.settings, *rest]  # argparse takes no positional words after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     module.run(args)
 
 

@@ -10,6 +10,7 @@ from llamagen_dist.config import GPTConfigFile, UserError, load
 from llamagen_dist.config.loader import build, nest
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.launch.entry import Stopped
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel import tensor_parallel
@@ -26,12 +27,12 @@ def main(argv: list[str]) -> None:
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
     topology = start(config.parallel.tensor, config.parallel.threads)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
-    models = [
-        _model(rung, train, topology) for _, rung, train, _ in plan
-    ]  # every refusal comes before any training
+    models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
     for number, ((name, rung, train, validation), model) in enumerate(zip(plan, models, strict=True), 1):
         label = name if len(plan) == 1 else f"{name} ({number}/{len(plan)})"
-        train_one(name, label, rung, model, train, validation, topology)
+        stopped = train_one(name, label, rung, model, train, validation, topology)
+        if stopped and number < len(plan):
+            raise Stopped(f"{rung.run_dir.parent}: stopped after {name}; the same command goes on with the next one")
 
 
 def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
@@ -57,9 +58,7 @@ def _laid_over(below: dict, above: dict) -> dict:
     both = dict(below)
     for key, value in above.items():
         both[key] = (
-            _laid_over(both[key], value)
-            if isinstance(value, dict) and isinstance(both.get(key), dict)
-            else value
+            _laid_over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
         )
     return both
 
@@ -103,11 +102,9 @@ def train_one(
     train: Shards,
     validation: Shards,
     topology: Topology,
-) -> None:
-    """One run in its run directory, from wherever it stands to its end."""
-    with open_run(
-        config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label
-    ) as run:
+) -> bool:
+    """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
+    with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
         held_out = TokenStream(validation, topology, config.train.global_batch, config.train.seed, 0.0)
         stream = TokenStream(
             train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p
@@ -123,7 +120,7 @@ def train_one(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
         )
-        fit(task, stream, config, run)
+        return fit(task, stream, config, run)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ())
     return (every > 0 and images_seen // every > before // every) or any(before < p <= images_seen for p in points)
 
 
-def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile, run: Run) -> None:
+def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile, run: Run) -> bool:
     """Train ``task`` to ``config.train.images`` images, resuming from the newest good checkpoint of ``run``.
 
-    All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on.
+    All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on. Returns
+    whether a signal came during the very last step, for a caller that would have gone on with another run.
     """
     train, topology = config.train, task.topology
     step = images_seen = 0
@@ -52,10 +53,11 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     run.cut_metrics(images_seen)
     if images_seen >= train.images and run.finished():
         run.say(f"{run.directory}: already finished")
-        return
+        return False
 
     started = time.monotonic()
     last_saved = images_seen
+    asked = False
 
     def save() -> None:
         nonlocal last_saved
@@ -127,6 +129,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         layout=layout(task),
         **task.describe(),
     )
+    return asked
 
 
 def layout(task: Task) -> dict[str, int]:
