@@ -53,14 +53,23 @@ class OptimSection(Section):
     """Applied to matrices only (two or more dimensions), as LlamaGen does."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    schedule: Literal["constant", "warmup"] = "constant"
-    """``warmup``: linear from 0 over ``warmup_images``, then constant."""
+    schedule: Literal["constant", "warmup", "wsd"] = "constant"
+    """``warmup``: linear from 0 over ``warmup_images``, then constant. ``wsd``: the same (a warm-up of 0 is allowed),
+    then from image ``cooldown_from`` on linear to 0 over ``cooldown_images`` (warm-up, stable, decay)."""
     warmup_images: CountInt = 0
+    cooldown_from: CountInt = 0
+    cooldown_images: CountInt = 0
 
     @model_validator(mode="after")
-    def _warmup_has_a_length(self) -> "OptimSection":
-        if (self.schedule == "warmup") != (self.warmup_images > 0):
-            raise ValueError("schedule: warmup goes with warmup_images > 0, and constant with warmup_images: 0")
+    def _schedule_has_its_lengths(self) -> "OptimSection":
+        if self.schedule == "warmup" and not self.warmup_images:
+            raise ValueError("schedule: warmup needs warmup_images > 0")
+        if self.schedule == "constant" and self.warmup_images:
+            raise ValueError("schedule: constant has no warm-up; set schedule: warmup beside warmup_images")
+        if (self.schedule == "wsd") != (self.cooldown_images > 0):
+            raise ValueError("schedule: wsd goes with cooldown_images > 0, and the others with cooldown_images: 0")
+        if self.cooldown_images and self.cooldown_from < self.warmup_images:
+            raise ValueError("cooldown_from must not lie inside the warm-up")
         return self
 
 

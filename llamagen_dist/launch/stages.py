@@ -147,6 +147,8 @@ def absolute(config: Section) -> Section:
 
 _LENGTHS = (
     "optim.warmup_images",
+    "optim.cooldown_from",
+    "optim.cooldown_images",
     "loss.discriminator.start_images",
     "validation.every_images",
     "validation.at_images",

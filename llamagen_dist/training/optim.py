@@ -23,6 +23,8 @@ def build(module: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
 
 def learning_rate(optim: OptimSection, images_seen: int) -> float:
     """The rate of the step whose global batch starts at sample ``images_seen``: a function of position, not state."""
-    if optim.schedule == "warmup" and images_seen < optim.warmup_images:
+    if images_seen < optim.warmup_images:
         return optim.lr * (images_seen + 1) / optim.warmup_images
+    if optim.cooldown_images and images_seen > optim.cooldown_from:
+        return optim.lr * max(0.0, 1 - (images_seen - optim.cooldown_from) / optim.cooldown_images)
     return optim.lr

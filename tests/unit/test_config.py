@@ -99,7 +99,7 @@ def test_cross_field_rules_are_told(file):
     assert "the nearest is 2560" in errors(path, "train.images=2500")[0]
     assert "both" in errors(path, "model.dim=32")[0]
     assert "set zero: 1" in errors(path, "parallel.tensor=2")[0]
-    assert "warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]
+    assert "needs warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]
 
 
 @pytest.mark.parametrize(
