@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen_dist import prng
+from llamagen_dist.models.cache import Cache, LayerCache
 
 Caption = tuple[Tensor, Tensor]
 Condition = Tensor | Caption
@@ -178,12 +179,14 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).chunk(3, dim=-1))
         q, k = rotate(q, table), rotate(k, table)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = past.extend(k, v)
+        causal = mask is None and q.shape[2] == k.shape[2]  # a single new position sees everything that is cached
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -210,8 +213,15 @@ class Block(nn.Module):
         self.ffn_dropout_p = 0.0 if config.drop_path_rate > 0 else config.ffn_dropout_p
         self.drop_path_p = drop_path_p
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, random: Randomness | None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), table, mask)
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        random: Randomness | None,
+        past: LayerCache | None = None,
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(x), table, mask, past)
         if random is not None:
             attended = random.drop_path(random.dropout(attended, self.resid_dropout_p), self.drop_path_p)
         x = x + attended
@@ -223,9 +233,7 @@ class Block(nn.Module):
 
 def _token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """(B, N, V), (B, N) -> (B, N) nats in fp32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(
-        tokens.shape
-    )
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 class GPT(nn.Module):
@@ -268,26 +276,16 @@ class GPT(nn.Module):
     @property
     def dropout_active(self) -> bool:
         c = self.config
-        return (
-            self.training and max(c.token_dropout_p, c.resid_dropout_p, c.ffn_dropout_p, c.drop_path_rate) > 0
-        )
+        return self.training and max(c.token_dropout_p, c.resid_dropout_p, c.ffn_dropout_p, c.drop_path_rate) > 0
 
     def _hidden(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None) -> Tensor:
         """(B, N, dim): the state at the N positions that predict tokens[:, 0 … N-1]."""
         random = None
         if self.dropout_active:
             if sample_ids is None:
-                raise ValueError(
-                    "dropout needs sample_ids: its masks are a function of the global sample numbers"
-                )
+                raise ValueError("dropout needs sample_ids: its masks are a function of the global sample numbers")
             random = Randomness(prng.stream(self.dropout_seed, "dropout", sample_ids))
-        mask = None
-        if isinstance(condition, tuple):
-            features, present = condition
-            prefix = self.cls_embedding(features)
-            mask = self._caption_mask(present, tokens.shape[1])
-        else:
-            prefix = self.cls_embedding(condition)
+        prefix, mask = self._prefix(condition, tokens.shape[1])
         x = torch.cat([prefix, self.tok_embeddings(tokens[:, :-1])], dim=1)
         if random is not None:
             x = random.dropout(x, self.config.token_dropout_p)
@@ -295,6 +293,13 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x, table, mask, random)
         return self.norm(x[:, prefix.shape[1] - 1 :])
+
+    def _prefix(self, condition: Condition, n: int) -> tuple[Tensor, Tensor | None]:
+        """The embedded condition (B, T, dim), and the mask for it and n - 1 image tokens; None: plainly causal."""
+        if isinstance(condition, tuple):
+            features, present = condition
+            return self.cls_embedding(features), self._caption_mask(present, n)
+        return self.cls_embedding(condition), None
 
     def _caption_mask(self, present: Tensor, n: int) -> Tensor:
         """(B, 1, S, S) bool, S = T + n - 1: causal, padded caption columns hidden, the diagonal always visible."""
@@ -325,3 +330,20 @@ class GPT(nn.Module):
             return nll.mean()
         per_token = weights.to(nll.dtype)[:, None].expand_as(nll)
         return (nll * per_token).sum() / per_token.sum().clamp(min=1.0)
+
+    def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
+        """Logits (B, V) of the first image token, and the cache that ``decode`` goes on with. Never any dropout."""
+        present = condition[1] if isinstance(condition, tuple) else None
+        prefix, mask = self._prefix(condition, 1)
+        cache = Cache(len(self.layers), prefix.shape[1] + self.config.image_tokens - 1, present)
+        return self._advance(prefix, mask, cache), cache
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) of the next image token; tokens (B,) int64 are the ones before it, which enter the cache."""
+        return self._advance(self.tok_embeddings(tokens).unsqueeze(1), cache.mask(), cache)
+
+    def _advance(self, x: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        table = self.rotary[cache.filled : cache.filled + x.shape[1]]
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, table, mask, None, past)
+        return self.gather_vocabulary(self.output(self.norm(x[:, -1:])))[:, 0]
