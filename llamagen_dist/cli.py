@@ -14,6 +14,7 @@ COMMANDS = {
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
+    "generate": "make pictures of chosen classes with a trained GPT",
     "report": "write report.html and results.json for a finished pipeline",
 }
 

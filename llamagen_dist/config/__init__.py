@@ -1,7 +1,15 @@
 """Typed configuration: YAML files plus ``key=value`` become one frozen, validated section."""
 
 from llamagen_dist.config.errors import UserError
+from llamagen_dist.config.evaluation import (
+    ClassifierSection,
+    EvaluateConfig,
+    ImageSetSection,
+    InceptionSection,
+    KIDSection,
+)
 from llamagen_dist.config.loader import KINDS, difference, dump, load, parse
+from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
 from llamagen_dist.config.sections import (
     CheckpointSection,
     DiscriminatorSection,
@@ -26,15 +34,22 @@ from llamagen_dist.config.sections import (
 __all__ = [
     "KINDS",
     "CheckpointSection",
+    "ClassifierSection",
     "DiscriminatorSection",
+    "EvaluateConfig",
     "ExtractConfig",
     "GPTConfigFile",
     "GPTModelSection",
     "ImageDataSection",
+    "ImageSetSection",
+    "InceptionSection",
+    "KIDSection",
     "LogSection",
     "OptimSection",
     "ParallelSection",
     "PipelineConfig",
+    "ReconstructConfig",
+    "SampleConfig",
     "Section",
     "StageSection",
     "TokenDataSection",

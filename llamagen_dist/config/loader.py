@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llamagen_dist.config.errors import UserError
+from llamagen_dist.config.evaluation import EvaluateConfig
+from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
 from llamagen_dist.config.sections import (
     ExtractConfig,
     GPTConfigFile,
@@ -24,6 +26,9 @@ KINDS: dict[str, type[Section]] = {
     "tokenizer": TokenizerConfigFile,
     "extract": ExtractConfig,
     "pipeline": PipelineConfig,
+    "sample": SampleConfig,
+    "reconstruct": ReconstructConfig,
+    "evaluate": EvaluateConfig,
 }
 S = TypeVar("S", bound=Section)
 

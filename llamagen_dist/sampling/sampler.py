@@ -69,7 +69,7 @@ def _with_null(model: GPT, condition: Condition) -> Condition:
 
 
 def noise_streams(seeds: Tensor) -> Tensor:
-    """The int32 key of every sample's noise. seeds: (B,) int64; seeds that differ in the low 32 bits never collide."""
+    """The int32 key of every sample's noise. seeds: (B,) int64; none collide that differ only in the low 32 bits."""
     return prng.stream(0, "sampling", seeds)
 
 

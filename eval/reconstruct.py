@@ -1,0 +1,165 @@
+"""PROGRAM: held-out images through the tokenizer and back, with PSNR, SSIM and codebook usage.
+
+    torchrun --nproc-per-node=8 -m eval.reconstruct CONFIG tokenizer=RUN images=SHARDS out=DIR
+
+also plain ``python -m`` for one rank, or ``srun``. The same command again goes on where it was cut off. Images are
+computed at the same place of the same batch shape on any number of ranks, so the files' bytes do not depend on it.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llamagen_dist.config import ReconstructConfig, UserError, load
+from llamagen_dist.data.images import load_images, to_floats
+from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
+from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim_llamagen, unpadded
+from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
+from llamagen_dist.sampling.parts import Parts, agreed, versions, write_npz
+from llamagen_dist.sampling.pictures import decode_tokens
+from llamagen_dist.tracking.progress import Progress
+
+RESULT = "reconstruction.npz"
+METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("usage: python -m eval.reconstruct CONFIG tokenizer=PATH images=SHARDS out=DIR [key=value …]")
+    config: ReconstructConfig = load(argv[0], argv[1:], kind="reconstruct")
+    topology = start(threads=config.threads)
+    torch.backends.cudnn.allow_tf32 = False  # codes are chosen in full fp32
+    torch.backends.cudnn.deterministic = True
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    images = open_shards(config.images, "images")
+    Reconstruction(config, topology, tokenizer, images, picture_size(config, tokenizer)).run()
+
+
+def picture_size(config: ReconstructConfig, tokenizer: Tokenizer) -> int:
+    """Pixels along a side. Raises UserError where nothing says it or the tokenizer cannot cut it into tokens."""
+    size, factor = config.image_size or tokenizer.image_size, tokenizer.model.config.downsampling
+    if size is None:
+        raise UserError(
+            f"image_size: the weights file {tokenizer.path} does not know it; set image_size=256, for example"
+        )
+    if size % factor or size < SSIM_WINDOW:
+        raise UserError(
+            f"image_size: {size} must be a multiple of {factor}, the pixels per token of {tokenizer.path}, and at "
+            f"least {SSIM_WINDOW} for SSIM"
+        )
+    return size
+
+
+class Reconstruction:
+    """One folder of image shards, chunk by chunk."""
+
+    def __init__(
+        self, config: ReconstructConfig, topology: Topology, tokenizer: Tokenizer, images: Shards, size: int
+    ) -> None:
+        self.config, self.topology, self.tokenizer, self.images, self.size = config, topology, tokenizer, images, size
+        tokenizer.model.to(topology.device)
+        self.count = min(config.limit or len(images), len(images))
+        self.region = unpadded(images.manifest.padding, size, images.manifest.image_size)
+        made_from = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "images": images.manifest.fingerprint(),
+            "image_size": size,
+            "n": self.count,
+            "batch": config.batch,
+        }
+        self.parts = Parts(config.out, made_from, [RESULT])
+        self.names = [f"reconstruction-{chunk:06d}" for chunk in range(-(-self.count // config.batch))]
+
+    def run(self) -> None:
+        """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
+        missing = agreed(self.topology, lambda: None if self.parts.complete() else self.parts.missing(self.names))
+        if missing is None:
+            self._say(f"{self.config.out}: complete already")
+            return
+        mine = missing[self.topology.rank :: self.topology.world]
+        with self._progress(sum(len(self._samples(name)) for name in mine)) as progress:
+            for name in mine:
+                self.parts.save(name, **self._chunk(name))
+                if progress is not None:
+                    progress.advance(len(self._samples(name)))
+        self.topology.barrier()
+        found = agreed(self.topology, self._finish)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self._say(f"{self.config.out}: {self.count:,} images, {shown}")
+
+    def _samples(self, name: str) -> range:
+        first = int(name.rpartition("-")[2]) * self.config.batch
+        return range(first, min(first + self.config.batch, self.count))
+
+    def _chunk(self, name: str) -> dict[str, NDArray[Any]]:
+        """images uint8 [n, S, S, 3], codes int64 [n, N], and one float64 [n] per metric. The batch is filled up."""
+        samples = self._samples(name)
+        originals = np.zeros((self.config.batch, self.size, self.size, 3), np.uint8)
+        originals[: len(samples)] = load_images(self.images, samples, self.size)
+        codes = self.tokenizer.model.encode(to_floats(originals).to(self.topology.device)).flatten(1)
+        rebuilt = decode_tokens(self.tokenizer.model, codes)
+        shown, truth = (
+            torch.from_numpy(pixels[: len(samples)]).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals)
+        )
+        scores = {metric: score(shown, truth, self.region).numpy() for metric, score in METRICS.items()}
+        return {"images": rebuilt[: len(samples)], "codes": codes[: len(samples)].cpu().numpy(), **scores}
+
+    def _finish(self) -> dict[str, float]:
+        """reconstruction.npz and the record with the averages. Rank 0 only."""
+        labels = None
+        if LABEL_MEMBER in self.images.manifest.members and self.images.manifest.classes is not None:
+            labels = self.images.labels(range(self.count))
+        used = np.zeros(self.tokenizer.model.config.codebook_size, np.bool_)
+        scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
+
+        def blocks() -> Iterator[NDArray[np.uint8]]:
+            for name in self.names:
+                part = self.parts.load(name)
+                used[part["codes"]] = True
+                for metric in METRICS:
+                    scores[metric].append(part[metric])
+                yield part["images"]
+
+        write_npz(self.config.out / RESULT, labels, self.count, blocks())
+        averages = {metric: float(np.concatenate(values).mean()) for metric, values in scores.items()}
+        averages["codebook_usage"] = float(used.mean())
+        self.parts.finish(
+            averages
+            | {
+                "tokenizer": str(self.config.tokenizer),
+                "image_shards": str(self.config.images),
+                "region": self.region,
+                "definitions": {
+                    "psnr": "dB, mean over images, 8-bit pictures against the stored originals",
+                    "ssim": "7 x 7 uniform window, mean over images, data range 1",
+                    "ssim_llamagen": "the same with data range 2, as in LlamaGen's published numbers",
+                    "region": "(left, top, right, bottom) of the part that is not padding, which alone is compared; "
+                    "null: the whole picture",
+                    "codebook_usage": "share of all codes that occur at least once in these images",
+                },
+                "device": str(self.topology.device),
+                "ranks": self.topology.world,
+                "versions": versions(),
+            }
+        )
+        return averages
+
+    def _say(self, text: str) -> None:
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
+        if self.topology.rank != 0:
+            return nullcontext()
+        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
+        return Progress(f"reconstructions{whose}", images_of_rank)
+
+
+if __name__ == "__main__":
+    run_program(main)

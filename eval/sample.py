@@ -1,0 +1,207 @@
+"""PROGRAM: pictures from a trained GPT, and from the baselines it has to beat.
+
+    torchrun --nproc-per-node=8 -m eval.sample CONFIG checkpoint=RUN tokenizer=RUN out=DIR
+
+also plain ``python -m`` for one rank, or ``srun``. The same command again goes on where it was cut off. Sample i has
+class i modulo the number of classes and its own noise, and is always computed at the same place of the same batch
+shape, so the files' bytes do not depend on the number of ranks.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamagen_dist.checkpoint.store import identity
+from llamagen_dist.config import SampleConfig, UserError, load
+from llamagen_dist.data.shards import Shards, open_shards
+from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.grid import save, shown_classes
+from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
+from llamagen_dist.sampling.parts import Parts, agreed, versions, write_npz
+from llamagen_dist.tracking.progress import Progress
+
+PER_CLASS = 10
+MEANING = {
+    "model": "drawn from the trained GPT",
+    "untrained": (
+        "drawn from the same GPT with its initial weights, whose head is zero as LlamaGen's is: every code is equally "
+        "likely at every position, so these are uniformly random codes, decoded"
+    ),
+    "unigram": "every code drawn on its own from the histogram of the training tokens (all crops), decoded",
+}
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("usage: python -m eval.sample CONFIG checkpoint=PATH tokenizer=PATH out=DIR [key=value …]")
+    config: SampleConfig = load(argv[0], argv[1:], kind="sample")
+    topology = start(threads=config.threads)
+    torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
+    torch.backends.cudnn.deterministic = True
+    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model")
+    gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size)
+    tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
+    checkpoint_sha256 = agreed(topology, lambda: identity(config.checkpoint))
+    Sampling(config, topology, gpt, tokenizer, tokens, checkpoint_sha256).run()
+
+
+def training_tokens(config: SampleConfig, gpt: TrainedGPT, tokenizer: Tokenizer) -> Shards:
+    """The token shards whose histogram ``unigram`` draws from. Raises UserError: not there, of another tokenizer."""
+    folder = config.tokens or gpt.tokens
+    if folder is None:
+        raise UserError(
+            "tokens: the set unigram needs the training token shards, and the checkpoint does not lead to them; "
+            "set tokens=FOLDER, or leave unigram out of sets"
+        )
+    shards = open_shards(folder, "tokens")
+    if shards.manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"tokens: {folder} was not made with the tokenizer {tokenizer.path}")
+    return shards
+
+
+class Sampling:
+    """All sets of one config, chunk by chunk."""
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        topology: Topology,
+        gpt: TrainedGPT,
+        tokenizer: Tokenizer,
+        tokens: Shards | None,
+        checkpoint_sha256: str,
+    ) -> None:
+        self.config, self.topology, self.gpt, self.tokenizer, self.tokens = config, topology, gpt, tokenizer, tokens
+        gpt.model.to(topology.device)
+        tokenizer.model.to(topology.device)
+        self.settings = pictures.Settings(
+            config.cfg_scale, config.cfg_interval, config.temperature, config.top_k, config.top_p
+        )
+        self.histogram: Tensor | None = None
+        made_from = {
+            "checkpoint_sha256": checkpoint_sha256,
+            "tokenizer_sha256": tokenizer.sha256,
+            "tokens": tokens.manifest.fingerprint() if tokens else None,
+            "image_size": gpt.image_size,
+            "n": config.images,
+            "sets": config.sets,
+            "cfg_scale": config.cfg_scale,
+            "cfg_interval": config.cfg_interval,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "seed": config.seed,
+            "batch": config.batch,
+        }
+        self.parts = Parts(config.out, made_from, [*(f"{name}.npz" for name in config.sets), "grid.png"])
+        self.chunks = -(-config.images // config.batch)
+
+    def run(self) -> None:
+        """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
+        began = time.monotonic()
+        names = [f"{name}-{chunk:06d}" for name in self.config.sets for chunk in range(self.chunks)]
+        missing = agreed(self.topology, lambda: None if self.parts.complete() else self.parts.missing(names))
+        if missing is None:
+            self._say(f"{self.config.out}: complete already")
+            return
+        if self.tokens is not None and any(name.startswith("unigram") for name in missing):
+            self.histogram = self._count(self.tokens)
+        mine = missing[self.topology.rank :: self.topology.world]
+        with self._progress(sum(len(self._numbers(name)) for name in mine)) as progress:
+            for name in mine:
+                self.parts.save(name, images=self._chunk(name))
+                if progress is not None:
+                    progress.advance(len(self._numbers(name)), name.partition("-")[0])
+        self.topology.barrier()
+        seconds = time.monotonic() - began
+        agreed(self.topology, lambda: self._finish(seconds))
+        self._say(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
+
+    def _count(self, tokens: Shards) -> Tensor:
+        shards = range(self.topology.rank, len(tokens.manifest.shards), self.topology.world)
+        counts = pictures.code_counts(TokenReader(tokens), shards)
+        return self.topology.sum(counts.to(self.topology.device)).cpu()
+
+    def _numbers(self, name: str) -> range:
+        """The sample numbers of a chunk."""
+        first = int(name.rpartition("-")[2]) * self.config.batch
+        return range(first, min(first + self.config.batch, self.config.images))
+
+    def _chunk(self, name: str) -> NDArray[np.uint8]:
+        """uint8 [n, S, S, 3]. Always a whole batch is computed; the last chunk is then cut."""
+        kept = self._numbers(name)
+        numbers = torch.arange(kept.start, kept.start + self.config.batch)
+        seeds = pictures.sample_seeds(self.config.seed, numbers)
+        shape = self.gpt.config.vocab_size, self.gpt.config.image_tokens
+        if name.startswith("model"):
+            tokens = pictures.model_tokens(self.gpt.model, self._labels(numbers), seeds, self.settings)
+        elif name.startswith("untrained"):
+            tokens = pictures.untrained_tokens(*shape, seeds, self.settings)
+        else:
+            assert self.histogram is not None
+            tokens = pictures.unigram_tokens(self.histogram, shape[1], seeds)
+        return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(kept)]
+
+    def _labels(self, numbers: Tensor) -> Tensor:
+        return numbers % self.gpt.config.num_classes
+
+    def _finish(self, seconds: float) -> None:
+        """The .npz files, the grid of the first set, the record. Rank 0 only."""
+        labels = self._labels(torch.arange(self.config.images)).numpy()
+        shown = set(shown_classes(range(self.gpt.config.num_classes)))
+        first = np.array([label in shown for label in labels]) & (
+            np.arange(len(labels)) < PER_CLASS * self.gpt.config.num_classes
+        )
+        kept: list[NDArray[np.uint8]] = []
+        for name in self.config.sets:
+            wanted = first if name == self.config.sets[0] else np.zeros_like(first)
+            write_npz(self.config.out / f"{name}.npz", labels, self.config.images, self._blocks(name, wanted, kept))
+        save(self.config.out / "grid.png", np.concatenate(kept), labels[first], self.gpt.classes, PER_CLASS)
+        self.parts.finish(
+            {
+                "checkpoint": str(self.config.checkpoint),
+                "tokenizer": str(self.config.tokenizer),
+                "classes": f"sample i has class i modulo {self.gpt.config.num_classes}",
+                "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
+                "meaning": {name: MEANING[name] for name in self.config.sets},
+                "dtype": "float32",
+                "device": str(self.topology.device),
+                "ranks": self.topology.world,
+                "seconds_of_the_last_start": round(seconds, 2),
+                "versions": versions(),
+            }
+        )
+
+    def _blocks(
+        self, name: str, wanted: NDArray[np.bool_], kept: list[NDArray[np.uint8]]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """One set's pictures in order; those that are ``wanted`` are appended to ``kept``."""
+        for chunk in range(self.chunks):
+            part = f"{name}-{chunk:06d}"
+            images = self.parts.load(part)["images"]
+            numbers = self._numbers(part)
+            if wanted[numbers.start : numbers.stop].any():
+                kept.append(images[wanted[numbers.start : numbers.stop]])
+            yield images
+
+    def _say(self, text: str) -> None:
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
+        if self.topology.rank != 0:
+            return nullcontext()
+        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
+        return Progress(f"samples{whose}", images_of_rank)
+
+
+if __name__ == "__main__":
+    run_program(main)

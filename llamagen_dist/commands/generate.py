@@ -1,0 +1,53 @@
+"""``llamagen generate CHECKPOINT --class NAME|INDEX … --out grid.png``: pictures of chosen classes."""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a GPT's run directory or step_… folder")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="NAME|INDEX",
+        help="classes by name or number; all means every one",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg: one row per class")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one its token shards name")
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="pictures per class (default: 8)")
+    parser.add_argument("--cfg-scale", type=float, default=2.0, metavar="S", help="guidance; 1 is none (default: 2)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all codes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.config import UserError
+    from llamagen_dist.sampling.grid import save
+    from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, tokenizer_of
+    from llamagen_dist.sampling.pictures import Settings, class_pictures
+
+    for option, fits, wanted in (
+        ("per_class", 1 <= args.per_class <= 1 << 16, "between 1 and 65536"),
+        ("cfg_scale", args.cfg_scale >= 1, "at least 1"),
+        ("temperature", args.temperature >= 0, "at least 0"),
+        ("top_k", args.top_k >= 0, "at least 0"),
+        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= args.seed < 1 << 31, "between 0 and 2147483647"),
+    ):
+        if not fits:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
+    tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(args.checkpoint), key="--tokenizer")
+    gpt = load_gpt(args.checkpoint, tokenizer)
+    if args.classes == ["all"]:
+        chosen = list(range(len(gpt.classes)))
+    else:
+        chosen = list(dict.fromkeys(class_number(name, gpt.classes) for name in args.classes))
+    settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
+    images, labels = class_pictures(gpt.model, tokenizer.model, chosen, args.per_class, args.seed, settings)
+    save(args.out, images, labels, gpt.classes, args.per_class)
+    print(args.out)

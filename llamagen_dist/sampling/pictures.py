@@ -1,0 +1,112 @@
+"""From labels or histograms to pictures: what the evaluation's sets are made of."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.evaluation.image_quality import to_uint8
+from llamagen_dist.models.gpt import GPT
+from llamagen_dist.models.vq import VQModel
+from llamagen_dist.sampling.sampler import draw, generate, noise_streams
+from llamagen_dist.tracking.progress import Progress
+
+BATCH = 32  # pictures at once where nothing is said about it
+_BLOCK = 4096  # samples of a token shard counted at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How codes are drawn; see ``sampler.generate``."""
+
+    cfg_scale: float = 1.0
+    cfg_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def sample_seeds(seed: int, numbers: Tensor) -> Tensor:
+    """One seed per sample number (int64, below 2^32); no two samples of a run share a noise stream."""
+    return (seed << 32) + numbers
+
+
+def model_tokens(model: GPT, labels: Tensor, seeds: Tensor, settings: Settings) -> Tensor:
+    """(B, N) int64 from the GPT. labels, seeds: (B,) int64."""
+    return generate(
+        model,
+        labels.to(model.rotary.device),
+        cfg_scale=settings.cfg_scale,
+        cfg_interval=settings.cfg_interval,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seeds=seeds,
+    )
+
+
+def untrained_tokens(vocab_size: int, image_tokens: int, seeds: Tensor, settings: Settings) -> Tensor:
+    """(B, N) int64: exactly what ``generate`` draws from a GPT with LlamaGen's initial weights.
+
+    Their head is zero, so every logit is zero whatever the label, the guidance and the codes so far; the layers
+    below it need not be run.
+    """
+    logits = torch.zeros(len(seeds), vocab_size)
+    return _independent(logits, image_tokens, seeds, settings)
+
+
+def unigram_tokens(histogram: Tensor, image_tokens: int, seeds: Tensor) -> Tensor:
+    """(B, N) int64, each code drawn for itself from ``histogram`` (int64 [V], counts)."""
+    logits = histogram.double().log().expand(len(seeds), -1)
+    return _independent(logits, image_tokens, seeds, Settings())
+
+
+def _independent(logits: Tensor, image_tokens: int, seeds: Tensor, settings: Settings) -> Tensor:
+    streams = noise_streams(seeds)
+    rule = (settings.temperature, settings.top_k, settings.top_p)
+    return torch.stack([draw(logits, streams, position, *rule) for position in range(image_tokens)], dim=1)
+
+
+def code_counts(reader: TokenReader, shards: Iterable[int]) -> Tensor:
+    """int64 [V]: how often every code occurs in these shards (by number), over all their crops."""
+    counts = np.zeros(reader.vocab_size, np.int64)
+    for shard in shards:
+        end = int(reader.shards.ends[shard])
+        start = end - reader.shards.manifest.shards[shard].samples
+        for first in range(start, end, _BLOCK):
+            samples = np.arange(first, min(first + _BLOCK, end))
+            for crop in range(reader.crops):
+                tokens, _ = reader.gather(samples, np.full(len(samples), crop))
+                counts += np.bincount(tokens.ravel(), minlength=reader.vocab_size)
+    return torch.from_numpy(counts)
+
+
+def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
+    """tokens (B, N) int64, raster order of a square -> uint8 [B, S, S, 3], rounded as LlamaGen does."""
+    side = int(tokens.shape[1] ** 0.5)
+    codes = tokens.view(-1, side, side).to(tokenizer.quantize.embedding.weight.device)
+    pixels: NDArray[np.uint8] = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels
+
+
+def class_pictures(
+    model: GPT, tokenizer: VQModel, classes: Sequence[int], per_class: int, seed: int, settings: Settings
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """(pictures uint8 [n, S, S, 3], labels int64 [n]): ``per_class`` of each class in turn, shown with progress.
+
+    Picture j of class c has the noise of (seed, class, j), whichever other classes are asked for.
+    """
+    labels = torch.tensor(list(classes)).repeat_interleave(per_class)
+    numbers = (labels << 16) + torch.arange(per_class).repeat(len(classes))
+    made = []
+    with Progress("pictures", len(labels)) as progress:
+        for start in range(0, len(labels), BATCH):
+            span = slice(start, start + BATCH)
+            tokens = model_tokens(model, labels[span], sample_seeds(seed, numbers[span]), settings)
+            made.append(decode_tokens(tokenizer, tokens))
+            progress.advance(len(tokens))
+    return np.concatenate(made), labels.numpy()
