@@ -1,0 +1,145 @@
+"""PROGRAM: FID, sFID, KID, precision, recall and class agreement of image sets against real images.
+
+    torchrun --nproc-per-node=8 -m eval.evaluate configs/eval/plain.yaml generated=PATH reference=PATH out=FILE.json
+
+also plain ``python -m`` for one rank, or ``srun``. A PATH is an .npz (arr_0) or a folder of image shards. The ranks
+share out the images; the numbers do not depend on how many there are. What cannot be measured is in the result's
+``absent``, with the reason.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamagen_dist.config import ClassifierSection, EvaluateConfig, UserError, load
+from llamagen_dist.data.manifest import write_bytes
+from llamagen_dist.evaluation import classifier, inception, inception_weights, record
+from llamagen_dist.evaluation.comparison import Comparison
+from llamagen_dist.evaluation.features import Extraction
+from llamagen_dist.evaluation.image_sets import balanced, open_images
+from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.tracking.progress import Progress
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise UserError("usage: python -m eval.evaluate CONFIG generated=PATH reference=PATH out=FILE.json")
+    config: EvaluateConfig = load(argv[0], argv[1:], kind="evaluate")
+    topology = start(threads=config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    began = time.monotonic()
+    if config.out.is_dir():
+        raise UserError(f"out: {config.out} is a folder; name the JSON file to write")
+    comparison = Comparison(config)
+    extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
+    if isinstance(extractor, str):
+        comparison.without_features(extractor)
+        network, described = None, None
+    else:
+        network, described = extractor.network.to(topology.device), extractor.record
+        if network.fc is None and "inception_score" in config.metrics:
+            comparison.leave_out("inception_score", inception_weights.NO_LOGITS)
+    judge = Judge(config.classifier, config, topology) if config.classifier is not None else None
+    comparison.check_labels(None if judge is None else judge.classes)
+    extraction = Extraction(
+        comparison.selections, network, None if judge is None else judge.network.classify, topology, config.batch
+    )
+    with _progress(topology, "features" if network else "images", extraction.images_of_rank()) as progress:
+        measured = extraction.run(progress.advance if progress else lambda count, text: None)
+    result: dict[str, Any] = {"n": comparison.n, "sets": {}}
+    described_sets = {}
+    for name in comparison.sets:
+        result["sets"][name] = comparison.score(name, measured, topology)
+        described_sets[name] = comparison.describe(name, measured)
+    if judge is not None:
+        result["class_agreement_real"] = judge.real
+    result["record"] = {
+        "format": record.FORMAT,
+        "bias": record.bias(comparison.n, inception.POOL_FEATURES),
+        "metrics": comparison.protocol(described, None if judge is None else judge.record),
+        "choice": {"limit": config.limit, "seed": config.seed, "policy": "class by class in turn, by hash"},
+        "extractor": described,
+        "sets": described_sets,
+        "batch": config.batch,
+        "device": str(topology.device.type),
+        "ranks": topology.world,
+        "seconds": round(time.monotonic() - began, 1),
+        "versions": record.versions(),
+    }
+    result["absent"] = comparison.absent
+    if topology.rank == 0:
+        _write(config.out, result)
+        _show(result)
+
+
+class Judge:
+    """The classifier of real images, trained here; its own accuracy is ``real``."""
+
+    def __init__(self, section: ClassifierSection, config: EvaluateConfig, topology: Topology) -> None:
+        train, validation = (open_images(path, config.image_size) for path in (section.train, section.validation))
+        for images in (train, validation):
+            if images.labels is None:
+                raise UserError(f"classifier: {images.path} has no labels; name real images that have")
+        assert train.labels is not None
+        assert validation.labels is not None
+        self.classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
+        if validation.labels.max() >= self.classes:
+            raise UserError(
+                f"classifier: {validation.path} has label {validation.labels.max()}, but {train.path} has only "
+                f"{self.classes} classes"
+            )
+        chosen = balanced(train.labels, train.count, section.keep, section.seed)
+        pixels = train.read(chosen)
+        with _progress(topology, "classifier", section.images) as progress:
+            advance = progress.advance if progress else lambda count: None
+            self.network = classifier.train(section, pixels, train.labels[chosen], self.classes, topology, advance)
+        held_out = balanced(validation.labels, validation.count, section.keep, section.seed)
+        right = [
+            self.network.classify(validation.read(part)).cpu().numpy() == validation.labels[part]
+            for part in np.split(held_out, range(config.batch, len(held_out), config.batch))
+        ]
+        self.real = float(np.concatenate(right).mean())
+        self.record = {
+            **section.model_dump(mode="json", exclude={"train", "validation"}),
+            "train_sha256": classifier.data_sha256(pixels, train.labels[chosen]),
+            "accuracy_on": f"{len(held_out)} held-out real images",
+        }
+
+
+@contextmanager
+def _progress(topology: Topology, label: str, total: int) -> Iterator[Progress | None]:
+    if topology.rank != 0:
+        yield None
+        return
+    whose = "" if topology.world == 1 or label == "classifier" else f" (rank 0 of {topology.world})"
+    with Progress(label + whose, total) as progress:
+        yield progress
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"out: {path} cannot be written ({error.strerror})") from None
+
+
+def _show(result: dict[str, Any]) -> None:
+    for name, values in result["sets"].items():
+        print(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
+    for metric, reason in result["absent"].items():
+        print(f"{metric} is absent: {reason}")
+    print(result["record"]["bias"], flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

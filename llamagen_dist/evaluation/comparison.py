@@ -1,0 +1,256 @@
+"""Which images are compared with which, which of them must be looked at, and the numbers that come out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen_dist.config import EvaluateConfig, UserError
+from llamagen_dist.evaluation import inception, record
+from llamagen_dist.evaluation.features import Selection, SetFeatures
+from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
+from llamagen_dist.evaluation.image_sets import ImageSet, balanced, choose, open_images
+from llamagen_dist.evaluation.kid import kid
+from llamagen_dist.evaluation.manifold import precision_recall, squared_radii
+from llamagen_dist.parallel.topology import Topology
+
+FEATURE_METRICS = ("fid", "sfid", "kid", "precision_recall", "inception_score")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: the open images, and its place among the selections (None: only statistics)."""
+
+    images: ImageSet
+    selection: int | None
+
+
+class Comparison:
+    """All sets of one evaluation; every selection of images exists once, however often it is compared.
+
+    Raises UserError for images that are missing, too few or of different sizes, before anything is computed.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config = config
+        self.selections: list[Selection] = []
+        self.absent: dict[str, str] = {}
+        self._places: dict[tuple[str, bytes], int] = {}
+        self._opened: dict[str, ImageSet] = {}
+        self._radii: dict[int, Tensor] = {}
+        self._left_out: set[str] = set()
+        self.sets: dict[str, tuple[Side, Side]] = {}
+        for name, pair in config.pairs().items():
+            generated = self._open(pair.images)
+            reference = self._open(pair.reference)
+            if (generated.height, generated.width) != (reference.height, reference.width):
+                raise UserError(
+                    f"{name}: {pair.images} holds {generated.width} x {generated.height} pixels, but its reference "
+                    f"{pair.reference} {reference.width} x {reference.height}; compare images of one size"
+                )
+            self.sets[name] = (Side(generated, self._select(generated)), self._reference(reference))
+            self._check(name)
+        counts = {len(self.selections[side.selection]) for side, _ in self.sets.values() if side.selection is not None}
+        self.n = counts.pop() if len(counts) == 1 else None
+        """Images of every scored set; None where they differ."""
+
+    @property
+    def needs_features(self) -> bool:
+        return any(metric in FEATURE_METRICS for metric in self.config.metrics)
+
+    def _open(self, path: Any) -> ImageSet:
+        key = str(path.resolve())
+        if key not in self._opened:
+            self._opened[key] = open_images(path, self.config.image_size)
+        return self._opened[key]
+
+    def _reference(self, images: ImageSet) -> Side:
+        wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
+        if all(metric in images.statistics for metric in wanted):
+            return Side(images, None)
+        # stored statistics belong to all images: the pictures beside them are only a sample, of whatever length
+        return Side(images, self._select(images, None if images.statistics else self.config.limit))
+
+    def _select(self, images: ImageSet, *limit: int | None) -> int:
+        config = self.config
+        indices = choose(images, limit[0] if limit else config.limit, config.seed)
+        labels = None if images.labels is None else images.labels[indices]
+        kept = np.arange(len(indices))
+        if len(indices) > config.keep:
+            kept = balanced(labels, len(indices), config.subsample or 0, config.seed)
+        selection = Selection(images, indices, kept)
+        if selection.key() not in self._places:
+            self._places[selection.key()] = len(self.selections)
+            self.selections.append(selection)
+        return self._places[selection.key()]
+
+    def _check(self, name: str) -> None:
+        """Enough images for the metrics asked for; kept features where KID, precision and recall need them."""
+        for side in self.sets[name]:
+            if side.selection is None:
+                continue
+            selection, path = self.selections[side.selection], side.images.path
+            if len(selection) < 2:
+                raise UserError(f"{name}: {path} holds {len(selection)} images; a distribution needs at least two")
+            kept = len(selection.kept)
+            if kept == 0:
+                continue
+            if "kid" in self.config.metrics and kept < self.config.kid.subset_size:
+                raise UserError(
+                    f"{name}: kid.subset_size: {self.config.kid.subset_size} images cannot be drawn from the {kept} of "
+                    f"{path}; set kid.subset_size={max(2, kept // 2)}"
+                )
+            if "precision_recall" in self.config.metrics and kept <= self.config.neighbours:
+                raise UserError(
+                    f"{name}: neighbours: {self.config.neighbours} needs more images than the {kept} of {path}"
+                )
+
+    def check_labels(self, classes: int | None) -> None:
+        """Every labelled set fits the classifier's classes. classes: None without a classifier."""
+        if "class_agreement" not in self.config.metrics or classes is None:
+            return
+        bare = [name for name, (side, _) in self.sets.items() if side.images.labels is None]
+        for name, (side, _) in self.sets.items():
+            labels = side.images.labels
+            if labels is not None and (labels.min() < 0 or labels.max() >= classes):
+                raise UserError(
+                    f"{name}: {side.images.path} has labels {labels.min()} to {labels.max()}, but the classifier knows "
+                    f"{classes} classes"
+                )
+        if bare:
+            self.absent["class_agreement"] = f"no labels in {', '.join(bare)}"
+
+    def without_features(self, reason: str) -> None:
+        """Record why the metrics that need the extractor are absent."""
+        for metric in self.config.metrics:
+            if metric in FEATURE_METRICS:
+                self.leave_out(metric, reason)
+
+    def leave_out(self, metric: str, reason: str) -> None:
+        self.absent[metric] = reason
+        self._left_out.add(metric)
+
+    def score(self, name: str, measured: Sequence[SetFeatures], topology: Topology) -> dict[str, float]:
+        """The numbers of one set (collective): keys as in record.VALUES, and ``n``."""
+        generated, reference = self.sets[name]
+        assert generated.selection is not None
+        mine = measured[generated.selection]
+        theirs = None if reference.selection is None else measured[reference.selection]
+        values: dict[str, float] = {"n": len(self.selections[generated.selection])}
+        wanted = [metric for metric in self.config.metrics if metric not in self._left_out]
+        for metric in ("fid", "sfid"):
+            if metric in wanted:
+                a = mine.fid if metric == "fid" else mine.sfid
+                b = self._stored(reference.images, metric, topology) or (
+                    None if theirs is None else theirs.fid if metric == "fid" else theirs.sfid
+                )
+                assert a is not None
+                assert b is not None
+                values[metric] = self._distance(name, a, b)
+        for metric in ("kid", "precision_recall"):
+            if metric not in wanted or theirs is None or mine.pool is None or theirs.pool is None:
+                continue
+            if not len(mine.pool) or not len(theirs.pool):
+                self.absent[metric] = (
+                    f"more than keep: {self.config.keep} images in {name} or its reference; set subsample=10000 to "
+                    "take so many of them"
+                )
+            elif metric == "kid":
+                section = self.config.kid
+                values["kid_mean"], values["kid_std"] = kid(
+                    mine.pool, theirs.pool, section.subsets, section.subset_size, self.config.seed, topology
+                )
+            else:
+                k = self.config.neighbours
+                radii = tuple(
+                    self._radius(side.selection, pool, topology)
+                    for side, pool in ((generated, mine.pool), (reference, theirs.pool))
+                )
+                values["precision"], values["recall"] = precision_recall(
+                    mine.pool, theirs.pool, k, topology, radii=(radii[0], radii[1])
+                )
+        if "inception_score" in wanted and mine.score is not None:
+            values["inception_score"] = mine.score
+        labels = generated.images.labels
+        if "class_agreement" in wanted and mine.classes is not None and labels is not None:
+            truth = labels[self.selections[generated.selection].indices]
+            values["class_agreement"] = float((mine.classes.cpu().numpy() == truth).mean())
+        return values
+
+    def _distance(self, name: str, a: Gaussian, b: Gaussian) -> float:
+        try:
+            return frechet_distance(a, b)
+        except ValueError as error:
+            raise UserError(f"{name}: the reference statistics do not fit: {error}") from None
+
+    def _stored(self, images: ImageSet, metric: str, topology: Topology) -> Gaussian | None:
+        if metric not in images.statistics:
+            return None
+        mean, covariance = (torch.tensor(array, dtype=torch.float64) for array in images.statistics[metric])
+        return Gaussian(mean.to(topology.device), covariance.to(topology.device))
+
+    def _radius(self, selection: int | None, pool: Tensor, topology: Topology) -> Tensor:
+        assert selection is not None
+        if selection not in self._radii:
+            self._radii[selection] = squared_radii(pool, self.config.neighbours, topology)
+        return self._radii[selection]
+
+    def describe(self, name: str, measured: Sequence[SetFeatures]) -> dict[str, Any]:
+        """Where the two sides of a set come from and what their pixels hash to."""
+
+        def side(part: Side) -> dict[str, Any]:
+            if part.selection is None:
+                digest = hashlib.sha256()
+                for mean, covariance in part.images.statistics.values():
+                    digest.update(mean.tobytes())
+                    digest.update(covariance.tobytes())
+                stored = {"statistics": sorted(part.images.statistics), "n": None, "sha256": digest.hexdigest()}
+                return {"path": str(part.images.path), **stored}
+            selection = self.selections[part.selection]
+            about: dict[str, Any] = {
+                "path": str(part.images.path),
+                "available": part.images.count,
+                "n": len(selection),
+                "features_kept": len(selection.kept),
+                "sha256": measured[part.selection].sha256,
+                "size": [part.images.width, part.images.height],
+            }
+            if part.images.statistics:
+                about["statistics"] = sorted(part.images.statistics)
+            return about
+
+        generated, reference = self.sets[name]
+        return {"images": side(generated), "reference": side(reference)}
+
+    def protocol(self, extractor: dict[str, object] | None, classifier: dict[str, Any] | None) -> dict[str, Any]:
+        """Metric -> everything besides the images that decides its value; equal for comparable results."""
+        if extractor is None:
+            network: dict[str, Any] = {}
+        else:
+            kept = ("network", "weights_sha256", "arithmetic")
+            network = {**{key: extractor[key] for key in kept}, "resize": inception.RESIZE}
+        kid_section = {**self.config.kid.model_dump(), "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
+        large = {"keep": self.config.keep, "subsample": self.config.subsample}
+        details: dict[str, dict[str, Any]] = {
+            "fid": {**network, "features": inception.TAPS["fid"], "covariance": "n - 1"},
+            "sfid": {**network, "features": inception.TAPS["sfid"], "covariance": "n - 1"},
+            "kid": {**network, "features": inception.TAPS["fid"], **kid_section, **large},
+            "precision_recall": {
+                **network,
+                "features": inception.TAPS["fid"],
+                "k": self.config.neighbours,
+                "inside": "distance <= radius, float64",
+                **large,
+            },
+            "inception_score": {
+                **network,
+                "logits_sha256": None if extractor is None else extractor["logits_sha256"],
+                "splits": 1,
+            },
+            "class_agreement": classifier or {},
+        }
+        return {metric: details[metric] for metric in record.VALUES if metric in self.config.metrics}

@@ -1,0 +1,163 @@
+"""Inception features of whole image sets on any number of ranks: every image once, in batches of one fixed shape.
+
+The work is cut into batches that do not depend on the number of ranks (the last of a set is filled up with zeros,
+whose features are dropped), and the batches are dealt to the ranks: no image is padded in, doubled or lost, and a
+feature has the same bits wherever it was computed.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamagen_dist.evaluation.frechet import Gaussian, Moments, gaussian_of
+from llamagen_dist.evaluation.image_sets import ImageSet
+from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, SPATIAL_FEATURES, Inception
+from llamagen_dist.evaluation.inception_score import ScoreSums
+from llamagen_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some images of a set."""
+
+    images: ImageSet
+    indices: NDArray[np.int64]
+    """int64 [n], which images."""
+    kept: NDArray[np.int64]
+    """int64 [k]: positions in ``indices`` whose features are kept; all of them, or a subsample of a large set."""
+
+    def key(self) -> tuple[str, bytes]:
+        """Equal for the same images of the same path."""
+        return str(self.images.path.resolve()), hashlib.sha256(self.indices.tobytes()).digest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """What the metrics need of one selection; the same on every rank."""
+
+    sha256: str
+    """Of the pixels: the hash of every image's sha256, in order; independent of file format and batch."""
+    pool: Tensor | None = None
+    """float32 [k, 2048] of the kept images; None without an extractor."""
+    fid: Gaussian | None = None
+    sfid: Gaussian | None = None
+    score: float | None = None
+    """Inception Score, where the extractor gives logits."""
+    classes: Tensor | None = None
+    """int64 [n]: the classifier's answer for every image."""
+
+
+Classify = Callable[[NDArray[np.uint8]], Tensor]
+"""uint8 [n, H, W, 3] -> int64 [n]."""
+
+
+def batches(selections: Sequence[Selection], batch: int) -> Iterator[tuple[int, slice]]:
+    """(selection, positions) of every batch; none crosses from one selection into the next."""
+    for number, selection in enumerate(selections):
+        for start in range(0, len(selection), batch):
+            yield number, slice(start, min(start + batch, len(selection)))
+
+
+class Extraction:
+    """Goes once through all selections, this rank's share of their batches."""
+
+    def __init__(
+        self,
+        selections: Sequence[Selection],
+        network: Inception | None,
+        classify: Classify | None,
+        topology: Topology,
+        batch: int,
+    ) -> None:
+        self.selections, self.network, self.classify, self.topology = selections, network, classify, topology
+        self.batch = batch
+        self.work = list(batches(selections, batch))[topology.rank :: topology.world]
+        self.parts = [_Part(selection, network, classify is not None, topology) for selection in selections]
+
+    def images_of_rank(self) -> int:
+        return sum(rows.stop - rows.start for _, rows in self.work)
+
+    def run(self, advance: Callable[[int, str], None] = lambda count, text: None) -> list[SetFeatures]:
+        """One result per selection (collective). advance: told the images done and the set's path."""
+        for number, rows in self.work:
+            selection, part = self.selections[number], self.parts[number]
+            pixels = selection.images.read(selection.indices[rows])
+            part.digests[rows] = [_digest(image) for image in pixels]
+            if self.classify is not None:
+                part.classes[rows] = self.classify(pixels).to(part.classes)
+            if self.network is not None:
+                part.add(rows, *self._features(pixels))
+            advance(len(pixels), selection.images.path.name)
+        return [part.finish() for part in self.parts]
+
+    def _features(self, pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.network is not None
+        filled = np.zeros((self.batch, *pixels.shape[1:]), np.uint8)
+        filled[: len(pixels)] = pixels
+        pool, spatial, logits = self.network(torch.from_numpy(filled).to(self.topology.device))
+        n = len(pixels)
+        return pool[:n], spatial[:n], None if logits is None else logits[:n]
+
+
+class _Part:
+    """What this rank has gathered of one selection."""
+
+    def __init__(self, selection: Selection, network: Inception | None, classified: bool, topology: Topology) -> None:
+        n, device = len(selection), topology.device
+        self.topology, self.selection = topology, selection
+        self.digests = np.zeros((n, 32), np.uint8)
+        self.classes = torch.zeros(n if classified else 0, dtype=torch.int64, device=device)
+        self.place = np.full(n, -1, np.int64)  # where a kept image's features go
+        self.place[selection.kept] = np.arange(len(selection.kept))
+        self.all_kept = len(selection.kept) == n
+        self.pool = self.spatial = self.score = self.moments = None
+        if network is None:
+            return
+        self.pool = torch.zeros(len(selection.kept), POOL_FEATURES, device=device)
+        if self.all_kept:
+            self.spatial = torch.zeros(n, SPATIAL_FEATURES, device=device)
+        else:
+            self.moments = Moments(POOL_FEATURES, device), Moments(SPATIAL_FEATURES, device)
+        if network.fc is not None:
+            self.score = ScoreSums(LOGITS, device)
+
+    def add(self, rows: slice, pool: Tensor, spatial: Tensor, logits: Tensor | None) -> None:
+        places = torch.from_numpy(self.place[rows]).to(pool.device)
+        assert self.pool is not None
+        self.pool[places[places >= 0]] = pool[places >= 0]
+        if self.spatial is not None:
+            self.spatial[rows] = spatial
+        if self.moments is not None:
+            self.moments[0].update(pool)
+            self.moments[1].update(spatial)
+        if self.score is not None and logits is not None:
+            self.score.update(logits)
+
+    def finish(self) -> SetFeatures:
+        """Collective: adds up what the ranks have, each image's row being zero on all ranks but one."""
+        total = self.topology.sum
+        digests = total(torch.from_numpy(self.digests).to(self.topology.device)).cpu().numpy()
+        sha256 = hashlib.sha256(digests.tobytes()).hexdigest()
+        classes = total(self.classes) if len(self.classes) else None
+        if self.pool is None:
+            return SetFeatures(sha256, classes=classes)
+        score = None if self.score is None else self.score.score(self.topology)
+        pool = total(self.pool)
+        if self.spatial is not None:
+            return SetFeatures(sha256, pool, gaussian_of(pool), gaussian_of(total(self.spatial)), score, classes)
+        assert self.moments is not None
+        fid, sfid = (moments.gaussian(self.topology) for moments in self.moments)
+        return SetFeatures(sha256, pool, fid, sfid, score, classes)
+
+
+def _digest(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    header = f"{image.shape}|".encode()
+    return np.frombuffer(hashlib.sha256(header + image.tobytes()).digest(), np.uint8)

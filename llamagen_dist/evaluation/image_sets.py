@@ -1,0 +1,158 @@
+"""Images to be scored, from an .npz or from image shards, and which of them a limited comparison takes."""
+
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from llamagen_dist import prng
+from llamagen_dist.config import UserError
+from llamagen_dist.data.images import load_images
+from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
+
+STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+"""Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """An open set of images; nothing but labels is in memory."""
+
+    path: Path
+    count: int
+    height: int
+    width: int
+    labels: NDArray[np.int64] | None
+    """int64 [count]."""
+    classes: list[str] | None
+    pixels: NDArray[np.uint8] | Shards
+    statistics: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    """Stored (mean, covariance) by metric; empty for ordinary images."""
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [n, H, W, 3]. Raises UserError for an image that cannot be decoded."""
+        if isinstance(self.pixels, Shards):
+            return load_images(self.pixels, indices.tolist(), self.height)
+        return np.ascontiguousarray(self.pixels[indices])
+
+
+def open_images(path: Path, image_size: int | None = None) -> ImageSet:
+    """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n]) or a folder of image shards.
+
+    image_size: shards are centre-cropped to it; None: they must have one size. Raises UserError: not there, damaged,
+    not images, no one size.
+    """
+    if path.is_dir():
+        return _open_shards(path, image_size)
+    if not path.exists():
+        raise UserError(f"{path}: no such images; give an .npz file or a folder of image shards")
+    return _open_npz(path)
+
+
+def _open_shards(path: Path, image_size: int | None) -> ImageSet:
+    shards = open_shards(path, "images")
+    size = image_size or shards.manifest.image_size
+    if size is None:
+        raise UserError(f"{path}: its images differ in size; set image_size, to which they are centre-cropped")
+    labels = None
+    if shards.manifest.classes is not None and LABEL_MEMBER in shards.manifest.members:
+        labels = shards.labels(np.arange(len(shards)))
+    return ImageSet(path, len(shards), size, size, labels, shards.manifest.classes, shards, {})
+
+
+def _open_npz(path: Path) -> ImageSet:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if "arr_0" not in names:
+                raise UserError(f"{path}: holds {', '.join(sorted(names)) or 'nothing'}, but images are called arr_0")
+            pixels = _array(path, archive, "arr_0")
+            labels = _array(path, archive, "labels") if "labels" in names else None
+            statistics = {
+                metric: (_array(path, archive, mean), _array(path, archive, covariance))
+                for metric, (mean, covariance) in STATISTICS.items()
+                if mean in names and covariance in names
+            }
+    except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as an .npz ({error}); make or copy it again") from None
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [n, height, width, 3]")
+    if labels is not None:
+        if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers [{len(pixels)}]")
+        labels = np.asarray(labels, np.int64)
+    for metric, (mean, covariance) in statistics.items():
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(f"{path}: the statistics for {metric} are {list(mean.shape)} and {list(covariance.shape)}")
+    count, height, width, _ = pixels.shape
+    return ImageSet(path, count, height, width, labels, None, pixels, statistics)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
+    """One array of the .npz; mapped instead of read where it is not compressed (50,000 images are 10 GB).
+
+    Raises ValueError for anything but plain numbers, and for a file that ends too early.
+    """
+    entry = archive.getinfo(f"{name}.npy")
+    with archive.open(entry) as member:
+        shape, fortran, dtype, header = _header(member)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are not read")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            data = member.read()
+            return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    if fortran:
+        raise ValueError(f"{name} is stored in Fortran order")
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    start = entry.header_offset + 30 + name_length + extra_length + header
+    return np.memmap(path, dtype, "r", start, shape) if np.prod(shape) else np.empty(shape, dtype)
+
+
+def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, Fortran order, dtype, bytes of the header) of an .npy stream."""
+    stream: BinaryIO = member
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the .npy format is unknown")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype, stream.tell()
+
+
+def choose(images: ImageSet, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """int64 [n], ascending: which images a comparison takes; all of them for limit None.
+
+    Sets of equal length and labels are cut alike. Raises UserError for fewer images than ``limit``.
+    """
+    if limit is None:
+        return np.arange(images.count)
+    if images.count < limit:
+        raise UserError(
+            f"{images.path}: holds {images.count} images, but limit asks for {limit}; make more or lower limit"
+        )
+    return balanced(images.labels, images.count, limit, seed)
+
+
+def balanced(labels: NDArray[np.int64] | None, count: int, limit: int, seed: int) -> NDArray[np.int64]:
+    """int64 [min(limit, count)], ascending: numbers below ``count``, taken class by class in turn.
+
+    The classes are as equal as they allow; within a class a hash of (seed, image number) decides.
+    """
+    if limit >= count:
+        return np.arange(count)
+    keys = prng.bits(seed, "evaluated-images", torch.arange(count)).numpy()
+    classes = labels if labels is not None else np.zeros(count, np.int64)
+    by_class = np.lexsort((keys, classes))
+    starts = np.r_[0, np.flatnonzero(np.diff(classes[by_class])) + 1]
+    lengths = np.diff(np.r_[starts, count])
+    turn = np.empty(count, np.int64)  # the how-manieth of its class an image is
+    turn[by_class] = np.arange(count) - np.repeat(starts, lengths)
+    return np.sort(np.lexsort((keys, turn))[:limit])
