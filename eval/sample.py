@@ -32,8 +32,8 @@ PER_CLASS = 10
 MEANING = {
     "model": "drawn from the trained GPT",
     "untrained": (
-        "drawn from the same GPT with its initial weights, whose head is zero as LlamaGen's is: every code is equally "
-        "likely at every position, so these are uniformly random codes, decoded"
+        "drawn, without truncation, from the same GPT with its initial weights, whose head is zero as LlamaGen's is: "
+        "every code is equally likely at every position, so these are uniformly random codes, decoded"
     ),
     "unigram": "every code drawn on its own from the histogram of the training tokens (all crops), decoded",
 }
@@ -144,7 +144,7 @@ class Sampling:
         if name.startswith("model"):
             tokens = pictures.model_tokens(self.gpt.model, self._labels(numbers), seeds, self.settings)
         elif name.startswith("untrained"):
-            tokens = pictures.untrained_tokens(*shape, seeds, self.settings)
+            tokens = pictures.untrained_tokens(*shape, seeds)
         else:
             assert self.histogram is not None
             tokens = pictures.unigram_tokens(self.histogram, shape[1], seeds)

@@ -19,11 +19,12 @@ _PAPER, _INK = (255, 255, 255), (24, 24, 27)
 def class_grid(
     images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], per_class: int = 10
 ) -> Image.Image:
-    """One row per class: its name, then its first ``per_class`` pictures. At most MOST_CLASSES, evenly spread.
+    """One row per class, in the order in which they first appear: its name, then its first ``per_class`` pictures.
 
+    At most MOST_CLASSES rows, evenly spread over the classes.
     images: uint8 [n, S, S, 3]; labels: int64 [n]; classes: names by label.
     """
-    present = shown_classes(sorted({int(label) for label in labels}))
+    present = shown_classes(list(dict.fromkeys(labels.tolist())))
     rows = [(classes[label], images[np.nonzero(labels == label)[0][:per_class]]) for label in present]
     tile = tile_side(images.shape[1])
     font = ImageFont.load_default(size=max(14, tile // 6))

@@ -49,26 +49,24 @@ def model_tokens(model: GPT, labels: Tensor, seeds: Tensor, settings: Settings) 
     )
 
 
-def untrained_tokens(vocab_size: int, image_tokens: int, seeds: Tensor, settings: Settings) -> Tensor:
+def untrained_tokens(vocab_size: int, image_tokens: int, seeds: Tensor) -> Tensor:
     """(B, N) int64: exactly what ``generate`` draws from a GPT with LlamaGen's initial weights.
 
-    Their head is zero, so every logit is zero whatever the label, the guidance and the codes so far; the layers
-    below it need not be run.
+    Their head is zero, so every logit is zero whatever the label, the guidance and the codes so far, and the layers
+    below it need not be run. (top-p and temperature 0 are left out here: from equally likely codes they would choose
+    arbitrary ones. top-k keeps ties, so it would change nothing.)
     """
-    logits = torch.zeros(len(seeds), vocab_size)
-    return _independent(logits, image_tokens, seeds, settings)
+    return _independent(torch.zeros(len(seeds), vocab_size), image_tokens, seeds)
 
 
 def unigram_tokens(histogram: Tensor, image_tokens: int, seeds: Tensor) -> Tensor:
     """(B, N) int64, each code drawn for itself from ``histogram`` (int64 [V], counts)."""
-    logits = histogram.double().log().expand(len(seeds), -1)
-    return _independent(logits, image_tokens, seeds, Settings())
+    return _independent(histogram.double().log().expand(len(seeds), -1), image_tokens, seeds)
 
 
-def _independent(logits: Tensor, image_tokens: int, seeds: Tensor, settings: Settings) -> Tensor:
+def _independent(logits: Tensor, image_tokens: int, seeds: Tensor) -> Tensor:
     streams = noise_streams(seeds)
-    rule = (settings.temperature, settings.top_k, settings.top_p)
-    return torch.stack([draw(logits, streams, position, *rule) for position in range(image_tokens)], dim=1)
+    return torch.stack([draw(logits, streams, position, 1.0, 0, 1.0) for position in range(image_tokens)], dim=1)
 
 
 def code_counts(reader: TokenReader, shards: Iterable[int]) -> Tensor:

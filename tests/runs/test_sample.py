@@ -375,7 +375,10 @@ def test_generate_finds_its_tokenizer_and_names_classes(work, tmp_path, capsys):
     both = np.asarray(Image.open(tmp_path / "a.png"))
     cli.main(["generate", str(work / "gpt"), "--class", "0", "--per-class", "3", "--out", f"{tmp_path}/b.png"])
     single = np.asarray(Image.open(tmp_path / "b.png"))
-    assert np.array_equal(both[:80], single[:80]), "a class looks the same beside any other"
+    row = 80  # 16 pixels enlarged to at least 72; rows come in the order asked for
+    assert np.array_equal(both[14 + row : 14 + 2 * row], single[10 : 10 + row]), (
+        "a class looks the same beside any other"
+    )
     cli.main(
         ["generate", str(work / "gpt"), "--class", "0", "--seed", "1", "--per-class", "3", "--out", f"{tmp_path}/c.png"]
     )
