@@ -1,0 +1,116 @@
+"""A folder of finished runs as points of a scaling law, each with its exact size and cost."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llamagen_dist.config import GPTConfigFile, UserError, load
+from llamagen_dist.data.manifest import read_manifest
+from llamagen_dist.models.cost import total_parameters, training_flops_per_image
+from llamagen_dist.models.gpt import GPTConfig
+from llamagen_dist.scaling.frontier import non_embedding
+from llamagen_dist.scaling.points import Points
+from llamagen_dist.training.build import gpt_config
+
+Count = Literal["blocks", "total"]
+COUNTS: Mapping[Count, str] = {
+    "blocks": "the blocks' matrices (attention and feed-forward), without embeddings, norms and head",
+    "total": "all trainable parameters",
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One finished run: its model, all its parameters, those of its blocks."""
+
+    name: str
+    config: GPTConfig
+    params: int
+    blocks: int
+
+    @property
+    def flops_per_image(self) -> int:
+        return training_flops_per_image(self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """rungs: from small to large. points.params counts as ``count`` says; one point per end of a (shorter) run."""
+
+    rungs: tuple[Rung, ...]
+    points: Points
+    count: Count
+
+    def rung(self, name: str) -> Rung:
+        return next(rung for rung in self.rungs if rung.name == name)
+
+
+def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
+    """Every finished run under ``folder``. Raises UserError: no runs, a damaged file, token shards that are gone."""
+    paths = sorted(path.parent for path in folder.glob("*/summary.json"))
+    if not paths:
+        raise UserError(f"{folder}: no finished run in it (a finished run has a summary.json); train the ladder first")
+    found = sorted((_rung(path) for path in paths), key=lambda pair: (pair[0].params, pair[0].name))
+    rows = [
+        (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, place)
+        for rung, measured in found
+        for tokens, loss, place in measured
+    ]
+    if not rows:
+        raise UserError(f"{folder}: its runs have no held-out loss; train them with validation.at_images")
+    params, tokens, loss, names, places = zip(*rows, strict=True)
+    points = Points(np.array(params), np.array(tokens), np.array(loss), names, places)
+    return Ladder(tuple(rung for rung, _ in found), points, count)
+
+
+def _rung(folder: Path) -> tuple[Rung, list[tuple[float, float, str]]]:
+    summary = _json(folder / "summary.json")
+    config = load(folder / "config.yaml", kind="gpt")
+    assert isinstance(config, GPTConfigFile)
+    manifest = read_manifest(config.data.train)
+    if manifest.vocab_size is None or manifest.grid is None:
+        raise UserError(f"{config.data.train}: not token shards, so the model of {folder} cannot be known")
+    model = gpt_config(
+        config.model,
+        vocab_size=manifest.vocab_size,
+        image_tokens=manifest.grid[0] * manifest.grid[1],
+        num_classes=manifest.num_classes,
+    )
+    total = total_parameters(model)
+    if summary.get("params") != total:
+        raise UserError(
+            f"{folder}: summary.json counts {summary.get('params')} parameters, but its config and the token shards "
+            f"{config.data.train} give {total}; the shards were made again since, so train the run again"
+        )
+    rung = Rung(str(summary.get("name", folder.name)), model, total, non_embedding(model))
+    return rung, _measured(folder, config, model.image_tokens)
+
+
+def _measured(folder: Path, config: GPTConfigFile, tokens_per_image: int) -> list[tuple[float, float, str]]:
+    """(tokens seen, held-out loss, place). With a rate that decays, only the end of the run is the end of a run."""
+    path = folder / "metrics.jsonl"
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            values = json.loads(line)
+            if "val_loss" in values and values["images_seen"] > 0:
+                place = f"{path}, line {number}"
+                found.append((float(values["images_seen"] * tokens_per_image), float(values["val_loss"]), place))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as metrics ({error}); restore the file") from None
+    return found[-1:] if config.optim.schedule == "wsd" else found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
