@@ -50,7 +50,8 @@ def bootstrap(fit: Fit, replicates: int = 1000, seed: int = SEED) -> Bootstrap:
     n, k = len(fit.points), fit.law.k
     if n < k + 3:
         raise UserError(
-            f"{n} points are too few for a confidence interval of {fit.law.name}: its {k} parameters need at least {k + 3}"
+            f"{n} points are too few for a confidence interval of {fit.law.name}: "
+            f"its {k} parameters need at least {k + 3}"
         )
     random = np.random.default_rng(seed)
     inflated = fit.residuals * np.sqrt(n / (n - k))

@@ -16,10 +16,13 @@ _ILL = 1e5  # condition of the scaled Jacobian above which parameters mean littl
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A fitted law. objective: the sum over points of the loss of log residuals; theta [k]: coefficients
-    and exponents at N and D in units of exp(centre) and loss in units of exp(level); stationarity: projected gradient relative to what it sums (0 at an optimum);
-    condition: of the Jacobian with unit columns; at_bound: parameters that ended at a bound of the search, such as
-    an E of zero; optima: how many different local optima the starts led to."""
+    """A fitted law.
+
+    objective: the sum over points of the loss of log residuals. theta [k]: coefficients and exponents at N and D in
+    units of exp(centre) and loss in units of exp(level). stationarity: projected gradient relative to what it sums
+    (0 at an optimum). condition: of the Jacobian with unit columns. at_bound: parameters at a bound of the search,
+    such as an E of zero. optima: how many different local optima the starts led to.
+    """
 
     law: Law
     loss: Loss

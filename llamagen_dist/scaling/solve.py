@@ -83,8 +83,8 @@ def newton(problem: Problem, theta: Floats, delta: float, iterations: int = 1500
 
     A step solves (|H| + shift) d = -g on the free unknowns, |H| having the absolute eigenvalues of the scaled
     Hessian; the shift grows after a step that does not descend and shrinks after one that does. After a few
-    failed steps the next one uses the touching parabolas: where most residuals lie beyond delta the loss has hardly any curvature
-    of its own, and plain Newton would jump over the kinks for ever.
+    failed steps the next one uses the touching parabolas: where most residuals lie beyond delta the loss has hardly
+    any curvature of its own, and plain Newton would jump over the kinks for ever.
     """
     low, high = problem.bounds()
     theta = np.clip(theta, low, high)

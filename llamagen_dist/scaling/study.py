@@ -92,7 +92,7 @@ def _predictions(
 ) -> list[dict[str, Any]]:
     """One per held-out point, fewest tokens first. naive: the next smaller run's loss after the same tokens."""
     found = []
-    order = sorted(np.flatnonzero(held), key=lambda i: points.tokens[i])
+    order = sorted(np.flatnonzero(held).tolist(), key=lambda i: points.tokens[i])
     smaller = points.params[(~held) & (points.params < points.params[held].max())]
     before = smaller.max() if len(smaller) else None
     for i in order:
