@@ -132,9 +132,7 @@ def test_it_learns_and_says_what_it_did(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["layout"] == {"ranks": 2, "tensor": 1, "data": 2, "zero": 1}
     assert summary["params"] == 64 * 32 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 96) + 5 * 32
-    assert json.loads((store.newest(uninterrupted) / "classes.json").read_text()) == [
-        f"class {c}" for c in range(4)
-    ]
+    assert json.loads((store.newest(uninterrupted) / "classes.json").read_text()) == [f"class {c}" for c in range(4)]
     assert len(store.complete(uninterrupted)) == 2, "keep_last is 2"
 
 
@@ -195,9 +193,7 @@ def contents(folder: Path) -> list[tuple[Path, bytes]]:
 
 def test_another_config_or_other_data_is_refused_and_nothing_lost(data, config, uninterrupted):
     before = contents(uninterrupted)
-    [(code, _, err), (other_code, _, other_err)] = run_all(
-        2, config, f"run_dir={uninterrupted}", "optim.lr=2e-3"
-    )
+    [(code, _, err), (other_code, _, other_err)] = run_all(2, config, f"run_dir={uninterrupted}", "optim.lr=2e-3")
     assert (code, err) == (other_code, other_err) == (2, err)
     assert "optim.lr: 0.001 -> 0.002" in err
     code, _, err = run_all(1, config, f"run_dir={uninterrupted}", f"data.train={data / 'other'}")[0]
@@ -260,9 +256,7 @@ def test_a_ladder_trains_each_rung_in_its_own_run_directory(data, config):
     ladder = "ladder={small: {model.dim: 16}, wide: {model.dim: 48, train.images: 160}}"
     code, out, err = run_all(2, config, f"run_dir={run}", "train.images=320", ladder)[0]
     assert code == 0, out + err
-    params = {
-        name: json.loads((run / name / "summary.json").read_text())["params"] for name in ("small", "wide")
-    }
+    params = {name: json.loads((run / name / "summary.json").read_text())["params"] for name in ("small", "wide")}
     assert params["small"] < params["wide"]
     assert json.loads((run / "wide" / "summary.json").read_text())["images_seen"] == 160
     code, _, err = run_all(1, config, f"run_dir={run}", "ladder={small: {model.dmi: 16}}")[0]

@@ -28,8 +28,7 @@ def write_tokens(folder: Path, count: int, seed: int) -> Path:
 
     half = count // 2
     records = tuple(
-        write_shard(folder, shard_name(n), samples(*span), members)
-        for n, span in enumerate([(0, half), (half, count)])
+        write_shard(folder, shard_name(n), samples(*span), members) for n, span in enumerate([(0, half), (half, count)])
     )
     write_manifest(
         folder,

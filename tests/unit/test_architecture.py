@@ -101,9 +101,7 @@ def fresh(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_nothing_heavy():
-    heavy = (
-        "{'torch', 'numpy', 'deepspeed', 'megatron', 'pydantic', 'matplotlib', 'submitit', 'wandb', 'PIL'}"
-    )
+    heavy = "{'torch', 'numpy', 'deepspeed', 'megatron', 'pydantic', 'matplotlib', 'submitit', 'wandb', 'PIL'}"
     code = f"import sys; import llamagen_dist, llamagen_dist.cli; print(sorted({heavy} & set(sys.modules)))"
     assert fresh(code).stdout.strip() == "[]"
     out = subprocess.run(

@@ -69,11 +69,7 @@ def test_every_float_survives_dump_and_load(tmp_path_factory, lr):
     assert yaml.safe_load(dump(config))["optim"]["lr"] == lr, "a plain YAML 1.1 reader must see a number too"
 
 
-@given(
-    st.dictionaries(
-        st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True), st.integers(), max_size=5
-    )
-)
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True), st.integers(), max_size=5))
 def test_settings_nest(pairs):
     prefixes = [k for k in pairs for other in pairs if other.startswith(k + ".")]
     if prefixes:

@@ -28,9 +28,7 @@ PUBLISHED = {  # class-conditional, text-conditional
 
 def tiny(condition: str, golden: np.lib.npyio.NpzFile) -> GPT:
     weights = {key[2:]: torch.from_numpy(golden[key]) for key in golden.files if key.startswith("w/")}
-    num_classes = (
-        weights["cls_embedding.embedding_table.weight"].shape[0] - 1 if condition == "class" else 1000
-    )
+    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1 if condition == "class" else 1000
     model = GPT(
         GPTConfig(
             n_layer=sum("attention.wo" in k for k in weights),
@@ -123,11 +121,7 @@ def test_text_conditional_matches_the_reference():
 def recipe(model: GPT) -> None:
     """Weights by the recipe that the golden files were made with: each tensor drawn from its own name."""
     for name, tensor in model.state_dict().items():
-        drawn = (
-            np.random.RandomState(zlib.crc32(name.encode()))
-            .standard_normal(tuple(tensor.shape))
-            .astype(np.float32)
-        )
+        drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(tensor.shape)).astype(np.float32)
         scaled = drawn / np.sqrt(np.prod(drawn.shape[1:])) if drawn.ndim >= 2 else 1 + 0.05 * drawn
         tensor.copy_(torch.from_numpy(scaled.astype(np.float32)))
 
@@ -157,9 +151,7 @@ def test_parameter_counts_are_the_published_ones(size):
 
 
 def test_first_loss_is_the_logarithm_of_the_vocabulary():
-    model = GPT(
-        GPTConfig(2, 2, 32, vocab_size=512, image_tokens=16, num_classes=10, **NO_DROPOUT)
-    ).initialize(0)
+    model = GPT(GPTConfig(2, 2, 32, vocab_size=512, image_tokens=16, num_classes=10, **NO_DROPOUT)).initialize(0)
     loss = model.loss(torch.randint(512, (4, 16)), torch.tensor([0, 1, 9, 10]))
     assert abs(loss.item() - np.log(512)) < 1e-5
 
@@ -172,9 +164,7 @@ def test_dropout_masks_depend_on_the_sample_not_on_its_place_in_the_batch():
     together = model(tokens, labels, ids)
     order = torch.tensor([3, 0, 5])
     assert torch.allclose(model(tokens[order], labels[order], ids[order]), together[order], atol=1e-6)
-    assert (model(tokens, labels, ids + 1) - together).abs().max() > 1e-2, (
-        "other samples must get other masks"
-    )
+    assert (model(tokens, labels, ids + 1) - together).abs().max() > 1e-2, "other samples must get other masks"
     with pytest.raises(ValueError, match="sample_ids"):
         model(tokens, labels)
 

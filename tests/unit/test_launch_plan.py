@@ -28,9 +28,7 @@ train: {images: 640, global_batch: 64}
 def write(folder: Path, stages: str) -> Path:
     (folder / "gpt.yaml").write_text(GPT)
     file = folder / "pipeline.yaml"
-    file.write_text(
-        f"kind: pipeline\ntitle: t\nvariables: {{images: here}}\ncounts: {{kept: 100}}\nstages:\n{stages}"
-    )
+    file.write_text(f"kind: pipeline\ntitle: t\nvariables: {{images: here}}\ncounts: {{kept: 100}}\nstages:\n{stages}")
     return file
 
 
@@ -76,9 +74,7 @@ def test_mistakes_in_a_pipeline_are_sentences(
 
 
 @given(st.integers(1, 400), st.sampled_from([1, 16, 64]), st.floats(0.01, 1.0), st.integers(0, 400))
-def test_a_shrunk_config_is_valid_and_about_so_much_shorter(
-    steps: int, batch: int, factor: float, every: int
-) -> None:
+def test_a_shrunk_config_is_valid_and_about_so_much_shorter(steps: int, batch: int, factor: float, every: int) -> None:
     data = {
         "kind": "gpt", "run_dir": "r", "model": {"n_layer": 1, "n_head": 1, "dim": 8},
         "data": {"train": "a", "validation": "b"}, "train": {"images": steps * batch, "global_batch": batch},
@@ -173,9 +169,7 @@ def test_a_snapshot_is_taken_once_per_content(tmp_path: Path) -> None:
     second = snapshot.take(source, tmp_path / "code")
     assert second != first
     assert (first / "llamagen_dist/a.py").read_text() == "x = 1\n"
-    (source / "llamagen_dist/out.py").symlink_to(
-        "/etc/hostname"
-    )  # a link out of the checkout is not followed
+    (source / "llamagen_dist/out.py").symlink_to("/etc/hostname")  # a link out of the checkout is not followed
     assert snapshot.take(source, tmp_path / "code") == second
 
 

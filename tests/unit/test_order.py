@@ -43,9 +43,7 @@ def test_global_batches_are_the_same_for_1_2_3_and_4_ranks(count, seed, batch, s
     whole = position_to_sample(torch.arange(step * batch, (step + 1) * batch), count, seed)[1]
     for ranks in (1, 2, 3, 4):
         share = batch // ranks
-        parts = [
-            Order(count, seed, block=50).samples(step * batch + rank * share, share) for rank in range(ranks)
-        ]
+        parts = [Order(count, seed, block=50).samples(step * batch + rank * share, share) for rank in range(ranks)]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -53,9 +51,7 @@ def test_blocks_computed_ahead_change_nothing():
     """Order keeps blocks; jumping back and forth, and across a block's edge, gives the stateless answer."""
     order = Order(9000, 5, block=1000)
     for start in (990, 0, 990, 10**9, 4999):
-        assert torch.equal(
-            order.samples(start, 20), position_to_sample(torch.arange(start, start + 20), 9000, 5)[1]
-        )
+        assert torch.equal(order.samples(start, 20), position_to_sample(torch.arange(start, start + 20), 9000, 5)[1])
 
 
 def test_a_resume_at_a_shifted_position_is_detected():

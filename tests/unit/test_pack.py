@@ -47,9 +47,7 @@ def contents(folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory):
     out = tmp_path_factory.mktemp("fashion") / "shards"
-    manifests = pack(
-        "builtin:fashion-mnist", out, PackOptions(size=32, held_out=1000, samples_per_shard=3000, jobs=2)
-    )
+    manifests = pack("builtin:fashion-mnist", out, PackOptions(size=32, held_out=1000, samples_per_shard=3000, jobs=2))
     return out, manifests
 
 
@@ -68,12 +66,9 @@ def test_the_embedded_set_is_split_9000_to_1000_evenly_and_disjointly(fashion):
         assert (stored[..., 0] == stored[..., 2]).all()
         inner = stored[:, 2:30, 2:30, 0]
         seen += [
-            (image.tobytes(), label)
-            for image, label in zip(inner, shards.labels(range(len(shards))), strict=True)
+            (image.tobytes(), label) for image, label in zip(inner, shards.labels(range(len(shards))), strict=True)
         ]
-    assert sorted(seen) == sorted(
-        (image.tobytes(), label) for image, label in zip(pixels, labels, strict=True)
-    )
+    assert sorted(seen) == sorted((image.tobytes(), label) for image, label in zip(pixels, labels, strict=True))
     manifest = manifests["train"]
     assert (manifest.image_size, manifest.padding, len(manifest.shards)) == (32, (2, 2, 2, 2), 3)
     assert manifest.classes == list(fashion_mnist.CLASSES)
@@ -83,9 +78,7 @@ def test_a_swapped_label_would_be_noticed(fashion):
     """The sabotage of the test above: shifting the labels by one sample breaks the pairing."""
     pixels, labels = fashion_mnist.load()
     right = sorted((image.tobytes(), label) for image, label in zip(pixels, labels, strict=True))
-    assert right != sorted(
-        (image.tobytes(), label) for image, label in zip(pixels, np.roll(labels, 1), strict=True)
-    )
+    assert right != sorted((image.tobytes(), label) for image, label in zip(pixels, np.roll(labels, 1), strict=True))
 
 
 def test_the_same_bytes_for_any_number_of_processes_and_packs(folder, tmp_path):
@@ -187,14 +180,10 @@ def test_corrupt_images_are_named_counted_and_skipped_only_when_asked(folder, tm
     (folder / "zebra" / "2.png").write_bytes(whole[: len(whole) // 2])
     (folder / "ant" / "1.jpg").write_bytes(b"not an image at all")
     for jobs in (1, 2):
-        with pytest.raises(
-            UserError, match=r"2 of 8 images cannot be read, the first is .*(2.png|1.jpg).*--skip-bad"
-        ):
+        with pytest.raises(UserError, match=r"2 of 8 images cannot be read, the first is .*(2.png|1.jpg).*--skip-bad"):
             pack(str(folder), tmp_path / "out", PackOptions(size=16, samples_per_shard=3, jobs=jobs))
         assert not (tmp_path / "out" / "manifest.json").exists()
-    manifest = pack(str(folder), tmp_path / "out", PackOptions(size=16, samples_per_shard=3, skip_bad=True))[
-        ""
-    ]
+    manifest = pack(str(folder), tmp_path / "out", PackOptions(size=16, samples_per_shard=3, skip_bad=True))[""]
     assert manifest.skipped == ("ant/1.jpg", "zebra/2.png")
     assert manifest.count == 6
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"] == [

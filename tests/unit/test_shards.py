@@ -29,9 +29,7 @@ def write_set(folder, sizes=(5, 1, 7), members=MEMBERS, data=payload):
     folder.mkdir(parents=True, exist_ok=True)
     records, first = [], 0
     for number, size in enumerate(sizes):
-        samples = [
-            (f"{n:09d}", {".png": data(n), ".cls": b"%02d" % (n % 11)}) for n in range(first, first + size)
-        ]
+        samples = [(f"{n:09d}", {".png": data(n), ".cls": b"%02d" % (n % 11)}) for n in range(first, first + size)]
         records.append(write_shard(folder, shard_name(number), samples, members))
         first += size
     classes = [f"class {n}" for n in range(11)]
@@ -69,9 +67,7 @@ def test_round_trip_of_any_shard_sizes(tmp_path_factory, sizes, seed):
     folder = tmp_path_factory.mktemp("set")
     write_set(folder, sizes, data=lambda n: payload(n, seed))
     shards = open_shards(folder)
-    assert [shards.read(n, ".png") for n in range(sum(sizes))] == [
-        payload(n, seed) for n in range(sum(sizes))
-    ]
+    assert [shards.read(n, ".png") for n in range(sum(sizes))] == [payload(n, seed) for n in range(sum(sizes))]
 
 
 def test_webdataset_reads_the_same_samples(tmp_path):
@@ -144,9 +140,7 @@ def test_missing_files_are_named(tmp_path):
     write_set(tmp_path)
     (tmp_path / shard_name(1)).unlink()
     (tmp_path / "shard-000002.index.npy").unlink()
-    with pytest.raises(
-        UserError, match=r"(?s)shard-000001.tar: No such file.*shard-000002.index.npy: No such file"
-    ):
+    with pytest.raises(UserError, match=r"(?s)shard-000001.tar: No such file.*shard-000002.index.npy: No such file"):
         open_shards(tmp_path)
     write_set(tmp_path / "again")
     with pytest.raises(UserError, match="holds images, but tokens are needed"):

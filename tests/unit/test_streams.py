@@ -56,9 +56,7 @@ def rank(number: int, dp: int, tensor: int = 1) -> Topology:
 
 def whole(shards, images_seen, ranks, dropout=0.1, seed=3):
     parts = [TokenStream(shards, rank(r, ranks), 24, seed, dropout).batch(images_seen) for r in range(ranks)]
-    return tuple(
-        torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "labels", "positions")
-    )
+    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "labels", "positions"))
 
 
 def test_tokens_labels_and_crops_belong_together(tokens):
@@ -83,18 +81,14 @@ def test_tokens_labels_and_crops_belong_together(tokens):
 def test_global_batches_are_the_same_for_1_2_3_and_4_ranks(tokens, images_seen, seed):
     alone = whole(tokens, images_seen, 1, seed=seed)
     for ranks in (2, 3, 4):
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(alone, whole(tokens, images_seen, ranks, seed=seed), strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(alone, whole(tokens, images_seen, ranks, seed=seed), strict=True))
     shifted = whole(tokens, images_seen + 1, 1, seed=seed)
     assert not torch.equal(alone[0], shifted[0])
 
 
 def test_tensor_parallel_ranks_of_one_data_rank_read_the_same(tokens):
     batches = [
-        TokenStream(tokens, Topology(rank=r, world=4, tensor=2), 24, 0, 0.1).batch(48).positions
-        for r in range(4)
+        TokenStream(tokens, Topology(rank=r, world=4, tensor=2), 24, 0, 0.1).batch(48).positions for r in range(4)
     ]
     assert torch.equal(batches[0], batches[1])
     assert torch.equal(batches[2], batches[3])
@@ -199,9 +193,7 @@ def pictures(tmp_path_factory):
         image.save(buffer, "PNG" if n % 3 else "JPEG")
         samples.append((f"{n:09d}", {".png" if n % 3 else ".jpg": buffer.getvalue(), ".cls": b"0"}))
     members = (".cls", ".jpg", ".png")
-    records = tuple(
-        write_shard(folder, shard_name(k), samples[15 * k : 15 * k + 15], members) for k in range(2)
-    )
+    records = tuple(write_shard(folder, shard_name(k), samples[15 * k : 15 * k + 15], members) for k in range(2))
     write_manifest(folder, Manifest("images", 30, members, records, ["all"]))
     return open_shards(folder)
 
@@ -216,9 +208,7 @@ def test_image_batches_are_the_same_for_any_ranks_and_workers(pictures):
     assert alone.dtype == torch.float32
     assert -1 <= alone.min() < -0.5 < 0.5 < alone.max() <= 1
     for ranks in (2, 3, 4):
-        assert torch.equal(
-            torch.cat([stream(pictures, rank(r, ranks)).batch(24) for r in range(ranks)]), alone
-        )
+        assert torch.equal(torch.cat([stream(pictures, rank(r, ranks)).batch(24) for r in range(ranks)]), alone)
     assert not torch.equal(stream(pictures).batch(25), alone)
 
 
@@ -269,9 +259,7 @@ def test_crops_follow_the_recipe():
 
 
 def test_an_undecodable_image_is_named(tmp_path, tokens):
-    record = write_shard(
-        tmp_path, shard_name(0), [("a", {".png": b"junk"}), ("b", {".png": b"x"})], (".png",)
-    )
+    record = write_shard(tmp_path, shard_name(0), [("a", {".png": b"junk"}), ("b", {".png": b"x"})], (".png",))
     write_manifest(tmp_path, Manifest("images", 2, (".png",), (record,)))
     with pytest.raises(UserError, match=r"shard-000000.tar: sample 1: the image cannot be decoded"):
         load_images(open_shards(tmp_path), [1], SIZE)
