@@ -93,6 +93,14 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Details:
+    """Blocks behind a line of text that opens them. title: plain text."""
+
+    title: str
+    blocks: tuple["Block", ...]
+
+
+@dataclass(frozen=True)
 class Section:
     """title: plain text. lead: one sentence under it (Markdown subset)."""
 
@@ -101,7 +109,7 @@ class Section:
     lead: str = ""
 
 
-Block: TypeAlias = Markdown | Numbers | Table | Figure | ImageGrid | Columns | Section
+Block: TypeAlias = Markdown | Numbers | Table | Figure | ImageGrid | Columns | Details | Section
 
 
 @dataclass(frozen=True)
@@ -160,4 +168,6 @@ def _one(block: Block) -> dict[str, Any]:
         }
     if isinstance(block, Columns):
         return {"block": "columns", "blocks": _all(block.blocks)}
+    if isinstance(block, Details):
+        return {"block": "details", "title": block.title, "blocks": _all(block.blocks)}
     return {"block": "section", "title": block.title, "lead": block.lead, "blocks": _all(block.blocks)}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config import GPTConfigFile, PipelineConfig, TokenizerConfigFile, UserError, load
+from llamagen_dist.report.measured import Samples, finite, read_object, read_samples, scaling_result, scores_result
 
 PARITY_STEPS = 50
 
@@ -77,6 +78,12 @@ class Summary:
     """The config of the ladder's largest rung that has one."""
     parity: Parity | None
     vocab_size: int | None
+    classes: tuple[str, ...] = ()
+    samples: Samples | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """evaluation.json, as eval.evaluate writes it; empty where there is none."""
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+    """scaling.json, as llamagen scaling fit writes it; empty where there is none."""
 
 
 def collect(out: Path) -> Summary:
@@ -95,7 +102,11 @@ def collect(out: Path) -> Summary:
         ladder=ladder,
         largest_config=_config(ladder[-1] if ladder else None, "gpt"),
         parity=_parity(ladder, _runs(out / "tp2")),
-        vocab_size=_vocab_size(out),
+        vocab_size=read_object(out / "tokens" / "train" / "manifest.json").get("vocab_size"),
+        classes=tuple(read_object(out / "images" / "train" / "manifest.json").get("classes") or ()),
+        samples=read_samples(out / "samples"),
+        evaluation=read_object(out / "evaluation.json"),
+        scaling=read_object(out / "scaling.json"),
     )
 
 
@@ -110,7 +121,7 @@ def results(summary: Summary) -> dict[str, Any]:
             name=run.name,
             params=run.params,
             tokens_seen=tokens_seen(run, int(point["images_seen"])),
-            val_loss=_finite(point.get("val_loss")),
+            val_loss=finite(point.get("val_loss")),
             layout=run.summary.get("layout"),
         )
         for run in summary.ladder
@@ -122,11 +133,14 @@ def results(summary: Summary) -> dict[str, Any]:
         summary.parity.max_abs_loss_diff is not None or summary.parity.final_val_loss_diff is not None
     ):
         found["parity"] = _known(
-            tp_max_abs_loss_diff=_finite(summary.parity.max_abs_loss_diff),
-            tp_final_val_loss_diff=_finite(summary.parity.final_val_loss_diff),
+            tp_max_abs_loss_diff=finite(summary.parity.max_abs_loss_diff),
+            tp_final_val_loss_diff=finite(summary.parity.final_val_loss_diff),
             steps=summary.parity.steps,
             rung=summary.parity.rung,
         )
+    for name, part in (("eval", scores_result(summary.evaluation)), ("scaling", scaling_result(summary.scaling))):
+        if part:
+            found[name] = part
     seconds = {stage.name: stage.seconds for stage in summary.stages if stage.seconds is not None}
     if seconds:
         found["time_s"] = seconds
@@ -160,8 +174,8 @@ def read_run(folder: Path) -> Run | None:
         steps=np.array([line["step"] for line in training], np.int64),
         images_seen=np.array([line["images_seen"] for line in training], np.int64),
         loss=np.array([line["loss"] for line in training], np.float64),
-        summary=_json(folder / "summary.json"),
-        record=_json(folder / "record.json"),
+        summary=read_object(folder / "summary.json"),
+        record=read_object(folder / "record.json"),
     )
 
 
@@ -226,7 +240,7 @@ def _stages(out: Path, pipeline: PipelineConfig | None) -> tuple[Stage, ...]:
     planned = [Stage(s.name, s.why, s.module, s.ranks) for s in pipeline.stages] if pipeline else []
     names = [stage.name for stage in planned]
     files = sorted((out / "stages").glob("*/DONE.json"))
-    done = {path.parent.name: _json(path) for path in files}
+    done = {path.parent.name: read_object(path) for path in files}
     extra = sorted((name for name in done if name not in names), key=lambda name: str(done[name].get("started", "")))
     planned += [Stage(name, "", "", 1) for name in extra]
     return tuple(
@@ -253,26 +267,5 @@ def _config(run: Run | None, kind: str) -> Any:
     return load(path, kind=kind) if path and path.exists() else None
 
 
-def _vocab_size(out: Path) -> int | None:
-    return _json(out / "tokens" / "train" / "manifest.json").get("vocab_size")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the stage that writes it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object; run the stage that writes it again")
-    return values
-
-
 def _known(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -13,6 +13,7 @@ from PIL import Image
 from llamagen_dist.report.blocks import (
     Block,
     Columns,
+    Details,
     Figure,
     ImageGrid,
     Markdown,
@@ -71,6 +72,8 @@ def _block(block: Block, top: Sequence[Block]) -> str:
     inner = "".join(_block(b, top) for b in block.blocks)
     if isinstance(block, Columns):
         return f'<div class="columns">{inner}</div>'
+    if isinstance(block, Details):
+        return f"<details><summary>{_text(block.title)}</summary>{inner}</details>"
     lead = f'<div class="lead">{markdown(block.lead)}</div>' if block.lead else ""
     return f'<section id="{_anchor(block.title, top)}"><h2>{_text(block.title)}</h2>{lead}{inner}</section>\n'
 

@@ -3,10 +3,11 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from llamagen_dist.checkpoint.store import write_text
 from llamagen_dist.config import UserError
-from llamagen_dist.report import advice, html, sections, tokenizer
+from llamagen_dist.report import advice, html, samples, scaling, scores, sections, tokenizer
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Markdown, Number, Numbers, Report, literal
 from llamagen_dist.report.collect import Run, Summary, collect, results
@@ -38,6 +39,9 @@ def build(summary: Summary) -> Report:
             sections.stages,
             tokenizer.section,
             sections.ladder,
+            samples.section,
+            scores.section,
+            scaling.section,
             sections.parity,
             sections.cost,
             advice.environment,
@@ -88,6 +92,20 @@ def _headline(s: Summary) -> Markdown:
             f"On its tokens {many} trained; the best, {literal(run.name)}{size}, reaches a held-out loss of "
             f"**{q.loss(loss)} nats** per token."
         )
+    found = known.get("eval", {})
+    if "fid" in found and "fid_real" in found:
+        text.append(
+            f"Its samples score FID **{found['fid']:.1f}**, real held-out images **{found['fid_real']:.1f}** "
+            f"(from {found['n']:,} images a side, too few to compare with published figures)."
+        )
+    law = known.get("scaling", {})
+    if law:
+        band = law.get("ci95")
+        held = band and band[0] <= law["measured"] <= band[1]
+        text.append(
+            f"A scaling law fitted to the smaller models foretold **{law['predicted']:.3f}** for the largest; it came "
+            f"to **{law['measured']:.3f}**" + (f", {'inside' if held else 'outside'} the law's band." if band else ".")
+        )
     if s.parity and s.parity.max_abs_loss_diff is not None:
         text.append(
             "The same training split over tensor-parallel ranks agrees within "
@@ -120,6 +138,7 @@ def _numbers(s: Summary) -> Numbers:
     if best:
         guess = f"; guessing blindly {math.log(s.vocab_size):.2f}" if s.vocab_size else ""
         items.append(Number("Best held-out loss", f"{best[1]:.3f}", f"nats per token, {best[0].name}{guess}"))
+    items += _scores(known)
     if s.parity and s.parity.max_abs_loss_diff is not None:
         items.append(
             Number(
@@ -135,6 +154,23 @@ def _numbers(s: Summary) -> Numbers:
     if "peak_rss_gb" in known:
         items.append(Number("Peak memory", q.gigabytes(known["peak_rss_gb"]), "largest single process"))
     return Numbers(tuple(items))
+
+
+def _scores(known: dict[str, Any]) -> list[Number]:
+    """FID between what it can be at best and at worst; the law's word against the measurement."""
+    items = []
+    found = known.get("eval", {})
+    if "fid" in found:
+        anchors = (("fid_real", "real images"), ("rfid", "tokenizer alone"), ("fid_untrained", "untrained"))
+        parts = [f"{name} {found[key]:.1f}" for key, name in anchors if key in found]
+        items.append(Number("FID of the samples", f"{found['fid']:.1f}", "; ".join([*parts, f"N = {found['n']:,}"])))
+    law = known.get("scaling", {})
+    if law:
+        band = "95% band {:.3f} to {:.3f}; ".format(*law["ci95"]) if "ci95" in law else ""
+        items.append(
+            Number("Loss foretold for the largest", f"{law['predicted']:.3f}", f"{band}measured {law['measured']:.3f}")
+        )
+    return items
 
 
 def _best(s: Summary) -> tuple[Run, float] | None:

@@ -109,7 +109,7 @@ def ladder(s: Summary) -> Section | None:
 
 
 def _constant_rate(s: Summary) -> bool:
-    return s.largest_config is not None and s.largest_config.optim.schedule == "constant"
+    return s.largest_config is not None and s.largest_config.optim.schedule in ("constant", "warmup")
 
 
 def _spread(budgets: list[int]) -> list[int]:

@@ -83,6 +83,9 @@ gap:22px 18px;margin-top:2em}}
 .images figure{{margin:0;min-width:0}}
 .images img{{image-rendering:pixelated;border-radius:6px}}
 .images figcaption{{margin-top:.45em;overflow-wrap:anywhere}}
+details{{margin-top:2em;border:1px solid var(--rule);border-radius:10px;padding:0 18px}}
+summary{{cursor:pointer;padding:.7em 0;color:var(--soft);font-size:.95rem}}
+details[open]{{padding-bottom:18px}}details .tablebox{{margin-top:.4em}}details td{{overflow-wrap:anywhere}}
 @media(max-width:640px){{body{{font-size:16px}}nav{{gap:.3em 1.1em}}
 .numbers{{grid-template-columns:1fr 1fr}}
 .number{{padding:15px 15px 13px}}.number dd{{font-size:1.35rem}}.number p{{font-size:.78rem}}

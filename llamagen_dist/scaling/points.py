@@ -37,7 +37,8 @@ class Points:
                 place = self.places[bad[0]] if self.places else f"point {bad[0] + 1} (run {self.runs[bad[0]]})"
                 raise UserError(
                     f"{place}: {name} is {values[bad[0]]:g}, and a law is fitted to logarithms, so every {name} must "
-                    f"be a positive number; correct or remove {'it' if len(bad) == 1 else f'all {len(bad)} such points'}"
+                    f"be a positive number; correct or remove "
+                    f"{'it' if len(bad) == 1 else f'all {len(bad)} such points'}"
                 )
 
     def __len__(self) -> int:

@@ -269,5 +269,5 @@ def test_the_commands_it_shows_are_whole_and_their_settings_load(out: Path) -> N
         assert path is not None
         settings = re.findall(r"(?<![\w-])(?:run_dir|parallel\.\w+|model\.\w+)=[\w/.]+", script)
         config = load(path[1], settings, kind="gpt")
-        assert (config.parallel.tensor, config.model.n_layer, config.model.dim) == (2, 4, 48)
+        assert (config.parallel.tensor, config.model.n_layer, config.model.dim) == (2, 4, 64)
     assert f"llamagen report {out}" in scripts[3]
