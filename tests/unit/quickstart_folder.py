@@ -31,9 +31,7 @@ def write_run(folder: Path, name: str, tensor: int = 1, apart: float = 0.0) -> N
     lines = []
     for step in range(1, STEPS + 1):
         seen = step * BATCH
-        noise = apart * (
-            1 if step == 7 else 0.25 * abs(math.sin(step)) if step <= 50 else 1.08 ** (step - 50)
-        )
+        noise = apart * (1 if step == 7 else 0.25 * abs(math.sin(step)) if step <= 50 else 1.08 ** (step - 50))
         lines.append(
             {
                 "step": step,
@@ -46,9 +44,7 @@ def write_run(folder: Path, name: str, tensor: int = 1, apart: float = 0.0) -> N
         )
         if step in BUDGETS:
             held_out = round(train_loss(name, step) + 0.03 + 8 * apart, 6)
-            lines.append(
-                {"step": step, "images_seen": seen, "val_loss": held_out, "val_loss_null": held_out + 0.25}
-            )
+            lines.append({"step": step, "images_seen": seen, "val_loss": held_out, "val_loss_null": held_out + 0.25})
     write_lines(folder / "metrics.jsonl", lines)
     layout = {"ranks": 2, "tensor": tensor, "data": 2 // tensor, "zero": 1}
     (folder / "summary.json").write_text(
