@@ -20,9 +20,7 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
                 content = content[key]
                 break
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(
-            f"{path}: holds no state dict (looked at the top level and under {', '.join(CONTAINERS)})"
-        )
+        raise UserError(f"{path}: holds no state dict (looked at the top level and under {', '.join(CONTAINERS)})")
     return {k: v for k, v in content.items() if isinstance(v, Tensor) and k != "freqs_cis"}
 
 

@@ -47,11 +47,7 @@ def _sync_folder(folder: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
 def _digest(file: Any) -> str:
@@ -168,9 +164,7 @@ def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a checkpoint that is missing or has other bytes than were written."""
     index_path = folder / "index.json"
     if not (folder / "COMPLETE").exists():
-        raise UserError(
-            f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted"
-        )
+        raise UserError(f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted")
     if not index_path.exists() or (folder / "COMPLETE").read_text().strip() != file_sha256(index_path):
         raise UserError(f"{index_path}: missing or not the file that was written (sha256 differs)")
     for name, expected in json.loads(index_path.read_text())["files"].items():

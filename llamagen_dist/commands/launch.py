@@ -10,9 +10,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="laid on top of the file")
     parser.add_argument("--cluster", choices=["local"], default="local", help="where: this machine (default)")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show what would run and about how long; start nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would run and about how long; start nothing")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,9 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "or an .npz file (arr_0: uint8 images [n, H, W, 3]; arr_1 or labels: integers)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="make every image N x N pixels (default: leave them)"
-    )
+    parser.add_argument("--size", type=int, metavar="N", help="make every image N x N pixels (default: leave them)")
     parser.add_argument(
         "--fit",
         choices=("crop", "pad"),
@@ -28,14 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="keep N images apart (or a share, if below 1), evenly over the classes: writes SHARDS/train and "
         "SHARDS/validation",
     )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave unreadable images out (the manifest lists them)"
-    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out (the manifest lists them)")
     parser.add_argument("--samples-per-shard", type=int, default=2500, metavar="N", help="default: 2500")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--jobs", type=int, default=cores, metavar="N", help=f"processes (default: {cores}, the cores)"
-    )
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=f"processes (default: {cores}, the cores)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,15 +41,11 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
     if args.held_out is not None and (args.held_out <= 0 or (args.held_out >= 1 and args.held_out % 1)):
-        raise UserError(
-            f"--held-out {args.held_out:g}: give a whole number of images, or a share between 0 and 1"
-        )
+        raise UserError(f"--held-out {args.held_out:g}: give a whole number of images, or a share between 0 and 1")
     options = PackOptions(
         args.size, args.held_out, args.fit, args.skip_bad, args.samples_per_shard, args.jobs
     )  # fmt: skip
     for name, manifest in pack(args.source, args.out, options).items():
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
         skipped = f", {len(manifest.skipped)} unreadable images left out" if manifest.skipped else ""
-        print(
-            f"{args.out / name}: {manifest.count:,} images in {len(manifest.shards)} shards{classes}{skipped}"
-        )
+        print(f"{args.out / name}: {manifest.count:,} images in {len(manifest.shards)} shards{classes}{skipped}")

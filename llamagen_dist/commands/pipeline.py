@@ -9,9 +9,7 @@ from llamagen_dist.launch import options
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a YAML file of kind: pipeline")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the pipeline's variables")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for everything; the same again goes on with it"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; the same again goes on with it")
     options.add(parser)
 
 

@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.images is not None:
         if not args.images.is_dir():
             raise UserError(
-                f"--images {args.images}: there is no such folder; give one with a sub-folder of images per "
-                "class"
+                f"--images {args.images}: there is no such folder; give one with a sub-folder of images per class"
             )
         count = sum(path.is_file() for path in args.images.rglob("*"))
         own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(count)}
@@ -70,8 +69,7 @@ def headline(results: dict[str, Any]) -> list[str]:
         best = min(points, key=lambda point: point["val_loss"])
         sizes = len({point["name"] for point in points})
         lines.append(
-            f"Llamas:    {sizes} sizes; best held-out loss {best['val_loss']:.3f} nats per token "
-            f"({best['name']})"
+            f"Llamas:    {sizes} sizes; best held-out loss {best['val_loss']:.3f} nats per token ({best['name']})"
         )
     parity = results.get("parity", {}).get("tp_max_abs_loss_diff")
     if parity is not None:

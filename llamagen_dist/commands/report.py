@@ -6,9 +6,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="OUT", help="the --out of llamagen quickstart")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write the page (default: OUT/report.html)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: OUT/report.html)")
 
 
 def run(args: argparse.Namespace) -> None:

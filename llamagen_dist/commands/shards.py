@@ -14,9 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("folder", type=Path, metavar="SHARDS")
         if name == "index":
-            action.add_argument(
-                "--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first"
-            )
+            action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,9 +62,7 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
     counts = [0] * len(classes)
     for label in labels:
         counts[label] += 1
-    shown = (
-        range(len(classes)) if len(classes) <= 20 else (*range(10), *range(len(classes) - 5, len(classes)))
-    )
+    shown = range(len(classes)) if len(classes) <= 20 else (*range(10), *range(len(classes) - 5, len(classes)))
     for label in shown:
         print(f"  {label:5} {counts[label]:9,}  {classes[label]}")
     if len(classes) > 20:

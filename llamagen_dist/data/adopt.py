@@ -54,9 +54,7 @@ def index_folder(
             )
         )
     if not any(member in members for member in IMAGE_MEMBERS):
-        raise UserError(
-            f"{folder}: no images in these tars (found {', '.join(members)}; wanted {IMAGE_MEMBERS})"
-        )
+        raise UserError(f"{folder}: no images in these tars (found {', '.join(members)}; wanted {IMAGE_MEMBERS})")
     count = sum(record.samples for record in records)
     manifest = Manifest("images", count, members, tuple(records), source={"made_by": "llamagen shards index"})
     if LABEL_MEMBER in members:
@@ -71,9 +69,7 @@ def _write_index(path: Path, index: TarIndex) -> None:
     try:
         write_bytes(path.with_name(index_name(path.name)), index_bytes(index))
     except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror}); copy the shards elsewhere"
-        ) from None
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}); copy the shards elsewhere") from None
 
 
 def _with_classes(folder: Path, manifest: Manifest, classes: list[str] | None) -> Manifest:

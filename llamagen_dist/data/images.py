@@ -126,9 +126,7 @@ class ImageStream:
         workers: int = 0,
     ) -> None:
         if shards.manifest.kind != "images":
-            raise UserError(
-                f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards"
-            )
+            raise UserError(f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards")
         share = topology.share(global_batch)
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._batches = _Batches(shards, share, seed, image_size, random_crop, horizontal_flip)

@@ -91,9 +91,7 @@ def _split(path: Path, item: tarfile.TarInfo) -> tuple[str | None, str]:
     if item.isdir():
         return None, ""
     if not item.isreg() or item.issparse():
-        raise UserError(
-            f"{path}: the member {item.name!r} is a link, device or sparse file; the shard is refused"
-        )
+        raise UserError(f"{path}: the member {item.name!r} is a link, device or sparse file; the shard is refused")
     match = _NAME.match(item.name)
     return (match[1], match[2].lower()) if match and not _META.search(item.name) else (None, "")
 

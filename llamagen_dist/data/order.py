@@ -50,9 +50,7 @@ def position_to_sample(
     if not 1 <= count <= 1 << 62:
         raise ValueError(f"count must lie in 1 … 2^62, not {count}")
     if isinstance(positions, np.ndarray):
-        epoch, sample = position_to_sample(
-            torch.from_numpy(np.ascontiguousarray(positions, np.int64)), count, seed
-        )
+        epoch, sample = position_to_sample(torch.from_numpy(np.ascontiguousarray(positions, np.int64)), count, seed)
         return epoch.numpy(), sample.numpy()
     shape, flat = positions.shape, positions.reshape(-1).to(torch.int64)
     if flat.numel() and int(flat.min()) < 0:
@@ -62,9 +60,7 @@ def position_to_sample(
     stream = prng.stream(seed, "order", epoch)
     if count <= _SORTED_UP_TO:
         hashes = prng.bits32(stream[:, None], torch.arange(count))
-        return epoch.reshape(shape), hashes.argsort(dim=1, stable=True).gather(1, sample[:, None]).reshape(
-            shape
-        )
+        return epoch.reshape(shape), hashes.argsort(dim=1, stable=True).gather(1, sample[:, None]).reshape(shape)
     bits = (count - 1).bit_length()
     keys = [prng.bits32(stream, number) for number in range(_ROUNDS)]
     sample = _feistel(sample, keys, bits)

@@ -107,9 +107,7 @@ class _Split:
                 continue
             parts = {member: data}
             if self.source.labels is not None:
-                parts[LABEL_MEMBER] = label_text(
-                    int(self.source.labels[number]), len(self.source.classes or [])
-                )
+                parts[LABEL_MEMBER] = label_text(int(self.source.labels[number]), len(self.source.classes or []))
             yield f"{place:09d}", parts
 
     def _encoded(self, number: int) -> tuple[str, bytes]:
@@ -121,9 +119,7 @@ class _Split:
         if self.fit == "crop":
             return ".png", _png(center_crop(image, size))
         if image.size != self.picture_size:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels, where the others are {self.picture_size}"
-            )
+            raise ValueError(f"{image.width} x {image.height} pixels, where the others are {self.picture_size}")
         canvas = Image.new("RGB", (size, size))
         canvas.paste(image, _padding(image.size, size)[:2])
         return ".png", _png(canvas)

@@ -54,9 +54,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
         with open(aside, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444) as tar:
                 for key, parts in samples:
-                    tar.write(
-                        {"__key__": key} | {member.removeprefix("."): data for member, data in parts.items()}
-                    )
+                    tar.write({"__key__": key} | {member.removeprefix("."): data for member, data in parts.items()})
             file.flush()
             os.fsync(file.fileno())
         digest, size = sha256_file(aside), aside.stat().st_size
@@ -91,9 +89,7 @@ class ShardJob:
         manifest = open_shards(self.folder).manifest
         if plain(manifest.source) != self.source:
             changed = sorted(
-                key
-                for key in {*manifest.source, *self.source}
-                if manifest.source.get(key) != self.source.get(key)
+                key for key in {*manifest.source, *self.source} if manifest.source.get(key) != self.source.get(key)
             )
             raise UserError(
                 f"{self.folder}: already holds shards made in another way (different: {', '.join(changed)}); "
@@ -127,9 +123,7 @@ class ShardJob:
             self._parts.mkdir(parents=True, exist_ok=True)
             write_bytes(job, json.dumps(self.source).encode())
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
 
     def finished(self, name: str) -> tuple[ShardRecord, dict[str, Any]] | None:
         """(record, extra) of a shard that an earlier process finished and that is intact, else None."""

@@ -67,9 +67,7 @@ class Shards:
             elif opened.spans is not None:
                 offset, size = (int(number) for number in opened.spans[row, column])
         if offset == 0:
-            raise UserError(
-                f"{self.folder / record.name}: sample {row} has no {member} (found: {self.parts(sample)})"
-            )
+            raise UserError(f"{self.folder / record.name}: sample {row} has no {member} (found: {self.parts(sample)})")
         data = os.pread(opened.descriptor, size, offset)
         if len(data) != size:
             raise UserError(f"{self.folder / record.name}: ends inside sample {row}; copy the shard again")
@@ -91,9 +89,7 @@ class Shards:
             raise UserError(f"{self.where(sample)}: no image (found: {parts})")
         return self.read(sample, member)
 
-    def labels(
-        self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None
-    ) -> NDArray[np.int64]:
+    def labels(self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None) -> NDArray[np.int64]:
         """int64 [n]: the class labels. num_classes: how many to allow (default: the manifest's).
 
         Raises UserError for a missing, unreadable or too large label.
@@ -104,9 +100,7 @@ class Shards:
             text = self.read(int(sample), LABEL_MEMBER)
             labels[number] = int(text) if text.strip().isdigit() else -1
             if not 0 <= labels[number] < classes:
-                raise UserError(
-                    f"{self.where(int(sample))}: label {text!r} is not one of the {classes} classes"
-                )
+                raise UserError(f"{self.where(int(sample))}: label {text!r} is not one of the {classes} classes")
         return labels
 
     def where(self, sample: int) -> str:

@@ -92,9 +92,7 @@ class FolderSource:
         for label, name in enumerate(self.classes or []):
             found = sorted(_images_below(folder / name))
             if not found and len(self.classes or []) > 1:
-                raise UserError(
-                    f"{folder / name}: no images in this class folder; remove it, or put images there"
-                )
+                raise UserError(f"{folder / name}: no images in this class folder; remove it, or put images there")
             for path, size in found:
                 relative = os.path.relpath(path, folder)
                 digest.update(f"{relative}\0{size}\0".encode(errors="surrogateescape"))

@@ -29,12 +29,7 @@ class TokenReader:
 
     def __init__(self, shards: Shards) -> None:
         manifest = shards.manifest
-        if (
-            manifest.kind != "tokens"
-            or manifest.grid is None
-            or manifest.crops is None
-            or not manifest.vocab_size
-        ):
+        if manifest.kind != "tokens" or manifest.grid is None or manifest.crops is None or not manifest.vocab_size:
             raise UserError(f"{shards.folder}: holds no tokens; make them with tokenizer_training.extract")
         self.shards, self.crops, self.vocab_size = shards, manifest.crops, manifest.vocab_size
         self.tokens = manifest.grid[0] * manifest.grid[1]
@@ -74,9 +69,7 @@ class TokenReader:
         record, members = self.shards.manifest.shards[shard], self.shards.manifest.members
         where = f"{self.shards.folder / record.name}"
         if record.layout is None or record.stride is None or {CODES_MEMBER, LABEL_MEMBER} - {*members}:
-            raise UserError(
-                f"{where}: token shards need {CODES_MEMBER} and {LABEL_MEMBER} in records of equal length"
-            )
+            raise UserError(f"{where}: token shards need {CODES_MEMBER} and {LABEL_MEMBER} in records of equal length")
         data = self.shards.bytes_of(shard)
         label_at, label_size = record.layout[members.index(LABEL_MEMBER)]
         codes_at, codes_size = record.layout[members.index(CODES_MEMBER)]
