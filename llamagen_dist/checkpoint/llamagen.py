@@ -1,5 +1,6 @@
 """Released LlamaGen weight files: a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``."""
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # LlamaGen's own training checkpoints carry their argparse.Namespace, which holds plain values and nothing that runs
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
         # whatever bytes that are no such file make the unpickler stumble over
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
