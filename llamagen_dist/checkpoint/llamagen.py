@@ -39,7 +39,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
-        # LlamaGen's own training checkpoints carry their argparse.Namespace, which holds plain values and nothing that runs
+        # LlamaGen's own training checkpoints carry their argparse.Namespace: plain values, nothing that runs
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:

@@ -1,6 +1,8 @@
 """The checkpoint store alone: commit order, damage, refusal of other models, LlamaGen's containers."""
 
+import argparse
 import errno
+import fractions
 import json
 import os
 
@@ -124,11 +126,16 @@ def test_llamagen_containers_are_unwrapped(tmp_path, container):
     assert store.read_weights(tmp_path / "w.pt")["norm.weight"].tolist() == [1, 1, 1]
 
 
+def test_llamagens_training_checkpoints_are_read_with_their_arguments(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1e-4), "steps": 5}, tmp_path / "train.pt")
+    assert llamagen.read(tmp_path / "train.pt").keys() == {"w"}
+
+
 def test_files_that_are_no_weights_are_one_sentence(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"steps": 5}, tmp_path / "empty.pt")
     torch.save(
-        {"model": {"w": torch.ones(1)}, "args": __import__("argparse").Namespace(lr=1)},
+        {"model": {"w": torch.ones(1)}, "args": fractions.Fraction(1, 2)},
         tmp_path / "pickle.pt",
     )
     (tmp_path / "bad.safetensors").write_bytes(b"123")
