@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # do not change): the quickstart's own programs with 1 and with 20 to 100 steps, the difference being the cost of steps.
 GPT_START_S = 8.0  # submission to first step: imports of torch, DeepSpeed and Megatron-core
 START_S = 5.0  # the same without the last two
-GPT_EFFICIENCY = 0.6  # least squares over g30k, g130k, g560k and g1m under ZeRO-1 ...
+GPT_EFFICIENCY = 0.6  # fitted by hand to g30k, g130k, g560k and g1m under ZeRO-1: ...
 GPT_STEP_S = 0.02  # ... of FLOPs / (rate x efficiency) + steps x (this
 GPT_LAYER_STEP_S = 0.01  # + layers x this)
 TOKENIZER_EFFICIENCY = 0.19  # the small autoencoder with its discriminator running for half of the images
