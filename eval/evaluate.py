@@ -9,8 +9,6 @@ share out the images; the numbers do not depend on how many there are. What cann
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ import numpy as np
 import torch
 
 from llamagen_dist.config import ClassifierSection, EvaluateConfig, UserError, load
-from llamagen_dist.data.manifest import write_bytes
 from llamagen_dist.evaluation import classifier, inception, inception_weights, record
 from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.features import Extraction
 from llamagen_dist.evaluation.image_sets import balanced, open_images
+from llamagen_dist.files import write_bytes
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.tracking.progress import main_rank_progress
 
 
 def main(argv: list[str]) -> None:
@@ -53,7 +51,8 @@ def main(argv: list[str]) -> None:
     extraction = Extraction(
         comparison.selections, network, None if judge is None else judge.network.classify, topology, config.batch
     )
-    with _progress(topology, "features" if network else "images", extraction.images_of_rank()) as progress:
+    label = "features" if network else "images"
+    with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
         measured = extraction.run(progress.advance if progress else lambda count, text: None)
     result: dict[str, Any] = {"n": comparison.n, "sets": {}}
     described_sets = {}
@@ -99,7 +98,8 @@ class Judge:
             )
         chosen = balanced(train.labels, train.count, section.keep, section.seed)
         pixels = train.read(chosen)
-        with _progress(topology, "classifier", section.images) as progress:
+        # the ranks train it together, so its bar counts the whole work
+        with main_rank_progress("classifier", section.images, topology.rank, world=1) as progress:
             advance = progress.advance if progress else lambda count: None
             self.network = classifier.train(section, pixels, train.labels[chosen], self.classes, topology, advance)
         held_out = balanced(validation.labels, validation.count, section.keep, section.seed)
@@ -113,16 +113,6 @@ class Judge:
             "train_sha256": classifier.data_sha256(pixels, train.labels[chosen]),
             "accuracy_on": f"{len(held_out)} held-out real images",
         }
-
-
-@contextmanager
-def _progress(topology: Topology, label: str, total: int) -> Iterator[Progress | None]:
-    if topology.rank != 0:
-        yield None
-        return
-    whose = "" if topology.world == 1 or label == "classifier" else f" (rank 0 of {topology.world})"
-    with Progress(label + whose, total) as progress:
-        yield progress
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ computed at the same place of the same batch shape on any number of ranks, so th
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
-from llamagen_dist.sampling.parts import Parts, agreed, versions, write_npz
+from llamagen_dist.sampling.parts import Parts, versions, write_npz
 from llamagen_dist.sampling.pictures import decode_tokens
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.tracking.progress import main_rank_progress
 
 RESULT = "reconstruction.npz"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
@@ -78,20 +77,22 @@ class Reconstruction:
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
-        missing = agreed(self.topology, lambda: None if self.parts.complete() else self.parts.missing(self.names))
+        missing = self.topology.agreed(lambda: None if self.parts.complete() else self.parts.missing(self.names))
         if missing is None:
-            self._say(f"{self.config.out}: complete already")
+            self.topology.say(f"{self.config.out}: complete already")
             return
         mine = missing[self.topology.rank :: self.topology.world]
-        with self._progress(sum(len(self._samples(name)) for name in mine)) as progress:
+        with main_rank_progress(
+            "reconstructions", sum(len(self._samples(name)) for name in mine), self.topology.rank, self.topology.world
+        ) as progress:
             for name in mine:
                 self.parts.save(name, **self._chunk(name))
                 if progress is not None:
                     progress.advance(len(self._samples(name)))
         self.topology.barrier()
-        found = agreed(self.topology, self._finish)
+        found = self.topology.agreed(self._finish)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        self._say(f"{self.config.out}: {self.count:,} images, {shown}")
+        self.topology.say(f"{self.config.out}: {self.count:,} images, {shown}")
 
     def _samples(self, name: str) -> range:
         first = int(name.rpartition("-")[2]) * self.config.batch
@@ -149,16 +150,6 @@ class Reconstruction:
             }
         )
         return averages
-
-    def _say(self, text: str) -> None:
-        if self.topology.rank == 0:
-            print(text, flush=True)
-
-    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
-        if self.topology.rank != 0:
-            return nullcontext()
-        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
-        return Progress(f"reconstructions{whose}", images_of_rank)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ shape, so the files' bytes do not depend on the number of ranks.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.grid import save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
-from llamagen_dist.sampling.parts import Parts, agreed, versions, write_npz
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.sampling.parts import Parts, versions, write_npz
+from llamagen_dist.tracking.progress import main_rank_progress
 
 PER_CLASS = 10
 MEANING = {
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model")
     gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size)
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
-    checkpoint_sha256 = agreed(topology, lambda: identity(config.checkpoint))
+    checkpoint_sha256 = topology.agreed(lambda: identity(config.checkpoint))
     Sampling(config, topology, gpt, tokenizer, tokens, checkpoint_sha256).run()
 
 
@@ -108,22 +107,24 @@ class Sampling:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
         began = time.monotonic()
         names = [f"{name}-{chunk:06d}" for name in self.config.sets for chunk in range(self.chunks)]
-        missing = agreed(self.topology, lambda: None if self.parts.complete() else self.parts.missing(names))
+        missing = self.topology.agreed(lambda: None if self.parts.complete() else self.parts.missing(names))
         if missing is None:
-            self._say(f"{self.config.out}: complete already")
+            self.topology.say(f"{self.config.out}: complete already")
             return
         if self.tokens is not None and any(name.startswith("unigram") for name in missing):
             self.histogram = self._count(self.tokens)
         mine = missing[self.topology.rank :: self.topology.world]
-        with self._progress(sum(len(self._numbers(name)) for name in mine)) as progress:
+        with main_rank_progress(
+            "samples", sum(len(self._numbers(name)) for name in mine), self.topology.rank, self.topology.world
+        ) as progress:
             for name in mine:
                 self.parts.save(name, images=self._chunk(name))
                 if progress is not None:
                     progress.advance(len(self._numbers(name)), name.partition("-")[0])
         self.topology.barrier()
         seconds = time.monotonic() - began
-        agreed(self.topology, lambda: self._finish(seconds))
-        self._say(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
+        self.topology.agreed(lambda: self._finish(seconds))
+        self.topology.say(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
 
     def _count(self, tokens: Shards) -> Tensor:
         shards = range(self.topology.rank, len(tokens.manifest.shards), self.topology.world)
@@ -191,16 +192,6 @@ class Sampling:
             if wanted[numbers.start : numbers.stop].any():
                 kept.append(images[wanted[numbers.start : numbers.stop]])
             yield images
-
-    def _say(self, text: str) -> None:
-        if self.topology.rank == 0:
-            print(text, flush=True)
-
-    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
-        if self.topology.rank != 0:
-            return nullcontext()
-        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
-        return Progress(f"samples{whose}", images_of_rank)
 
 
 if __name__ == "__main__":

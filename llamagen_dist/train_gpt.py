@@ -7,7 +7,7 @@ its rungs one after another in run_dir/NAME, in one process start.
 """
 
 from llamagen_dist.config import GPTConfigFile, UserError, load
-from llamagen_dist.config.loader import build, nest
+from llamagen_dist.config.loader import build, merge, nest
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.launch.entry import Stopped
@@ -42,7 +42,7 @@ def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
     base = config.model_dump(exclude={"ladder"})
     found = []
     for name, changes in config.ladder.items():
-        data = _laid_over(base, nest(changes))
+        data = merge(base, nest(changes))
         data["run_dir"] = config.run_dir / name
         rung = build(GPTConfigFile, data, f"ladder.{name}")
         if rung.parallel.tensor != config.parallel.tensor:
@@ -52,15 +52,6 @@ def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
             )
         found.append((name, rung))
     return found
-
-
-def _laid_over(below: dict, above: dict) -> dict:
-    both = dict(below)
-    for key, value in above.items():
-        both[key] = (
-            _laid_over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
-        )
-    return both
 
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:

@@ -8,11 +8,9 @@ bytes do not depend on the number of ranks or on where an earlier process was cu
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 
-from llamagen_dist.checkpoint.store import identity, read_config, read_weights
-from llamagen_dist.config import ExtractConfig, TokenizerConfigFile, TokenizerModelSection, UserError, load
+from llamagen_dist.config import ExtractConfig, UserError, load
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
@@ -30,10 +27,9 @@ from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology, start
-from llamagen_dist.tracking.progress import Progress
-from llamagen_dist.training.build import build_vq
+from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
+from llamagen_dist.tracking.progress import Progress, main_rank_progress
 
-T = TypeVar("T")
 MEMBERS = (LABEL_MEMBER, CODES_MEMBER)
 
 
@@ -46,10 +42,10 @@ def main(argv: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     sets = image_sets(config)
-    model = tokenizer(config).to(topology.device)
-    sha256 = _agreed(topology, lambda: identity(config.tokenizer))
+    trained = tokenizer(config)
+    model = trained.model.to(topology.device)
     for name, shards in sets.items():
-        Extraction(config, topology, model, sha256, name, shards).run()
+        Extraction(config, topology, model, trained.sha256, name, shards).run()
 
 
 def image_sets(config: ExtractConfig) -> dict[str, Shards]:
@@ -78,50 +74,19 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
     return sets
 
 
-def tokenizer(config: ExtractConfig) -> VQModel:
-    """The trained tokenizer, in evaluation mode. Raises UserError: not there, another kind, does not fit."""
-    if not config.tokenizer.exists():
-        raise UserError(f"tokenizer: {config.tokenizer} does not exist; give a run directory or a weights file")
-    section: TokenizerModelSection | None = config.model
-    trained = read_config(config.tokenizer)
-    if trained is not None:
-        if not isinstance(trained, TokenizerConfigFile):
-            raise UserError(f"tokenizer: {config.tokenizer} is not a tokenizer's run")
-        section = trained.model
-    if section is None:
-        raise UserError(f"tokenizer: {config.tokenizer} is a bare weights file; say what it is, as in model.size=VQ-16")
-    model = build_vq(section)
-    if model.config.codebook_size > 1 << 16:
-        raise UserError(f"tokenizer: {model.config.codebook_size} codes do not fit into 16 bits (at most 65536)")
-    if config.image_size % model.config.downsampling:
-        raise UserError(
-            f"image_size: {config.image_size} is not a multiple of {model.config.downsampling}, the "
-            f"pixels per token of {config.tokenizer}"
-        )
-    weights = read_weights(config.tokenizer)
-    weights.setdefault("quantize.codebook_used", model.state_dict()["quantize.codebook_used"])  # a statistic
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"tokenizer: the weights in {config.tokenizer} do not fit its sizes: {first}") from None
-    return model.eval()
+def tokenizer(config: ExtractConfig) -> Tokenizer:
+    """The trained tokenizer. Raises UserError: not there, another kind, or codes that shards cannot hold."""
 
+    def fits(model: VQModel) -> None:
+        if model.config.codebook_size > 1 << 16:
+            raise UserError(f"tokenizer: {model.config.codebook_size} codes do not fit into 16 bits (at most 65536)")
+        if config.image_size % model.config.downsampling:
+            raise UserError(
+                f"image_size: {config.image_size} is not a multiple of {model.config.downsampling}, the "
+                f"pixels per token of {config.tokenizer}"
+            )
 
-def _agreed(topology: Topology, decide: Callable[[], T]) -> T:
-    """What ``decide()`` returns on rank 0, on every rank; a UserError there is raised everywhere."""
-    answer: list[Any] = [None, None]
-    if topology.rank == 0:
-        try:
-            answer[0] = decide()
-        except UserError as error:
-            answer[1] = str(error)
-    if topology.world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    result: T = answer[0]
-    return result
+    return load_tokenizer(config.tokenizer, config.model, check=fits)
 
 
 class Extraction:
@@ -157,13 +122,15 @@ class Extraction:
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""
         count = -(-len(self.shards) // self.config.samples_per_shard)
-        kept = _agreed(self.topology, lambda: self._finished(count))
+        kept = self.topology.agreed(lambda: self._finished(count))
         if kept is None:
-            self._say(f"{self.job.folder}: complete already")
+            self.topology.say(f"{self.job.folder}: complete already")
             return
         missing = [shard for shard in range(count) if shard not in kept]
         mine = missing[self.topology.rank :: self.topology.world]
-        with self._progress(sum(len(self._samples(shard)) for shard in mine)) as progress:
+        with main_rank_progress(
+            self.label, sum(len(self._samples(shard)) for shard in mine), self.topology.rank, self.topology.world
+        ) as progress:
             written = {
                 shard: self.job.write(shard_name(shard), self._encoded(shard, progress), MEMBERS) for shard in mine
             }
@@ -173,19 +140,9 @@ class Extraction:
             dist.all_gather_object(reports, written)
         for report in reports:
             kept |= report
-        _agreed(self.topology, lambda: self._finish([kept[shard] for shard in range(count)]))
+        self.topology.agreed(lambda: self._finish([kept[shard] for shard in range(count)]))
         size = f"{len(self.shards):,} images x {self.crops} crops x {self.side * self.side} tokens"
-        self._say(f"{self.job.folder}: {size}")
-
-    def _say(self, text: str) -> None:
-        if self.topology.rank == 0:
-            print(text, flush=True)
-
-    def _progress(self, images_of_rank: int) -> AbstractContextManager[Progress | None]:
-        if self.topology.rank != 0:
-            return nullcontext()
-        whose = "" if self.topology.world == 1 else f" (rank 0 of {self.topology.world})"
-        return Progress(self.label + whose, images_of_rank)
+        self.topology.say(f"{self.job.folder}: {size}")
 
     def _finished(self, count: int) -> dict[int, ShardRecord] | None:
         """Shards of an earlier process; None when all is complete. Rank 0 only: it reads them all."""

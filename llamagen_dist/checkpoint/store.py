@@ -21,40 +21,11 @@ from torch import Tensor
 
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.config import Section, UserError, load
+from llamagen_dist.files import sha256_file, write_text
 from llamagen_dist.parallel.topology import Topology
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30  # a writer starts another file after this much, which also bounds its memory
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, fsync, rename: the file is the old one or the new one, never half."""
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _deal(entries: Sequence[Entry], world: int) -> list[int]:
@@ -93,7 +64,7 @@ class _Writer:
         save_file(batch, self.folder / name)
         with open(self.folder / name, "rb") as file:
             os.fsync(file.fileno())
-        self.files[name] = file_sha256(self.folder / name)
+        self.files[name] = sha256_file(self.folder / name)
         self.where.update({f"{group}:{key}": name for key in batch})
 
 
@@ -141,9 +112,7 @@ def save(
         write_text(folder / "config.yaml", config_text)
         if classes is not None:
             write_text(folder / "classes.json", json.dumps(list(classes), ensure_ascii=False))
-        _sync_folder(folder)
-        write_text(folder / "COMPLETE", file_sha256(folder / "index.json") + "\n")
-        _sync_folder(folder)
+        write_text(folder / "COMPLETE", sha256_file(folder / "index.json") + "\n")
         for old in complete(run_dir)[:-keep_last]:
             _remove(old)
     topology.barrier()
@@ -165,13 +134,13 @@ def verify(folder: Path) -> None:
     index_path = folder / "index.json"
     if not (folder / "COMPLETE").exists():
         raise UserError(f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted")
-    if not index_path.exists() or (folder / "COMPLETE").read_text().strip() != file_sha256(index_path):
+    if not index_path.exists() or (folder / "COMPLETE").read_text().strip() != sha256_file(index_path):
         raise UserError(f"{index_path}: missing or not the file that was written (sha256 differs)")
     for name, expected in json.loads(index_path.read_text())["files"].items():
         path = folder / name
         if not path.exists():
             raise UserError(f"{path}: missing from the checkpoint")
-        found = file_sha256(path)
+        found = sha256_file(path)
         if found != expected:
             raise UserError(f"{path}: damaged (sha256 {found}, written as {expected})")
 
@@ -253,9 +222,14 @@ def read_config(path: str | Path) -> Section | None:
 
 
 def identity(path: str | Path) -> str:
+    """``identity_of`` the weights at ``path``."""
+    return identity_of(read_weights(path))
+
+
+def identity_of(weights: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over names, shapes and bytes of the weights, the same however they are spread over files."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_weights(path).items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

@@ -92,11 +92,12 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, mapping by mapping; neither is changed."""
     merged = dict(below)
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
     return merged
@@ -110,7 +111,7 @@ def _with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = data.pop("base", None)
     if base is None:
         return data
-    return _merge(_with_base(path.parent / str(base), (*chain, path)), data)
+    return merge(_with_base(path.parent / str(base), (*chain, path)), data)
 
 
 def parse(overrides: Iterable[str]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def parse(overrides: Iterable[str]) -> dict[str, Any]:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             value = text
-        nested = _merge(nested, nest({key: value}))
+        nested = merge(nested, nest({key: value}))
     return nested
 
 
@@ -137,7 +138,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in dotted.items():
         for part in reversed(key.split(".")):
             value = {part: value}
-        nested = _merge(nested, value)
+        nested = merge(nested, value)
     return nested
 
 
@@ -217,8 +218,8 @@ def load(
     paths = [Path(files)] if isinstance(files, (str, Path)) else [Path(f) for f in files]
     data: dict[str, Any] = {}
     for path in paths:
-        data = _merge(data, _with_base(path))
-    data = _merge(data, overrides if isinstance(overrides, Mapping) else parse(overrides))
+        data = merge(data, _with_base(path))
+    data = merge(data, overrides if isinstance(overrides, Mapping) else parse(overrides))
     source = str(paths[-1])
     found = data.get("kind")
     if found not in KINDS:

@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan, sha256_file
+from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
     Manifest,
     ShardRecord,
     read_manifest,
-    write_bytes,
     write_manifest,
 )
 from llamagen_dist.data.shards import IMAGE_MEMBERS, LABEL_MEMBER, Shards
+from llamagen_dist.files import sha256_file, write_bytes
 
 _MOST_CLASSES = 1_000_000  # a label beyond this is a mistake, not a class
 

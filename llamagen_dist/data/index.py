@@ -4,7 +4,6 @@ The naming rule is WebDataset's: the key is the path up to the first dot of the 
 (lower case) says which part of the sample it is, and parts of one sample stand next to each other.
 """
 
-import hashlib
 import io
 import re
 import tarfile
@@ -105,12 +104,3 @@ def index_bytes(index: TarIndex) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, index.spans, allow_pickle=False)
     return buffer.getvalue()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

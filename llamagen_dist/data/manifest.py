@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamagen_dist.config import UserError
+from llamagen_dist.files import write_bytes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -85,26 +86,6 @@ class Manifest:
 def plain(value: Any) -> Any:
     """``value`` as json.loads would give it back (tuples become lists), for comparisons."""
     return json.loads(json.dumps(value))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: ``path`` is either the old file or the whole new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

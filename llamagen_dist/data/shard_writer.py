@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.index import index_bytes, index_name, scan, sha256_file
+from llamagen_dist.data.index import index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
     Manifest,
     ShardRecord,
     plain,
     shard_record,
-    sync_folder,
-    write_bytes,
     write_manifest,
 )
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.files import sha256_file, sync_folder, write_bytes
 
 _PARTS = ".parts"
 Sample = tuple[str, Mapping[str, bytes]]

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.index import index_name, sha256_file
+from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
+from llamagen_dist.files import sha256_file
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
 LABEL_MEMBER = ".cls"

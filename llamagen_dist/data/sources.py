@@ -15,7 +15,7 @@ from PIL import Image
 from llamagen_dist.config import UserError
 from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.images import decode
-from llamagen_dist.data.index import sha256_file
+from llamagen_dist.files import sha256_file
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _KEPT_FORMATS = {".jpg": ".jpg", ".jpeg": ".jpg"}  # stored as they are when nothing is resized

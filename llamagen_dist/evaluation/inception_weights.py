@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamagen_dist.config import InceptionSection, UserError
-from llamagen_dist.data.index import sha256_file
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, Inception, assemble, conv_names
+from llamagen_dist.files import sha256_file
 
 PACKAGE_FILE = "default_1.pt"
 PACKAGE_FILE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"

@@ -5,7 +5,6 @@ config.yaml, log/, progress.json while it runs, DONE.json once it has ended well
 """
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import UserError, dump, load
+from llamagen_dist.files import write_text
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.entry import EXIT_INTERRUPTED
 from llamagen_dist.launch.job import DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
@@ -124,7 +124,7 @@ def run(plan: Plan) -> None:
         check(plan)  # again: nobody else can change it now
         for stage in plan.stages:
             cluster.wait_for_orphans(folder_of(plan.out, stage).log, screen.say)
-        write(plan.out / "config.yaml", dump(plan.config))
+        write_text(plan.out / "config.yaml", dump(plan.config))
         code: Path | None = None
         for number, stage in enumerate(plan.stages, start=1):
             place = f"[{number}/{len(plan.stages)}] {stage.name}"
@@ -156,11 +156,11 @@ def run_stage(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cl
     folder.done.unlink(missing_ok=True)
     arguments = stage.arguments
     if stage.config is not None:
-        write(folder.config, dump(stage.config))
+        write_text(folder.config, dump(stage.config))
         arguments = (str(folder.config), *arguments)
     earlier = _read(folder.started) or {}
     record = {"identity": stage.identity(), "spent_s": earlier.get("spent_s", 0.0)}
-    write(folder.started, json.dumps(record, indent=1))
+    write_text(folder.started, json.dumps(record, indent=1))
 
     began = time.time()
     launch = cluster.submit(stage.module, arguments, stage.ranks, code, folder.log, folder.progress)
@@ -168,13 +168,13 @@ def run_stage(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cl
         outcome = launch.watch(stop, tick)
     record["spent_s"] += time.time() - began
     if outcome.kind != DONE:
-        write(folder.started, json.dumps(record, indent=1))
+        write_text(folder.started, json.dumps(record, indent=1))
         raise explain_failure(f"stage {stage.name}", outcome, screen)
     missing = [path for path in stage.produces if not path.exists()]
     if missing:
         screen.say(f"stage {stage.name} ended without writing {missing[0]}; its log: {launch.log_of(0)}")
         raise SystemExit(1)
-    write(
+    write_text(
         folder.done,
         json.dumps(
             {
@@ -228,13 +228,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-
-
-def write(path: Path, text: str) -> None:
-    """Aside, to the disk, then into place."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from llamagen_dist.config import ExtractConfig, PipelineConfig, Section, StageSection, UserError, dump
+from llamagen_dist.files import write_text
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.job import DONE
-from llamagen_dist.launch.pipeline import explain_failure, program_exists, take_code, write
+from llamagen_dist.launch.pipeline import explain_failure, program_exists, take_code
 from llamagen_dist.launch.process import only_launcher, own_folder
 from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage, absolute
@@ -40,7 +41,7 @@ def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
     with only_launcher(folder / "launch.lock"), cluster.StopRequest() as stop:
         cluster.wait_for_orphans(log, screen.say)
         log.mkdir(exist_ok=True)
-        write(log / "config.yaml", dump(config))
+        write_text(log / "config.yaml", dump(config))
         code = take_code(folder, screen)
         screen.say(f"{module} on {ranks} rank{'s' if ranks > 1 else ''}; logs in {log}")
         progress = log / "progress.json"

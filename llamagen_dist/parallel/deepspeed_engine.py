@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llamagen_dist.checkpoint.entries import Entry, buffers
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel.tensor_parallel import cut, gather_full
+from llamagen_dist.parallel.tensor_parallel import cut, gather_full, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_gradient
@@ -192,8 +192,6 @@ class DeepSpeedEngine:
         return found + buffers("weights", self.plain)
 
     def _full_shape(self, name: str) -> tuple[int, ...]:
-        from llamagen_dist.parallel.tensor_parallel import split_of
-
         split, shape = split_of(name), list(self.shapes[name])
         if split is not None:
             shape[split.dim] *= self.topology.tensor

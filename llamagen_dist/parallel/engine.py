@@ -1,10 +1,9 @@
 """One interface over what runs the optimizer: plain torch or DDP here, DeepSpeed ZeRO in deepspeed_engine.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,13 +101,3 @@ class TorchEngine:
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(scalars[f"{self.optimizer_group}.step"])
-
-
-def broadcast_weights(modules: Sequence[nn.Module], topology: Topology) -> None:
-    """Give every rank the parameters and buffers of rank 0 (a check against ranks that were seeded differently)."""
-    if topology.world == 1:
-        return
-    with torch.no_grad():
-        for module in modules:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor, src=0)

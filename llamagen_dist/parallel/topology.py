@@ -1,13 +1,17 @@
 """Which rank am I, whom do I share a model with, whom do I average gradients with."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llamagen_dist.config import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,26 @@ class Topology:
         seen = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
+
+    def agreed(self, decide: Callable[[], T]) -> T:
+        """What ``decide()`` returns on rank 0, on every rank (collective); a UserError there is raised everywhere."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = decide()
+            except UserError as error:
+                answer[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        result: T = answer[0]
+        return result
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,16 @@ class TrainedGPT:
 
 
 def load_tokenizer(
-    path: Path, section: TokenizerModelSection | None = None, key: str = "tokenizer", sizes: str = "model"
+    path: Path,
+    section: TokenizerModelSection | None = None,
+    key: str = "tokenizer",
+    sizes: str = "model",
+    check: Callable[[VQModel], None] | None = None,
 ) -> Tokenizer:
     """path: a run directory, a step folder, or (with ``section``, its sizes) a weights file.
 
-    key, sizes: the config keys that messages name. Raises UserError: not there, another kind, does not fit.
+    key, sizes: the config keys that messages name. check: may refuse the model before its weights are put in.
+    Raises UserError: not there, another kind, does not fit.
     """
     weights, trained = _read(path, key)
     image_size = None
@@ -61,7 +66,9 @@ def load_tokenizer(
     if section is None:
         raise UserError(f"{key}: {path} is a bare weights file; say what it is, as in {sizes}.size=VQ-16")
     model = build_vq(section)
-    sha256 = store.identity(path)
+    if check is not None:
+        check(model)
+    sha256 = store.identity_of(weights)
     weights.setdefault("quantize.codebook_used", model.state_dict()["quantize.codebook_used"])  # a statistic
     _fill(model, weights, key, path)
     return Tokenizer(path, model.eval(), sha256, image_size)

@@ -10,36 +10,19 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.manifest import plain, write_bytes
-from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.data.manifest import plain
+from llamagen_dist.files import write_bytes
 
 RECORD = "record.json"
 T = TypeVar("T")
-
-
-def agreed(topology: Topology, decide: Callable[[], T]) -> T:
-    """What ``decide()`` returns on rank 0, on every rank (collective); a UserError there is raised everywhere."""
-    answer: list[Any] = [None, None]
-    if topology.rank == 0:
-        try:
-            answer[0] = decide()
-        except UserError as error:
-            answer[1] = str(error)
-    if topology.world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    result: T = answer[0]
-    return result
 
 
 class Parts:

@@ -4,10 +4,18 @@ import json
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
 PROGRESS_FILE = "LLAMAGEN_PROGRESS"  # environment variable: where rank 0 of a launched job writes
+
+
+def main_rank_progress(label: str, total: int, rank: int, world: int) -> "AbstractContextManager[Progress | None]":
+    """A Progress on rank 0, over its own share ``total`` of the work of ``world`` ranks, and None elsewhere."""
+    if rank != 0:
+        return nullcontext()
+    return Progress(label if world == 1 else f"{label} (rank 0 of {world})", total)
 
 
 class Progress:

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     """
     train, topology = config.train, task.topology
     step = images_seen = 0
-    folder = _agreed_checkpoint(run)
+    # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
+    folder = topology.agreed(lambda: store.newest(run.directory))
     if folder is not None:
         state = store.read_state(folder)
         if run.fingerprint is not None and state["data"] != run.fingerprint:
@@ -56,11 +58,9 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         return False
 
     started = time.monotonic()
-    last_saved = images_seen
     asked = False
 
     def save() -> None:
-        nonlocal last_saved
         state = {
             "images_seen": images_seen,
             "step": step,
@@ -79,12 +79,9 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             classes=run.classes,
             keep_last=config.checkpoint.keep_last,
         )
-        last_saved = images_seen
 
-    progress = Progress(run.label, train.images) if topology.rank == 0 else None
-    with StopFlag(topology) as stop:
-        if progress:
-            progress.__enter__()
+    bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
+    with StopFlag(topology) as stop, bar as progress:
         window_start, window_images = time.monotonic(), 0
         while images_seen < train.images:
             metrics = task.step(stream.batch(images_seen), images_seen)
@@ -114,10 +111,6 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                     f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
                     "same command goes on from here"
                 )
-        if progress:
-            progress.__exit__(None, None, None)
-    if last_saved != images_seen:
-        save()
     peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
@@ -135,14 +128,6 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
 def layout(task: Task) -> dict[str, int]:
     t = task.topology
     return {"ranks": t.world, "tensor": t.tensor, "data": t.dp, "zero": task.zero}
-
-
-def _agreed_checkpoint(run: Run) -> "store.Path | None":
-    """Rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps."""
-    found: list[store.Path | None] = [store.newest(run.directory) if run.topology.rank == 0 else None]
-    if run.topology.world > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def _average(metrics: Mapping[str, Tensor], task: Task) -> dict[str, float]:

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from llamagen_dist import __version__
-from llamagen_dist.checkpoint.store import write_text
 from llamagen_dist.config import Section, UserError, difference, dump, load
+from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.parallel.topology import Topology
 
@@ -46,8 +44,7 @@ class Run:
     _metrics: IO[str] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
-        if self.topology.rank == 0:
-            print(text, flush=True)
+        self.topology.say(text)
 
     def metrics(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -131,24 +128,20 @@ def open_run(
     another config (listing what differs), belongs to somebody else, or is in use.
     """
     directory = directory or getattr(config, "run_dir")  # noqa: B009 - every kind with runs has the key
-    problem: list[str | None] = [None]
     lock: IO[str] | None = None
-    if topology.rank == 0:
-        try:
-            _make_private(directory)
-            lock = _lock(directory)
-            _same_config(directory, config)
-            write_text(directory / "config.yaml", dump(config))
-            if not (directory / "record.json").exists():
-                write_text(directory / "record.json", json.dumps(_record(), indent=1))
-        except UserError as error:
-            problem = [str(error)]
-    if topology.world > 1:
-        torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+
+    def claim() -> None:
+        nonlocal lock
+        _make_private(directory)
+        lock = _lock(directory)
+        _same_config(directory, config)
+        write_text(directory / "config.yaml", dump(config))
+        if not (directory / "record.json").exists():
+            write_text(directory / "record.json", json.dumps(_record(), indent=1))
+
     run = Run(directory, topology, dump(config), classes, fingerprint, label or directory.name)
     try:
+        topology.agreed(claim)
         yield run
     finally:
         if run._metrics is not None:
