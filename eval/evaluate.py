@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     if config.out.is_dir():
         raise UserError(f"out: {config.out} is a folder; name the JSON file to write")
     comparison = Comparison(config)
+    if comparison.limit != config.limit:
+        topology.say(f"the smallest set has {comparison.limit} images: every set gives so many")
     extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
     if isinstance(extractor, str):
         comparison.without_features(extractor)
@@ -65,7 +67,13 @@ def main(argv: list[str]) -> None:
         "format": record.FORMAT,
         "bias": record.bias(comparison.n, inception.POOL_FEATURES),
         "metrics": comparison.protocol(described, None if judge is None else judge.record),
-        "choice": {"limit": config.limit, "seed": config.seed, "policy": "class by class in turn, by hash"},
+        "choice": {
+            "limit": config.limit,
+            "fewer": config.fewer,
+            "taken": comparison.limit,
+            "seed": config.seed,
+            "policy": "class by class in turn, by hash",
+        },
         "extractor": described,
         "sets": described_sets,
         "batch": config.batch,

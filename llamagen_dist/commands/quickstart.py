@@ -74,4 +74,23 @@ def headline(results: dict[str, Any]) -> list[str]:
     parity = results.get("parity", {}).get("tp_max_abs_loss_diff")
     if parity is not None:
         lines.append(f"split over two ranks against whole: losses differ by at most {parity:.1e}")
+    scores = results.get("eval", {})
+    if "fid" in scores:
+        anchors = (("fid_real", "real images"), ("rfid", "tokenizer alone"), ("fid_unigram", "codes by frequency"))
+        known = ", ".join(f"{name} {scores[key]:.1f}" for key, name in anchors if key in scores)
+        lines.append(f"samples:   FID {scores['fid']:.1f} from {scores['n']} images a side ({known})")
+    elif "fid" in scores.get("absent", {}):
+        lines.append(f"samples:   FID was not measured: {scores['absent']['fid']}")
+    if "class_agreement" in scores:
+        real = f", on real images {scores['class_agreement_real']:.0%}" if "class_agreement_real" in scores else ""
+        lines.append(
+            f"           a classifier finds the class that was asked for in {scores['class_agreement']:.0%}{real}"
+        )
+    law = results.get("scaling", {})
+    if "predicted" in law:
+        band = " ({:.3f} to {:.3f})".format(*law["ci95"]) if "ci95" in law else ""
+        after = f" after {law['tokens'] / 1000:,.0f} k tokens" if "tokens" in law else ""
+        lines.append(
+            f"law:       foretold {law['predicted']:.3f}{band} for the largest{after}; measured {law['measured']:.3f}"
+        )
     return lines

@@ -33,7 +33,8 @@ class ImageSetSection(Section):
 
 class KIDSection(Section):
     subsets: PositiveInt = 100
-    subset_size: Annotated[int, Field(ge=2)] = 1000
+    subset_size: Annotated[int, Field(ge=2)] | None = None
+    """Empty: 1000, or half of the images where fewer than 2000 are kept; the record says which."""
 
 
 class ClassifierSection(Section):
@@ -67,8 +68,11 @@ class EvaluateConfig(Section):
     out: Path
     """The JSON file to write."""
     limit: PositiveInt | None = 50000
-    """Exactly so many images on each side, the same number of every class, chosen by a hash of the seed; fewer are an
-    error. Empty: all there are."""
+    """Exactly so many images on each side, the same number of every class, chosen by a hash of the seed. Empty: all
+    there are."""
+    fewer: Literal["refuse", "common"] = "refuse"
+    """Where a set has fewer images than ``limit``: an error; or ``common``, every set gives as many as the smallest
+    has, and a metric that needs more than that is absent. ``n`` in the result says how many there were."""
     seed: CountInt = 0
     """Chooses the images of a limited set and the subsets of KID."""
     image_size: PositiveInt | None = None

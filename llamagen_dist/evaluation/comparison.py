@@ -44,15 +44,21 @@ class Comparison:
         self._radii: dict[int, Tensor] = {}
         self._left_out: set[str] = set()
         self.sets: dict[str, tuple[Side, Side]] = {}
+        opened = {name: (self._open(p.images), self._open(p.reference)) for name, p in config.pairs().items()}
+        self.limit = self._limit([images for pair in opened.values() for images in pair])
+        self.kid_subset = config.kid.subset_size
         for name, pair in config.pairs().items():
-            generated = self._open(pair.images)
-            reference = self._open(pair.reference)
+            generated, reference = opened[name]
             if (generated.height, generated.width) != (reference.height, reference.width):
                 raise UserError(
                     f"{name}: {pair.images} holds {generated.width} x {generated.height} pixels, but its reference "
                     f"{pair.reference} {reference.width} x {reference.height}; compare images of one size"
                 )
-            self.sets[name] = (Side(generated, self._select(generated)), self._reference(reference))
+            self.sets[name] = (Side(generated, self._select(generated, self.limit)), self._reference(reference))
+        if self.kid_subset is None:
+            least = min((len(s.kept) for s in self.selections if len(s.kept)), default=0)
+            self.kid_subset = max(2, min(1000, least // 2))
+        for name in self.sets:
             self._check(name)
         counts = {len(self.selections[side.selection]) for side, _ in self.sets.values() if side.selection is not None}
         self.n = counts.pop() if len(counts) == 1 else None
@@ -60,7 +66,7 @@ class Comparison:
 
     @property
     def needs_features(self) -> bool:
-        return any(metric in FEATURE_METRICS for metric in self.config.metrics)
+        return any(metric in FEATURE_METRICS and metric not in self._left_out for metric in self.config.metrics)
 
     def _open(self, path: Any) -> ImageSet:
         key = str(path.resolve())
@@ -68,16 +74,23 @@ class Comparison:
             self._opened[key] = open_images(path, self.config.image_size)
         return self._opened[key]
 
+    def _limit(self, opened: list[ImageSet]) -> int | None:
+        """Images per side; None: all. Sets with stored statistics have no images to be limited."""
+        limit = self.config.limit
+        if self.config.fewer == "refuse":
+            return limit
+        return min([images.count for images in opened if not images.statistics] + ([] if limit is None else [limit]))
+
     def _reference(self, images: ImageSet) -> Side:
         wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
         if all(metric in images.statistics for metric in wanted):
             return Side(images, None)
         # stored statistics belong to all images: the pictures beside them are only a sample, of whatever length
-        return Side(images, self._select(images, None if images.statistics else self.config.limit))
+        return Side(images, self._select(images, None if images.statistics else self.limit))
 
-    def _select(self, images: ImageSet, *limit: int | None) -> int:
+    def _select(self, images: ImageSet, limit: int | None) -> int:
         config = self.config
-        indices = choose(images, limit[0] if limit else config.limit, config.seed)
+        indices = choose(images, limit, config.seed)
         labels = None if images.labels is None else images.labels[indices]
         kept = np.arange(len(indices))
         if len(indices) > config.keep:
@@ -95,19 +108,32 @@ class Comparison:
                 continue
             selection, path = self.selections[side.selection], side.images.path
             if len(selection) < 2:
-                raise UserError(f"{name}: {path} holds {len(selection)} images; a distribution needs at least two")
+                why = f"{name}: {path} gives {len(selection)} images; a distribution needs at least two"
+                for metric in FEATURE_METRICS:
+                    self._lacking(metric, why)
+                return
             kept = len(selection.kept)
             if kept == 0:
                 continue
-            if "kid" in self.config.metrics and kept < self.config.kid.subset_size:
-                raise UserError(
-                    f"{name}: kid.subset_size: {self.config.kid.subset_size} images cannot be drawn from the {kept} of "
-                    f"{path}; set kid.subset_size={max(2, kept // 2)}"
+            assert self.kid_subset is not None
+            if "kid" in self.config.metrics and kept < self.kid_subset:
+                self._lacking(
+                    "kid",
+                    f"{name}: kid.subset_size: {self.kid_subset} images cannot be drawn from the {kept} of {path}; "
+                    f"set kid.subset_size={max(2, kept // 2)}",
                 )
             if "precision_recall" in self.config.metrics and kept <= self.config.neighbours:
-                raise UserError(
-                    f"{name}: neighbours: {self.config.neighbours} needs more images than the {kept} of {path}"
+                self._lacking(
+                    "precision_recall",
+                    f"{name}: neighbours: {self.config.neighbours} needs more images than the {kept} of {path}",
                 )
+
+    def _lacking(self, metric: str, why: str) -> None:
+        """Too few images for ``metric``: refuse, or leave it out, as ``fewer`` says."""
+        if self.config.fewer == "refuse":
+            raise UserError(why)
+        if metric in self.config.metrics:
+            self.leave_out(metric, why)
 
     def check_labels(self, classes: int | None) -> None:
         """Every labelled set fits the classifier's classes. classes: None without a classifier."""
@@ -127,7 +153,7 @@ class Comparison:
     def without_features(self, reason: str) -> None:
         """Record why the metrics that need the extractor are absent."""
         for metric in self.config.metrics:
-            if metric in FEATURE_METRICS:
+            if metric in FEATURE_METRICS and metric not in self._left_out:
                 self.leave_out(metric, reason)
 
     def leave_out(self, metric: str, reason: str) -> None:
@@ -160,9 +186,9 @@ class Comparison:
                     "take so many of them"
                 )
             elif metric == "kid":
-                section = self.config.kid
+                assert self.kid_subset is not None
                 values["kid_mean"], values["kid_std"] = kid(
-                    mine.pool, theirs.pool, section.subsets, section.subset_size, self.config.seed, topology
+                    mine.pool, theirs.pool, self.config.kid.subsets, self.kid_subset, self.config.seed, topology
                 )
             else:
                 k = self.config.neighbours
@@ -233,7 +259,8 @@ class Comparison:
         else:
             kept = ("network", "weights_sha256", "arithmetic")
             network = {**{key: extractor[key] for key in kept}, "resize": inception.RESIZE}
-        kid_section = {**self.config.kid.model_dump(), "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
+        subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
+        kid_section = {**subsets, "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
         large = {"keep": self.config.keep, "subsample": self.config.subsample}
         details: dict[str, dict[str, Any]] = {
             "fid": {**network, "features": inception.TAPS["fid"], "covariance": "n - 1"},

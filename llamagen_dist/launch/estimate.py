@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.config import ExtractConfig, GPTConfigFile, TokenizerConfigFile, TokenizerModelSection
-from llamagen_dist.config.loader import build, nest
+from llamagen_dist.config import (
+    EvaluateConfig,
+    ExtractConfig,
+    GPTConfigFile,
+    ReconstructConfig,
+    SampleConfig,
+    TokenizerConfigFile,
+    TokenizerModelSection,
+)
+from llamagen_dist.config.loader import build, merge, nest
 from llamagen_dist.launch.job import cores
 from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage
@@ -15,16 +23,23 @@ from llamagen_dist.launch.stages import Plan, Stage
 if TYPE_CHECKING:
     from torch import nn
 
+    from llamagen_dist.models.gpt import GPTConfig
+
 # Measured on two cores of 72 GFLOP/s each with two ranks, as CPU seconds per rank (which other programs on the machine
 # do not change): the quickstart's own programs with 1 and with 20 to 100 steps, the difference being the cost of steps.
 GPT_START_S = 8.0  # submission to first step: imports of torch, DeepSpeed and Megatron-core
 START_S = 5.0  # the same without the last two
-GPT_EFFICIENCY = 0.6  # fitted by hand to g30k, g130k, g560k and g1m under ZeRO-1: ...
+GPT_EFFICIENCY = 0.6  # fitted by hand to four sizes from 30 k to 1 M parameters under ZeRO-1: ...
 GPT_STEP_S = 0.02  # ... of FLOPs / (rate x efficiency) + steps x (this
 GPT_LAYER_STEP_S = 0.01  # + layers x this)
 TOKENIZER_EFFICIENCY = 0.19  # the small autoencoder with its discriminator running for half of the images
 EXTRACT_EFFICIENCY = 0.2  # two crops per image, reading and writing shards included
 PACK_IMAGES_PER_CORE_S = 1000.0  # 28 x 28 PNGs
+DECODE_EFFICIENCY = 0.2  # the tokenizer in eval.reconstruct and behind the sampler
+SAMPLE_EFFICIENCY = 0.25  # one token at a time
+INCEPTION_FLOPS = 11.4e9  # per image; convolutions reach more than the rate of matrix products
+INCEPTION_EFFICIENCY = 0.95
+CLASSIFIER_IMAGES_PER_CORE_S = 3000.0
 OTHER_S = 5.0  # the report
 
 
@@ -52,6 +67,7 @@ class Estimator:
     def __init__(self, plan: Plan) -> None:
         self.rate = matmul_rate()
         self._tokenizer = next((s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None)
+        self._gpts = {run_dir: gpt for s in plan.stages for run_dir, gpt in _runs(s.config)}
 
     def stage(self, stage: Stage) -> Estimate:
         if isinstance(stage.config, GPTConfigFile):
@@ -60,6 +76,12 @@ class Estimator:
             return self._train_tokenizer(stage.config)
         if isinstance(stage.config, ExtractConfig):
             return self._extract(stage.config, stage.images)
+        if isinstance(stage.config, SampleConfig):
+            return self._sample(stage.config)
+        if isinstance(stage.config, ReconstructConfig):
+            return self._reconstruct(stage.config, stage.images)
+        if isinstance(stage.config, EvaluateConfig):
+            return self._evaluate(stage.config)
         if stage.images is not None:
             return Estimate(f"{stage.images:,} images", 1.0 + stage.images / (PACK_IMAGES_PER_CORE_S * cores()))
         return Estimate("", OTHER_S)
@@ -90,17 +112,10 @@ class Estimator:
         if tokens is None:
             return Estimate(f"{config.train.images:,} images", None)
         from llamagen_dist.models.cost import total_parameters, training_flops_per_image
-        from llamagen_dist.training.build import gpt_config
 
         seconds, sizes, images = GPT_START_S, [], 0
-        for changes in (config.ladder or {"": {}}).values():
-            rung = rung_of(config, changes)
-            model = gpt_config(
-                rung.model,
-                vocab_size=tokens.vocab_size,
-                image_tokens=tokens.per_image,
-                num_classes=tokens.classes,
-            )
+        for _, rung in _runs(config):
+            model = _model(rung, tokens)
             steps = rung.train.images // rung.train.global_batch
             seconds += training_flops_per_image(model) * rung.train.images / (self.rate * GPT_EFFICIENCY)
             seconds += steps * (GPT_STEP_S + GPT_LAYER_STEP_S * model.n_layer)
@@ -110,6 +125,41 @@ class Estimator:
         runs = f"{len(sizes)} GPTs, " if len(sizes) > 1 else ""
         text = f"{runs}{span} parameters, {images:,} images x {tokens.per_image} tokens"
         return Estimate(text, seconds)
+
+    def _sample(self, config: SampleConfig) -> Estimate:
+        """The model's forward FLOPs, twice under guidance, and the decoder's for every picture of every set."""
+        gpt = self._gpts.get(config.checkpoint)
+        tokens = None if gpt is None else self._tokens(gpt.data.train)
+        pictures = config.images * len(config.sets)
+        sizes = f"{pictures:,} pictures"
+        if gpt is None or tokens is None or self._tokenizer is None:
+            return Estimate(sizes, None)
+        from llamagen_dist.models.cost import training_flops_per_image
+
+        forward = training_flops_per_image(_model(gpt, tokens)) / 3 * (2 if config.cfg_scale > 1 else 1)
+        _, _, decode = autoencoder_cost(self._tokenizer.model, self._tokenizer.data.image_size)
+        drawn = config.images * forward / SAMPLE_EFFICIENCY if "model" in config.sets else 0.0
+        return Estimate(sizes, START_S + (drawn + pictures * decode / DECODE_EFFICIENCY) / self.rate)
+
+    def _reconstruct(self, config: ReconstructConfig, images: int | None) -> Estimate:
+        count = config.limit or images or _manifest_count(config.images)
+        if count is None or self._tokenizer is None:
+            return Estimate("", None)
+        _, encode, decode = autoencoder_cost(self._tokenizer.model, self._tokenizer.data.image_size)
+        return Estimate(f"{count:,} images", self._seconds((encode + decode) * count, DECODE_EFFICIENCY))
+
+    def _evaluate(self, config: EvaluateConfig) -> Estimate:
+        """Every set of images goes through the Inception network once, and the classifier is trained on the ranks."""
+        paths = {path for pair in config.pairs().values() for path in (pair.images, pair.reference)}
+        sizes = f"{len(paths)} sets of {'all' if config.limit is None else f'{config.limit:,}'} images"
+        if config.limit is None:
+            return Estimate(sizes, None)
+        seconds = 0.0
+        if set(config.metrics) - {"class_agreement"}:
+            seconds += len(paths) * config.limit * INCEPTION_FLOPS / (self.rate * INCEPTION_EFFICIENCY)
+        if config.classifier is not None:
+            seconds += config.classifier.images / (CLASSIFIER_IMAGES_PER_CORE_S * cores())
+        return Estimate(sizes, START_S + seconds)
 
     def _tokens(self, shards: Path) -> Tokens | None:
         """From the token shards if they are there, else from the tokenizer that the same pipeline trains."""
@@ -129,17 +179,24 @@ class Estimator:
 
 def rung_of(config: GPTConfigFile, changes: dict[str, Any]) -> GPTConfigFile:
     """The config of one run of a ladder. Raises UserError."""
-    data = config.model_dump(exclude={"ladder"})
+    return build(GPTConfigFile, merge(config.model_dump(exclude={"ladder"}), nest(changes)), "ladder")
 
-    def lay(above: dict[str, Any], below: dict[str, Any]) -> None:
-        for key, value in above.items():
-            if isinstance(value, dict) and isinstance(below.get(key), dict):
-                lay(value, below[key])
-            else:
-                below[key] = value
 
-    lay(nest(changes), data)
-    return build(GPTConfigFile, data, "ladder")
+def _runs(config: Any) -> list[tuple[Path, GPTConfigFile]]:
+    """The runs of a GPT stage by run directory; none of another stage. Raises UserError."""
+    if not isinstance(config, GPTConfigFile):
+        return []
+    if not config.ladder:
+        return [(config.run_dir, config)]
+    return [(config.run_dir / name, rung_of(config, changes)) for name, changes in config.ladder.items()]
+
+
+def _model(config: GPTConfigFile, tokens: Tokens) -> "GPTConfig":
+    from llamagen_dist.training.build import gpt_config
+
+    return gpt_config(
+        config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
+    )
 
 
 def autoencoder_cost(section: TokenizerModelSection, size: int) -> tuple[int, int, int]:
@@ -207,8 +264,7 @@ def show(plan: Plan) -> None:
     screen = Screen()
     screen.console.print(table, soft_wrap=False)
     screen.say(
-        f"about {duration(total)}{' and the stages marked ?' if unknown else ''} in all, for {cores()} cores "
-        "at "
+        f"about {duration(total)}{' and the stages marked ?' if unknown else ''} in all, for {cores()} cores at "
         f"{estimator.rate / 1e9:.0f} GFLOP/s (matrix products, just measured). Nothing was started."
     )
 

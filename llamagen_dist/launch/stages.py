@@ -156,11 +156,19 @@ _LENGTHS = (
 )
 
 
+_IMAGES = ("images", "limit", "classifier.images")  # of programs that do not train
+
+
 def shrink(config: Section, factor: float) -> Section:
-    """A shorter training of the same kind: numbers of images x ``factor``, in whole batches, ladder too."""
+    """The same with fewer images: a training's lengths x ``factor``, in whole batches, ladder too; pictures to be
+    made or scored x ``factor``."""
     data = config.model_dump()
     if not isinstance(data.get("train"), dict):
-        return config
+        for dotted in _IMAGES:
+            section, last = _inner(data, dotted)
+            if isinstance(section.get(last), int):
+                section[last] = max(1, round(section[last] * factor))
+        return type(config).model_validate(data)
     batch = data["train"]["global_batch"]
 
     def scaled(value: Any, batch: int) -> Any:
@@ -170,10 +178,7 @@ def shrink(config: Section, factor: float) -> Section:
 
     data["train"]["images"] = scaled(data["train"]["images"], batch)
     for dotted in _LENGTHS:
-        *path, last = dotted.split(".")
-        section: Any = data
-        for part in path:
-            section = section.get(part, {})
+        section, last = _inner(data, dotted)
         if last in section:
             section[last] = scaled(section[last], batch)
     if data["validation"]["images"]:
@@ -186,3 +191,12 @@ def shrink(config: Section, factor: float) -> Section:
             if key in changes:
                 changes[key] = scaled(changes[key], own)
     return type(config).model_validate(data)
+
+
+def _inner(data: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The section that holds a dotted key (empty where there is none), and the key's own name."""
+    *path, last = dotted.split(".")
+    section: Any = data
+    for part in path:
+        section = section.get(part) or {}
+    return section, last

@@ -20,7 +20,7 @@ _ANCHORS = {
     "fid_untrained": "untrained",
     "fid_unigram": "unigram",
 }
-_PREDICTION = ("params", "predicted", "ci95", "measured", "naive")
+_PREDICTION = ("params", "tokens", "predicted", "ci95", "measured", "naive")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +61,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def scores_result(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json's ``eval``: the model's scores and the same score of what it is to be compared with."""
+    """results.json's ``eval``: the model's scores, those of what it is to be compared with, why others are absent."""
     sets = evaluation.get("sets", {})
     model = sets.get("model", {})
     found = {"n": model.get("n", evaluation.get("n"))} | {key: finite(model.get(key)) for key in _SCORES}
     found |= {key: finite(sets.get(name, {}).get("fid")) for key, name in _ANCHORS.items()}
     found["class_agreement"] = finite(model.get("class_agreement"))
     found["class_agreement_real"] = finite(evaluation.get("class_agreement_real"))
+    found["absent"] = evaluation.get("absent") or None
     return {key: value for key, value in found.items() if value is not None} if sets else {}
 
 

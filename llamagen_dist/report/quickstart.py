@@ -103,8 +103,9 @@ def _headline(s: Summary) -> Markdown:
         band = law.get("ci95")
         held = band and band[0] <= law["measured"] <= band[1]
         text.append(
-            f"A scaling law fitted to the smaller models foretold **{law['predicted']:.3f}** for the largest; it came "
-            f"to **{law['measured']:.3f}**" + (f", {'inside' if held else 'outside'} the law's band." if band else ".")
+            f"A scaling law fitted to the smaller models foretold **{law['predicted']:.3f}** for the largest"
+            f"{_after(law)}; it came to **{law['measured']:.3f}**"
+            + (f", {'inside' if held else 'outside'} the law's band." if band else ".")
         )
     if s.parity and s.parity.max_abs_loss_diff is not None:
         text.append(
@@ -164,13 +165,26 @@ def _scores(known: dict[str, Any]) -> list[Number]:
         anchors = (("fid_real", "real images"), ("rfid", "tokenizer alone"), ("fid_untrained", "untrained"))
         parts = [f"{name} {found[key]:.1f}" for key, name in anchors if key in found]
         items.append(Number("FID of the samples", f"{found['fid']:.1f}", "; ".join([*parts, f"N = {found['n']:,}"])))
+    if "class_agreement" in found:
+        real = f"; of real images {found['class_agreement_real']:.0%}" if "class_agreement_real" in found else ""
+        items.append(
+            Number("Class recognised", f"{found['class_agreement']:.0%}", f"of the samples, by a classifier{real}")
+        )
     law = known.get("scaling", {})
     if law:
         band = "95% band {:.3f} to {:.3f}; ".format(*law["ci95"]) if "ci95" in law else ""
         items.append(
-            Number("Loss foretold for the largest", f"{law['predicted']:.3f}", f"{band}measured {law['measured']:.3f}")
+            Number(
+                "Loss foretold for the largest",
+                f"{law['predicted']:.3f}",
+                f"{band}measured {law['measured']:.3f}{_after(law)}",
+            )
         )
     return items
+
+
+def _after(law: dict[str, Any]) -> str:
+    return f" after {q.count(law['tokens'])} tokens" if "tokens" in law else ""
 
 
 def _best(s: Summary) -> tuple[Run, float] | None:

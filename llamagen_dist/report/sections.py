@@ -1,6 +1,7 @@
 """The sections of a quickstart's report, each from what was measured; None where nothing was."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def ladder(s: Summary) -> Section | None:
         for b, v in zip(budgets, losses, strict=True):
             if run.params and v is not None and math.isfinite(v):
                 lines[b].append((float(run.params), float(v)))
-    lines = {b: line for b, line in lines.items() if line}
+    lines = {b: line for b, line in lines.items() if len({size for size, _ in line}) > 1}
     table = Table(
         ("model", "parameters", *(f"{q.count(b)} {unit}" for b in budgets), "without label"),
         tuple(rows),
@@ -84,14 +85,14 @@ def ladder(s: Summary) -> Section | None:
             "Thin: training loss as logged. Thick: its running mean. Dots: held-out loss.",
         )
     ]
-    if len({p for line in lines.values() for p, _ in line}) > 1:
+    if lines:
         figures.append(
             plots.loss_against_size(
                 lines,
                 unit,
                 "Each line is one training budget: the learning rate is constant, "
                 "so every validation point is the end of a shorter run."
-                if _constant_rate(s)
+                if _constant_rate(s, max(lines) / (amount(s.ladder[-1], 1)))
                 else "Each line is one training budget.",
             )
         )
@@ -104,12 +105,29 @@ def ladder(s: Summary) -> Section | None:
     return Section(
         "The ladder",
         (table, Columns(tuple(figures))),
-        f"GPTs of growing size, trained on the same tokens in the same order.{floor}",
+        f"GPTs of growing size, trained on the same tokens in the same order.{floor}{_goes_on(s, unit, amount)}",
     )
 
 
-def _constant_rate(s: Summary) -> bool:
-    return s.largest_config is not None and s.largest_config.optim.schedule in ("constant", "warmup")
+def _constant_rate(s: Summary, images: float) -> bool:
+    """Whether the largest run's rate was constant up to so many images (the others share its schedule)."""
+    if s.largest_config is None:
+        return False
+    optim = s.largest_config.optim
+    return optim.schedule in ("constant", "warmup") or images <= optim.cooldown_from
+
+
+def _goes_on(s: Summary, unit: str, amount: Callable[[Run, int], int]) -> str:
+    """What the largest run does after the others have ended."""
+    if s.largest_config is None or s.largest_config.optim.schedule != "wsd" or len(s.ladder) < 2:
+        return ""
+    run, alone = s.ladder[-1], s.largest_config.optim.cooldown_from
+    if any(len(other.images_seen) and other.images_seen[-1] > alone for other in s.ladder[:-1]):
+        return ""
+    return (
+        f" After {q.count(amount(run, alone))} {unit} {literal(run.name)} goes on alone, with a learning rate that "
+        "falls to zero, because the samples are drawn from it; that part is not comparable with the others."
+    )
 
 
 def _spread(budgets: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """A folder of finished runs as points of a scaling law, each with its exact size and cost."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,22 +40,33 @@ class Rung:
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """rungs: from small to large. points.params counts as ``count`` says; one point per end of a (shorter) run."""
+    """rungs: from small to large. points.params counts as ``count`` says; one point per end of a (shorter) run.
+
+    decayed: every run ended with a cooldown of its learning rate, and its end is its only point.
+    """
 
     rungs: tuple[Rung, ...]
     points: Points
     count: Count
+    decayed: bool
 
     def rung(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
 
 
 def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
-    """Every finished run under ``folder``. Raises UserError: no runs, a damaged file, token shards that are gone."""
+    """Every finished run under ``folder``.
+
+    A validation at a constant rate is the end of a shorter run; one after a cooldown is not comparable with it. So
+    the points lie before any cooldown, unless every run has one: then they are the runs' ends.
+    Raises UserError: no runs, a damaged file, token shards that are gone, runs with nothing to compare.
+    """
     paths = sorted(path.parent for path in folder.glob("*/summary.json"))
     if not paths:
         raise UserError(f"{folder}: no finished run in it (a finished run has a summary.json); train the ladder first")
-    found = sorted((_rung(path) for path in paths), key=lambda pair: (pair[0].params, pair[0].name))
+    configs = [(path, _config(path)) for path in paths]
+    decayed = all(config.optim.schedule == "wsd" for _, config in configs)
+    found = sorted((_rung(*pair, decayed) for pair in configs), key=lambda pair: (pair[0].params, pair[0].name))
     rows = [
         (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, place)
         for rung, measured in found
@@ -64,13 +76,17 @@ def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
         raise UserError(f"{folder}: its runs have no held-out loss; train them with validation.at_images")
     params, tokens, loss, names, places = zip(*rows, strict=True)
     points = Points(np.array(params), np.array(tokens), np.array(loss), names, places)
-    return Ladder(tuple(rung for rung, _ in found), points, count)
+    return Ladder(tuple(rung for rung, _ in found), points, count, decayed)
 
 
-def _rung(folder: Path) -> tuple[Rung, list[tuple[float, float, str]]]:
-    summary = _json(folder / "summary.json")
+def _config(folder: Path) -> GPTConfigFile:
     config = load(folder / "config.yaml", kind="gpt")
     assert isinstance(config, GPTConfigFile)
+    return config
+
+
+def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, list[tuple[float, float, str]]]:
+    summary = _json(folder / "summary.json")
     manifest = read_manifest(config.data.train)
     if manifest.vocab_size is None or manifest.grid is None:
         raise UserError(f"{config.data.train}: not token shards, so the model of {folder} cannot be known")
@@ -87,23 +103,30 @@ def _rung(folder: Path) -> tuple[Rung, list[tuple[float, float, str]]]:
             f"{config.data.train} give {total}; the shards were made again since, so train the run again"
         )
     rung = Rung(str(summary.get("name", folder.name)), model, total, non_embedding(model))
-    return rung, _measured(folder, config, model.image_tokens)
+    last = None if decayed or config.optim.schedule != "wsd" else config.optim.cooldown_from
+    measured = _measured(folder, last, model.image_tokens)
+    if last is not None and not measured:
+        raise UserError(
+            f"{folder}: its rate decays from image {last} on, and it has no held-out loss before that to compare with "
+            "the runs at a constant rate; validate at or before optim.cooldown_from, or take it out of the folder"
+        )
+    return rung, measured[-1:] if decayed else measured
 
 
-def _measured(folder: Path, config: GPTConfigFile, tokens_per_image: int) -> list[tuple[float, float, str]]:
-    """(tokens seen, held-out loss, place). With a rate that decays, only the end of the run is the end of a run."""
+def _measured(folder: Path, last: int | None, tokens_per_image: int) -> list[tuple[float, float, str]]:
+    """(tokens seen, held-out loss, place) of the validations up to image ``last``."""
     path = folder / "metrics.jsonl"
     found = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             values = json.loads(line)
-            if "val_loss" in values and values["images_seen"] > 0:
+            if "val_loss" in values and 0 < values["images_seen"] <= (math.inf if last is None else last):
                 place = f"{path}, line {number}"
                 found.append((float(values["images_seen"] * tokens_per_image), float(values["val_loss"]), place))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as metrics ({error}); restore the file") from None
-    return found[-1:] if config.optim.schedule == "wsd" else found
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -148,6 +148,7 @@ def _definitions(ladder: Ladder | None) -> dict[str, str]:
         "params": COUNTS["total"],
         "params_fit": f"N of the law: {COUNTS[ladder.count]}",
         "tokens": "D of the law: image tokens trained on, counted every time they were seen",
-        "loss": "held-out loss, nats per token, with the true label",
+        "loss": "held-out loss, nats per token, with the true label, "
+        + ("after the cooldown of the learning rate" if ladder.decayed else "at a constant learning rate"),
         "flops": "training FLOPs counted exactly: matrix products of blocks, causal attention and head, times three",
     }

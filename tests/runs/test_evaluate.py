@@ -14,7 +14,7 @@ import yaml
 
 from eval import compare
 from eval.evaluate import main
-from llamagen_dist.config import UserError, load
+from llamagen_dist.config import UserError
 from llamagen_dist.evaluation.record import VALUES
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
@@ -220,12 +220,30 @@ def test_large_sets_need_a_subsample_for_kid(work, tmp_path):
     assert b["record"]["metrics"]["kid"]["subsample"] == 3
 
 
-def test_the_quickstart_measures_every_set_against_the_right_images():
-    sets = load(ROOT / "configs/eval/quickstart-evaluate.yaml", kind="evaluate").pairs()
-    assert {name: pair.reference.name for name, pair in sets.items()} == {
-        "model": "train",
-        "held_out": "train",
-        "reconstruction": "validation",
-        "untrained": "train",
-        "unigram": "train",
-    }
+def test_fewer_images_than_asked_are_common_to_all_sets_where_that_is_wanted(work, tmp_path, capsys):
+    """The twin is the refusal ``limit=13`` above."""
+    evaluate(work / "sets.yaml", f"out={tmp_path / 'a.json'}", "limit=15", "fewer=common", "metrics=[class_agreement]")
+    a = json.loads((tmp_path / "a.json").read_text())
+    assert a["n"] == COUNT
+    assert {v["n"] for v in a["sets"].values()} == {COUNT}
+    assert a["record"]["sets"]["model"]["reference"]["n"] == COUNT
+    assert a["record"]["choice"]["taken"] == COUNT
+    np.savez(tmp_path / "few.npz", arr_0=pictures(3, 5), labels=np.arange(3) % 2)
+    few = [f"sets.held_out.images={tmp_path / 'few.npz'}", "fewer=common", "kid.subset_size=null"]
+    evaluate(work / "sets.yaml", f"out={tmp_path / 'b.json'}", *few)
+    b = json.loads((tmp_path / "b.json").read_text())
+    assert set(b["absent"]) == {"inception_score", "precision_recall"}
+    assert "needs more images than the 3 of" in b["absent"]["precision_recall"]
+    assert set(b["sets"]["model"]) == {"n", "fid", "sfid", "kid_mean", "kid_std", "class_agreement"}
+    assert b["record"]["metrics"]["kid"]["subset_size"] == 2
+
+
+def test_a_single_image_is_no_distribution(work, tmp_path):
+    np.savez(tmp_path / "one.npz", arr_0=pictures(1, 5), labels=np.zeros(1, np.int64))
+    with pytest.raises(UserError, match=r"one.npz gives 1 images; a distribution needs at least two"):
+        one(work, "generated.npz", "real.npz", f"generated={tmp_path / 'one.npz'}", "limit=null")
+    single = [f"sets.held_out.images={tmp_path / 'one.npz'}", "fewer=common"]
+    evaluate(work / "sets.yaml", f"out={tmp_path / 'c.json'}", *single)
+    c = json.loads((tmp_path / "c.json").read_text())
+    assert set(c["absent"]) == set(VALUES) - {"class_agreement"}
+    assert "at least two" in c["absent"]["fid"]

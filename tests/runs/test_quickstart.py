@@ -16,7 +16,7 @@ from llamagen_dist.data import fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMAGEN = Path(sys.executable).parent / "llamagen"
-RUNGS = ("g30k", "g60k", "g130k", "g270k", "g560k", "g1m")
+RUNGS = ("g30k", "g45k", "g60k", "g130k", "g390k", "g1m")
 LOSSES = (
     "images_seen",
     "loss",
@@ -81,7 +81,17 @@ def test_it_ends_in_a_report_and_results(whole):
     assert {r["name"] for r in results["gpt"]} == set(RUNGS)
     assert all(set(r) >= {"name", "params", "tokens_seen", "val_loss", "layout"} for r in results["gpt"])
     assert len(results["gpt"]) >= 6 * 3
-    assert set(results["time_s"]) >= {"pack", "tokenizer", "tokens", "ladder", "tp2"}
+    assert set(results["time_s"]) >= {"pack", "tokenizer", "tokens", "ladder", "tp2", "sample", "evaluate", "scaling"}
+    scores = results["eval"]
+    names = {"n", "fid", "sfid", "kid_mean", "kid_std", "precision", "recall", "fid_real", "rfid", "fid_untrained"}
+    assert set(scores) == {*names, "fid_unigram", "class_agreement", "class_agreement_real", "absent"}
+    assert scores["n"] == 25
+    assert set(scores["absent"]) == {"inception_score"}
+    assert scores["fid_real"] < scores["fid_unigram"]
+    law = results["scaling"]
+    assert set(law) >= {"params", "predicted", "measured", "naive"}
+    assert law["params"] == max(r["params"] for r in results["gpt"])
+    assert law["measured"] in [r["val_loss"] for r in results["gpt"] if r["name"] == "g1m"]
     assert 0.1 < results["peak_rss_gb"] < 4
     page = (whole / "report.html").read_text()
     assert "data:image/" in page
@@ -99,7 +109,7 @@ def test_tensor_parallel_losses_equal_the_ladders(whole):
 def test_larger_models_are_larger_and_everything_is_finite(whole):
     sizes = [json.loads((whole / "ladder" / name / "summary.json").read_text())["params"] for name in RUNGS]
     assert sizes == sorted(sizes)
-    assert 25_000 < sizes[0] < sizes[-1] < 1_100_000
+    assert 25_000 < sizes[0] < sizes[-1] < 1_200_000
     for name in RUNGS:
         values = [row["val_loss"] for row in losses(whole / "ladder" / name) if "val_loss" in row]
         assert values[-1] < values[0] < 6.3, "ln 512 = 6.24 before any training"
@@ -134,6 +144,12 @@ def test_killed_and_interrupted_it_ends_bit_equal(whole, pictures):
     assert shards
     for shard in shards:
         assert (out / shard).read_bytes() == (whole / shard).read_bytes()
+    for name in ("model", "untrained", "unigram"):
+        assert (out / "samples" / f"{name}.npz").read_bytes() == (whole / "samples" / f"{name}.npz").read_bytes()
+    again, first = (json.loads((folder / "results.json").read_text()) for folder in (out, whole))
+    assert again["eval"].pop("absent") == first["eval"].pop("absent")
+    assert again["eval"] == pytest.approx(first["eval"], rel=1e-9)
+    assert again["scaling"] == first["scaling"]
 
 
 def test_the_same_command_again_does_nothing_and_another_config_is_refused(whole, pictures):

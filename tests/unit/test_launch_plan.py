@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from llamagen_dist.commands.quickstart import headline
 from llamagen_dist.config import GPTConfigFile, UserError, difference, dump, load
 from llamagen_dist.config.loader import build
 from llamagen_dist.launch import cluster, snapshot
+from llamagen_dist.launch.estimate import Estimator
 from llamagen_dist.launch.process import Identity, identify, only_launcher, own_folder
 from llamagen_dist.launch.stages import absolute, plan, shrink, words
 
@@ -105,23 +107,61 @@ def test_a_stage_knows_what_changed(tmp_path: Path) -> None:
     assert two.differs_from(one.identity(), tmp_path / "old.yaml") == ["train.images: 640 -> 1280"]
 
 
+def test_pictures_to_make_and_to_score_shrink_alike() -> None:
+    """Else a small quickstart would be asked for more images than it made."""
+    folder = ROOT / "configs/eval"
+    sample, evaluate = (shrink(load(folder / f"quickstart-{name}.yaml"), 0.05) for name in ("sample", "evaluate"))
+    assert sample.images == evaluate.limit == 25  # type: ignore[attr-defined]
+    assert evaluate.classifier.images == 1350  # type: ignore[attr-defined]
+    reconstruct = load(folder / "quickstart-reconstruct.yaml")
+    assert shrink(reconstruct, 0.05) == reconstruct
+
+
 def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
     made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.05)
-    names = [stage.name for stage in made.stages]
-    assert names == ["pack", "tokenizer", "tokens", "ladder", "tp2", "report"]
-    tokenizer, tokens, ladder, tp2 = (stage.config for stage in made.stages[1:5])
-    assert tokens.tokenizer == tokenizer.run_dir  # type: ignore[union-attr]
-    assert tokens.image_size == tokenizer.data.image_size  # type: ignore[union-attr]
-    assert isinstance(ladder, GPTConfigFile)
-    assert isinstance(tp2, GPTConfigFile)
+    training = ["pack", "tokenizer", "tokens", "ladder", "tp2"]
+    then = ["sample", "reconstruct", "evaluate", "scaling", "report"]
+    assert [stage.name for stage in made.stages] == training + then
+    configs: dict[str, Any] = {stage.name: stage.config for stage in made.stages}
+    tokenizer, ladder, tp2 = (configs[name] for name in ("tokenizer", "ladder", "tp2"))
+    assert configs["tokens"].tokenizer == tokenizer.run_dir
+    assert configs["tokens"].image_size == tokenizer.data.image_size
     assert len(tp2.ladder) == 1
     assert tp2.ladder.items() <= ladder.ladder.items()
     differs = difference(ladder, tp2, ignore=["run_dir", "ladder"])
     assert differs == ["parallel.tensor: 1 -> 2"]  # else the losses could not be compared
-    for stage in made.stages:
-        for product in stage.produces:
-            if stage.name in ("ladder", "tp2"):
-                assert product.parent.name in stage.config.ladder  # type: ignore[union-attr]
+    for name in ("ladder", "tp2"):
+        for product in next(stage for stage in made.stages if stage.name == name).produces:
+            assert product.parent.name in configs[name].ladder
+    sample = configs["sample"]
+    assert sample.checkpoint == ladder.run_dir / list(ladder.ladder)[-1]
+    assert sample.tokenizer == configs["reconstruct"].tokenizer == tokenizer.run_dir
+    assert configs["reconstruct"].images == tokenizer.data.validation
+    pairs = configs["evaluate"].pairs()
+    assert {pair.images for pair in pairs.values()} == {
+        *(sample.out / f"{name}.npz" for name in sample.sets),
+        configs["reconstruct"].out / "reconstruction.npz",
+        tokenizer.data.validation,
+    }
+    assert {name: pair.reference for name, pair in pairs.items()} == {
+        **dict.fromkeys(pairs, tokenizer.data.train),
+        "reconstruction": tokenizer.data.validation,
+    }
+    assert configs["evaluate"].classifier.train == tokenizer.data.train
+    assert configs["evaluate"].classifier.validation == tokenizer.data.validation
+
+
+def test_every_stage_of_the_quickstart_has_a_size_and_a_time(tmp_path: Path) -> None:
+    made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out")
+    estimator = Estimator(made)
+    found = {stage.name: estimator.stage(stage) for stage in made.stages}
+    assert all(estimate.seconds is not None for estimate in found.values())
+    half = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.5)
+    for stage in half.stages:
+        if stage.config is not None and stage.name not in ("tokens", "reconstruct"):
+            assert estimator.stage(stage).seconds < found[stage.name].seconds  # type: ignore[operator]
+    assert found["sample"].sizes == "1,500 pictures"
+    assert found["evaluate"].sizes == "6 sets of 500 images"
 
 
 def test_words_of_a_command_line() -> None:
@@ -220,6 +260,15 @@ def test_the_last_lines_say_what_was_measured_and_nothing_else() -> None:
     assert lines[0].endswith("PSNR 21.0 dB on held-out images")
     assert "2 sizes; best held-out loss 2.500 nats per token (l)" in lines[1]
     assert "1.0e-06" in lines[2]
+    scores = {"n": 500, "fid": 90.5, "fid_real": 36.5, "class_agreement": 0.75, "class_agreement_real": 0.86}
+    law = {"predicted": 3.2, "ci95": [3.0, 3.5], "measured": 3.1}
+    lines = headline({"eval": scores, "scaling": law})
+    assert lines[0].endswith("FID 90.5 from 500 images a side (real images 36.5)")
+    assert lines[1].endswith("in 75%, on real images 86%")
+    assert lines[2].endswith("foretold 3.200 (3.000 to 3.500) for the largest; measured 3.100")
+    assert headline({"eval": {"n": 5, "absent": {"fid": "no weights"}}}) == [
+        "samples:   FID was not measured: no weights"
+    ]
 
 
 def test_absolute_paths_stay(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llamagen_dist.report.collect import collect, results
 from tests.unit.quickstart_folder import SIZES, make
 from tests.unit.scored_folder import CLASSES, REASON, N, add_law, add_samples, add_scores, sample
 
-PIPELINE = Path(__file__).parents[2] / "configs/pipeline/quickstart-full.yaml"
+PIPELINE = Path(__file__).parents[2] / "configs/pipeline/quickstart.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -323,7 +323,25 @@ def test_a_decaying_rate_leaves_only_the_end_of_each_run(tmp_path: Path) -> None
     folder = write_ladder(tmp_path)
     for path in folder.glob("*/config.yaml"):
         path.write_text(path.read_text() + "optim: {schedule: wsd, cooldown_from: 6144, cooldown_images: 6144}\n")
-    assert read_ladder(folder).points.tokens.tolist() == [12288 * 64.0] * 5
+    ladder = read_ladder(folder)
+    assert ladder.points.tokens.tolist() == [12288 * 64.0] * 5
+    assert "after the cooldown" in study(ladder.points, Options(form="power_irr"), ladder)["definitions"]["loss"]
+
+
+def test_a_run_that_alone_cools_down_counts_only_while_its_rate_was_constant(tmp_path: Path) -> None:
+    """Its end after the cooldown is another recipe; taken as a point, it would pass for a law that failed."""
+    folder = write_ladder(tmp_path, {("e", 12288): 2.0})
+    config = folder / "e" / "config.yaml"
+    before = config.read_text()
+    config.write_text(before + "optim: {schedule: wsd, cooldown_from: 6144, cooldown_images: 6144}\n")
+    ladder = read_ladder(folder)
+    found = study(ladder.points, Options(hold_out="largest"), ladder)
+    assert [p["tokens"] for p in found["predictions"]] == [3072 * 64.0, 6144 * 64.0]
+    assert all(p["inside"] for p in found["predictions"])
+    assert "constant learning rate" in found["definitions"]["loss"]
+    config.write_text(before + "optim: {schedule: wsd, cooldown_from: 3000, cooldown_images: 9288}\n")
+    with pytest.raises(UserError, match="ladder/e: its rate decays from image 3000 on"):
+        read_ladder(folder)
 
 
 def test_other_token_shards_are_noticed(tmp_path: Path) -> None:
