@@ -220,9 +220,10 @@ def test_large_sets_need_a_subsample_for_kid(work, tmp_path):
     assert b["record"]["metrics"]["kid"]["subsample"] == 3
 
 
-def test_fewer_images_than_asked_are_common_to_all_sets_where_that_is_wanted(work, tmp_path, capsys):
+def test_fewer_images_than_asked_are_common_to_all_sets_where_that_is_wanted(work, tmp_path):
     """The twin is the refusal ``limit=13`` above."""
-    evaluate(work / "sets.yaml", f"out={tmp_path / 'a.json'}", "limit=15", "fewer=common", "metrics=[class_agreement]")
+    more = ["limit=15", "fewer=common", "metrics=[fid,class_agreement]"]
+    evaluate(work / "sets.yaml", f"out={tmp_path / 'a.json'}", *more)
     a = json.loads((tmp_path / "a.json").read_text())
     assert a["n"] == COUNT
     assert {v["n"] for v in a["sets"].values()} == {COUNT}

@@ -65,9 +65,11 @@ def test_results_hold_the_scores_and_the_prediction(out: Path) -> None:
         "fid_unigram": 301.5,
         "class_agreement": 0.54,
         "class_agreement_real": 0.874,
+        "absent": {"inception_score": REASON},
     }
     assert found["scaling"] == {
         "params": SIZES["g560k"],
+        "tokens": 376_320,
         "predicted": 2.0,
         "ci95": [1.9, 2.1],
         "measured": 2.05,
@@ -95,7 +97,7 @@ def test_what_was_not_scored_is_absent(out: Path) -> None:
     change(out / "scaling.json", lambda content: content["prediction"].pop("ci95"))
     found = results(collect(out))
     assert not {"fid_unigram", "sfid"} & set(found["eval"])
-    assert set(found["scaling"]) == {"params", "predicted", "measured", "naive"}
+    assert set(found["scaling"]) == {"params", "tokens", "predicted", "measured", "naive"}
     assert "codes by frequency" not in page(out)
     for name in ("evaluation.json", "scaling.json"):
         (out / name).unlink()
@@ -193,7 +195,12 @@ def test_without_the_inception_weights_the_rest_is_shown(out: Path) -> None:
         content["absent"] = {"fid": "install llamagen-dist[inception]"}
 
     change(out / "evaluation.json", strip)
-    assert results(collect(out))["eval"] == {"n": N, "class_agreement": 0.54, "class_agreement_real": 0.874}
+    assert results(collect(out))["eval"] == {
+        "n": N,
+        "class_agreement": 0.54,
+        "class_agreement_real": 0.874,
+        "absent": {"fid": "install llamagen-dist[inception]"},
+    }
     text = page(out)
     assert "fid: install llamagen-dist[inception]" in text
     assert "biased upwards" not in text
@@ -206,7 +213,7 @@ def test_the_law_is_judged_by_what_came(out: Path) -> None:
         "which lies inside its 95% band",
         "the law was closer than that",
         "95% band 1.900 to 2.100; measured 2.050",
-        "foretold <strong>2.000</strong> for the largest; it came to <strong>2.050</strong>, inside the law's band",
+        "foretold <strong>2.000</strong> for the largest after 376 k tokens; it came to <strong>2.050</strong>, inside",
         "L = E + A/N^α + B/D^β",
         "1.25 to 1.75",
         "says nothing about models a thousand times larger",
