@@ -14,6 +14,7 @@ COMMANDS = {
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
+    "convert": "turn LlamaGen's weight files into safetensors, and back",
     "generate": "make pictures of chosen classes with a trained GPT",
     "scaling": "fit a scaling law to measured runs and predict one that was held out",
     "report": "write report.html and results.json for a finished pipeline",

@@ -1,0 +1,91 @@
+"""``llamagen convert``: LlamaGen's .pt files to safetensors, and safetensors or our own runs to LlamaGen's .pt."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+FORMATS = ("llamagen", "safetensors")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    from llamagen_dist.checkpoint.released import SIZES
+
+    parser.add_argument("source", type=Path, metavar="IN", help="a weights file, a run directory or a step_… folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write; it must not exist")
+    parser.add_argument("--from", dest="origin", choices=FORMATS, help="default: by the suffix of IN")
+    parser.add_argument("--to", choices=FORMATS, help="default: by the suffix of OUT")
+    parser.add_argument("--size", choices=SIZES, help="refuse anything but this size (default: find out which it is)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.checkpoint import released
+    from llamagen_dist.checkpoint.store import identity_of, read_weights
+    from llamagen_dist.config import UserError
+
+    if args.origin is not None and args.source.is_file() and args.origin != format_of(args.source):
+        raise UserError(f"--from {args.origin}: {args.source} is a {format_of(args.source)} file by its suffix")
+    to = args.to or format_of(args.out)
+    if to != format_of(args.out):
+        raise UserError(f"--to {to}: {args.out} must end in {'.safetensors' if to == 'safetensors' else '.pt or .pth'}")
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already; remove it or choose another OUT")
+    weights = {name: tensor.contiguous().clone() for name, tensor in read_weights(args.source).items()}
+    try:
+        found = released.describe(weights)
+        differs = released.difference(weights, args.size) if args.size else None
+    except UserError as error:
+        raise UserError(f"{args.source}: {error}") from None
+    if differs is not None:
+        raise UserError(f"{args.source}: not {args.size}: {differs}")
+
+    def save(path: Path) -> None:
+        if to == "safetensors":
+            from safetensors.torch import save_file
+
+            save_file(weights, path, metadata={"format": "pt", "kind": found.kind, "size": found.size or "own"})
+        else:
+            import torch
+
+            torch.save({"model": weights}, path)
+
+    written = write_checked(args.out, save, identity_of(weights))
+    print(f"{args.out}: {found.kind}, {found.size or 'a size of its own'}, {found.parameters:,} parameters")
+    print(f"identity (names, shapes and bytes of the weights, the same in both formats): {written}")
+
+
+def format_of(path: Path) -> str:
+    """By the suffix. Raises UserError for any but .safetensors, .pt and .pth."""
+    from llamagen_dist.config import UserError
+
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in (".pt", ".pth"):
+        return "llamagen"
+    raise UserError(f"{path}: the suffix must be .safetensors, or .pt or .pth for LlamaGen's own format")
+
+
+def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str:
+    """Write aside, read back, compare, rename; returns the identity. Raises UserError when the disk refuses."""
+    from llamagen_dist.checkpoint.store import identity_of, read_weights
+    from llamagen_dist.config import UserError
+    from llamagen_dist.files import sync_folder
+
+    aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        save(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        if identity_of(read_weights(aside)) != identity:
+            raise UserError(f"{out}: read back, the weights are not those that were written; is the disk in order?")
+        os.replace(aside, out)
+        sync_folder(out.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return identity

@@ -1,0 +1,130 @@
+"""``llamagen convert``: every container both ways, bytes kept; sizes and kinds told apart and refused by key."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llamagen_dist.checkpoint import released
+from llamagen_dist.checkpoint.store import identity_of, read_weights
+from llamagen_dist.cli import main
+from llamagen_dist.config import UserError
+from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
+
+
+def tiny(condition: str = "class") -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    config = GPTConfig(2, 2, 16, vocab_size=32, image_tokens=4, num_classes=3, caption_dim=8, condition=condition)  # type: ignore[arg-type]
+    return GPT(config).state_dict()
+
+
+def on_meta(name: str, condition: str = "class") -> dict[str, Tensor]:
+    with torch.device("meta"):
+        if name in VQ_SIZES:
+            return VQModel(VQConfig(**VQ_SIZES[name])).state_dict()
+        return GPT(GPTConfig(**GPT_SIZES[name], condition=condition)).state_dict()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("container", [None, "model", "module", "state_dict", "ema"])
+def test_there_and_back_keeps_every_bit(
+    tmp_path: Path, container: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tiny() | {"norm.weight": torch.full((16,), 1 / 3, dtype=torch.bfloat16)}
+    content = weights | {"freqs_cis": torch.zeros(2)}
+    torch.save(content if container is None else {container: content}, tmp_path / "in.pt")
+    main(
+        [
+            "convert",
+            "--from",
+            "llamagen",
+            str(tmp_path / "in.pt"),
+            "--to",
+            "safetensors",
+            str(tmp_path / "a.safetensors"),
+        ]
+    )
+    main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new" / "out.pth")])
+    for name in ("a.safetensors", "new/out.pth"):
+        assert identity_of(read_weights(tmp_path / name)) == identity_of(weights)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "kind": "class-conditional GPT", "size": "own"}
+    upstream = torch.load(tmp_path / "new" / "out.pth", weights_only=True)["model"]
+    assert upstream["norm.weight"].dtype == torch.bfloat16
+    said = capsys.readouterr().out
+    assert said.count(identity_of(weights)) == 2, "the same identity in both formats"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "in.pt", "new"]
+
+
+def test_one_other_bit_is_another_identity() -> None:
+    weights = tiny()
+    before = identity_of(weights)
+    weights["norm.weight"][3] += 2**-23  # the last bit of 1.0
+    assert identity_of(weights) != before
+
+
+@pytest.mark.parametrize("name", released.SIZES)
+def test_every_released_size_is_recognised_and_no_other(name: str) -> None:
+    weights = on_meta(name)
+    assert [other for other in released.SIZES if released.difference(weights, other) is None] == [name]
+    assert released.describe(weights).size == name
+
+
+def test_parameters_and_kinds_are_told() -> None:
+    assert released.describe(on_meta("GPT-B")).parameters == 110_888_448
+    assert released.describe(on_meta("VQ-16")).parameters == 71_883_403
+    text = released.describe(on_meta("GPT-XL", "text"))
+    assert (text.kind, text.size) == ("text-conditional GPT", "GPT-XL")
+    without = on_meta("VQ-8")
+    del without["quantize.codebook_used"]
+    assert released.describe(without).size == "VQ-8"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "size", "sentence"),
+    [
+        (
+            "GPT-L",
+            {},
+            "GPT-B",
+            "cls_embedding.embedding_table.weight has shape [1001, 1024], and GPT-B has [1001, 768]",
+        ),
+        ("GPT-B", {"layers.11.ffn_norm.weight": None}, "GPT-B", "layers.11.ffn_norm.weight is missing"),
+        ("GPT-B", {"layers.12.ffn_norm.weight": (768,)}, "GPT-B", "layers.12.ffn_norm.weight does not belong to GPT-B"),
+        ("VQ-16", {}, "GPT-B", "it is a tokenizer, and GPT-B is a GPT"),
+        ("GPT-B", {}, "VQ-8", "it is a class-conditional GPT, and VQ-8 is a tokenizer"),
+    ],
+)
+def test_the_first_differing_key_is_named(name: str, change: dict, size: str, sentence: str) -> None:
+    weights = on_meta(name)
+    for key, shape in change.items():
+        if shape is None:
+            del weights[key]
+        else:
+            weights[key] = torch.empty(shape, device="meta")
+    assert released.difference(weights, size) == sentence
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    torch.save(tiny(), tmp_path / "in.pt")
+    torch.save({"w": torch.ones(1)}, tmp_path / "other.pt")
+    (tmp_path / "there.pt").touch()
+    before = sorted(tmp_path.iterdir())
+    for words, sentence in (
+        (["in.pt", "out.bin"], "the suffix must be"),
+        (["in.pt", "out.pt", "--to", "safetensors"], "must end in .safetensors"),
+        (["in.pt", "out.safetensors", "--from", "safetensors"], "is a llamagen file by its suffix"),
+        (["in.pt", "there.pt"], "is there already"),
+        (["absent.pt", "out.pt"], "no such checkpoint"),
+        (["other.pt", "out.safetensors"], "other.pt: neither a LlamaGen GPT nor a tokenizer"),
+        (["in.pt", "out.safetensors", "--size", "GPT-B"], "in.pt: not GPT-B: cls_embedding.embedding_table.weight has"),
+        (["in.pt", "in.pt/out.safetensors"], "cannot be written"),
+    ):
+        with pytest.raises(UserError) as refused:
+            main(["convert", *(str(tmp_path / word) if "." in word else word for word in words)])
+        assert sentence in str(refused.value)
+        assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == before
