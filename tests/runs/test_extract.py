@@ -294,6 +294,6 @@ def test_the_program_from_outside(work, tmp_path):
 def test_shipped_configs_load(name):
     config = load(ROOT / "configs" / "extract" / f"{name}.yaml", kind="extract")
     assert (config.crops, config.image_size) == {
-        "quickstart": ("center_flip", 32),
+        "quickstart": ("center", 32),
         "imagenet": ("ten_crop", 256),
     }[name]
