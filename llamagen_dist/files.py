@@ -2,18 +2,34 @@
 
 import hashlib
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write the content of ``path``; at the end of the block it is synced and renamed.
+
+    ``path`` is either the old file or the whole new one, after a power cut too. An exception leaves nothing behind.
+    The name keeps the suffix, by which some writers and readers tell the format.
+    """
+    aside = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: ``path`` is either the old file or the whole new one, after a power cut too."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)
+    """A whole small file; see ``written_aside``."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ its rungs one after another in run_dir/NAME, in one process start.
 """
 
 from llamagen_dist.config import GPTConfigFile, UserError, load
-from llamagen_dist.config.loader import build, merge, nest
+from llamagen_dist.config.ladder import rungs
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.launch.entry import Stopped
@@ -33,25 +33,6 @@ def main(argv: list[str]) -> None:
         stopped = train_one(name, label, rung, model, train, validation, topology)
         if stopped and number < len(plan):
             raise Stopped(f"{rung.run_dir.parent}: stopped after {name}; the same command goes on with the next one")
-
-
-def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
-    """The runs a config asks for: itself, or one per ladder entry. Raises UserError for a key that does not exist."""
-    if not config.ladder:
-        return [(config.run_dir.name, config)]
-    base = config.model_dump(exclude={"ladder"})
-    found = []
-    for name, changes in config.ladder.items():
-        data = merge(base, nest(changes))
-        data["run_dir"] = config.run_dir / name
-        rung = build(GPTConfigFile, data, f"ladder.{name}")
-        if rung.parallel.tensor != config.parallel.tensor:
-            raise UserError(
-                f"ladder.{name}: parallel.tensor cannot differ between rungs of one process start; "
-                "train it as a run of its own"
-            )
-        found.append((name, rung))
-    return found
 
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:

@@ -1,7 +1,6 @@
 """``llamagen convert``: LlamaGen's .pt files to safetensors, and safetensors or our own runs to LlamaGen's .pt."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: {args.out} must end in {'.safetensors' if to == 'safetensors' else '.pt or .pth'}")
     if args.out.exists():
         raise UserError(f"{args.out} is there already; remove it or choose another OUT")
-    weights = {name: tensor.contiguous().clone() for name, tensor in read_weights(args.source).items()}
+    weights = read_weights(args.source)
+    for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
+        weights[name] = tensor.contiguous().clone()
     try:
         found = released.describe(weights)
         differs = released.difference(weights, args.size) if args.size else None
@@ -69,23 +70,14 @@ def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str
     """Write aside, read back, compare, rename; returns the identity. Raises UserError when the disk refuses."""
     from llamagen_dist.checkpoint.store import identity_of, read_weights
     from llamagen_dist.config import UserError
-    from llamagen_dist.files import sync_folder
+    from llamagen_dist.files import written_aside
 
-    aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        save(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        if identity_of(read_weights(aside)) != identity:
-            raise UserError(f"{out}: read back, the weights are not those that were written; is the disk in order?")
-        os.replace(aside, out)
-        sync_folder(out.parent)
+        with written_aside(out) as aside:
+            save(aside)
+            if identity_of(read_weights(aside)) != identity:
+                raise UserError(f"{out}: read back, the weights are not those that were written; is the disk in order?")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return identity

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
 
 def headline(results: dict[str, Any]) -> list[str]:
     """The numbers that matter, as lines; what was not measured is left out."""
+    from llamagen_dist.report.quantities import count
+
     lines = []
     tokenizer = results.get("tokenizer", {})
     if "psnr" in tokenizer:
@@ -89,7 +91,7 @@ def headline(results: dict[str, Any]) -> list[str]:
     law = results.get("scaling", {})
     if "predicted" in law:
         band = " ({:.3f} to {:.3f})".format(*law["ci95"]) if "ci95" in law else ""
-        after = f" after {law['tokens'] / 1000:,.0f} k tokens" if "tokens" in law else ""
+        after = f" after {count(law['tokens'])} tokens" if "tokens" in law else ""
         lines.append(
             f"law:       foretold {law['predicted']:.3f}{band} for the largest{after}; measured {law['measured']:.3f}"
         )

@@ -4,6 +4,7 @@ One YAML file holds one *kind* (``kind: gpt`` and so on); ``llamagen config FILE
 under a field is its documentation.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,11 @@ class OptimSection(Section):
     warmup_images: CountInt = 0
     cooldown_from: CountInt = 0
     cooldown_images: CountInt = 0
+
+    @property
+    def constant_until(self) -> float:
+        """Up to so many images a run is the same as a shorter run that ended there; infinite without a cooldown."""
+        return self.cooldown_from if self.schedule == "wsd" else math.inf
 
     @model_validator(mode="after")
     def _schedule_has_its_lengths(self) -> "OptimSection":

@@ -153,7 +153,7 @@ class ShardJob:
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and forget the parts. Main rank only, after all shards."""
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in self.folder.glob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
         write_manifest(self.folder, manifest)
         shutil.rmtree(self._parts, ignore_errors=True)

@@ -46,7 +46,6 @@ class Comparison:
         self.sets: dict[str, tuple[Side, Side]] = {}
         opened = {name: (self._open(p.images), self._open(p.reference)) for name, p in config.pairs().items()}
         self.limit = self._limit([images for pair in opened.values() for images in pair])
-        self.kid_subset = config.kid.subset_size
         for name, pair in config.pairs().items():
             generated, reference = opened[name]
             if (generated.height, generated.width) != (reference.height, reference.width):
@@ -55,9 +54,7 @@ class Comparison:
                     f"{pair.reference} {reference.width} x {reference.height}; compare images of one size"
                 )
             self.sets[name] = (Side(generated, self._select(generated, self.limit)), self._reference(reference))
-        if self.kid_subset is None:
-            least = min((len(s.kept) for s in self.selections if len(s.kept)), default=0)
-            self.kid_subset = max(2, min(1000, least // 2))
+        self.kid_subset = config.kid.subset_size or self._kid_subset()
         for name in self.sets:
             self._check(name)
         counts = {len(self.selections[side.selection]) for side, _ in self.sets.values() if side.selection is not None}
@@ -79,7 +76,13 @@ class Comparison:
         limit = self.config.limit
         if self.config.fewer == "refuse":
             return limit
-        return min([images.count for images in opened if not images.statistics] + ([] if limit is None else [limit]))
+        counts = [images.count for images in opened if not images.statistics]
+        return min(counts if limit is None else [limit, *counts], default=None)
+
+    def _kid_subset(self) -> int:
+        """1000, or half of the smallest set whose features are kept."""
+        least = min((len(s.kept) for s in self.selections if len(s.kept)), default=0)
+        return max(2, min(1000, least // 2))
 
     def _reference(self, images: ImageSet) -> Side:
         wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
@@ -115,7 +118,6 @@ class Comparison:
             kept = len(selection.kept)
             if kept == 0:
                 continue
-            assert self.kid_subset is not None
             if "kid" in self.config.metrics and kept < self.kid_subset:
                 self._lacking(
                     "kid",
@@ -186,7 +188,6 @@ class Comparison:
                     "take so many of them"
                 )
             elif metric == "kid":
-                assert self.kid_subset is not None
                 values["kid_mean"], values["kid_std"] = kid(
                     mine.pool, theirs.pool, self.config.kid.subsets, self.kid_subset, self.config.seed, topology
                 )

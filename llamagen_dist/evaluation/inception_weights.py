@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from llamagen_dist.config import InceptionSection, UserError
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, Inception, assemble, conv_names
-from llamagen_dist.files import sha256_file
+from llamagen_dist.files import sha256_file, written_aside
 
 PACKAGE_FILE = "default_1.pt"
 PACKAGE_FILE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -185,13 +184,10 @@ def convert(file: Path) -> dict[str, Tensor]:
 
 
 def _write_cache(weights: dict[str, Tensor], path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, scratch)
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
-        scratch.replace(path)
+        with written_aside(path) as aside:
+            save_file(weights, aside)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); set inception.cache to a folder with 90 MB of room"

@@ -1,5 +1,6 @@
 """About how long a stage takes here: FLOPs over this machine's matrix-product rate, plus overheads."""
 
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llamagen_dist.config import (
     TokenizerConfigFile,
     TokenizerModelSection,
 )
-from llamagen_dist.config.loader import build, merge, nest
+from llamagen_dist.config.ladder import rungs
 from llamagen_dist.launch.job import cores
 from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage
@@ -33,7 +34,7 @@ GPT_EFFICIENCY = 0.6  # fitted by hand to four sizes from 30 k to 1 M parameters
 GPT_STEP_S = 0.02  # ... of FLOPs / (rate x efficiency) + steps x (this
 GPT_LAYER_STEP_S = 0.01  # + layers x this)
 TOKENIZER_EFFICIENCY = 0.19  # the small autoencoder with its discriminator running for half of the images
-EXTRACT_EFFICIENCY = 0.2  # two crops per image, reading and writing shards included
+EXTRACT_EFFICIENCY = 0.2  # reading and writing shards included
 PACK_IMAGES_PER_CORE_S = 1000.0  # 28 x 28 PNGs
 DECODE_EFFICIENCY = 0.2  # the tokenizer in eval.reconstruct and behind the sampler
 SAMPLE_EFFICIENCY = 0.25  # one token at a time
@@ -67,7 +68,8 @@ class Estimator:
     def __init__(self, plan: Plan) -> None:
         self.rate = matmul_rate()
         self._tokenizer = next((s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None)
-        self._gpts = {run_dir: gpt for s in plan.stages for run_dir, gpt in _runs(s.config)}
+        ladders = [s.config for s in plan.stages if isinstance(s.config, GPTConfigFile)]
+        self._gpts = {rung.run_dir: rung for config in ladders for _, rung in rungs(config)}
 
     def stage(self, stage: Stage) -> Estimate:
         if isinstance(stage.config, GPTConfigFile):
@@ -114,7 +116,7 @@ class Estimator:
         from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 
         seconds, sizes, images = GPT_START_S, [], 0
-        for _, rung in _runs(config):
+        for _, rung in rungs(config):
             model = _model(rung, tokens)
             steps = rung.train.images // rung.train.global_batch
             seconds += training_flops_per_image(model) * rung.train.images / (self.rate * GPT_EFFICIENCY)
@@ -177,20 +179,6 @@ class Estimator:
         return Tokens(model.codebook_size, per_image, len(packed.get("classes") or []))
 
 
-def rung_of(config: GPTConfigFile, changes: dict[str, Any]) -> GPTConfigFile:
-    """The config of one run of a ladder. Raises UserError."""
-    return build(GPTConfigFile, merge(config.model_dump(exclude={"ladder"}), nest(changes)), "ladder")
-
-
-def _runs(config: Any) -> list[tuple[Path, GPTConfigFile]]:
-    """The runs of a GPT stage by run directory; none of another stage. Raises UserError."""
-    if not isinstance(config, GPTConfigFile):
-        return []
-    if not config.ladder:
-        return [(config.run_dir, config)]
-    return [(config.run_dir / name, rung_of(config, changes)) for name, changes in config.ladder.items()]
-
-
 def _model(config: GPTConfigFile, tokens: Tokens) -> "GPTConfig":
     from llamagen_dist.training.build import gpt_config
 
@@ -199,6 +187,7 @@ def _model(config: GPTConfigFile, tokens: Tokens) -> "GPTConfig":
     )
 
 
+@functools.cache
 def autoencoder_cost(section: TokenizerModelSection, size: int) -> tuple[int, int, int]:
     """(parameters, FLOPs to encode, FLOPs to decode) for one image of side ``size``, on the meta device."""
     import torch

@@ -92,7 +92,7 @@ def ladder(s: Summary) -> Section | None:
                 unit,
                 "Each line is one training budget: the learning rate is constant, "
                 "so every validation point is the end of a shorter run."
-                if _constant_rate(s, max(lines) / (amount(s.ladder[-1], 1)))
+                if _constant_rate(s, max(lines) / amount(s.ladder[-1], 1))
                 else "Each line is one training budget.",
             )
         )
@@ -111,22 +111,19 @@ def ladder(s: Summary) -> Section | None:
 
 def _constant_rate(s: Summary, images: float) -> bool:
     """Whether the largest run's rate was constant up to so many images (the others share its schedule)."""
-    if s.largest_config is None:
-        return False
-    optim = s.largest_config.optim
-    return optim.schedule in ("constant", "warmup") or images <= optim.cooldown_from
+    return s.largest_config is not None and images <= s.largest_config.optim.constant_until
 
 
 def _goes_on(s: Summary, unit: str, amount: Callable[[Run, int], int]) -> str:
     """What the largest run does after the others have ended."""
-    if s.largest_config is None or s.largest_config.optim.schedule != "wsd" or len(s.ladder) < 2:
+    if s.largest_config is None or s.largest_config.optim.constant_until == math.inf or len(s.ladder) < 2:
         return ""
     run, alone = s.ladder[-1], s.largest_config.optim.cooldown_from
     if any(len(other.images_seen) and other.images_seen[-1] > alone for other in s.ladder[:-1]):
         return ""
     return (
         f" After {q.count(amount(run, alone))} {unit} {literal(run.name)} goes on alone, with a learning rate that "
-        "falls to zero, because the samples are drawn from it; that part is not comparable with the others."
+        "falls to zero; that part is not comparable with the others."
     )
 
 

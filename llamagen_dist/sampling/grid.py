@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from llamagen_dist.config import UserError
+from llamagen_dist.files import written_aside
 
 SMALLEST_TILE = 72  # pixels; smaller pictures are enlarged by whole factors without smoothing
 LARGEST_TILE = 256
@@ -49,11 +50,10 @@ def save(
     form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
     if form is None:
         raise UserError(f"{path}: write the pictures to a file that ends in .png or .jpg")
-    aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        class_grid(images, labels, classes, per_class).save(aside, form)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            class_grid(images, labels, classes, per_class).save(aside, form)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 

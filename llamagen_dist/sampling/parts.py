@@ -7,7 +7,6 @@ record.json is written last and says what OUT was made from.
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.manifest import plain
-from llamagen_dist.files import write_bytes
+from llamagen_dist.files import write_bytes, written_aside
 
 RECORD = "record.json"
 T = TypeVar("T")
@@ -111,8 +110,7 @@ def write_npz(path: Path, labels: NDArray[np.int64] | None, count: int, blocks: 
 
     Written aside and renamed; the same content gives the same bytes. ValueError when the blocks do not add up.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             written = 0
             for block in blocks:
@@ -126,9 +124,6 @@ def write_npz(path: Path, labels: NDArray[np.int64] | None, count: int, blocks: 
         if labels is not None:
             with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
                 np.lib.format.write_array(file, labels, allow_pickle=False)
-    with open(aside, "rb") as written_file:
-        os.fsync(written_file.fileno())
-    aside.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -65,7 +65,7 @@ def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
     if not paths:
         raise UserError(f"{folder}: no finished run in it (a finished run has a summary.json); train the ladder first")
     configs = [(path, _config(path)) for path in paths]
-    decayed = all(config.optim.schedule == "wsd" for _, config in configs)
+    decayed = all(config.optim.constant_until < math.inf for _, config in configs)
     found = sorted((_rung(*pair, decayed) for pair in configs), key=lambda pair: (pair[0].params, pair[0].name))
     rows = [
         (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, place)
@@ -103,9 +103,9 @@ def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, lis
             f"{config.data.train} give {total}; the shards were made again since, so train the run again"
         )
     rung = Rung(str(summary.get("name", folder.name)), model, total, non_embedding(model))
-    last = None if decayed or config.optim.schedule != "wsd" else config.optim.cooldown_from
+    last = math.inf if decayed else config.optim.constant_until
     measured = _measured(folder, last, model.image_tokens)
-    if last is not None and not measured:
+    if last < math.inf and not measured:
         raise UserError(
             f"{folder}: its rate decays from image {last} on, and it has no held-out loss before that to compare with "
             "the runs at a constant rate; validate at or before optim.cooldown_from, or take it out of the folder"
@@ -113,7 +113,7 @@ def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, lis
     return rung, measured[-1:] if decayed else measured
 
 
-def _measured(folder: Path, last: int | None, tokens_per_image: int) -> list[tuple[float, float, str]]:
+def _measured(folder: Path, last: float, tokens_per_image: int) -> list[tuple[float, float, str]]:
     """(tokens seen, held-out loss, place) of the validations up to image ``last``."""
     path = folder / "metrics.jsonl"
     found = []
@@ -121,7 +121,7 @@ def _measured(folder: Path, last: int | None, tokens_per_image: int) -> list[tup
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             values = json.loads(line)
-            if "val_loss" in values and 0 < values["images_seen"] <= (math.inf if last is None else last):
+            if "val_loss" in values and 0 < values["images_seen"] <= last:
                 place = f"{path}, line {number}"
                 found.append((float(values["images_seen"] * tokens_per_image), float(values["val_loss"]), place))
     except (OSError, ValueError, KeyError, TypeError) as error:
