@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llamagen_dist.config.sections import CountInt, PositiveInt, Section
+from llamagen_dist.config.training import CountInt, PositiveInt, Section
 
 Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
 

@@ -17,9 +17,9 @@ from llamagen_dist.config.sections import (
     ExtractConfig,
     GPTConfigFile,
     PipelineConfig,
-    Section,
     TokenizerConfigFile,
 )
+from llamagen_dist.config.training import Section
 
 KINDS: dict[str, type[Section]] = {
     "gpt": GPTConfigFile,

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llamagen_dist.config.sections import CountInt, GPTModelSection, PositiveInt, Section, TokenizerModelSection
+from llamagen_dist.config.sections import GPTModelSection, TokenizerModelSection
+from llamagen_dist.config.training import CountInt, PositiveInt, Section
 
 SampleSet = Literal["model", "untrained", "unigram"]
 

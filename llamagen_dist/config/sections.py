@@ -1,121 +1,29 @@
-"""Every configuration key of every program, with its meaning, default and range.
+"""Every configuration key of the programs that train, extract and run pipelines, with its meaning and range.
 
 One YAML file holds one *kind* (``kind: gpt`` and so on); ``llamagen config FILE`` prints it resolved. The text
-under a field is its documentation.
+under a field is its documentation. Keys shared by all training runs are in training.py.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-CountInt = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys in which an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-class TrainSection(Section):
-    """How much is trained, in images: the unit of progress everywhere."""
-
-    images: PositiveInt
-    """Images shown in the whole run (an image shown twice counts twice)."""
-    global_batch: PositiveInt = 256
-    """Images per optimizer step over all ranks; it does not change with the number of ranks."""
-    micro_batch: PositiveInt | None = None
-    """Images per rank in one forward pass; the rest is accumulated. Empty: the rank's whole share at once."""
-    seed: CountInt = 0
-    """Seeds the initial weights, the data order, the label dropout and the dropout masks."""
-
-    @model_validator(mode="after")
-    def _whole_batches(self) -> "TrainSection":
-        if self.images % self.global_batch:
-            nearest = max(1, round(self.images / self.global_batch)) * self.global_batch
-            raise ValueError(
-                f"images ({self.images}) must be a multiple of global_batch "
-                f"({self.global_batch}); the nearest is {nearest}"
-            )
-        return self
-
-
-class OptimSection(Section):
-    """Adam (tokenizer) or AdamW (GPT), with LlamaGen's defaults (paper section 3.1)."""
-
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Applied to matrices only (two or more dimensions), as LlamaGen does."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
-    schedule: Literal["constant", "warmup", "wsd"] = "constant"
-    """``warmup``: linear from 0 over ``warmup_images``, then constant. ``wsd``: the same (a warm-up of 0 is allowed),
-    then from image ``cooldown_from`` on linear to 0 over ``cooldown_images`` (warm-up, stable, decay)."""
-    warmup_images: CountInt = 0
-    cooldown_from: CountInt = 0
-    cooldown_images: CountInt = 0
-
-    @property
-    def constant_until(self) -> float:
-        """Up to so many images a run is the same as a shorter run that ended there; infinite without a cooldown."""
-        return self.cooldown_from if self.schedule == "wsd" else math.inf
-
-    @model_validator(mode="after")
-    def _schedule_has_its_lengths(self) -> "OptimSection":
-        if self.schedule == "warmup" and not self.warmup_images:
-            raise ValueError("schedule: warmup needs warmup_images > 0")
-        if self.schedule == "constant" and self.warmup_images:
-            raise ValueError("schedule: constant has no warm-up; set schedule: warmup beside warmup_images")
-        if (self.schedule == "wsd") != (self.cooldown_images > 0):
-            raise ValueError("schedule: wsd goes with cooldown_images > 0, and the others with cooldown_images: 0")
-        if self.cooldown_images and self.cooldown_from < self.warmup_images:
-            raise ValueError("cooldown_from must not lie inside the warm-up")
-        return self
-
-
-class ParallelSection(Section):
-    """The layout: how the model and its optimizer state are split over the ranks."""
-
-    tensor: PositiveInt = 1
-    """Ranks that share one copy of the model (Megatron-core tensor parallelism)."""
-    zero: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage over the data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
-    threads: PositiveInt | None = None
-    """CPU threads per rank; empty leaves it to OMP_NUM_THREADS or torch."""
-
-    @model_validator(mode="after")
-    def _tensor_needs_zero(self) -> "ParallelSection":
-        if self.tensor > 1 and self.zero == 0:
-            raise ValueError(f"tensor: {self.tensor} runs under DeepSpeed: set zero: 1 or zero: 2 beside it")
-        return self
-
-
-class ValidationSection(Section):
-    """When and on how much the held-out loss is measured."""
-
-    every_images: CountInt = 0
-    """0: only at ``at_images`` and at the end."""
-    at_images: tuple[PositiveInt, ...] = ()
-    images: PositiveInt | None = None
-    """How many held-out images; empty: all of them."""
-    batch: PositiveInt = 256
-    """Images per rank and forward pass while validating."""
-
-
-class CheckpointSection(Section):
-    every_images: CountInt = 0
-    """0: only at the end and when the run is told to stop."""
-    keep_last: PositiveInt = 2
-
-
-class LogSection(Section):
-    every_steps: PositiveInt = 10
+from llamagen_dist.config.training import (
+    CheckpointSection,
+    ComputeSection,
+    CountInt,
+    EMASection,
+    GuardSection,
+    LogSection,
+    OptimSection,
+    ParallelSection,
+    PositiveInt,
+    Probability,
+    Section,
+    TrainSection,
+    ValidationSection,
+)
 
 
 class GPTModelSection(Section):
@@ -128,9 +36,21 @@ class GPTModelSection(Section):
     dim: PositiveInt | None = None
     multiple_of: PositiveInt = 256
     """The feed-forward width is rounded up to a multiple of this."""
+    n_kv_head: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); empty: as many as query heads, as in all of LlamaGen."""
+    condition: Literal["class", "text"] = "class"
+    prefix_tokens: PositiveInt | None = None
+    """Length of the condition's prefix; empty: 1 for classes, 120 for captions."""
+    caption_dim: PositiveInt = 2048
+    """Width of the text encoder's features (flan-t5-xl: 2048)."""
+    prefix_rotation: Literal["zero", "identity"] = "zero"
+    """``zero``: prefix positions are rotated by cos = sin = 0, as the released weights need it. ``identity``: by
+    cos = 1, sin = 0, so that image tokens can tell caption tokens apart; for new text models."""
     token_dropout_p: Probability = 0.1
     resid_dropout_p: Probability = 0.1
     ffn_dropout_p: Probability = 0.1
+    attn_dropout_p: Probability = 0.0
+    """On the attention probabilities (LlamaGen trains with 0)."""
     drop_path_rate: Probability = 0.0
     class_dropout_p: Probability = 0.1
     """Share of training samples whose label is replaced by the null class (classifier-free guidance)."""
@@ -142,6 +62,8 @@ class GPTModelSection(Section):
             raise ValueError(f"give either size or n_layer, n_head and dim, not both (size and {', '.join(own)})")
         if self.size is None and len(own) < 3:
             raise ValueError("give size (for example GPT-B), or all of n_layer, n_head and dim")
+        if self.condition == "class" and self.prefix_tokens not in (None, 1):
+            raise ValueError("prefix_tokens: a class is one token; set condition: text beside it, or leave it empty")
         return self
 
 
@@ -161,12 +83,29 @@ class GPTConfigFile(Section):
     data: TokenDataSection
     train: TrainSection
     optim: OptimSection = OptimSection()
+    ema: EMASection = EMASection()
     parallel: ParallelSection = ParallelSection()
+    compute: ComputeSection = ComputeSection()
+    init_from: Path | None = None
+    """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
+    init_classes: Path | None = None
+    """Class names of ``init_from``, one a line, where it does not carry them (a bare weights file)."""
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-    ladder: dict[str, dict[str, Any]] = {}
+    guard: GuardSection = GuardSection()
+    ladder: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
+
+    @model_validator(mode="after")
+    def _precision_fits_the_engine(self) -> "GPTConfigFile":
+        if self.compute.precision == "bf16" and self.parallel.zero == 0:
+            raise ValueError(
+                "compute.precision: bf16 needs the fp32 masters that DeepSpeed keeps: set parallel.zero to 1, 2 or 3"
+            )
+        if self.init_classes is not None and self.init_from is None:
+            raise ValueError("init_classes names the classes of init_from, which is empty")
+        return self
 
 
 class TokenizerModelSection(Section):
@@ -261,6 +200,7 @@ class TokenizerConfigFile(Section):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    guard: GuardSection = GuardSection()
 
     @model_validator(mode="after")
     def _no_split(self) -> "TokenizerConfigFile":
@@ -310,7 +250,7 @@ class StageSection(Section):
     """A YAML file, relative to the pipeline file; resolved and saved with the stage."""
     arguments: tuple[str, ...] = ()
     """Words of the command line (for a stage without config), after substitution of {out} and friends."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the stage's config; strings may hold {out} and the pipeline's variables."""
     ranks: PositiveInt = 1
     images: str | None = None
@@ -324,9 +264,9 @@ class PipelineConfig(Section):
 
     kind: Literal["pipeline"]
     title: str
-    variables: dict[str, str] = {}
+    variables: dict[str, str] = Field(default_factory=dict)
     """Defaults for {names} in the stages, besides {out}; ``key=value`` on the command line replaces them."""
-    counts: dict[str, PositiveInt] = {}
+    counts: dict[str, PositiveInt] = Field(default_factory=dict)
     """Variables that are numbers of images: ``--small FACTOR`` scales them along with the training lengths."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
 

@@ -331,6 +331,14 @@ class GPT(nn.Module):
         per_token = weights.to(nll.dtype)[:, None].expand_as(nll)
         return (nll * per_token).sum() / per_token.sum().clamp(min=1.0)
 
+    def null_condition(self, condition: Condition) -> Condition:
+        """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample."""
+        if isinstance(condition, tuple):
+            features, present = condition
+            null: Tensor = self.cls_embedding.uncond_embedding  # type: ignore[assignment]
+            return null.to(features.dtype).expand_as(features), present
+        return torch.full_like(condition, self.config.num_classes)
+
     def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
         """Logits (B, V) of the first image token, and the cache that ``decode`` goes on with. Never any dropout."""
         present = condition[1] if isinstance(condition, tuple) else None

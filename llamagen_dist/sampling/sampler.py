@@ -60,12 +60,13 @@ def generate(
 
 
 def _with_null(model: GPT, condition: Condition) -> Condition:
-    """The batch doubled: the condition, then the null class or null caption (which keeps the caption's padding)."""
-    if isinstance(condition, tuple):
-        features, present = condition
-        null = model.cls_embedding.uncond_embedding.to(features.dtype).expand_as(features)  # type: ignore[operator]
-        return torch.cat([features, null]), torch.cat([present, present])
-    return torch.cat([condition, torch.full_like(condition, model.config.num_classes)])
+    """The batch doubled: the condition, then the null class or null caption."""
+    null = model.null_condition(condition)
+    if isinstance(condition, tuple) and isinstance(null, tuple):
+        return torch.cat([condition[0], null[0]]), torch.cat([condition[1], null[1]])
+    assert isinstance(condition, Tensor)
+    assert isinstance(null, Tensor)
+    return torch.cat([condition, null])
 
 
 def noise_streams(seeds: Tensor) -> Tensor:

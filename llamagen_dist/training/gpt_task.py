@@ -10,7 +10,7 @@ from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.config import GPTConfigFile, TrainSection, UserError
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.models.cost import total_parameters
-from llamagen_dist.models.gpt import GPT
+from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.topology import Topology
@@ -25,7 +25,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, condition: Tensor, sample_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor) -> Tensor:
         return self.model.loss(tokens, condition, sample_ids)
 
 
@@ -87,7 +87,7 @@ class GPTTask:
         total = torch.zeros((), device=self.topology.device)
         for piece in pieces:
             piece = piece.to(self.topology.device)
-            loss = self.engine.module(piece.tokens, piece.labels, piece.positions)
+            loss = self.engine.module(piece.tokens, piece.condition, piece.positions)
             check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
             self.engine.backward(loss / len(pieces))
             total += loss.detach() / len(pieces)
@@ -100,15 +100,14 @@ class GPTTask:
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """val_loss (true labels) and val_loss_null (null class): mean nats per token over all held-out samples."""
+        """val_loss (true condition), val_loss_null (null class or caption): mean nats per token of all held-out samples."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in self._validation_batches():
             batch = batch.to(self.topology.device)
-            null = torch.full_like(batch.labels, self.model.config.num_classes)
             count = len(batch.tokens)
-            for place, labels in ((0, batch.labels), (1, null)):
-                sums[place] += float(self.model.loss(batch.tokens, labels)) * count
+            for place, condition in enumerate((batch.condition, self.model.null_condition(batch.condition))):
+                sums[place] += float(self.model.loss(batch.tokens, condition)) * count
             sums[2] += count
         sums = self.topology.sum(sums)
         return {"val_loss": float(sums[0] / sums[2]), "val_loss_null": float(sums[1] / sums[2])}

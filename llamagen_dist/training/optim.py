@@ -1,5 +1,7 @@
 """Optimizer groups and learning-rate schedules, LlamaGen's choices as defaults (paper section 3.1)."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -25,6 +27,10 @@ def learning_rate(optim: OptimSection, images_seen: int) -> float:
     """The rate of the step whose global batch starts at sample ``images_seen``: a function of position, not state."""
     if images_seen < optim.warmup_images:
         return optim.lr * (images_seen + 1) / optim.warmup_images
-    if optim.cooldown_images and images_seen > optim.cooldown_from:
-        return optim.lr * max(0.0, 1 - (images_seen - optim.cooldown_from) / optim.cooldown_images)
+    if optim.schedule == "cosine":
+        done = min(1.0, (images_seen - optim.warmup_images) / (optim.cosine_images - optim.warmup_images))
+        return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    if optim.schedule == "wsd" and images_seen > optim.cooldown_from:
+        done = min(1.0, (images_seen - optim.cooldown_from) / optim.cooldown_images)
+        return optim.final_lr + (optim.lr - optim.final_lr) * (1 - done)
     return optim.lr

@@ -67,7 +67,7 @@ def make_task(layout: tuple[int, int, int], **train: Any) -> GPTTask:
 
 def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
     mine = slice(dp_rank * share, (dp_rank + 1) * share)
-    return TokenBatch(batch.tokens[mine], batch.labels[mine], batch.positions[mine])
+    return batch.rows(mine)
 
 
 def steps(task: GPTTask, first: int, last: int, shift: int = 0) -> list[tuple[float, float]]:

@@ -94,7 +94,10 @@ def test_cross_field_rules_are_told(file):
     path = file(GPT)
     assert "the nearest is 2560" in errors(path, "train.images=2500")[0]
     assert "both" in errors(path, "model.dim=32")[0]
-    assert "set zero: 1" in errors(path, "parallel.tensor=2")[0]
+    assert "set tensor: 2" in errors(path, "parallel.sequence=true")[0]
+    assert "set parallel.zero to 1, 2 or 3" in errors(path, "compute.precision=bf16", "parallel.zero=0")[0]
+    assert "cosine_images" in errors(path, "optim.schedule=cosine")[0]
+    assert "final_lr" in errors(path, "optim.final_lr=1")[0]
     assert "needs warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]
 
 

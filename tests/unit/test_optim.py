@@ -16,6 +16,14 @@ from llamagen_dist.training.optim import groups, learning_rate
             {"schedule": "wsd", "warmup_images": 100, "cooldown_from": 200, "cooldown_images": 400},
             {0: 0.01, 150: 1.0, 200: 1.0, 300: 0.75, 400: 0.5, 599: 0.0025, 600: 0.0, 900: 0.0},
         ),
+        (
+            {"schedule": "wsd", "cooldown_from": 200, "cooldown_images": 400, "final_lr": 0.5},
+            {0: 1.0, 200: 1.0, 400: 0.75, 600: 0.5, 900: 0.5},
+        ),
+        (
+            {"schedule": "cosine", "warmup_images": 100, "cosine_images": 500, "final_lr": 0.1},
+            {49: 0.5, 100: 1.0, 200: 0.1 + 0.9 * (2 + 2**0.5) / 4, 300: 0.55, 500: 0.1, 900: 0.1},
+        ),
     ],
 )
 def test_schedules(settings, expected):
@@ -31,11 +39,14 @@ def test_schedules(settings, expected):
         {"schedule": "wsd"},
         {"cooldown_images": 5},
         {"warmup_images": 5},
+        {"schedule": "cosine"},
+        {"cosine_images": 5},
+        {"schedule": "cosine", "warmup_images": 5, "cosine_images": 5},
         {"schedule": "wsd", "warmup_images": 9, "cooldown_from": 5, "cooldown_images": 1},
     ],
 )
 def test_a_schedule_without_its_lengths_is_refused(settings):
-    with pytest.raises(ValueError, match=r"warm|cooldown"):
+    with pytest.raises(ValueError, match=r"warm|cooldown|cosine"):
         OptimSection(**settings)
 
 
