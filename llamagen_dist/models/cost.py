@@ -1,6 +1,6 @@
 """What a GPT costs before it exists: parameters by group and FLOPs per image. A multiply-add counts as 2 FLOPs."""
 
-from llamagen_dist.models.gpt import GPTConfig
+from llamagen_dist.models.gpt_config import GPTConfig
 
 
 def parameters(config: GPTConfig) -> dict[str, int]:

@@ -13,7 +13,6 @@ that those weights depend on and that look like mistakes:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,57 +20,10 @@ from torch import Tensor, nn
 
 from llamagen_dist import prng
 from llamagen_dist.models.cache import Cache, LayerCache
+from llamagen_dist.models.gpt_config import GPTConfig
 
 Caption = tuple[Tensor, Tensor]
 Condition = Tensor | Caption
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes and dropouts; ``image_tokens`` must be a square number. See models/sizes.py for the named sizes."""
-
-    n_layer: int
-    n_head: int
-    dim: int
-    vocab_size: int = 16384
-    image_tokens: int = 256
-    condition: Literal["class", "text"] = "class"
-    num_classes: int = 1000
-    prefix_tokens: int | None = None  # 1 class token or 120 caption tokens
-    caption_dim: int = 2048
-    multiple_of: int = 256
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    initializer_range: float = 0.02
-    token_dropout_p: float = 0.1
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.dim % self.n_head:
-            raise ValueError(f"dim {self.dim} is not a multiple of n_head {self.n_head}")
-        if self.head_dim % 4:
-            raise ValueError(
-                f"head dimension {self.head_dim} (dim / n_head) must be a multiple of 4: "
-                "half of it turns with the row and half with the column, in pairs"
-            )
-        if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
-            raise ValueError(f"image_tokens {self.image_tokens} is not a square")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_head
-
-    @property
-    def prefix(self) -> int:
-        return self.prefix_tokens or (1 if self.condition == "class" else 120)
-
-    @property
-    def ffn_dim(self) -> int:
-        """2/3 of 4 x dim, rounded up to ``multiple_of``."""
-        wanted = int(2 * 4 * self.dim / 3)
-        return -(-wanted // self.multiple_of) * self.multiple_of
 
 
 @dataclass

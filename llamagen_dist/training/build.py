@@ -1,11 +1,15 @@
 """From config sections to models: the only place where the two meet (models know no config)."""
 
 import difflib
+from typing import TYPE_CHECKING
 
 from llamagen_dist.config import GPTModelSection, TokenizerModelSection, UserError
-from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
+
+if TYPE_CHECKING:  # imported where models are built: their sizes can be known without torch
+    from llamagen_dist.models.gpt import GPT
+    from llamagen_dist.models.vq import VQConfig, VQModel
 
 
 def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, num_classes: int) -> GPTConfig:
@@ -37,14 +41,18 @@ def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, 
         raise UserError(f"model: {error}") from None
 
 
-def build_gpt(config: GPTConfig, seed: int) -> GPT:
+def build_gpt(config: GPTConfig, seed: int) -> "GPT":
     """LlamaGen's initial weights for this seed; the dropout masks hang on the same seed."""
+    from llamagen_dist.models.gpt import GPT
+
     model = GPT(config).initialize(seed)
     model.dropout_seed = seed
     return model
 
 
-def vq_config(section: TokenizerModelSection) -> VQConfig:
+def vq_config(section: TokenizerModelSection) -> "VQConfig":
+    from llamagen_dist.models.vq import VQ_SIZES, VQConfig
+
     if section.size is not None:
         return VQConfig(**VQ_SIZES[section.size])
     assert section.channels is not None
@@ -60,5 +68,7 @@ def vq_config(section: TokenizerModelSection) -> VQConfig:
     )
 
 
-def build_vq(section: TokenizerModelSection) -> VQModel:
+def build_vq(section: TokenizerModelSection) -> "VQModel":
+    from llamagen_dist.models.vq import VQModel
+
     return VQModel(vq_config(section))
