@@ -17,6 +17,7 @@ from llamagen_dist.evaluation.image_quality import psnr, ssim, to_uint8, unpadde
 from llamagen_dist.models.vq import VQModel, code_histogram
 from llamagen_dist.parallel.engine import TorchEngine
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_loss
 from tokenizer_training.discriminators import PatchGAN
@@ -33,6 +34,7 @@ class TokenizerTask:
 
     def __init__(self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards) -> None:
         self.config, self.topology, self.model, self.held_out = config, topology, model, held_out
+        self.clock = Clock(topology.device)
         self.parameters = sum(p.numel() for p in model.parameters())
         size, factor = config.data.image_size, model.config.downsampling
         if size % factor:
@@ -45,7 +47,7 @@ class TokenizerTask:
         self.micro = config.train.micro_batch or self.share
         self.loss = TokenizerLoss(config.loss, topology.device)
         self.entropy = config.loss.entropy_weight > 0
-        self.generator = TorchEngine(model, config.optim, topology)
+        self.generator = TorchEngine(model, config.optim, topology, clock=self.clock)
         self.discriminator: TorchEngine | None = None
         self.adversarial_from = self.loss.adversarial_from()
         if self.adversarial_from is not None:
@@ -64,6 +66,7 @@ class TokenizerTask:
                 topology,
                 group="discriminator",
                 optimizer_group="discriminator_optimizer",
+                clock=self.clock,
             )
 
     def step(self, batch: Tensor, images_seen: int) -> Mapping[str, Tensor]:
@@ -92,10 +95,12 @@ class TokenizerTask:
             for name, value in found.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + value.detach() * share
-        sums["grad_norm"] = self.generator.step(images_seen)
+        with self.clock.part("optimizer"):
+            sums["grad_norm"] = self.generator.step(images_seen)
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
         if against is not None:
-            sums["discriminator_grad_norm"] = against.step(images_seen)
+            with self.clock.part("optimizer"):
+                sums["discriminator_grad_norm"] = against.step(images_seen)
         return sums
 
     def _generator_pass(self, images: Tensor, against: TorchEngine | None) -> tuple[GeneratorLosses, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llamagen_dist.checkpoint.entries import Entry, buffers, replicated
 from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_gradient
 
@@ -36,7 +37,7 @@ class TorchEngine:
 
     module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module, whose parameter names
     the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are
-    those of rank 0. group, optimizer_group: file families in the checkpoint.
+    those of rank 0. group, optimizer_group: file families in the checkpoint. clock: is told what DDP waits.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class TorchEngine:
         called: nn.Module | None = None,
         group: str = "weights",
         optimizer_group: str = "optimizer",
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or Clock(topology.device)
         self.plain = module.to(topology.device)
         self.optim, self.topology = optim, topology
         self.group, self.optimizer_group = group, optimizer_group
@@ -67,7 +70,11 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (already divided by the number of micro-batches)."""
-        loss.backward()
+        if self.topology.dp == 1:
+            loss.backward()
+            return
+        with self.clock.backward(loss):
+            loss.backward()
 
     def step(self, images_seen: int) -> Tensor:
         """Clip, set the learning rate of this position, update, clear. Returns the gradient norm before clipping.

@@ -81,10 +81,13 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         )
 
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
-    with StopFlag(topology) as stop, bar as progress:
+    with StopFlag(topology) as stop, bar as progress, task.clock.collectives():
         window_start, window_images = time.monotonic(), 0
         while images_seen < train.images:
-            metrics = task.step(stream.batch(images_seen), images_seen)
+            with task.clock.part("data"):
+                batch = stream.batch(images_seen)
+            with task.clock.part("compute"):
+                metrics = task.step(batch, images_seen)
             step, images_seen = step + 1, images_seen + train.global_batch
             window_images += train.global_batch
             done = images_seen >= train.images

@@ -14,6 +14,7 @@ from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_loss
 
@@ -39,12 +40,12 @@ def micro_batches(train: TrainSection, topology: Topology) -> tuple[int, int]:
     return micro, share // micro
 
 
-def build_engine(model: GPT, config: GPTConfigFile, topology: Topology) -> Engine:
+def build_engine(model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock) -> Engine:
     """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed (and Megatron-core) with it."""
     micro, accumulation = micro_batches(config.train, topology)
     tensor_parallel.apply(model, topology)
     if config.parallel.zero == 0:
-        return TorchEngine(model, config.optim, topology, called=Objective(model))
+        return TorchEngine(model, config.optim, topology, called=Objective(model), clock=clock)
     from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -73,9 +74,10 @@ class GPTTask:
         validation_batches: Callable[[], Iterable[TokenBatch]],
     ) -> None:
         self.name, self.config, self.topology = name, config, topology
+        self.clock = Clock(topology.device)
         self.zero = config.parallel.zero
         self.parameters = total_parameters(model.config)
-        self.engine = build_engine(model, config, topology)
+        self.engine = build_engine(model, config, topology, self.clock)
         self.model: GPT = model
         self.micro, _ = micro_batches(config.train, topology)
         self._validation_batches = validation_batches
@@ -91,7 +93,8 @@ class GPTTask:
             check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
             self.engine.backward(loss / len(pieces))
             total += loss.detach() / len(pieces)
-        norm = self.engine.step(images_seen)
+        with self.clock.part("optimizer"):
+            norm = self.engine.step(images_seen)
         return {
             "loss": total,
             "grad_norm": norm,
@@ -100,7 +103,7 @@ class GPTTask:
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """val_loss (true condition), val_loss_null (null class or caption): mean nats per token of all held-out samples."""
+        """val_loss (true condition), val_loss_null (null class or caption): mean nats per held-out token."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in self._validation_batches():

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking.throughput import Clock
 
 
 class Task(Protocol):
     """One trainable system: its modules and optimizers on this rank, already built and sharded."""
 
     topology: Topology
+    clock: Clock
+    """Made with the task; fit() reads it. A task reports the parts that fit() cannot see (``optimizer``)."""
 
     @property
     def zero(self) -> int:
