@@ -1,8 +1,11 @@
 """DeepSpeed ZeRO behind the Engine interface, with Megatron's groups when the model is split."""
 
+import math
 import os
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,12 +13,24 @@ from torch import Tensor, nn
 
 from llamagen_dist.checkpoint.entries import Entry, buffers
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel.tensor_parallel import cut, gather_full, split_of
+from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.parallel.zero_state import ZeroState
+from llamagen_dist.training import ema
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_gradient
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_BUCKET = 100_000_000  # elements
+
+
+def numel_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Elements per block (``layers.3``) and per module outside the blocks, from the parameters' shapes by name."""
+    found: dict[str, int] = {}
+    for name, shape in shapes.items():
+        words = name.split(".")
+        module = ".".join(words[:2]) if words[0] == "layers" else words[0]
+        found[module] = found.get(module, 0) + math.prod(shape)
+    return found
 
 
 class _ModelParallelUnit:
@@ -62,6 +77,8 @@ def _join(topology: Topology) -> Any:
         "MASTER_PORT": 29500,
     }.items():
         os.environ.setdefault(name, str(value))
+    # once per collective and rank, about names that DeepSpeed will have to change, would bury a job's log
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -83,11 +100,12 @@ def _join(topology: Topology) -> Any:
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 1 or 2 over the data-parallel ranks of ``topology``; fp32.
+    """ZeRO stage 1, 2 or 3 over the data-parallel ranks of ``topology``.
 
-    module: plain GPT whose split layers are already in place; called: a module around it whose forward is run
-    instead. micro_batch: images per rank and forward pass;
-    accumulation: forward passes per optimizer step.
+    module: plain GPT whose split layers are already in place, weights fp32; called: a module around it whose forward is
+    run instead. micro_batch: images per rank and forward pass; accumulation: forward passes per optimizer step.
+    precision ``bf16``: bfloat16 weights and activations, fp32 masters, gradient sums and reductions. ema_decay: 0 keeps
+    no average. query_group: query heads per key-value head.
     """
 
     def __init__(
@@ -100,46 +118,59 @@ class DeepSpeedEngine:
         micro_batch: int,
         accumulation: int,
         called: nn.Module | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        ema_decay: float = 0.0,
+        query_group: int = 1,
     ) -> None:
         deepspeed = _join(topology)
-        self.optim, self.topology = optim, topology
+        self.optim, self.topology, self.stage, self.ema_decay = optim, topology, stage, ema_decay
+        self.query_group = query_group
         self.plain = module.to(topology.device)
         self.shapes = {name: tuple(p.shape) for name, p in self.plain.named_parameters()}
-        # its default bucket is 2 GB whatever the model; one bucket of the model's own size is all that can ever be used
-        bucket = min(500_000_000, sum(p.numel() for p in self.plain.parameters()))
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "train_batch_size": micro_batch * accumulation * topology.dp,
-            "gradient_clipping": optim.clip,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-            },
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 60,
-        }
         self._engine, _, _, _ = deepspeed.initialize(
             model=called if called is not None else self.plain,
             optimizer=optimizers.build(self.plain, optim),
-            config=settings,
+            config=self._settings(precision, micro_batch, accumulation),
             mpu=_ModelParallelUnit(topology) if topology.tensor > 1 else None,
             dist_init_required=False,
         )
         self.module: nn.Module = self._engine
-        self._make_optimizer_state()
+        self.state = ZeroState(self._engine.optimizer, stage, topology, ema=ema_decay > 0)
 
-    def _make_optimizer_state(self) -> None:
-        """Adam's state exists only after the first step; a resume has to write into it before."""
-        inner = self._engine.optimizer.optimizer
-        for group in inner.param_groups:
-            for p in group["params"]:
-                inner.state[p] = {
-                    "step": torch.zeros(()),
-                    **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS},
-                }
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+    def _settings(self, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
+        numel = sum(math.prod(shape) for shape in self.shapes.values())
+        # its default buckets are 2 GB whatever the model; one of the model's own size is all that can ever be used
+        bucket = min(LARGEST_BUCKET, numel)
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self.stage == 3:
+            # one block computes while the next is fetched; what was used is given back at once, or nothing is saved
+            live = 2 * max(numel_by_module(self.shapes).values())
+            zero |= {
+                "stage3_prefetch_bucket_size": min(bucket, live // 2),
+                "stage3_max_live_parameters": live,
+                "stage3_max_reuse_distance": 0,
+                # vectors stay whole on every rank (gathering one costs more than it saves), matrices are sharded
+                "stage3_param_persistence_threshold": max(
+                    (s[0] for s in self.shapes.values() if len(s) == 1), default=0
+                ),
+            }
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch * accumulation * self.topology.dp,
+            "gradient_clipping": self.optim.clip,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 60,
+        }
+        if precision == "bf16":
+            settings["bf16"] = {"enabled": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            settings["communication_data_type"] = "fp32"
+        return settings
+
+    def micro_step(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (already divided by the number of micro-batches)."""
@@ -157,58 +188,40 @@ class DeepSpeedEngine:
         self._engine.step()
         norm = torch.as_tensor(float(self._engine.get_global_grad_norm()))
         check_gradient(norm, self.topology, "model")
+        ema.update(self.state.states, self.ema_decay)
         return norm
 
     def entries(self) -> list[Entry]:
-        """fp32 masters and Adam moments, gathered one parameter at a time over data- and tensor-parallel ranks."""
-        from deepspeed.utils import (
-            safe_get_full_fp32_param,
-            safe_get_full_optimizer_state,
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-        )
-
-        t = self.topology
+        """fp32 masters, their average and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
         found: list[Entry] = []
         for name, p in self.plain.named_parameters():
-            shape = self._full_shape(name)
+            found.append(self._entry("weights", name, name, p, None))
+            if self.ema_decay > 0:
+                found.append(self._entry("ema", name, name, p, ema.KEY))
+            for moment in optimizers.MOMENTS:
+                found.append(self._entry("optimizer", f"{moment}/{name}", name, p, moment))
+        found += buffers("weights", self.plain)
+        return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
 
-            def read(writer: int, name: str = name, p: Tensor = p) -> Tensor | None:
-                return gather_full(name, safe_get_full_fp32_param(p), t, writer)
+    def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> Entry:
+        t = self.topology
+        part_shape = self.shapes[name]  # under ZeRO-3 the parameter itself is empty between its uses
 
-            def write(full: Tensor, name: str = name, p: Tensor = p) -> None:
-                safe_set_full_fp32_param(p, cut(name, full, t.tensor, t.tp_rank).to(t.device))
+        def read(writer: int) -> Tensor | None:
+            return gather_full(name, self.state.get(p, kind).view(part_shape), t, writer, self.query_group)
 
-            found.append(Entry("weights", name, shape, read, write))
-            for moment in MOMENTS:
+        def write(full: Tensor) -> None:
+            self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))
 
-                def read_moment(writer: int, name: str = name, p: Tensor = p, moment: str = moment) -> Tensor | None:
-                    return gather_full(name, safe_get_full_optimizer_state(p, moment), t, writer)
-
-                def write_moment(full: Tensor, name: str = name, p: Tensor = p, moment: str = moment) -> None:
-                    safe_set_full_optimizer_state(p, cut(name, full, t.tensor, t.tp_rank).to(t.device), moment)
-
-                found.append(Entry("optimizer", f"{moment}/{name}", shape, read_moment, write_moment))
-        return found + buffers("weights", self.plain)
-
-    def _full_shape(self, name: str) -> tuple[int, ...]:
-        split, shape = split_of(name), list(self.shapes[name])
-        if split is not None:
-            shape[split.dim] *= self.topology.tensor
-        return tuple(shape)
+        return Entry(group, key, full_shape(name, part_shape, t.tensor), read, write)
 
     def scalars(self) -> dict[str, float]:
-        state = self._engine.optimizer.optimizer.state
-        return {"optimizer.step": float(next(iter(state.values()))["step"])}
+        return {"optimizer.step": self.state.adam_step()}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         """The last act of a resume: Adam's step count, then the masters become the module's weights."""
-        for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(scalars["optimizer.step"])
-        self._engine.optimizer.update_lp_params()
+        self.state.set_adam_step(scalars["optimizer.step"])
+        self.state.publish()
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes this rank really holds: weights, and the optimizer's own state (masters aside)."""
-        inner = self._engine.optimizer.optimizer
-        moments = sum(s[m].nbytes for s in inner.state.values() for m in MOMENTS)
-        return {"weights": sum(p.nbytes for p in self.plain.parameters()), "moments": moments}
+        return self.state.held_bytes(self.plain)

@@ -1,25 +1,36 @@
 """One interface over what runs the optimizer: plain torch or DDP here, DeepSpeed ZeRO in deepspeed_engine.py."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamagen_dist.checkpoint.entries import Entry, buffers, replicated
 from llamagen_dist.config import OptimSection
+from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
+from llamagen_dist.training import ema
 from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import check_gradient
 
 
 class Engine(Protocol):
-    """Gradients accumulate over ``backward`` calls until ``step``."""
+    """Gradients accumulate over ``backward`` calls until ``step``.
+
+    module: what is called to train and to validate; plain: the model itself, whose parameter names the checkpoint uses.
+    """
 
     module: nn.Module
     plain: nn.Module
+
+    def micro_step(self, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of one micro-batch; gradients need not be averaged before the last one."""
+        ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -31,13 +42,19 @@ class Engine(Protocol):
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None: ...
 
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes this rank really holds for weights, gradients, masters, moments and ema (0 where none are kept)."""
+        ...
+
 
 class TorchEngine:
-    """One process, or DDP when the topology has several data-parallel ranks.
+    """One process, or DDP when the topology has several data-parallel ranks; fp32, tensor parallelism allowed.
 
     module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module, whose parameter names
     the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are
-    those of rank 0. group, optimizer_group: file families in the checkpoint. clock: is told what DDP waits.
+    those of rank 0. group, optimizer_group: file families in the checkpoint. ema_decay: 0 keeps no average.
+    query_group: query heads per key-value head, for weights split by tensor parallelism. sync_buffers: rank 0's buffers
+    are sent to all before every forward pass (batch statistics). clock: is told what DDP waits.
     """
 
     def __init__(
@@ -49,24 +66,35 @@ class TorchEngine:
         called: nn.Module | None = None,
         group: str = "weights",
         optimizer_group: str = "optimizer",
+        ema_decay: float = 0.0,
+        query_group: int = 1,
+        sync_buffers: bool = True,
         clock: Clock | None = None,
     ) -> None:
         self.clock = clock or Clock(topology.device)
         self.plain = module.to(topology.device)
-        self.optim, self.topology = optim, topology
+        self.optim, self.topology, self.ema_decay, self.query_group = optim, topology, ema_decay, query_group
         self.group, self.optimizer_group = group, optimizer_group
         self.module: nn.Module = called if called is not None else self.plain
         if topology.dp > 1:
-            devices = [topology.device] if topology.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.module, device_ids=devices, process_group=topology.dp_group)
+            self.module = DistributedDataParallel(
+                self.module,
+                device_ids=[topology.device] if topology.device.type == "cuda" else None,
+                process_group=topology.dp_group,
+                broadcast_buffers=sync_buffers,
+                gradient_as_bucket_view=True,
+            )
         self.optimizer = optimizers.build(self.plain, optim)
         for p in self.plain.parameters():
             if p.requires_grad:
-                self.optimizer.state[p] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                self.optimizer.state[p] = optimizers.fresh_state(p)
+                if ema_decay > 0:
+                    self.optimizer.state[p][ema.KEY] = p.detach().clone()
+
+    def micro_step(self, last: bool) -> AbstractContextManager[object]:
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (already divided by the number of micro-batches)."""
@@ -82,7 +110,7 @@ class TorchEngine:
         Raises NonFiniteError before the update; the norm is the same on every rank, so all raise together.
         """
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._gradient_norm()
         check_gradient(norm, self.topology, self.group)
         if self.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
@@ -90,17 +118,49 @@ class TorchEngine:
             group["lr"] = optimizers.learning_rate(self.optim, images_seen)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        ema.update(self.optimizer.state, self.ema_decay)
         return norm.detach()
 
+    def _gradient_norm(self) -> Tensor:
+        """Over the whole model: parts of split weights add up over the tensor-parallel ranks, copies count once."""
+        named = [(name, p.grad) for name, p in self.plain.named_parameters() if p.grad is not None]
+        if self.topology.tensor == 1:
+            return nn.utils.get_total_norm([gradient for _, gradient in named])
+        copies = nn.utils.get_total_norm([g for name, g in named if split_of(name) is None])
+        parts = nn.utils.get_total_norm([g for name, g in named if split_of(name) is not None]).square()
+        dist.all_reduce(parts, group=self.topology.tp_group)
+        return (copies.square() + parts).sqrt()
+
     def entries(self) -> list[Entry]:
-        """Weights, buffers and Adam moments; every rank holds all of them."""
+        """Weights, buffers, Adam moments and the moving average, merged over the tensor-parallel ranks."""
         found: list[Entry] = []
         for name, p in self.plain.named_parameters():
-            found.append(replicated(self.group, name, p))
+            found.append(self._entry(self.group, name, name, p))
             if p.requires_grad:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    found.append(replicated(self.optimizer_group, f"{moment}/{name}", self.optimizer.state[p][moment]))
-        return found + buffers(self.group, self.plain)
+                state = self.optimizer.state[p]
+                if ema.KEY in state:
+                    found.append(self._entry("ema", name, name, state[ema.KEY]))
+                for moment in optimizers.MOMENTS:
+                    found.append(self._entry(self.optimizer_group, f"{moment}/{name}", name, state[moment]))
+        found += buffers(self.group, self.plain)
+        return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
+
+    def _entry(self, group: str, key: str, name: str, tensor: Tensor) -> Entry:
+        t = self.topology
+        if t.tensor == 1 or split_of(name) is None:
+            return replicated(group, key, tensor)
+
+        def write(full: Tensor) -> None:
+            with torch.no_grad():
+                tensor.copy_(cut(name, full, t.tensor, t.tp_rank, self.query_group))
+
+        return Entry(
+            group,
+            key,
+            full_shape(name, tuple(tensor.shape), t.tensor),
+            lambda writer: gather_full(name, tensor.detach(), t, writer, self.query_group),
+            write,
+        )
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.optimizer_group}.step": float(next(iter(self.optimizer.state.values()))["step"])}
@@ -108,3 +168,14 @@ class TorchEngine:
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(scalars[f"{self.optimizer_group}.step"])
+
+    def held_bytes(self) -> dict[str, int]:
+        parameters = list(self.plain.parameters())
+        states = self.optimizer.state.values()
+        return {
+            "weights": sum(p.nbytes for p in parameters),
+            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            "masters": 0,
+            "moments": sum(state[m].nbytes for state in states for m in optimizers.MOMENTS),
+            "ema": sum(state[ema.KEY].nbytes for state in states if ema.KEY in state),
+        }

@@ -5,7 +5,9 @@ stay), cutting full weights into a rank's part, and merging parts for a checkpoi
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,21 +15,25 @@ from torch import Tensor, nn
 
 from llamagen_dist.config import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.parallel import sequence_parallel
 from llamagen_dist.parallel.topology import Topology
+
+Source = Callable[[str, tuple[int, ...]], Tensor]
+"""(name, full shape) -> the full fp32 tensor, on any device: initial weights, or those of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """kind: ``vocab``, ``column`` or ``row``; dim: the dimension cut; parts: blocks cut one by one ([q|k|v]: 3)."""
+    """kind: ``vocab``, ``column`` or ``row``; dim: the dimension cut; fused: whether it is [q|k|v], cut one by one."""
 
     kind: str
     dim: int
-    parts: int = 1
+    fused: bool = False
 
 
 TABLE: tuple[tuple[str, Split], ...] = (
     (r"tok_embeddings\.weight", Split("vocab", 0)),
-    (r"layers\.\d+\.attention\.wqkv\.weight", Split("column", 0, parts=3)),
+    (r"layers\.\d+\.attention\.wqkv\.weight", Split("column", 0, fused=True)),
     (r"layers\.\d+\.attention\.wo\.weight", Split("row", 1)),
     (r"layers\.\d+\.feed_forward\.w[13]\.weight", Split("column", 0)),
     (r"layers\.\d+\.feed_forward\.w2\.weight", Split("row", 1)),
@@ -40,27 +46,50 @@ def split_of(name: str) -> Split | None:
     return next((split for pattern, split in TABLE if re.fullmatch(pattern, name)), None)
 
 
-def cut(name: str, full: Tensor, tensor: int, rank: int) -> Tensor:
-    """The part of a full tensor that tensor-parallel rank ``rank`` of ``tensor`` holds."""
+def _blocks(split: Split, size: int, group: int) -> list[int]:
+    """Sizes of the pieces of a dimension of ``size`` that are cut one by one; group: query heads per key head."""
+    if not split.fused:
+        return [size]
+    unit = size // (group + 2)
+    return [group * unit, unit, unit]
+
+
+def cut(name: str, full: Tensor, tensor: int, rank: int, group: int = 1) -> Tensor:
+    """The part of a full tensor that tensor-parallel rank ``rank`` of ``tensor`` holds.
+
+    group: query heads per key-value head (n_head / n_kv_head), which says where q, k and v lie in a fused weight.
+    """
     split = split_of(name)
     if split is None or tensor == 1:
         return full
-    parts = full.chunk(split.parts, split.dim)
-    return torch.cat([part.chunk(tensor, split.dim)[rank] for part in parts], split.dim).contiguous()
+    blocks = full.split(_blocks(split, full.shape[split.dim], group), split.dim)
+    return torch.cat([block.chunk(tensor, split.dim)[rank] for block in blocks], split.dim).contiguous()
 
 
-def merge(name: str, pieces: list[Tensor]) -> Tensor:
+def merge(name: str, pieces: list[Tensor], group: int = 1) -> Tensor:
     """The inverse of ``cut``: pieces in rank order -> the full tensor."""
     split = split_of(name)
     if split is None or len(pieces) == 1:
         return pieces[0]
-    chunked = [piece.chunk(split.parts, split.dim) for piece in pieces]
-    return torch.cat([piece[i] for i in range(split.parts) for piece in chunked], split.dim).contiguous()
+    blocks = [piece.split(_blocks(split, piece.shape[split.dim], group), split.dim) for piece in pieces]
+    return torch.cat([b[i] for i in range(len(blocks[0])) for b in blocks], split.dim).contiguous()
+
+
+def query_group(config: GPTConfig) -> int:
+    """Query heads per key-value head."""
+    return config.n_head // (getattr(config, "n_kv_head", None) or config.n_head)
 
 
 def check(config: GPTConfig, tensor: int) -> None:
     """Raise UserError if the model cannot be split ``tensor`` ways, with the sizes that would work."""
-    limits = {"heads": config.n_head, "feed-forward width": config.ffn_dim, "vocabulary": config.vocab_size}
+    limits = {
+        "heads": config.n_head,
+        "key-value heads": config.n_head // query_group(config),
+        "feed-forward width": config.ffn_dim,
+        "vocabulary": config.vocab_size,
+    }
+    if query_group(config) == 1:
+        del limits["key-value heads"]
     bad = [f"{name} {size}" for name, size in limits.items() if size % tensor]
     if bad:
         fits = [n for n in range(1, config.n_head + 1) if all(size % n == 0 for size in limits.values())]
@@ -70,87 +99,136 @@ def check(config: GPTConfig, tensor: int) -> None:
         )
 
 
-def apply(model: GPT, topology: Topology) -> GPT:
-    """Replace the split layers of a finished plain model by Megatron-core's, in place, with their part of the weights.
+def materialize(model: GPT, topology: Topology, source: Source) -> GPT:
+    """Give a model built on the meta device its weights, a parameter at a time and only this rank's part of each.
 
-    Every rank must hold the same full weights. Nothing happens at tensor size 1.
+    So a rank never holds more than its share and one full tensor. Buffers are left to ``model.make_buffers``.
+    """
+    group = query_group(model.config)
+    for name, p in list(model.named_parameters()):
+        path, _, last = name.rpartition(".")
+        full = source(name, tuple(p.shape))
+        part = cut(name, full, topology.tensor, topology.tp_rank, group)
+        # a tensor that is a view of a larger one, or of a file, would keep that alive
+        setattr(model.get_submodule(path), last, nn.Parameter(part.to(torch.float32).clone()))
+    return model
+
+
+def apply(model: GPT, topology: Topology, sequence: bool = False) -> GPT:
+    """Replace the split layers of a finished plain model by Megatron-core's, in place.
+
+    The model holds full weights, the same on every rank, or this rank's parts already (``materialize``). sequence: also
+    split what lies between these layers along the sequence. Nothing happens at tensor size 1.
     """
     if topology.tensor == 1:
         return model
     check(model.config, topology.tensor)
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel import (
-        ColumnParallelLinear,
-        RowParallelLinear,
-        VocabParallelEmbedding,
-        gather_from_tensor_model_parallel_region,
-        vocab_parallel_cross_entropy,
-    )
-    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-
-    mcore = ModelParallelConfig(
-        tensor_model_parallel_size=topology.tensor,
-        use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        perform_initialization=False,
-    )
-
-    # mcore adds an _extra_state to state dicts, which strict loading of LlamaGen's names would refuse
-    class Column(ColumnParallelLinear):
-        get_extra_state = nn.Module.get_extra_state
-        set_extra_state = nn.Module.set_extra_state
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)[0]
-
-    class Row(RowParallelLinear):
-        get_extra_state = nn.Module.get_extra_state
-        set_extra_state = nn.Module.set_extra_state
-
-        def forward(self, x: Tensor) -> Tensor:
-            # mcore's reduction returns its own input, but reduces a contiguous copy of it
-            return super().forward(x.contiguous())[0]
-
-    def swapped(kind: str, old: nn.Linear | nn.Embedding) -> nn.Module:
-        if isinstance(old, nn.Embedding):
-            return VocabParallelEmbedding(
-                old.num_embeddings, old.embedding_dim, init_method=nn.init.zeros_, config=mcore
-            )
-        options = {"config": mcore, "init_method": nn.init.zeros_, "bias": False}
-        if kind == "column":
-            return Column(old.in_features, old.out_features, gather_output=False, **options)
-        return Row(old.in_features, old.out_features, input_is_parallel=True, skip_bias_add=False, **options)
-
     order = [name for name, _ in model.named_parameters()]
+    layers = _MegatronLayers(topology, model.config, sequence)
     for name, p in list(model.named_parameters()):
         split = split_of(name)
-        if split is None:
-            continue
-        path = name.removesuffix(".weight")
-        parent = model.get_submodule(path.rpartition(".")[0])
-        old = getattr(parent, path.rpartition(".")[2])
-        new = swapped(split.kind, old)
-        getattr(new, "_load_state_dict_pre_hooks").clear()  # noqa: B009 - nn.Module types it as a tensor
-        weight = new.get_parameter("weight")
-        with torch.no_grad():
-            weight.copy_(cut(name, p, topology.tensor, topology.tp_rank))
-        for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-            if hasattr(weight, attribute):
-                delattr(weight, attribute)
-        # without this mark DeepSpeed takes the part for a replica and the gradient norm comes out too small
-        set_tensor_model_parallel_attributes(weight, True, split.dim, 1)
-        setattr(parent, path.rpartition(".")[2], new)
+        if split is not None:
+            path, _, last = name.removesuffix(".weight").rpartition(".")
+            parent = model.get_submodule(path)
+            setattr(parent, last, layers.swapped(name, split, getattr(parent, last), p))
     assert [name for name, _ in model.named_parameters()] == order, "swapping changed the parameters' order"
-
-    def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(logits.float().contiguous(), tokens)
-
-    model.token_nll = token_nll
-    model.gather_vocabulary = lambda logits: gather_from_tensor_model_parallel_region(logits.contiguous())
+    heads = model.config.n_head // topology.tensor
+    blocks: Any = model.layers
+    for block in blocks:
+        block.attention.first_head = heads * topology.tp_rank
+    if sequence:
+        sequence_parallel.install(model, topology)
+    else:
+        sequence_parallel.share_input_reduction(model, topology)
+    layers.use_split_vocabulary(model)
     return model
 
 
-def gather_full(name: str, part: Tensor, topology: Topology, writer: int) -> Tensor | None:
+class _MegatronLayers:
+    """Makes the split modules for one topology; Megatron-core is imported here and nowhere at module level."""
+
+    def __init__(self, topology: Topology, config: GPTConfig, sequence: bool) -> None:
+        from megatron.core import ModelParallelConfig
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+        self.topology, self.group = topology, query_group(config)
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=topology.tensor,
+            use_cpu_initialization=True,
+            params_dtype=torch.float32,
+            perform_initialization=False,
+        )
+
+        # mcore adds an _extra_state to state dicts, which strict loading of LlamaGen's names would refuse
+        class Column(ColumnParallelLinear):
+            get_extra_state = nn.Module.get_extra_state
+            set_extra_state = nn.Module.set_extra_state
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x)[0]
+
+        class Row(RowParallelLinear):
+            get_extra_state = nn.Module.get_extra_state
+            set_extra_state = nn.Module.set_extra_state
+
+            def forward(self, x: Tensor) -> Tensor:
+                if sequence:
+                    partial = nn.functional.linear(x, self.weight)
+                    return sequence_parallel.reduce_scatter(partial, topology)
+                # mcore's reduction returns its own input, but reduces a contiguous copy of it
+                return super().forward(x.contiguous())[0]
+
+        self.column, self.row = Column, Row
+
+    def swapped(self, name: str, split: Split, old: nn.Module, weight: Tensor) -> nn.Module:
+        """The split module for the place of ``old``, with this rank's part of ``weight`` (which may be one already)."""
+        from megatron.core.tensor_parallel import VocabParallelEmbedding
+        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+        new: nn.Module
+        options = {"config": self.config, "init_method": nn.init.zeros_}
+        if isinstance(old, nn.Embedding):
+            new = VocabParallelEmbedding(old.num_embeddings, old.embedding_dim, **options)
+            full = (old.num_embeddings, old.embedding_dim)
+        else:
+            assert isinstance(old, nn.Linear)
+            full = (old.out_features, old.in_features)
+            if split.kind == "column":
+                # every column layer but the head shares its input's gradient reduction with its neighbour (hooks)
+                shared = name != "output.weight"
+                new = self.column(
+                    full[1], full[0], gather_output=False, bias=False, disable_grad_reduce=shared, **options
+                )
+            else:
+                new = self.row(full[1], full[0], input_is_parallel=True, skip_bias_add=False, bias=False, **options)
+        getattr(new, "_load_state_dict_pre_hooks").clear()  # noqa: B009 - nn.Module types it as a tensor
+        own = new.get_parameter("weight")
+        whole = tuple(weight.shape) == full
+        t = self.topology
+        with torch.no_grad():
+            own.copy_(cut(name, weight, t.tensor, t.tp_rank, self.group) if whole else weight)
+        for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(own, attribute):
+                delattr(own, attribute)
+        # without this mark DeepSpeed takes the part for a replica and the gradient norm comes out too small
+        set_tensor_model_parallel_attributes(own, True, split.dim, 1)
+        return new
+
+    def use_split_vocabulary(self, model: GPT) -> None:
+        """The loss from this rank's slice of the logits; logits are made whole only where somebody asks for them."""
+        from megatron.core.tensor_parallel import (
+            gather_from_tensor_model_parallel_region,
+            vocab_parallel_cross_entropy,
+        )
+
+        def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+            return vocab_parallel_cross_entropy(logits.float().contiguous(), tokens)
+
+        model.token_nll = token_nll
+        model.gather_vocabulary = lambda logits: gather_from_tensor_model_parallel_region(logits.contiguous())
+
+
+def gather_full(name: str, part: Tensor, topology: Topology, writer: int, group: int = 1) -> Tensor | None:
     """Merge the parts of one tensor on global rank ``writer`` (collective over writer's tensor-parallel group).
 
     Ranks outside that group return None at once.
@@ -162,4 +240,12 @@ def gather_full(name: str, part: Tensor, topology: Topology, writer: int) -> Ten
     mine = topology.rank == writer
     pieces = [torch.empty_like(part) for _ in range(topology.tensor)] if mine else None
     dist.gather(part.contiguous(), pieces, dst=writer, group=topology.tp_group)
-    return merge(name, pieces) if pieces is not None else None
+    return merge(name, pieces, group) if pieces is not None else None
+
+
+def full_shape(name: str, part: tuple[int, ...], tensor: int) -> tuple[int, ...]:
+    """The shape of the whole tensor of which every rank holds a part of shape ``part``."""
+    split, shape = split_of(name), list(part)
+    if split is not None:
+        shape[split.dim] *= tensor
+    return tuple(shape)

@@ -1,6 +1,6 @@
 """The GPT as a Task: micro-batches through an engine, validation with and without the condition."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None) -> Tensor:
         return self.model.loss(tokens, condition, sample_ids)
 
 
@@ -41,11 +41,21 @@ def micro_batches(train: TrainSection, topology: Topology) -> tuple[int, int]:
 
 
 def build_engine(model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock) -> Engine:
-    """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed (and Megatron-core) with it."""
+    """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed with it; Megatron-core splits both."""
     micro, accumulation = micro_batches(config.train, topology)
-    tensor_parallel.apply(model, topology)
+    tensor_parallel.apply(model, topology, config.parallel.sequence)
+    group = tensor_parallel.query_group(model.config)
     if config.parallel.zero == 0:
-        return TorchEngine(model, config.optim, topology, called=Objective(model), clock=clock)
+        return TorchEngine(
+            model,
+            config.optim,
+            topology,
+            called=Objective(model),
+            ema_decay=config.ema.decay,
+            query_group=group,
+            sync_buffers=False,
+            clock=clock,
+        )
     from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -56,6 +66,9 @@ def build_engine(model: GPT, config: GPTConfigFile, topology: Topology, clock: C
         stage=config.parallel.zero,
         micro_batch=micro,
         accumulation=accumulation,
+        precision=config.compute.precision,
+        ema_decay=config.ema.decay,
+        query_group=group,
     )
 
 
@@ -84,14 +97,15 @@ class GPTTask:
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr."""
-        self.model.train()
+        self.engine.module.train()
         pieces = batch.split(self.micro)
         total = torch.zeros((), device=self.topology.device)
-        for piece in pieces:
+        for number, piece in enumerate(pieces, 1):
             piece = piece.to(self.topology.device)
-            loss = self.engine.module(piece.tokens, piece.condition, piece.positions)
-            check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
-            self.engine.backward(loss / len(pieces))
+            with self.engine.micro_step(last=number == len(pieces)):
+                loss = self.engine.module(piece.tokens, piece.condition, piece.positions)
+                check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
+                self.engine.backward(loss / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):
             norm = self.engine.step(images_seen)
@@ -104,16 +118,43 @@ class GPTTask:
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
         """val_loss (true condition), val_loss_null (null class or caption): mean nats per held-out token."""
-        self.model.eval()
+        self.engine.module.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch in self._validation_batches():
+        for batch, counts in self._in_step(self._validation_batches()):
             batch = batch.to(self.topology.device)
-            count = len(batch.tokens)
+            count = len(batch.tokens) if counts else 0
             for place, condition in enumerate((batch.condition, self.model.null_condition(batch.condition))):
-                sums[place] += float(self.model.loss(batch.tokens, condition)) * count
+                sums[place] += float(self._loss(batch.tokens, condition)) * count
             sums[2] += count
+        if self.zero == 3:
+            self.engine.module.empty_partition_cache()  # type: ignore[operator]  # evaluation leaves fetched weights
         sums = self.topology.sum(sums)
         return {"val_loss": float(sums[0] / sums[2]), "val_loss_null": float(sums[1] / sums[2])}
+
+    def _loss(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """In evaluation mode. Only ZeRO-3 needs its engine for that: the weights are gathered on the way."""
+        if self.zero == 3:
+            return self.engine.module(tokens, condition, None)
+        return self.model.loss(tokens, condition)
+
+    def _in_step(self, batches: Iterable[TokenBatch]) -> Iterator[tuple[TokenBatch, bool]]:
+        """(batch, whether it counts). Under ZeRO-3 every forward pass is collective, and ranks may have different
+        numbers of batches: one that has run out repeats a sample that does not count until all are done."""
+        if self.zero < 3:
+            yield from ((batch, True) for batch in batches)
+            return
+        waiting = iter(batches)
+        idle = self._any_sample()
+        while self.topology.any((batch := next(waiting, None)) is not None):
+            yield (idle, False) if batch is None else (batch, True)
+
+    def _any_sample(self) -> TokenBatch:
+        c = self.model.config
+        tokens = torch.zeros(1, c.image_tokens, dtype=torch.int64)
+        condition: Condition = torch.zeros(1, dtype=torch.int64)
+        if c.condition == "text":
+            condition = (torch.zeros(1, c.prefix, c.caption_dim), torch.ones(1, c.prefix, dtype=torch.bool))
+        return TokenBatch(tokens, condition, torch.zeros(1, dtype=torch.int64))
 
     def entries(self) -> list[Entry]:
         return self.engine.entries()

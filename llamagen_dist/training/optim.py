@@ -1,11 +1,14 @@
 """Optimizer groups and learning-rate schedules, LlamaGen's choices as defaults (paper section 3.1)."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llamagen_dist.config import OptimSection
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -21,6 +24,11 @@ def build(module: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=True
     )
+
+
+def fresh_state(p: Tensor) -> dict[str, Any]:
+    """Adam's state before the first step: it would be made by that step, but a resume writes into it before."""
+    return {"step": torch.zeros(()), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
 
 
 def learning_rate(optim: OptimSection, images_seen: int) -> float:
