@@ -8,64 +8,23 @@ hashes, ``COMPLETE``. It is removed first.
 
 import hashlib
 import json
-import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.checkpoint.folder import complete
+from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.config import Section, UserError, load
-from llamagen_dist.files import sha256_file, write_text
+from llamagen_dist.files import sha256_file
 from llamagen_dist.parallel.topology import Topology
 
-FORMAT = 1
-SHARD_BYTES = 1 << 30  # a writer starts another file after this much, which also bounds its memory
-
-
-def _deal(entries: Sequence[Entry], world: int) -> list[int]:
-    """The writer rank of each entry: always the least loaded so far, so that all ranks write about as much."""
-    load_of = [0] * world
-    writers = []
-    for entry in entries:
-        writer = load_of.index(min(load_of))
-        load_of[writer] += math.prod(entry.shape)
-        writers.append(writer)
-    return writers
-
-
-class _Writer:
-    """Collects the tensors dealt to this rank and flushes them into files of bounded size."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-        self.waiting: dict[str, dict[str, Tensor]] = {}
-        self.files: dict[str, str] = {}  # file -> sha256
-        self.where: dict[str, str] = {}  # group:key -> file
-
-    def add(self, group: str, key: str, tensor: Tensor) -> None:
-        batch = self.waiting.setdefault(group, {})
-        batch[key] = tensor.detach().cpu().contiguous().clone()
-        if sum(t.nbytes for t in batch.values()) >= SHARD_BYTES:
-            self.flush(group)
-
-    def flush(self, group: str) -> None:
-        batch = self.waiting.pop(group, {})
-        if not batch:
-            return
-        from safetensors.torch import save_file
-
-        name = f"{group}-{self.rank:05d}-{len(self.files):03d}.safetensors"
-        save_file(batch, self.folder / name)
-        with open(self.folder / name, "rb") as file:
-            os.fsync(file.fileno())
-        self.files[name] = sha256_file(self.folder / name)
-        self.where.update({f"{group}:{key}": name for key in batch})
+__all__ = ["complete", "save"]
 
 
 def save(
@@ -79,70 +38,84 @@ def save(
     classes: Sequence[str] | None = None,
     keep_last: int = 2,
 ) -> Path:
-    """Write ``run_dir/checkpoints/step_…`` (collective) and prune older ones. Returns its path.
+    """Write ``run_dir/checkpoints/step_…`` (collective), prune older ones, return its path. Raises UserError.
 
-    An OSError (disk full) leaves the earlier checkpoints as they were.
+    A training run keeps a Saver instead, which also writes in the background.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    if topology.rank == 0:
-        if folder.exists():
-            _remove(folder)
-        folder.mkdir(parents=True)
-    topology.barrier()
-    writer = _Writer(folder, topology.rank)
-    for entry, owner in zip(entries, _deal(entries, topology.world), strict=True):
-        tensor = entry.read(owner)
-        if owner == topology.rank:
-            assert tensor is not None, f"{entry.key}: the writer rank got no tensor"
-            writer.add(entry.group, entry.key, tensor)
-    for group in list(writer.waiting):
-        writer.flush(group)
-    reports: list[Any] = [(writer.files, writer.where)]
-    if topology.world > 1:
-        reports = [None] * topology.world
-        dist.all_gather_object(reports, (writer.files, writer.where))
-    if topology.rank == 0:
-        index = {
-            "format": FORMAT,
-            "files": {k: v for files, _ in reports for k, v in files.items()},
-            "tensors": {k: v for _, where in reports for k, v in where.items()},
-        }
-        write_text(folder / "index.json", json.dumps(index, indent=1, sort_keys=True))
-        write_text(folder / "state.json", json.dumps(dict(state), indent=1, sort_keys=True))
-        write_text(folder / "config.yaml", config_text)
-        if classes is not None:
-            write_text(folder / "classes.json", json.dumps(list(classes), ensure_ascii=False))
-        write_text(folder / "COMPLETE", sha256_file(folder / "index.json") + "\n")
-        for old in complete(run_dir)[:-keep_last]:
-            _remove(old)
-    topology.barrier()
-    return folder
-
-
-def _remove(folder: Path) -> None:
-    (folder / "COMPLETE").unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def complete(run_dir: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first."""
-    return sorted(f.parent for f in (run_dir / "checkpoints").glob("step_*/COMPLETE"))
+    saver = Saver(run_dir, topology, background=False, keep_last=keep_last)
+    return saver.save(step, state.get("images_seen", 0), entries, state, config_text, classes)
 
 
 def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a checkpoint that is missing or has other bytes than were written."""
-    index_path = folder / "index.json"
     if not (folder / "COMPLETE").exists():
         raise UserError(f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted")
-    if not index_path.exists() or (folder / "COMPLETE").read_text().strip() != sha256_file(index_path):
-        raise UserError(f"{index_path}: missing or not the file that was written (sha256 differs)")
-    for name, expected in json.loads(index_path.read_text())["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise UserError(f"{path}: missing from the checkpoint")
+    index_path = folder / "index.json"
+    try:
+        told, found = (folder / "COMPLETE").read_text().strip(), sha256_file(index_path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{index_path}: missing or unreadable ({error})") from None
+    if told != found:
+        raise UserError(f"{index_path}: damaged (sha256 {found}, written as {told})")
+    index = read_index(folder)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter lock alone
+        for problem in pool.map(lambda item: _problem(folder / item[0], item[1]), sorted(index["files"].items())):
+            if problem is not None:
+                raise UserError(problem)
+    for name, keys in _keys_of(index["tensors"]).items():
+        with opened(folder / name) as file:
+            held = set(file.keys())
+        missing = next((key for key in keys if key not in held), None)
+        if missing is not None:
+            raise UserError(f"{folder / name}: damaged (the tensor {missing} that index.json names is not in it)")
+
+
+def _problem(path: Path, expected: str) -> str | None:
+    try:
         found = sha256_file(path)
-        if found != expected:
-            raise UserError(f"{path}: damaged (sha256 {found}, written as {expected})")
+    except FileNotFoundError:
+        return f"{path}: missing from the checkpoint"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None if found == expected else f"{path}: damaged (sha256 {found}, written as {expected})"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json: ``files`` (name -> sha256) and ``tensors`` (group:key -> name). Raises UserError."""
+    index = _read_json(folder / "index.json")
+    if not all(isinstance(index.get(part), dict) for part in ("files", "tensors")):
+        raise UserError(f"{folder / 'index.json'}: not the index of a checkpoint (no files or no tensors in it)")
+    return index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: cannot be read (not a JSON object)")
+    return content
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file, memory-mapped: of a tensor only what is looked at is read. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _keys_of(tensors: Mapping[str, str], group: str | None = None) -> dict[str, list[str]]:
+    """file -> keys, from ``group:key`` -> file."""
+    found: dict[str, list[str]] = {}
+    for full, name in tensors.items():
+        of, key = full.split(":", 1)
+        if group is None or of == group:
+            found.setdefault(name, []).append(key)
+    return dict(sorted(found.items()))
 
 
 def newest(run_dir: Path, warn: bool = True) -> Path | None:
@@ -159,30 +132,40 @@ def newest(run_dir: Path, warn: bool = True) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    """state.json. Raises UserError."""
+    return _read_json(folder / "state.json")
 
 
 def restore(folder: Path, entries: Sequence[Entry]) -> None:
-    """Put every tensor back through its entry, one at a time (every rank calls it and reads what it needs).
+    """Put every tensor back through its entry, one at a time (every rank calls it, in the same order).
 
-    Raises UserError where the checkpoint lacks a tensor or has another shape.
+    Each file is opened once and mapped, not read: what an entry cuts away of a tensor costs nothing. Raises UserError
+    where the checkpoint lacks a tensor or has another shape.
     """
-    from safetensors import safe_open
-
-    where = json.loads((folder / "index.json").read_text())["tensors"]
+    where = read_index(folder)["tensors"]
+    by_file: dict[str, list[Entry]] = {}
     for entry in entries:
         name = where.get(f"{entry.group}:{entry.key}")
         if name is None:
             raise UserError(
                 f"{folder}: holds no {entry.group} tensor {entry.key}; it was written by another kind of model"
             )
-        with safe_open(folder / name, framework="pt") as file:
-            tensor = file.get_tensor(entry.key)
-        if tuple(tensor.shape) != tuple(entry.shape):
-            raise UserError(
-                f"{folder}: {entry.key} has shape {tuple(tensor.shape)}, the model wants {tuple(entry.shape)}"
-            )
-        entry.write(tensor)
+        by_file.setdefault(name, []).append(entry)
+    for name, found in by_file.items():
+        with opened(folder / name) as file:
+            held = set(file.keys())
+            for entry in found:
+                if entry.key not in held:
+                    raise UserError(
+                        f"{folder / name}: lacks the tensor {entry.key}, which index.json says is in it; "
+                        "remove this checkpoint to go on from the one before"
+                    )
+                shape = tuple(file.get_slice(entry.key).get_shape())
+                if shape != tuple(entry.shape):
+                    raise UserError(
+                        f"{folder / name}: {entry.key} has shape {shape}, the model wants {tuple(entry.shape)}"
+                    )
+                entry.write(file.get_tensor(entry.key))
 
 
 def _locate(path: Path) -> Path:
@@ -199,20 +182,52 @@ def _locate(path: Path) -> Path:
 
 
 def read_weights(path: str | Path, group: str = "weights") -> dict[str, Tensor]:
-    """Full tensors by name from a run directory (newest checkpoint), a step directory, a .safetensors or a .pt file."""
+    """Full tensors by name from a run directory (newest checkpoint), a step directory, a .safetensors or a .pt file.
+
+    group: ``weights``, or ``ema`` where the run kept one. Raises UserError: nothing there, damaged, no such group.
+    """
+    return open_weights(path, group).read_all()
+
+
+class Weights:
+    """The tensors of one group by name; shapes are known at once, bytes are read one tensor at a time."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+    ) -> None:
+        self.folder = folder
+        """The step folder they lie in; None for a bare file."""
+        self.shapes, self.read = shapes, read
+
+    def read_all(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self.shapes}
+
+
+def open_weights(path: str | Path, group: str = "weights", verified: bool = True) -> Weights:
+    """``read_weights`` without reading. verified=False: another rank has looked at the hashes already."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if path.is_file():
+        if group != "weights":
+            raise UserError(f"{path}: one file of weights has no {group} beside them; give a run directory")
         from llamagen_dist.checkpoint import llamagen
 
-        return llamagen.read(path)
-    from safetensors.torch import load_file
-
-    folder = _locate(path)
-    where = json.loads((folder / "index.json").read_text())["tensors"]
-    names = sorted({name for key, name in where.items() if key.startswith(group + ":")})
-    return {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
+        weights = llamagen.read(path)
+        return Weights(None, {name: tuple(tensor.shape) for name, tensor in weights.items()}, weights.__getitem__)
+    folder = _locate(path) if verified else path
+    tensors = read_index(folder)["tensors"]
+    files = {name: opened(folder / name) for name in _keys_of(tensors, group)}
+    if not files:
+        groups = ", ".join(sorted({full.split(":", 1)[0] for full in tensors}))
+        hint = "; it was trained without (ema.decay: 0)" if group == "ema" else ""
+        raise UserError(f"{folder}: holds no {group}, only {groups}{hint}")
+    file_of = {full.split(":", 1)[1]: files[name] for full, name in tensors.items() if full.startswith(group + ":")}
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in file_of.items()}
+    return Weights(folder, shapes, lambda name: file_of[name].get_tensor(name))
 
 
 def read_config(path: str | Path) -> Section | None:

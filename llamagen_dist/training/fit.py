@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, UserError
 from llamagen_dist.launch.entry import Stopped
 from llamagen_dist.tracking.progress import Progress
@@ -60,28 +61,27 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     started = time.monotonic()
     asked = False
 
+    keep = config.checkpoint
+    saver = Saver(
+        run.directory,
+        topology,
+        background=keep.background,
+        keep_last=keep.keep_last,
+        keep_every_images=keep.keep_every_images,
+    )
+
     def save() -> None:
         state = {
-            "images_seen": images_seen,
-            "step": step,
+            **run.origin,
             "seed": train.seed,
             "layout": layout(task),
             "data": run.fingerprint,
             "task": dict(task.scalars()),
         }
-        store.save(
-            run.directory,
-            step,
-            task.entries(),
-            state,
-            topology,
-            config_text=run.config_text,
-            classes=run.classes,
-            keep_last=config.checkpoint.keep_last,
-        )
+        saver.save(step, images_seen, task.entries(), state, run.config_text, run.classes)
 
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
-    with StopFlag(topology) as stop, bar as progress, task.clock.collectives():
+    with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives():
         window_start, window_images = time.monotonic(), 0
         while images_seen < train.images:
             with task.clock.part("data"):
@@ -105,9 +105,11 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                 run.metrics(step=step, images_seen=images_seen, **held_out)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
                 window_start, window_images = time.monotonic(), 0
-            asked = stop.agreed()
+            asked = stop.agreed(saver.failed)  # a checkpoint that cannot be written stops the run: save() says why
             if done or asked or _due(images_seen, train.global_batch, config.checkpoint.every_images):
                 save()
+                if done or asked:
+                    saver.wait()
                 window_start, window_images = time.monotonic(), 0
             if asked and not done:
                 raise Stopped(

@@ -39,8 +39,9 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        return self._topology.any(self._up)
+    def agreed(self, also: bool = False) -> bool:
+        """also: another reason of this rank to stop."""
+        return self._topology.any(self._up or also)
 
 
 def check_loss(loss: Tensor, topology: Topology, images_seen: int, count: int) -> None:

@@ -44,6 +44,8 @@ class Run:
     classes: list[str] | None = None
     fingerprint: str | None = None
     label: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What every checkpoint's state.json says besides progress: the tokenizer, and what the run was started from."""
     _metrics: IO[str] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:

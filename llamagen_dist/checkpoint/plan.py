@@ -1,0 +1,154 @@
+"""Who writes which tensor into which file: worked out alike on every rank before anything is read."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llamagen_dist.checkpoint.entries import Entry
+
+SHARD_BYTES = 1 << 30  # what a rank holds at once in a foreground save, and the size at which it starts another file
+ALIGNMENT = 64  # of a file's bytes within the staging buffer
+
+_NAMES = {  # safetensors' names of the types
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the tensor of entry ``number`` lies in the staging buffer (bytes)."""
+
+    number: int
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file: its slots lie one behind the other from ``begin`` to ``end`` of the staging buffer."""
+
+    name: str
+    group: str
+    begin: int
+    end: int
+    slots: tuple[Slot, ...]
+
+    def header(self) -> bytes:
+        """What stands before the data: its length (uint64), then JSON of types, shapes and offsets."""
+        content = {
+            slot.key: {
+                "dtype": _NAMES[slot.dtype],
+                "shape": slot.shape,
+                "data_offsets": [slot.begin - self.begin, slot.begin - self.begin + slot.size],
+            }
+            for slot in self.slots
+        }
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class Round:
+    """Entries ``first`` to ``last - 1`` are staged together; ``files[rank]`` is what the rank then writes."""
+
+    first: int
+    last: int
+    files: tuple[tuple[ShardFile, ...], ...]
+
+    def staged(self, rank: int) -> int:
+        """Bytes of the rank's staging buffer."""
+        return max((file.end for file in self.files[rank]), default=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    owners: tuple[int, ...]
+    """The writer rank of each entry."""
+    rounds: tuple[Round, ...]
+
+    def file_names(self, rank: int) -> list[str]:
+        return [file.name for part in self.rounds for file in part.files[rank]]
+
+    def where(self) -> dict[str, str]:
+        """``group:key`` -> file, over all ranks."""
+        files = [file for part in self.rounds for mine in part.files for file in mine]
+        return {f"{file.group}:{slot.key}": file.name for file in files for slot in file.slots}
+
+
+def size_of(entry: Entry) -> int:
+    """Bytes of the full tensor."""
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def deal(entries: Sequence[Entry], world: int) -> tuple[int, ...]:
+    """The writer rank of each entry: always the least loaded so far, so that all ranks write about as much."""
+    load_of = [0] * world
+    owners = []
+    for entry in entries:
+        owner = load_of.index(min(load_of))
+        load_of[owner] += size_of(entry)
+        owners.append(owner)
+    return tuple(owners)
+
+
+def make_plan(entries: Sequence[Entry], world: int, limit: int | None = None) -> Plan:
+    """Cut the entries into rounds in which no rank stages more than ``limit`` bytes (or one tensor).
+
+    All ranks stage a round and then write it at the same time; were each tensor written as it comes, the collective
+    read of the next one would make the ranks write one after another. limit: SHARD_BYTES if None.
+    """
+    limit = SHARD_BYTES if limit is None else limit
+    owners = deal(entries, world)
+    cuts, load_of = [0], [0] * world
+    for number, (entry, owner) in enumerate(zip(entries, owners, strict=True)):
+        if load_of[owner] and load_of[owner] + size_of(entry) > limit:
+            cuts.append(number)
+            load_of = [0] * world
+        load_of[owner] += size_of(entry)
+    cuts.append(len(entries))
+    count_of = [0] * world
+    rounds = []
+    for first, last in itertools.pairwise(cuts):
+        files = tuple(_files(entries, owners, first, last, rank, count_of[rank]) for rank in range(world))
+        count_of = [count + len(mine) for count, mine in zip(count_of, files, strict=True)]
+        rounds.append(Round(first, last, files))
+    return Plan(owners, tuple(rounds))
+
+
+def _files(
+    entries: Sequence[Entry], owners: Sequence[int], first: int, last: int, rank: int, count: int
+) -> tuple[ShardFile, ...]:
+    """One file per group, its widest types first: every tensor is then aligned to its own type."""
+    groups: dict[str, list[int]] = {}
+    for number in range(first, last):
+        if owners[number] == rank:
+            groups.setdefault(entries[number].group, []).append(number)
+    found: list[ShardFile] = []
+    end = 0
+    for group, numbers in groups.items():
+        begin = end = -(-end // ALIGNMENT) * ALIGNMENT
+        slots = []
+        for number in sorted(numbers, key=lambda n: -entries[n].dtype.itemsize):
+            entry = entries[number]
+            slots.append(Slot(number, entry.key, entry.dtype, tuple(entry.shape), end, size_of(entry)))
+            end += size_of(entry)
+        name = f"{group}-{rank:05d}-{count + len(found):03d}.safetensors"
+        found.append(ShardFile(name, group, begin, end, tuple(slots)))
+    return tuple(found)

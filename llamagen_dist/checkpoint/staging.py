@@ -1,0 +1,92 @@
+"""Full tensors on their way to disk: host buffers laid out as the files will be, and the writing of one file."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.checkpoint.plan import Plan, Round, ShardFile
+
+BLOCK = 8 << 20  # bytes hashed and written at once
+
+
+class Staging:
+    """Host buffers that stay from one save to the next: the page faults of fresh memory cost as much as the copy.
+
+    pinned: for copies from a GPU at full speed.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._buffers: list[Tensor] = []
+
+    def buffer(self, number: int, size: int) -> Tensor:
+        """uint8, at least ``size`` long; the same memory as at the last call with this number where that fits."""
+        while len(self._buffers) <= number:
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[number].numel() < size:
+            self._buffers[number] = torch.empty(0, dtype=torch.uint8)  # free the old one first
+            self._buffers[number] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        return self._buffers[number]
+
+    def drop(self) -> None:
+        self._buffers.clear()
+
+    @property
+    def held(self) -> int:
+        """Bytes in all buffers."""
+        return sum(buffer.numel() for buffer in self._buffers)
+
+
+def stage(entries: Sequence[Entry], plan: Plan, part: Round, rank: int, buffer: Tensor) -> None:
+    """Gather the round's entries one by one (collective) and copy those dealt to this rank into ``buffer``.
+
+    A copy in any case: what ``read`` returns may be the live tensor that the next step changes.
+    """
+    slots = {slot.number: slot for file in part.files[rank] for slot in file.slots}
+    for number in range(part.first, part.last):
+        tensor = entries[number].read(plan.owners[number])
+        slot = slots.get(number)
+        if slot is None:
+            continue
+        if tensor is None or tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+            found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise AssertionError(f"{slot.key}: the writer rank got {found}, not {slot.dtype} {slot.shape}")
+        if slot.size:
+            target = buffer[slot.begin : slot.begin + slot.size].view(slot.dtype).view(slot.shape)
+            target.copy_(tensor.detach(), non_blocking=buffer.is_pinned())
+    if buffer.is_pinned():
+        torch.cuda.synchronize()
+
+
+def write_file(folder: Path, file: ShardFile, buffer: Tensor, pace: Callable[[int], None] | None = None) -> str:
+    """Write and sync one safetensors file; returns its sha256, taken of the bytes that were meant.
+
+    pace(bytes) is called after every block. Raises OSError, with the file's name in it.
+    """
+    digest = hashlib.sha256()
+    path = folder / file.name
+    try:
+        with open(path, "wb", buffering=0) as target:
+            for block in _blocks(file, buffer):
+                digest.update(block)
+                written = 0
+                while written < len(block):  # a disk that is nearly full takes a part
+                    written += target.write(block[written:])
+                if pace is not None:
+                    pace(len(block))
+            os.fsync(target.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    return digest.hexdigest()
+
+
+def _blocks(file: ShardFile, buffer: Tensor) -> Iterator[memoryview]:
+    yield memoryview(file.header())
+    content = buffer.numpy().data
+    for begin in range(file.begin, file.end, BLOCK):
+        yield content[begin : min(begin + BLOCK, file.end)]
