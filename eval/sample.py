@@ -46,9 +46,10 @@ def main(argv: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
     torch.backends.cudnn.deterministic = True
     tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model")
-    gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size)
+    group = "ema" if config.weights == "ema" else "weights"
+    gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size, group)
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
-    checkpoint_sha256 = topology.agreed(lambda: identity(config.checkpoint))
+    checkpoint_sha256 = topology.agreed(lambda: identity(config.checkpoint, group))
     Sampling(config, topology, gpt, tokenizer, tokens, checkpoint_sha256).run()
 
 

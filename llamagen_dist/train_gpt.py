@@ -53,6 +53,11 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
 
 def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfig:
     manifest = train.manifest
+    if config.model.condition == "text":
+        raise UserError(
+            f"model.condition: text needs captions, and {train.folder} holds classes; use condition: class, or train "
+            "on shards with captions"
+        )
     assert manifest.vocab_size is not None
     assert manifest.grid is not None
     model = gpt_config(

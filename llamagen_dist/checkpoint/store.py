@@ -236,9 +236,9 @@ def read_config(path: str | Path) -> Section | None:
     return None if path.is_file() else load(_locate(path) / "config.yaml")
 
 
-def identity(path: str | Path) -> str:
+def identity(path: str | Path, group: str = "weights") -> str:
     """``identity_of`` the weights at ``path``."""
-    return identity_of(read_weights(path))
+    return identity_of(read_weights(path, group))
 
 
 def identity_of(weights: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all codes")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, if the run kept one")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         if not fits:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(args.checkpoint), key="--tokenizer")
-    gpt = load_gpt(args.checkpoint, tokenizer)
+    gpt = load_gpt(args.checkpoint, tokenizer, group="ema" if args.ema else "weights")
     if args.classes == ["all"]:
         chosen = list(range(len(gpt.classes)))
     else:

@@ -17,6 +17,8 @@ class SampleConfig(Section):
     kind: Literal["sample"]
     checkpoint: Path
     """The GPT: a run directory (its newest checkpoint), a step_… folder, or a weights file."""
+    weights: Literal["trained", "ema"] = "trained"
+    """``ema``: the moving average, from a run that was trained with one."""
     model: GPTModelSection | None = None
     """The GPT's sizes, for a bare weights file (a checkpoint knows them itself)."""
     tokenizer: Path

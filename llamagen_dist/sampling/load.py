@@ -75,14 +75,20 @@ def load_tokenizer(
 
 
 def load_gpt(
-    path: Path, tokenizer: Tokenizer, section: GPTModelSection | None = None, image_size: int | None = None
+    path: Path,
+    tokenizer: Tokenizer,
+    section: GPTModelSection | None = None,
+    image_size: int | None = None,
+    group: str = "weights",
 ) -> TrainedGPT:
     """The class-conditional GPT at ``path``, which must have been trained on ``tokenizer``'s tokens.
+
+    group: ``weights`` or ``ema``, the moving average that a run may have kept.
 
     Vocabulary and classes are read off the weights; the number of tokens follows from the picture's size: image_size,
     or what the token shards' manifest says, or what the tokenizer was trained on. Raises UserError.
     """
-    weights, trained = _read(path, "checkpoint")
+    weights, trained = _read(path, "checkpoint", group)
     seed, tokens = 0, None
     if trained is not None:
         if not isinstance(trained, GPTConfigFile):
@@ -141,11 +147,11 @@ def _check_pair(path: Path, weights: dict[str, Tensor], tokenizer: Tokenizer, ma
         )
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, Tensor], object]:
+def _read(path: Path, key: str, group: str = "weights") -> tuple[dict[str, Tensor], object]:
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; give a run directory, a step_… folder or a weights file")
     try:
-        return store.read_weights(path), store.read_config(path)
+        return store.read_weights(path, group), store.read_config(path)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

@@ -91,6 +91,7 @@ def work(tmp_path_factory):
     with torch.no_grad():
         model.output.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
+    entries += [replicated("ema", name, tensor * 0.9) for name, tensor in model.state_dict().items()]
     (folder / "gpt").mkdir()
     classes = [f"class {c}" for c in range(CLASSES)]
     store.save(folder / "gpt", 1, entries, {}, Topology(), config_text=dump(config), classes=classes)
@@ -191,7 +192,9 @@ def test_more_pictures_begin_with_the_same_ones(work, alone, tmp_path):
     assert np.array_equal(more[:COUNT], np.load(alone / "model.npz")["arr_0"])
 
 
-@pytest.mark.parametrize("setting", ["seed=1", "cfg_scale=3", "temperature=0.9", "top_k=3", "cfg_interval=2"])
+@pytest.mark.parametrize(
+    "setting", ["seed=1", "cfg_scale=3", "temperature=0.9", "top_k=3", "cfg_interval=2", "weights=ema"]
+)
 def test_every_option_reaches_the_pictures(work, alone, tmp_path, setting):
     """Sabotage twin of the equalities: the comparison sees one changed number."""
     quietly(program.main, words(work, tmp_path / "out", "sets=[model]", setting))
