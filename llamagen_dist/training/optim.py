@@ -22,13 +22,13 @@ def groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
 def build(module: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW; with weight_decay 0 it is plain Adam, which is what LlamaGen's tokenizer uses."""
     return torch.optim.AdamW(
-        groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=True
+        groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
     )
 
 
 def fresh_state(p: Tensor) -> dict[str, Any]:
     """Adam's state before the first step: it would be made by that step, but a resume writes into it before."""
-    return {"step": torch.zeros(()), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
+    return {"step": torch.zeros((), device=p.device), **{m: torch.zeros_like(p, dtype=torch.float32) for m in MOMENTS}}
 
 
 def learning_rate(optim: OptimSection, images_seen: int) -> float:

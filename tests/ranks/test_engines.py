@@ -85,6 +85,13 @@ def test_other_models_split_alike():
                 assert abs(result["validation"]["val_loss"] - plain["validation"]["val_loss"]) < TOLERANCE
 
 
+def test_eight_ways_where_the_heads_allow_it():
+    settings = ("model.n_head=8",)
+    plain = run_ranks(train, 1, SERIAL, *settings)[0]
+    for result in run_ranks(train, 8, Layout(8, 8, 1), *settings):
+        assert worst(result["losses"], plain["losses"]) < TOLERANCE
+
+
 def test_accumulation_recomputation_and_attention_dropout_change_nothing(serial):
     dropped = run_ranks(train, 1, SERIAL, "model.attn_dropout_p=0.2")[0]
     assert worst(dropped["losses"], serial["losses"]) > 100 * TOLERANCE, "the dropout must be on"
