@@ -15,6 +15,7 @@ COMMANDS = {
     "launch": "start one program on several ranks",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
     "convert": "turn LlamaGen's weight files into safetensors, and back",
+    "plan": "parameters, memory, FLOPs and time of a GPT run for every layout, before anything is launched",
     "generate": "make pictures of chosen classes with a trained GPT",
     "scaling": "fit a scaling law to measured runs and predict one that was held out",
     "report": "write report.html and results.json for a finished pipeline",

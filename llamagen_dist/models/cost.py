@@ -1,39 +1,62 @@
-"""What a GPT costs before it exists: parameters by group and FLOPs per image. A multiply-add counts as 2 FLOPs."""
+"""What a GPT costs before it exists: parameters by group and FLOPs per image. A multiply-add counts as 2 FLOPs.
+
+Bytes are in memory.py. No torch here.
+"""
 
 from llamagen_dist.models.gpt_config import GPTConfig
 
+REPLICATED = ("condition embedding", "norms")
+"""Groups that every tensor-parallel rank holds whole; the others are cut (parallel/tensor_parallel.py's table)."""
 
-def parameters(config: GPTConfig) -> dict[str, int]:
-    """Trainable parameters by group; the values sum to the model's count (paper table 1)."""
+
+def parameters(config: GPTConfig, tensor: int = 1) -> dict[str, int]:
+    """Trainable parameters by group, of the model or of one of ``tensor`` ranks that share it.
+
+    At tensor 1 the values sum to the model's count (paper table 1). ``tensor`` must divide heads, feed-forward width
+    and vocabulary.
+    """
     d, f = config.dim, config.ffn_dim
     if config.condition == "class":
         prefix = (config.num_classes + 1) * d
     else:
         prefix = config.caption_dim * d + d * d
-    return {
+    keys_and_values = 2 * config.kv_heads * config.head_dim
+    whole = {
         "condition embedding": prefix,
         "token embedding": config.vocab_size * d,
-        "attention": config.n_layer * 4 * d * d,
+        "attention": config.n_layer * (2 * d * d + keys_and_values * d),
         "feed-forward": config.n_layer * 3 * d * f,
         "norms": (2 * config.n_layer + 1) * d,
         "head": config.vocab_size * d,
     }
+    return {name: count if name in REPLICATED else count // tensor for name, count in whole.items()}
 
 
-def total_parameters(config: GPTConfig) -> int:
-    return sum(parameters(config).values())
+def total_parameters(config: GPTConfig, tensor: int = 1) -> int:
+    return sum(parameters(config, tensor).values())
 
 
-def forward_flops_per_image(config: GPTConfig) -> int:
-    """Matrix products only: blocks over prefix + N - 1 positions, causal attention as half, head at N positions."""
+def forward_flops(config: GPTConfig, dense: bool = False) -> dict[str, int]:
+    """Matrix products of one image's forward pass, by part: ``blocks`` (projections and feed-forward over
+    T = prefix + N - 1 positions), ``attention`` (scores and weighted sums), ``head`` (at the N positions used).
+
+    Causal attention counts the T (T + 1) / 2 pairs it needs; dense: the T^2 that a kernel computes which masks
+    afterwards. Not counted: norms, softmax, embeddings, and the caption's projection (0.2 % for GPT-XL).
+    """
     groups = parameters(config)
     length = config.prefix + config.image_tokens - 1
-    blocks = 2 * (groups["attention"] + groups["feed-forward"]) * length
-    attention = config.n_layer * 2 * 2 * config.dim * length * length // 2
-    head = 2 * groups["head"] * config.image_tokens
-    return blocks + attention + head
+    pairs = length * length if dense else length * (length + 1) // 2
+    return {
+        "blocks": 2 * (groups["attention"] + groups["feed-forward"]) * length,
+        "attention": config.n_layer * 2 * 2 * config.dim * pairs,
+        "head": 2 * groups["head"] * config.image_tokens,
+    }
 
 
-def training_flops_per_image(config: GPTConfig) -> int:
-    """Forward plus backward, the backward pass costing twice the forward one."""
-    return 3 * forward_flops_per_image(config)
+def forward_flops_per_image(config: GPTConfig, dense: bool = False) -> int:
+    return sum(forward_flops(config, dense).values())
+
+
+def training_flops_per_image(config: GPTConfig, dense: bool = False) -> int:
+    """Forward plus backward, the backward pass costing twice the forward one; recomputation is not counted."""
+    return 3 * forward_flops_per_image(config, dense)

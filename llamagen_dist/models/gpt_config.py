@@ -19,6 +19,7 @@ class GPTConfig:
     prefix_tokens: int | None = None  # 1 class token or 120 caption tokens
     caption_dim: int = 2048
     multiple_of: int = 256
+    n_kv_head: int | None = None  # key and value heads; as many as query heads in all of LlamaGen
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     initializer_range: float = 0.02
@@ -41,6 +42,10 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
     @property
     def prefix(self) -> int:

@@ -1,0 +1,294 @@
+"""``llamagen plan``: what a GPT run will need, as data. Starts nothing; needs no token shards and no torch.
+
+``answer`` returns one dictionary of plain values, which ``--json`` prints; its keys stay. Shown by plan_screen.py.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config import GPTConfigFile, UserError
+from llamagen_dist.config.ladder import rungs
+from llamagen_dist.launch import layouts as lay
+from llamagen_dist.models import cost, memory
+from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.memory import Layout
+from llamagen_dist.tracking.devices import GIB, Device
+from llamagen_dist.training.build import gpt_config
+
+MFU = 0.4
+BANDWIDTH = 2e9
+CONVENTION = (
+    "matrix products only, a multiply-add counts as 2; causal attention counts the pairs it needs; the head runs "
+    "at the image positions only; backward = 2 x forward; recomputation is not counted"
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for. mfu: share of the peak that is reached; measured: whether somebody said so.
+    bandwidth: bytes per second at which all ranks together write a checkpoint."""
+
+    device: Device
+    gpus: int
+    per_node: int = 8
+    mfu: float = MFU
+    mfu_given: bool = False
+    bandwidth: float = BANDWIDTH
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the data say of the model, and where that was read."""
+
+    vocab_size: int = 16384
+    per_image: int = 256
+    classes: int = 1000
+    source: str = "assumed"
+
+
+def tokens_of(config: GPTConfigFile, vocab: int | None, per_image: int | None, classes: int | None) -> Tokens:
+    """From the token shards' manifest where there is one, LlamaGen's 256-px ImageNet numbers elsewhere; what is given
+    by hand goes before both. Raises UserError for a manifest that cannot be read."""
+    path = config.data.train / "manifest.json"
+    found = Tokens(source=f"assumed: {path} is not there yet")
+    if path.is_file():
+        found = _from_manifest(path)
+    by_hand = {"vocab_size": vocab, "per_image": per_image, "classes": classes}
+    given = {key: number for key, number in by_hand.items() if number is not None}
+    if given:
+        words = ", ".join(key.replace("_", " ") for key in given)
+        rest = "" if len(given) == 3 else f"; the rest {found.source}"
+        return replace(found, **given, source=f"{words} as given{rest}")
+    return found
+
+
+def _from_manifest(path: Path) -> Tokens:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rows, columns = raw["grid"]
+        classes = raw.get("classes")
+        return Tokens(
+            int(raw["vocab_size"]), rows * columns, 1000 if classes is None else len(classes), f"read from {path}"
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of token shards ({type(error).__name__}: {error})") from None
+
+
+def model_of(config: GPTConfigFile, tokens: Tokens) -> tuple[GPTConfig, GPTConfigFile, str | None]:
+    """The model, the config it comes from, and, where that is a ladder, the name of its largest rung, which is it."""
+    models = [
+        (
+            gpt_config(
+                rung.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
+            ),
+            rung,
+            name,
+        )
+        for name, rung in rungs(config)
+    ]
+    model, rung, name = max(models, key=lambda one: cost.total_parameters(one[0]))
+    return model, rung, name if len(models) > 1 else None
+
+
+def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str, Any]:
+    """Everything ``llamagen plan`` knows. Raises UserError where the GPUs allow no layout at all.
+
+    Keys: model, rung, tokens, parameters (groups and total), flops, run, machine, time, checkpoint, headroom,
+    configured (the config's own layout: a row of layouts, or its refusal), layouts, refused, recommendation, warnings.
+    """
+    model, config, rung = model_of(config, tokens)
+    found, refused = lay.possible(model, config, machine.gpus)
+    if not found:
+        raise UserError(_no_layout(model, config, machine.gpus, refused))
+    start, why = lay.configured(config, machine.gpus)
+    if start is not None and (problem := lay.why_not_tensor(model, start.tensor)) is not None:
+        start, why = None, f"parallel.tensor {problem}"
+    change = lay.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
+    steps = config.train.images // config.train.global_batch
+    flops = cost.training_flops_per_image(model)
+    whole = flops * config.train.images
+    peak = machine.device.peaks[config.compute.precision]
+    seconds = whole / (machine.mfu * peak)
+    groups = cost.parameters(model)
+    disk = memory.checkpoint_bytes(model, config.ema.decay > 0)
+    result: dict[str, Any] = {
+        "model": {"size": config.model.size, **asdict(model), "ffn_dim": model.ffn_dim, "prefix": model.prefix},
+        "rung": rung,
+        "tokens": asdict(tokens),
+        "parameters": {"groups": groups, "total": sum(groups.values())},
+        "flops": {
+            "convention": CONVENTION,
+            "forward_per_image": cost.forward_flops(model),
+            "training_per_image": flops,
+            "training_per_image_dense_attention": cost.training_flops_per_image(model, dense=True),
+            "training_per_token": flops / model.image_tokens,
+        },
+        "run": {
+            "images": config.train.images,
+            "global_batch": config.train.global_batch,
+            "steps": steps,
+            "tokens": config.train.images * model.image_tokens,
+            "training_flops": whole,
+        },
+        "machine": {
+            "gpu": machine.device.name,
+            "memory_bytes": machine.device.memory,
+            "gpus": machine.gpus,
+            "gpus_per_node": machine.per_node,
+            "precision": config.compute.precision,
+            "peak_flops": peak,
+            "mfu": machine.mfu,
+            "mfu_is": "given" if machine.mfu_given else "assumed",
+        },
+        "time": {
+            "gpu_hours": seconds / 3600,
+            "hours": seconds / machine.gpus / 3600,
+            "seconds_per_step": seconds / machine.gpus / steps,
+        },
+        "checkpoint": {
+            "bytes": disk,
+            "bandwidth_bytes_per_s": machine.bandwidth,
+            "seconds": disk / machine.bandwidth,
+            "host_copy_bytes_per_rank": -(-disk // machine.gpus) if config.checkpoint.background else min(disk, GIB),
+            "kept": config.checkpoint.keep_last,
+        },
+        "headroom": lay.HEADROOM,
+        "configured": {"refused": why} if start is None else row(model, start, config, machine),
+        "layouts": [row(model, layout, config, machine) for layout in found],
+        "refused": [asdict(one) for one in refused],
+        "recommendation": _recommendation(model, config, machine, start, why, change),
+    }
+    result["warnings"] = list(_warnings(model, config, machine, start))
+    return result
+
+
+def row(model: GPTConfig, layout: Layout, config: GPTConfigFile, machine: Machine) -> dict[str, Any]:
+    """One layout: its split, bytes per rank by part (they add up to total_bytes), whether that fits, and the largest
+    micro-batch that does, by recomputation policy."""
+    parts = memory.per_rank(model, layout)
+    shares = lay.divisors(config.train.global_batch // layout.data)
+    room = machine.device.memory
+    return {
+        **asdict(layout),
+        "bytes": parts,
+        "total_bytes": sum(parts.values()),
+        "fits": lay.fits(model, layout, room),
+        "crosses_nodes": layout.tensor > machine.per_node,
+        "largest_micro": {
+            name: lay.largest_micro(model, replace(layout, recompute_every=every), room, shares)
+            for name, every in lay.POLICIES.items()
+        },
+    }
+
+
+def _no_layout(model: GPTConfig, config: GPTConfigFile, gpus: int, refused: Sequence[lay.Refused]) -> str:
+    works = [n for n in range(1, max(2 * gpus, 16) + 1) if lay.possible(model, config, n)[0]]
+    near = sorted(sorted(works, key=lambda n: abs(n - gpus))[:3])
+    reasons = "; ".join(f"{one.layout}: {one.reason}" for one in refused[:2])
+    return f"{gpus} GPUs allow no layout of this config ({reasons}); counts that do: {', '.join(map(str, near))}"
+
+
+def _recommendation(
+    model: GPTConfig,
+    config: GPTConfigFile,
+    machine: Machine,
+    start: Layout | None,
+    why: str,
+    change: lay.Change | None,
+) -> dict[str, Any]:
+    where = f"{machine.gpus} x {machine.device.name}"
+    if change is None:
+        return {"text": f"no layout fits on {where}; {_what_would(model, config, machine)}", "settings": None}
+    need = f"{lay.total(model, change.layout) / GIB:.1f} GiB per GPU"
+    if not change.settings:
+        return {"text": f"the config fits on {where} as it is: {need}", "settings": {}}
+    words = " ".join(f"{key}={_yaml(value)}" for key, value in change.settings.items())
+    now = why if start is None else f"as it is: {lay.total(model, start) / GIB:.1f} GiB per GPU, too much"
+    return {
+        "text": f"smallest change that fits on {where}: {words} ({need}; {now})",
+        "settings": change.settings,
+    }
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _what_would(model: GPTConfig, config: GPTConfigFile, machine: Machine) -> str:
+    """More GPUs of the same kind, up to 1024, or that even those would not do."""
+    gpus = machine.gpus
+    while gpus < 1024:
+        gpus *= 2
+        found = lay.smallest_change(model, config, None, gpus, machine.per_node, machine.device.memory)
+        if found is not None:
+            words = " ".join(f"{key}={_yaml(value)}" for key, value in found.settings.items())
+            return f"{gpus} of them would do{' with ' + words if words else ''}"
+    return "not on 1024 of them either: choose a GPU with more memory or a smaller model"
+
+
+def _warnings(model: GPTConfig, config: GPTConfigFile, machine: Machine, start: Layout | None) -> list[str]:
+    """What is odd about the config's own layout."""
+    found = []
+    room = machine.device.memory
+    if config.compute.precision == "fp32":
+        peaks = machine.device.peaks
+        found.append(
+            "compute.precision is fp32: bf16 (with parallel.zero 1 or more) halves the activations"
+            + (f" and has {peaks['bf16'] / peaks['fp32']:.0f} x the peak rate" if peaks["bf16"] > peaks["fp32"] else "")
+        )
+    if start is None:
+        return found
+    if start.tensor > machine.per_node:
+        found.append(
+            f"parallel.tensor {start.tensor} reaches across nodes of {machine.per_node} GPUs: every layer waits for "
+            "the network; keep it within a node"
+        )
+    if start.micro == 1 and config.train.global_batch > start.data:
+        found.append("micro-batch 1: small matrix products; a larger train.micro_batch is faster where it fits")
+    if start.tensor > 1:
+        alone = replace(start, tensor=1, sequence=False, data=machine.gpus, zero=max(start.zero, 1), micro=1)
+        divides = config.train.global_batch % machine.gpus == 0
+        if divides and lay.fits(model, replace(alone, micro=min(4, config.train.global_batch // alone.data)), room):
+            found.append(
+                f"parallel.tensor {start.tensor}: the model fits without it (ZeRO-{alone.zero}, TP 1), which "
+                "communicates less"
+            )
+    if start.zero == 3:
+        lower = next((z for z in (1, 2) if lay.fits(model, replace(start, zero=z), room)), None)
+        if lower is not None:
+            found.append(
+                f"parallel.zero 3: ZeRO-{lower} fits too, and does not gather the weights in every forward and backward"
+            )
+    if start.recompute_every:
+        if lay.fits(model, replace(start, recompute_every=0), room):
+            found.append("compute.recompute_every: it fits without, and recomputing costs time")
+        else:
+            share = 1 / start.recompute_every
+            found.append(
+                f"compute.recompute_every {start.recompute_every}: about {100 * share / 3:.0f} % more computing than "
+                "the hours below the stated MFU count"
+            )
+    batch = min(config.validation.batch, config.validation.images or config.validation.batch)
+    need = memory.validation_bytes(model, start, batch) + sum(
+        memory.state(model, start)[part] for part in ("weights", "masters", "moments", "ema")
+    )
+    if need > room * (1 - lay.HEADROOM):
+        found.append(
+            f"validation.batch {config.validation.batch} would need {need / GIB:.0f} GiB per GPU: set a smaller one"
+        )
+    return found
+
+
+def memory_lines(model: GPTConfig, config: GPTConfigFile, ranks: int, micro: int) -> list[str]:
+    """What one of ``ranks`` ranks was expected to hold at this micro-batch, as text: for an out-of-memory message."""
+    parallel = config.parallel
+    layout = lay.at(config, parallel.zero, parallel.tensor, max(1, ranks // parallel.tensor), micro)
+    parts = memory.per_rank(model, layout)
+    split = f"ZeRO-{layout.zero}, TP {layout.tensor}, DP {layout.data}, {layout.precision}"
+    lines = [f"expected per rank ({split}, micro-batch {micro}, recompute_every {layout.recompute_every}), in GiB:"]
+    lines += [f"  {name:<12} {size / GIB:8.2f}" for name, size in parts.items() if size]
+    lines.append(f"  {'sum':<12} {sum(parts.values()) / GIB:8.2f}  (allocator and kernel workspaces not included)")
+    return lines

@@ -1,0 +1,223 @@
+"""Bytes that one rank of a training run holds, by part, before it exists. No torch here.
+
+State (weights to EMA) is what the engines allocate and activations are what autograd keeps of models/block.py in eager
+mode; both are checked against real allocations on CPU (tests/ranks/test_memory.py, tests/unit/test_memory.py). What an
+accelerator's allocator and kernels add (fragmentation, cuBLAS and NCCL workspaces, a compiled block keeping other
+tensors) is not in here and was not verified.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llamagen_dist.models.cost import parameters, total_parameters
+from llamagen_dist.models.gpt_config import GPTConfig
+
+LARGEST_BUCKET = 100_000_000
+"""Elements that DeepSpeed reduces or gathers at a time at most (parallel/deepspeed_engine.py sets it)."""
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a model: how it is split over tensor x data ranks, and what a rank computes at a time.
+
+    micro: images per rank and forward pass. recompute_every and sequence as in the
+    config.
+    """
+
+    zero: int = 0
+    tensor: int = 1
+    data: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro: int = 1
+    recompute_every: int = 0
+    sequence: bool = False
+    ema: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of one weight or activation in the precision that the model computes in."""
+        return 2 if self.precision == "bf16" else FP32
+
+
+def kept_whole(config: GPTConfig) -> int:
+    """Parameters that ZeRO-3 leaves on every rank: vectors, which cost more to gather than they save."""
+    return parameters(config)["norms"]
+
+
+def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
+    """Bytes between two steps, and the gradients at the end of a backward pass.
+
+    ZeRO 0 is torch's DDP: everything whole, gradients living in DDP's buckets. ZeRO 1 shares out masters, moments and
+    EMA over the data-parallel ranks, 2 the gradients too, 3 the weights too. Masters are kept in fp32 also where the
+    weights are fp32 (DeepSpeed has both).
+    """
+    count = total_parameters(config, layout.tensor)
+    share = -(-count // layout.data)
+    optimizer = count if layout.zero == 0 else share
+    weights = count
+    if layout.zero == 3:
+        whole = kept_whole(config)
+        weights = -(-(count - whole) // layout.data) + whole
+    return {
+        "weights": weights * layout.bytes,
+        "gradients": (count if layout.zero < 2 else share) * FP32,
+        "masters": 0 if layout.zero == 0 else share * FP32,
+        "moments": 2 * optimizer * FP32,
+        "ema": optimizer * FP32 if layout.ema else 0,
+    }
+
+
+def buckets(config: GPTConfig, layout: Layout) -> int:
+    """Bytes of DeepSpeed's communication buffers while gradients are reduced, and of the weights that ZeRO-3 gathers.
+
+    One flat reduction bucket; at ZeRO 3 also the block that computes and the one being fetched.
+    """
+    if layout.zero == 0:
+        return 0
+    count = total_parameters(config, layout.tensor)
+    bucket = min(LARGEST_BUCKET, count) * FP32
+    if layout.zero == 3:
+        bucket += 2 * largest_module(config, layout.tensor) * layout.bytes
+    return bucket
+
+
+def largest_module(config: GPTConfig, tensor: int) -> int:
+    """Parameters of the largest piece that ZeRO-3 gathers at once: a block, the embedding or the head."""
+    groups = parameters(config, tensor)
+    block = (groups["attention"] + groups["feed-forward"]) // config.n_layer
+    return max(block, groups["token embedding"], groups["condition embedding"])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that autograd keeps for the backward pass; elements of one image on one rank, bytes per element."""
+
+    name: str
+    elements: int
+    bytes: int
+
+
+def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
+    """What one block keeps for one image, in the order of models/block.py's forward (eager).
+
+    Norms compute in fp32: under bf16 they keep an fp32 copy of their input. Under sequence parallelism norms, residual
+    stream and dropout masks hold this rank's positions only; the inputs of the split layers are gathered and whole.
+    """
+    b, t = layout.bytes, layout.tensor
+    length = config.prefix + config.image_tokens - 1
+    rows = -(-length // t) if layout.sequence else length
+    d, f, kv = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
+    dropped = config.drop_path_rate == 0
+
+    def norm(name: str) -> list[Kept]:
+        return [
+            Kept(f"{name} input", rows * d, FP32),
+            Kept(f"{name} 1/rms", rows, FP32),
+            Kept(f"{name} normalised", rows * d, b),
+            Kept(f"{name} output", length * d, b),
+        ]
+
+    def mask(name: str, p: float) -> list[Kept]:
+        return [Kept(f"{name} kept", rows * d, 1)] if dropped and p > 0 else []
+
+    grouped = config.kv_heads < config.n_head
+    attention = [
+        Kept("q rotated", length * d // t, b),
+        Kept("k rotated", length * d // t, b),  # repeated for the query heads where they share keys
+        # v is a view of the fused projection and keeps all of it; repeated, it is a tensor of its own
+        Kept("v", length * (d if grouped else d + 2 * kv) // t, b),
+        Kept("log-sum-exp", length * config.n_head // t, FP32),
+        Kept("attention output", length * d // t, b),
+    ]
+    feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output", "silu", "w2 input")]
+    return [
+        *norm("attention norm"),
+        *attention,
+        *mask("attended", config.resid_dropout_p),
+        *norm("ffn norm"),
+        *feed_forward,
+        *mask("fed", config.ffn_dropout_p),
+    ]
+
+
+def ends_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
+    """What is kept in front of and behind the blocks for one image: the embedded condition, the final norm, the head's
+    input; and the logits, whose place their gradient takes (models/loss.py)."""
+    b, n, d = layout.bytes, config.image_tokens, config.dim
+    length = config.prefix + n - 1
+    found = [
+        Kept("final norm input", length * d if config.condition == "class" and b == FP32 else n * d, FP32),
+        Kept("final norm 1/rms", n, FP32),
+        Kept("final norm normalised", n * d, b),
+        Kept("head input", n * d, b),
+        Kept("logits", n * config.vocab_size // layout.tensor, b),
+    ]
+    if config.token_dropout_p > 0:
+        found.append(Kept("embedded kept", length * d, 1))
+    if config.condition == "text":
+        found += [
+            Kept("caption before gelu", config.prefix * d, b),
+            Kept("caption after gelu", config.prefix * d, b),
+            Kept("caption rotary", length * config.head_dim, FP32),
+            Kept("caption order", length + n, 8),
+        ]
+        if b != FP32:
+            found.append(Kept("caption features", config.prefix * config.caption_dim, b))
+    return found
+
+
+def activations(config: GPTConfig, layout: Layout) -> dict[str, int]:
+    """Bytes kept for the backward pass of one micro-batch, by part.
+
+    blocks: what the blocks keep; a recomputed one only its input. recomputed: the one block that the backward pass has
+    just computed again. logits: the logits alone. ends: the rest of ``ends_kept``.
+    """
+    one = sum(k.elements * k.bytes for k in block_kept(config, layout)) * layout.micro
+    length = config.prefix + config.image_tokens - 1
+    rows = -(-length // layout.tensor) if layout.sequence else length
+    again = -(-config.n_layer // layout.recompute_every) if layout.recompute_every else 0
+    inputs = rows * config.dim * layout.bytes * layout.micro
+    ends = {k.name: k.elements * k.bytes * layout.micro for k in ends_kept(config, layout)}
+    logits = ends.pop("logits")
+    return {
+        "blocks": (config.n_layer - again) * one + again * inputs,
+        "recomputed": one if again else 0,
+        "logits": logits,
+        "ends": sum(ends.values()),
+    }
+
+
+def working(config: GPTConfig, layout: Layout) -> int:
+    """Bytes of the temporaries of one block's backward pass: gradients of its feed-forward's three inner tensors and of
+    two residual streams. An estimate: kernels differ."""
+    length = config.prefix + config.image_tokens - 1
+    inner = 3 * length * config.ffn_dim // layout.tensor
+    return (inner + 2 * length * config.dim) * layout.bytes * layout.micro
+
+
+def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
+    """Bytes by part at the fullest moment, in the middle of a backward pass: the parts of ``state``, buckets,
+    activations, logits and working memory. They add up."""
+    kept = activations(config, layout)
+    return {
+        **state(config, layout),
+        "buckets": buckets(config, layout),
+        "activations": kept["blocks"] + kept["recomputed"] + kept["ends"],
+        "logits": kept["logits"],
+        "working": working(config, layout),
+    }
+
+
+def checkpoint_bytes(config: GPTConfig, ema: bool) -> int:
+    """On disk: fp32 masters, two Adam moments and, with it, the EMA, whole, whatever the layout."""
+    return total_parameters(config) * FP32 * (4 if ema else 3)
+
+
+def validation_bytes(config: GPTConfig, layout: Layout, batch: int) -> int:
+    """Bytes of a forward pass over ``batch`` images that keeps nothing: the larger of the logits and one block's inner
+    tensors. An estimate."""
+    length = config.prefix + config.image_tokens - 1
+    block = length * (4 * config.ffn_dim // layout.tensor + 3 * config.dim)
+    logits = config.image_tokens * (config.vocab_size // layout.tensor + config.dim)
+    return max(block, logits) * layout.bytes * batch
