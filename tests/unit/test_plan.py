@@ -122,7 +122,7 @@ def test_what_plan_refuses_is_what_the_split_refuses():
 
 
 def test_every_layout_of_the_gpus_is_listed_or_refused_with_a_reason():
-    found = planned("train.global_batch=192", "train.images=19200", gpus=12)
+    found = planned("train.global_batch=192", "train.images=19200", "compute.precision=fp32", gpus=12)
     listed = {(row["zero"], row["tensor"], row["data"]) for row in found["layouts"]}
     assert listed == {(zero, tensor, 12 // tensor) for zero in range(4) for tensor in (1, 2, 4)}
     refused = {one["layout"]: one["reason"] for one in found["refused"]}
