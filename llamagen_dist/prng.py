@@ -32,6 +32,15 @@ def _halves(value: int | Tensor) -> tuple[Tensor, Tensor]:
     return low.to(torch.int32), (wide >> 32).to(torch.int32)
 
 
+def mix_(x: Tensor, scratch: Tensor) -> Tensor:
+    """``mix`` in place; scratch: memory of x's shape. No memory is taken, which is what counts on large tensors."""
+    for shift, mask, multiplier in ((16, 0xFFFF, _MULTIPLIER_1), (15, 0x1FFFF, _MULTIPLIER_2)):
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_(mask)).mul_(multiplier)
+    torch.bitwise_right_shift(x, 16, out=scratch)
+    return x.bitwise_xor_(scratch.bitwise_and_(0xFFFF))
+
+
 @lru_cache(maxsize=1024)
 def _purpose_number(purpose: str) -> int:
     number = zlib.crc32(purpose.encode())

@@ -1,5 +1,10 @@
-"""Keys and values of the positions that were computed already: generation then costs one position per token."""
+"""Keys and values of the positions that were computed already: generation then costs one position per token.
 
+A caption whose prefix is rotated by zero takes one slot, whatever its length: its keys are all zero, so its n tokens
+act as one key of weight n with the mean of their values.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,16 +13,22 @@ class LayerCache:
     """One layer's keys and values, (B, heads, capacity, head_dim), of which the first ``filled`` positions are set.
 
     The memory is taken once, at the first ``extend``, in the type that the layer computes in; the number of heads is
-    read off there too (a tensor-parallel rank has its own share of them).
+    read off there too (a tensor-parallel rank has its own share of them). share: (B, T) fp32, or None; with it the
+    first T positions, which come in one ``extend``, are kept as one: their means weighted by it.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, share: Tensor | None = None) -> None:
         self.capacity, self.filled = capacity, 0
+        self._share = share
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, heads, S, head_dim) each; returns those of all positions so far. ValueError beyond the capacity."""
+        if self._share is not None:
+            share, self._share = self._share[:, None, None, :], None
+            self.extend(*((share @ part.float()).type_as(part) for part in (keys, values)))
+            return keys, values
         end = self.filled + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"position {end} of a cache for {self.capacity}")
@@ -36,26 +47,39 @@ class LayerCache:
 
 
 class Cache:
-    """The caches of all layers, and which prefix positions hold a caption token (``present``, (B, T) bool or None)."""
+    """The caches of all layers.
 
-    def __init__(self, layers: int, capacity: int, present: Tensor | None = None) -> None:
-        self.layers = [LayerCache(capacity) for _ in range(layers)]
-        self.present = present
+    prefix: T; tokens: image positions to come. present: (B, T) bool, which prefix positions hold a caption token, or
+    None where all do. fold: keep the prefix as one slot (see the module's text).
+    """
+
+    def __init__(self, layers: int, prefix: int, tokens: int, present: Tensor | None = None, fold: bool = False):
+        self._hidden: Tensor | None = None  # what the prefix slots add to a logit: (B, slots) fp32 or bool
+        share = None
+        if present is not None:
+            count = present.sum(dim=1, keepdim=True)
+            self._hidden = count.log() if fold else present
+            share = present / count if fold else None
+        self._folded = prefix - 1 if share is not None else 0
+        self.layers = [LayerCache(prefix - self._folded + tokens, share) for _ in range(layers)]
 
     @property
-    def filled(self) -> int:
-        return self.layers[0].filled
+    def position(self) -> int:
+        """Of what comes next, in the sequence of prefix and image tokens."""
+        filled = self.layers[0].filled
+        return filled + self._folded if filled else 0
 
     def mask(self) -> Tensor | None:
-        """What the next position may attend to: all that is cached and itself, except padding. (B, 1, 1, S) bool."""
-        if self.present is None:
+        """What the next position may attend to: all that is cached and itself, except padding; as a bool mask or a
+        term added to the logits, (B, 1, 1, S). None: everything alike."""
+        if self._hidden is None:
             return None
-        seen = F.pad(self.present, (0, self.filled + 1 - self.present.shape[1]), value=True)
-        return seen[:, None, None, :]
+        further = self.layers[0].filled + 1 - self._hidden.shape[1]
+        return F.pad(self._hidden, (0, further), value=self._hidden.dtype == torch.bool)[:, None, None, :]
 
     def keep(self, rows: int) -> None:
         """Go on with the first ``rows`` samples only."""
         for layer in self.layers:
             layer.keep(rows)
-        if self.present is not None:
-            self.present = self.present[:rows]
+        if self._hidden is not None:
+            self._hidden = self._hidden[:rows]

@@ -7,7 +7,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and dropouts; ``image_tokens`` must be a square number. See models/sizes.py for the named sizes."""
+    """Sizes and dropouts; ``image_tokens`` must be a square number. See models/sizes.py for the named sizes.
+
+    Raises ValueError for numbers that no model can have.
+    """
 
     n_layer: int
     n_head: int
@@ -27,6 +30,8 @@ class GPTConfig:
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
     drop_path_rate: float = 0.0
+    attn_dropout_p: float = 0.0
+    prefix_rotation: Literal["zero", "identity"] = "zero"
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head:
@@ -38,6 +43,13 @@ class GPTConfig:
             )
         if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise ValueError(f"image_tokens {self.image_tokens} is not a square")
+        if self.n_head % self.kv_heads:
+            fits = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ValueError(
+                f"n_kv_head {self.kv_heads} does not divide n_head {self.n_head}; one of {', '.join(map(str, fits))}"
+            )
+        if self.condition == "class" and self.prefix != 1:
+            raise ValueError(f"prefix_tokens {self.prefix}: a class is one token")
 
     @property
     def head_dim(self) -> int:
@@ -46,6 +58,11 @@ class GPTConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
 
     @property
     def prefix(self) -> int:

@@ -140,7 +140,9 @@ def train_without_the_shared_input_reduce() -> list[tuple[float, float]]:
 
 def train_with_sequence_norms_unsummed() -> list[tuple[float, float]]:
     task = make_task(Layout(2, 2, 1, True))
-    task.model.layers[0].ffn_norm.weight._backward_hooks.clear()
+    for block in task.model.layers:
+        for norm in (block.attention_norm, block.ffn_norm):
+            norm.weight._backward_hooks.clear()
     return steps(task, 0, STEPS)
 
 

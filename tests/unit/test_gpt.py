@@ -174,7 +174,7 @@ def test_dropout_keeps_the_right_share():
     from llamagen_dist.models.gpt import Randomness
 
     random = Randomness(prng.stream(0, "dropout", torch.arange(64)))
-    kept = (random.dropout(torch.ones(64, 100, 100), 0.1) > 0).float().mean()
+    kept = (random.dropout(torch.ones(64, 100, 100), 0.1, 0) > 0).float().mean()
     assert abs(kept - 0.9) < 5 * (0.09 / 640_000) ** 0.5  # five standard errors
-    again = random.dropout(torch.ones(64, 100, 100), 0.1)
+    again = random.dropout(torch.ones(64, 100, 100), 0.1, 1)
     assert abs(((again > 0).float()).mean() - 0.9) < 5 * (0.09 / 640_000) ** 0.5

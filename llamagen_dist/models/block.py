@@ -1,0 +1,54 @@
+"""One layer of the Llama: attention and a gated feed-forward network, each normalised before and added after."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamagen_dist.models.attention import Attention
+from llamagen_dist.models.cache import LayerCache
+from llamagen_dist.models.dropout import Randomness
+from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.layers import Linear, RMSNorm
+
+ATTENDED, FED, ATTENDED_PATH, FED_PATH = 0, 1, 3, 4  # places of a layer's dropouts (2: attention probabilities)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, drop_path_p: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        # LlamaGen switches the element-wise dropouts off where drop-path is on
+        self.resid_dropout_p = 0.0 if config.drop_path_rate > 0 else config.resid_dropout_p
+        self.ffn_dropout_p = 0.0 if config.drop_path_rate > 0 else config.ffn_dropout_p
+        self.drop_path_p = drop_path_p
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        random: Randomness | None,
+        past: LayerCache | None = None,
+    ) -> Tensor:
+        """x (B, S, dim) -> the same; random: this layer's, or None without dropout. See Attention for the others."""
+        attended = self.attention(self.attention_norm(x), table, mask, random, past)
+        if random is None:
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x))
+        attended = random.drop_path(attended, self.drop_path_p, ATTENDED_PATH)
+        x = random.add_dropped(x, attended, self.resid_dropout_p, ATTENDED)
+        fed = random.drop_path(self.feed_forward(self.ffn_norm(x)), self.drop_path_p, FED_PATH)
+        return random.add_dropped(x, fed, self.ffn_dropout_p, FED)

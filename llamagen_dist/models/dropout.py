@@ -1,0 +1,103 @@
+"""Dropout whose masks are a function of (seed, global sample, site, element), so that no layout can change them.
+
+One 32-bit hash (llamagen_dist.prng) serves two neighbouring elements with 16 bits each, so probabilities are whole
+multiples of 2^-16; what is kept is scaled by the probability really used.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llamagen_dist import prng
+
+LEVELS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The dropout of one forward pass. Immutable: recomputation and compilation see the same masks.
+
+    keys: int32 (B,), one per sample. first: the position, in the whole sequence, of the first row of what is dropped
+    from (a sequence-parallel rank holds a part). Sites are numbers: ``layer(n)`` has keys of its own, in which
+    ``place`` tells the dropouts of one layer apart.
+    """
+
+    keys: Tensor
+    first: int = 0
+
+    def at(self, first: int) -> "Randomness":
+        """The same masks seen from row ``first`` on."""
+        return replace(self, first=first)
+
+    def layer(self, number: int) -> "Randomness":
+        return replace(self, keys=self._place(4 * (number + 1)))
+
+    def _place(self, place: int) -> Tensor:
+        return prng.mix(self.keys ^ ((place + 1) * 0x632BE5AB & 0x7FFFFFFF))
+
+    def kept(self, x: Tensor, p: float, place: int) -> Tensor:
+        """bool of x's shape (B, S, dim), dim even: False where x is dropped. Element x[b, s, d] has the number
+        (first + s) x dim + d."""
+        _, rows, dim = x.shape
+        keys, begin, count = self._place(place).view(-1, 1), self.first * dim // 2, rows * dim // 2
+        least = threshold(p) - LEVELS // 2  # the 16 bits are compared as signed numbers
+        if torch.compiler.is_compiling():  # one fused loop, without memory; the other branch needs few passes instead
+            numbers = torch.arange(2 * begin, 2 * (begin + count), dtype=torch.int32, device=x.device)
+            raw = prng.mix(prng.mix(numbers >> 1) ^ keys)
+            half = torch.where((numbers & 1) == 1, raw >> 16, (raw << 16) >> 16)
+            return (half >= least).view(x.shape)
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        hashed = _hashed_numbers(begin, count, x.device)
+        if x.device.type != "cpu":
+            raw = prng.mix(hashed ^ keys)
+            return torch.ge(raw.view(torch.int16), least, out=kept.view(len(keys), -1)).view(x.shape)
+        raw, scratch = torch.empty_like(hashed), torch.empty_like(hashed)
+        for sample, key in zip(kept.view(len(keys), -1), keys.flatten().tolist(), strict=True):  # stays in the cache
+            torch.bitwise_xor(hashed, key, out=raw)
+            torch.ge(prng.mix_(raw, scratch).view(torch.int16), least, out=sample)
+        return kept
+
+    def dropout(self, x: Tensor, p: float, place: int) -> Tensor:
+        """x (B, S, dim) with elements dropped with probability p and the others scaled up."""
+        if threshold(p) == 0:
+            return x
+        return torch.where(self.kept(x, p, place), x * scale(p), 0.0)
+
+    def add_dropped(self, x: Tensor, y: Tensor, p: float, place: int) -> Tensor:
+        """x + dropout(y)."""
+        if threshold(p) == 0:
+            return x + y
+        return torch.where(self.kept(y, p, place), torch.add(x, y, alpha=scale(p)), x)
+
+    def drop_path(self, x: Tensor, p: float, place: int) -> Tensor:
+        """x (B, …) with whole samples dropped with probability p and the others scaled up."""
+        if threshold(p) == 0:
+            return x
+        raw = (self._place(place) >> 16) + LEVELS // 2
+        return torch.where((raw >= threshold(p)).view(-1, *(1,) * (x.dim() - 1)), x * scale(p), 0.0)
+
+    def attention_dropout(self, probabilities: Tensor, p: float, place: int, first_head: int) -> Tensor:
+        """probabilities (B, heads, S, S): elements numbered by (head in the whole model, query, key)."""
+        _, heads, rows, columns = probabilities.shape
+        begin = first_head * rows * columns
+        numbers = torch.arange(begin, begin + heads * rows * columns, dtype=torch.int32, device=probabilities.device)
+        raw = prng.mix(prng.mix(numbers) ^ self._place(place).view(-1, 1)).view(probabilities.shape)
+        return torch.where((raw >> 16) + LEVELS // 2 >= threshold(p), probabilities * scale(p), 0.0)
+
+
+def threshold(p: float) -> int:
+    """How many of the 2^16 levels are dropped."""
+    return round(p * LEVELS)
+
+
+def scale(p: float) -> float:
+    """What is kept is multiplied by this."""
+    return LEVELS / (LEVELS - threshold(p))
+
+
+@lru_cache(maxsize=4)
+def _hashed_numbers(begin: int, count: int, device: torch.device) -> Tensor:
+    """The first round of the hash, which is the same for every sample, site and step. int32 (count,)."""
+    return prng.mix(torch.arange(begin, begin + count, dtype=torch.int32, device=device))

@@ -1,0 +1,30 @@
+"""Initial weights and buffers as pure functions of (seed, name): any rank can make any piece of a model."""
+
+import torch
+from torch import Tensor
+
+from llamagen_dist import prng
+from llamagen_dist.models.gpt_config import GPTConfig
+
+
+def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """LlamaGen's: N(0, 0.02) for matrices, zero for the head, one for norms. fp32 on the CPU."""
+    if name == "output.weight":
+        return torch.zeros(shape, device="cpu")
+    if len(shape) < 2:
+        return torch.ones(shape, device="cpu")
+    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return drawn.normal_(0.0, config.initializer_range, generator=_generator(seed, f"initial weights {name}"))
+
+
+def null_caption(config: GPTConfig, seed: int) -> Tensor:
+    """LlamaGen's never trained null caption: N(0, 1) / sqrt(caption_dim), (T, caption_dim) fp32 on the CPU."""
+    drawn = torch.empty(config.prefix, config.caption_dim, dtype=torch.float32, device="cpu")
+    return drawn.normal_(generator=_generator(seed, "null caption")).div_(config.caption_dim**0.5)
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own: the global one is nobody's to disturb."""
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int(prng.bits(seed, purpose, 0).item()))
+    return generator

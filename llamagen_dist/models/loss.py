@@ -1,0 +1,72 @@
+"""The mean cross-entropy over a large vocabulary, with one copy of the logits and no second one for their gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TokenNLL = Callable[[Tensor, Tensor], Tensor]
+CHUNK = 1 << 22  # logits that are worked on at a time: 16 MB in fp32
+
+
+def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(n, V), (n,) int64 -> (n,) nats in fp32."""
+    return F.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def weighted_nll(logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL = token_nll) -> Tensor:
+    """sum of weights x nll(logits, tokens), 0-d fp32. logits (n, V), tokens (n,) int64, weights (n,) fp32.
+
+    Where a gradient is wanted it is made in the forward pass, a few rows at a time, and *replaces the logits*: they
+    must not be used again. ``nll`` must treat every row by itself (tensor parallelism has one over slices of V).
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _WeightedNLL.apply(logits, tokens, weights, nll)
+    rows = max(1, CHUNK // logits.shape[-1])
+    parts = zip(logits.split(rows), tokens.split(rows), weights.split(rows), strict=True)
+    return torch.stack([(nll(few, wanted) * weight).sum() for few, wanted, weight in parts]).sum()
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL) -> Tensor:
+        rows = max(1, CHUNK // logits.shape[-1])
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        gradient = logits.detach()  # the same memory
+        for few, wanted, weight in zip(gradient.split(rows), tokens.split(rows), weights.split(rows), strict=True):
+            if nll is token_nll:
+                total += _gradient_in_place(few, wanted, weight)
+                continue
+            with torch.enable_grad():
+                leaf = few.detach().requires_grad_()
+                part = (nll(leaf, wanted) * weight).sum()
+            (found,) = torch.autograd.grad(part, leaf)
+            total += part.detach()
+            few.copy_(found)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (upstream,) = gradients
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the loss can be differentiated once: its gradient took the place of the logits")
+        if upstream.device.type != "cpu" or upstream != 1:
+            gradient.mul_(upstream)
+        return gradient, None, None, None
+
+
+def _gradient_in_place(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """logits (n, V) become weights x (softmax - one-hot); returns the weighted nll. One exponential per logit."""
+    at = tokens[:, None]
+    largest, place = logits.max(dim=-1, keepdim=True)
+    own = logits.gather(1, at)
+    likely = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    # log sum exp = largest - log(the largest probability), which is at least 1 / V and so exact enough
+    nll = (largest.float() - own.float() - likely.gather(1, place).log()).flatten()
+    likely.scatter_add_(1, at, torch.full_like(nll[:, None], -1.0))
+    logits.copy_(likely.mul_(weights[:, None]))
+    return (nll * weights).sum()

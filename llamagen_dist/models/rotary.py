@@ -1,0 +1,37 @@
+"""LlamaGen's rotary embedding of a grid: the first half of a head turns with the row, the second with the column."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llamagen_dist.models.gpt_config import GPTConfig
+
+
+def rotary_table(config: GPTConfig) -> Tensor:
+    """(prefix + image_tokens, head_dim / 2, 2) fp32: cos and sin.
+
+    The prefix rows are 0, 0 (``prefix_rotation: zero``, what the released weights were trained with) or 1, 0.
+    """
+    side, half = math.isqrt(config.image_tokens), config.head_dim // 2
+    theta = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+    along = torch.outer(torch.arange(side).float(), theta)
+    rows = along[:, None, :].expand(side, side, -1)
+    columns = along[None, :, :].expand(side, side, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    image = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    prefix = torch.zeros(config.prefix, half, 2)
+    if config.prefix_rotation == "identity":
+        prefix[..., 0] = 1.0
+    return torch.cat([prefix, image])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: (B, S, heads, head_dim); table: (S, head_dim / 2, 2), or (B, S, …) where samples differ.
+
+    Pairs are interleaved, (2p, 2p + 1); computed in fp32, cast back.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
