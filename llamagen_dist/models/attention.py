@@ -43,9 +43,10 @@ class Attention(nn.Module):
         parts = fused.split([self.group * unit, unit, unit], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
+        causal = mask is None
         if past is not None:
             k, v = past.extend(k, v)
-        causal = mask is None and q.shape[2] == k.shape[2]
+            causal = causal and q.shape[2] == k.shape[2]
         if self.group > 1:
             k, v = _repeated(k, self.group), _repeated(v, self.group)
         if random is not None and threshold(self.dropout_p) > 0:
