@@ -166,7 +166,7 @@ def train_with_masks_of_the_wrong_positions() -> list[tuple[float, float]]:
     ],
 )
 def test_a_broken_layout_is_noticed(serial, broken):
-    assert worst(run_ranks(broken, 2)[0], serial["losses"]) > 20 * TOLERANCE
+    assert worst(run_ranks(broken, 2)[0], serial["losses"]) > 5 * TOLERANCE
 
 
 # --- refusals and guards ---
