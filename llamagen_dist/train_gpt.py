@@ -18,6 +18,7 @@ from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.training.build import build_gpt, gpt_config
 from llamagen_dist.training.fit import fit
 from llamagen_dist.training.gpt_task import GPTTask, micro_batches
+from llamagen_dist.training.initial import Initial, initial_weights, note_origin
 from llamagen_dist.training.run import open_run
 
 
@@ -28,9 +29,15 @@ def main(argv: list[str]) -> None:
     topology = start(config.parallel.tensor, config.parallel.threads)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
     models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
-    for number, ((name, rung, train, validation), model) in enumerate(zip(plan, models, strict=True), 1):
+    starts = [
+        initial_weights(rung, model, train.manifest, topology, name)
+        for (name, rung, train, _), model in zip(plan, models, strict=True)
+    ]
+    for number, ((name, rung, train, validation), model, initial) in enumerate(
+        zip(plan, models, starts, strict=True), 1
+    ):
         label = name if len(plan) == 1 else f"{name} ({number}/{len(plan)})"
-        stopped = train_one(name, label, rung, model, train, validation, topology)
+        stopped = train_one(name, label, rung, model, train, validation, topology, initial)
         if stopped and number < len(plan):
             raise Stopped(f"{rung.run_dir.parent}: stopped after {name}; the same command goes on with the next one")
 
@@ -79,6 +86,7 @@ def train_one(
     train: Shards,
     validation: Shards,
     topology: Topology,
+    initial: Initial | None = None,
 ) -> bool:
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
     with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
@@ -86,8 +94,12 @@ def train_one(
         stream = TokenStream(
             train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p
         )
+        note_origin(run, initial, train.manifest)
+        plain = build_gpt(model, config.train.seed)
+        if initial is not None:
+            initial.fill(plain)
         task = GPTTask(
-            build_gpt(model, config.train.seed),
+            plain,
             config,
             topology,
             name,

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     try:
         # LlamaGen's own training checkpoints carry their argparse.Namespace: plain values, nothing that runs
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where the format allows: ranks of one host then share the pages
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
         # whatever bytes that are no such file make the unpickler stumble over
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,6 @@
 """Which of the released models a state dict belongs to, and where it differs from one that it should be."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 
 STATISTIC = "quantize.codebook_used"  # a tokenizer's usage counter, absent from some files
 SIZES = (*GPT_SIZES, *VQ_SIZES)
-_CLASSES, _CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
+CLASSES, _CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ def describe(weights: Mapping[str, Tensor]) -> Described:
     return Described(kind, size, sum(t.numel() for name, t in weights.items() if name not in buffers))
 
 
-def kind_of(weights: Mapping[str, Tensor]) -> str:
+def kind_of(weights: Collection[str]) -> str:
+    """From the tensors' names. Raises UserError."""
     if "tok_embeddings.weight" in weights and "output.weight" in weights:
-        if _CLASSES in weights:
+        if CLASSES in weights:
             return "class-conditional GPT"
         if _CAPTION in weights:
             return "text-conditional GPT"
@@ -54,14 +55,23 @@ def difference(weights: Mapping[str, Tensor], size: str) -> str | None:
     if (kind == "tokenizer") != (size in VQ_SIZES):
         return f"it is a {kind}, and {size} is a {'tokenizer' if size in VQ_SIZES else 'GPT'}"
     expected = _shapes(weights, kind, size)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return first_difference(found, expected, size)
+
+
+def first_difference(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
+) -> str | None:
+    """The first key (in the order of ``expected``) that is missing, of another shape, or does not belong there."""
     for name, shape in expected.items():
-        if name not in weights:
-            if name != STATISTIC:
-                return f"{name} is missing"
-        elif name != STATISTIC and tuple(weights[name].shape) != shape:
-            return f"{name} has shape {list(weights[name].shape)}, and {size} has {list(shape)}"
-    extra = next((name for name in weights if name not in expected), None)
-    return None if extra is None else f"{extra} does not belong to {size}"
+        if name == STATISTIC:
+            continue
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != shape:
+            return f"{name} has shape {list(found[name])}, and {what} has {list(shape)}"
+    extra = next((name for name in found if name not in expected), None)
+    return None if extra is None else f"{extra} does not belong to {what}"
 
 
 def _shapes(weights: Mapping[str, Tensor], kind: str, size: str) -> dict[str, tuple[int, ...]]:
@@ -73,7 +83,7 @@ def _shapes(weights: Mapping[str, Tensor], kind: str, size: str) -> dict[str, tu
         else:
             own: dict[str, Any] = {**GPT_SIZES[size], "vocab_size": weights["output.weight"].shape[0]}
             if kind == "class-conditional GPT":
-                own["num_classes"] = weights[_CLASSES].shape[0] - 1
+                own["num_classes"] = weights[CLASSES].shape[0] - 1
             else:
                 length, dim = weights[_CAPTION].shape
                 own |= {"condition": "text", "prefix_tokens": length, "caption_dim": dim}
