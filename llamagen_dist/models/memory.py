@@ -14,6 +14,8 @@ from llamagen_dist.models.gpt_config import GPTConfig
 
 LARGEST_BUCKET = 100_000_000
 """Elements that DeepSpeed reduces or gathers at a time at most (parallel/deepspeed_engine.py sets it)."""
+LARGEST_SUM = 500_000_000
+"""Elements of fp32 gradient sums that DeepSpeed's bf16 ZeRO-1 flattens at a time (a constant of its own)."""
 FP32 = 4
 
 
@@ -46,11 +48,12 @@ def kept_whole(config: GPTConfig) -> int:
 
 
 def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
-    """Bytes between two steps, and the gradients at the end of a backward pass.
+    """Bytes of weights, gradients (at the fullest moment of a backward pass), fp32 masters, Adam's moments and EMA.
 
     ZeRO 0 is torch's DDP: everything whole, gradients living in DDP's buckets. ZeRO 1 shares out masters, moments and
-    EMA over the data-parallel ranks, 2 the gradients too, 3 the weights too. Masters are kept in fp32 also where the
-    weights are fp32 (DeepSpeed has both).
+    EMA over the data-parallel ranks, 2 the gradients too, 3 the weights too. DeepSpeed keeps masters also where the
+    weights are fp32 already. Its ZeRO-1 holds whole gradients between micro-batches, in bf16 and their fp32 sum if the
+    weights are bf16.
     """
     count = total_parameters(config, layout.tensor)
     share = -(-count // layout.data)
@@ -59,27 +62,34 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
     if layout.zero == 3:
         whole = kept_whole(config)
         weights = -(-(count - whole) // layout.data) + whole
+    gradients = (count if layout.zero < 2 else share) * FP32
+    if layout.zero == 1 and layout.precision == "bf16":
+        gradients += count * layout.bytes
     return {
         "weights": weights * layout.bytes,
-        "gradients": (count if layout.zero < 2 else share) * FP32,
+        "gradients": gradients,
         "masters": 0 if layout.zero == 0 else share * FP32,
         "moments": 2 * optimizer * FP32,
         "ema": optimizer * FP32 if layout.ema else 0,
     }
 
 
-def buckets(config: GPTConfig, layout: Layout) -> int:
-    """Bytes of DeepSpeed's communication buffers while gradients are reduced, and of the weights that ZeRO-3 gathers.
-
-    One flat reduction bucket; at ZeRO 3 also the block that computes and the one being fetched.
+def buckets(config: GPTConfig, layout: Layout) -> dict[str, int]:
+    """Bytes of communication buffers. ``held``: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces
+    its fp32 sums where they are). ``passing``: DDP's buckets beside gradients that still accumulate; the fp32 copy of a
+    bf16 bucket (ZeRO-2) or of sums (ZeRO-1, after the backward pass) while it is reduced; at ZeRO-3 the weights
+    gathered for the piece that computes and for the next.
     """
-    if layout.zero == 0:
-        return 0
     count = total_parameters(config, layout.tensor)
-    bucket = min(LARGEST_BUCKET, count) * FP32
+    wide = layout.precision == "fp32"
+    if layout.zero == 0:
+        return {"held": 0, "passing": count * FP32 if layout.data > 1 else 0}
+    if layout.zero == 1 and not wide:
+        return {"held": 0, "passing": min(LARGEST_SUM, count) * FP32}
+    count = min(LARGEST_BUCKET, count)
     if layout.zero == 3:
-        bucket += 2 * largest_module(config, layout.tensor) * layout.bytes
-    return bucket
+        return {"held": count * FP32, "passing": 2 * largest_module(config, layout.tensor) * layout.bytes}
+    return {"held": count * layout.bytes, "passing": 0 if wide else count * FP32}
 
 
 def largest_module(config: GPTConfig, tensor: int) -> int:
@@ -122,14 +132,23 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
         return [Kept(f"{name} kept", rows * d, 1)] if dropped and p > 0 else []
 
     grouped = config.kv_heads < config.n_head
+    explicit = config.attn_dropout_p > 0  # no fused kernel then: the probabilities exist
     attention = [
         Kept("q rotated", length * d // t, b),
         Kept("k rotated", length * d // t, b),  # repeated for the query heads where they share keys
-        # v is a view of the fused projection and keeps all of it; repeated, it is a tensor of its own
-        Kept("v", length * (d if grouped else d + 2 * kv) // t, b),
-        Kept("log-sum-exp", length * config.n_head // t, FP32),
+        # a view of the fused projection, which it keeps all of; a tensor of its own where it was repeated or copied
+        Kept("v", length * (d if grouped or explicit else d + 2 * kv) // t, b),
         Kept("attention output", length * d // t, b),
     ]
+    if explicit:
+        pairs = length * length * config.n_head // t
+        attention += [
+            Kept("probabilities", pairs, FP32),
+            Kept("probabilities kept", pairs, 1),
+            Kept("probabilities dropped", pairs, b),
+        ]
+    else:
+        attention.append(Kept("log-sum-exp", length * config.n_head // t, FP32))
     feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output", "silu", "w2 input")]
     return [
         *norm("attention norm"),
@@ -200,13 +219,16 @@ def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
     """Bytes by part at the fullest moment, in the middle of a backward pass: the parts of ``state``, buckets,
     activations, logits and working memory. They add up."""
     kept = activations(config, layout)
-    return {
-        **state(config, layout),
-        "buckets": buckets(config, layout),
+    buffers = buckets(config, layout)
+    computing = {
         "activations": kept["blocks"] + kept["recomputed"] + kept["ends"],
         "logits": kept["logits"],
         "working": working(config, layout),
     }
+    passing = buffers["passing"]
+    if layout.zero == 1:  # it takes the place of what the backward pass has freed by then
+        passing = max(0, passing - sum(computing.values()))
+    return {**state(config, layout), "buckets": buffers["held"] + passing, **computing}
 
 
 def checkpoint_bytes(config: GPTConfig, ema: bool) -> int:

@@ -1,0 +1,64 @@
+"""models/memory.py's activations against the bytes that autograd really keeps."""
+
+from dataclasses import replace
+
+import pytest
+
+from llamagen_dist.models.gpt import GPT
+from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.memory import Layout, activations
+from tests.live_bytes import kept_for_backward
+
+SMALL = GPTConfig(n_layer=4, n_head=4, dim=64, vocab_size=512, image_tokens=64, num_classes=10, multiple_of=32)
+TEXT = replace(SMALL, condition="text", prefix_tokens=24, caption_dim=48)
+QUIET = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
+CASES = {
+    "class": SMALL,
+    "class, no dropout": replace(SMALL, **QUIET),
+    "text": TEXT,
+    "text, no dropout": replace(TEXT, **QUIET),
+    "grouped heads": replace(SMALL, n_kv_head=2),
+    "drop-path": replace(SMALL, drop_path_rate=0.1),
+    "attention dropout": replace(SMALL, attn_dropout_p=0.1),
+}
+
+
+def kept_bytes(config: GPTConfig, layout: Layout) -> int:
+    model = GPT(config).initialize(0).train()
+    if layout.precision == "bf16":
+        model.bfloat16()
+    model.recompute_every = layout.recompute_every
+    return kept_for_backward(model, layout.micro)
+
+
+def counted(config: GPTConfig, layout: Layout) -> int:
+    parts = activations(config, layout)
+    return parts["blocks"] + parts["ends"] + parts["logits"]  # "recomputed" comes only with the backward pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
+def test_activations_are_what_autograd_keeps(config, precision):
+    layout = Layout(precision=precision, micro=3)
+    assert counted(config, layout) == pytest.approx(kept_bytes(config, layout), rel=0.05)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("config", [SMALL, TEXT], ids=["class", "text"])
+def test_recomputed_blocks_keep_their_input_only(config, every):
+    layout = Layout(precision="bf16", micro=3, recompute_every=every)
+    assert counted(config, layout) == pytest.approx(kept_bytes(config, layout), rel=0.05)
+    assert counted(config, layout) < 0.9 * counted(config, replace(layout, recompute_every=0))
+
+
+def test_a_wrong_count_is_noticed():
+    """Sabotage twin: another precision, another policy or one more dropout is not within 5 %."""
+    layout = Layout(precision="bf16", micro=3)
+    measured = kept_bytes(SMALL, layout)
+    for config, other in (
+        (SMALL, replace(layout, precision="fp32")),
+        (SMALL, replace(layout, recompute_every=3)),
+        (SMALL, replace(layout, micro=4)),
+        (replace(SMALL, n_layer=5), layout),
+    ):
+        assert counted(config, other) != pytest.approx(measured, rel=0.05), (config, other)
