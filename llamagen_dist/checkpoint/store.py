@@ -220,14 +220,22 @@ def open_weights(path: str | Path, group: str = "weights", verified: bool = True
         return Weights(None, {name: tuple(tensor.shape) for name, tensor in weights.items()}, weights.__getitem__)
     folder = _locate(path) if verified else path
     tensors = read_index(folder)["tensors"]
-    files = {name: opened(folder / name) for name in _keys_of(tensors, group)}
-    if not files:
+    file_of = _named(folder, tensors, group)
+    if not file_of:
         groups = ", ".join(sorted({full.split(":", 1)[0] for full in tensors}))
         hint = "; it was trained without (ema.decay: 0)" if group == "ema" else ""
         raise UserError(f"{folder}: holds no {group}, only {groups}{hint}")
-    file_of = {full.split(":", 1)[1]: files[name] for full, name in tensors.items() if full.startswith(group + ":")}
+    if group == "ema":  # buffers are not trained and have no average: the model's own belong to it
+        file_of = _named(folder, tensors, "weights") | file_of
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in file_of.items()}
     return Weights(folder, shapes, lambda name: file_of[name].get_tensor(name))
+
+
+def _named(folder: Path, tensors: Mapping[str, str], group: str) -> dict[str, Any]:
+    """key -> the open file that holds it, for one group."""
+    return {
+        key: file for name, keys in _keys_of(tensors, group).items() for file in [opened(folder / name)] for key in keys
+    }
 
 
 def read_config(path: str | Path) -> Section | None:
@@ -246,5 +254,5 @@ def identity_of(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -7,10 +7,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llamagen_dist.checkpoint import llamagen, plan, store
-from llamagen_dist.checkpoint.entries import replicated
+from llamagen_dist.checkpoint.entries import Entry, replicated
 from llamagen_dist.config import UserError
+from llamagen_dist.files import sha256_file
 from llamagen_dist.parallel.topology import Topology
 
 ALONE = Topology()
@@ -58,11 +60,17 @@ def test_files_stay_small_and_the_identity_does_not_depend_on_them(tmp_path, mon
     assert store.identity(save(tmp_path / "other", 1, entries(2))) != store.identity(parts)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "nothing"])
-def test_damage_is_named_and_the_older_one_used(tmp_path, damage, capsys):
-    save(tmp_path, 1, entries(1))
-    newest = save(tmp_path, 2, entries(2))
-    victim = next(newest.glob("optimizer-*.safetensors"))
+def sign_again(folder) -> None:
+    """What a checkpoint looks like whose writer went wrong: all hashes agree, the content does not."""
+    index = json.loads((folder / "index.json").read_text())
+    index["files"] = {name: sha256_file(folder / name) for name in index["files"]}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "COMPLETE").write_text(sha256_file(folder / "index.json"))
+
+
+def damage_it(folder, damage: str):
+    """Returns the file that the message must name; "nothing" is the twin that must pass."""
+    victim = next(folder.glob("optimizer-*.safetensors"))
     if damage == "flip":
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 4
@@ -71,16 +79,111 @@ def test_damage_is_named_and_the_older_one_used(tmp_path, damage, capsys):
         os.truncate(victim, victim.stat().st_size - 1)
     elif damage == "remove":
         victim.unlink()
-    elif damage == "index":
-        victim = newest / "index.json"
-        victim.write_text(victim.read_text().replace("a.weight", "c.weight"))
+    elif damage == "header":
+        content = victim.read_bytes()
+        victim.write_bytes(content[:8] + b"[" + content[9:])
+        sign_again(folder)
+    elif damage == "tensor":
+        save_file({"other": torch.zeros(2)}, victim)
+        sign_again(folder)
+    elif damage in ("index", "index cut", "index gone"):
+        victim = folder / "index.json"
+        text = victim.read_text()
+        if damage == "index gone":
+            victim.unlink()
+        else:
+            victim.write_text(text[:-9] if damage == "index cut" else text.replace("a.weight", "c.weight"))
+    elif damage == "index no json":
+        victim = folder / "index.json"
+        victim.write_text(victim.read_text()[:-9])
+        (folder / "COMPLETE").write_text(sha256_file(victim))
+    elif damage == "state":
+        victim = folder / "state.json"
+        victim.write_text(victim.read_text().replace("8", "9"))
+    elif damage == "complete":
+        (folder / "COMPLETE").write_bytes(b"\xff\xfe")
+        victim = folder / "index.json"
+    return victim
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flip",
+        "cut",
+        "remove",
+        "header",
+        "tensor",
+        "index",
+        "index cut",
+        "index gone",
+        "index no json",
+        "state",
+        "complete",
+        "nothing",
+    ],
+)
+def test_damage_is_named_and_the_older_one_used(tmp_path, damage, capsys):
+    save(tmp_path, 1, entries(1))
+    newest = save(tmp_path, 2, entries(2))
+    victim = damage_it(newest, damage)
     if damage == "nothing":
-        assert store.newest(tmp_path).name == "step_00000002", (
-            "an undamaged one passes: the check is not always 'damaged'"
-        )
+        assert store.newest(tmp_path) == newest, "an undamaged one passes: the check is not always 'damaged'"
         return
     assert store.newest(tmp_path).name == "step_00000001"
-    assert str(victim) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(victim) in said
+    assert len(said.splitlines()) == 1
+    if damage in ("flip", "cut", "state"):
+        recorded = json.loads((newest / "index.json").read_text())["files"][victim.name]
+        assert f"damaged (sha256 {sha256_file(victim)}, written as {recorded})" in said
+
+
+def test_another_shape_than_the_models_is_refused_with_the_file(tmp_path):
+    folder = save(tmp_path, 1, entries(1))
+    victim = next(folder.glob("weights-*.safetensors"))
+    save_file({"a.weight": torch.zeros(4, 8), "b.weight": torch.zeros(3)}, victim)
+    sign_again(folder)
+    assert store.newest(tmp_path) == folder, "nothing in the checkpoint itself tells"
+    with pytest.raises(UserError, match=rf"{victim}: a\.weight has shape \(4, 8\), the model wants \(8, 4\)"):
+        store.restore(folder, entries(1))
+
+
+def test_the_moving_average_is_a_group_of_its_own(tmp_path):
+    weights, average = torch.ones(3), torch.zeros(3)
+    found = [replicated("weights", "w", weights), replicated("weights", "buffer", torch.arange(2))]
+    plain = save(tmp_path / "plain", 1, found)
+    with_average = save(tmp_path / "average", 1, [*found, replicated("ema", "w", average)])
+    assert store.read_weights(with_average, "ema")["w"].tolist() == [0, 0, 0]
+    assert store.read_weights(with_average, "ema")["buffer"].tolist() == [0, 1], "a buffer has no average"
+    assert store.read_weights(with_average)["w"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"holds no ema, only weights; it was trained without \(ema\.decay: 0\)"):
+        store.read_weights(plain, "ema")
+    torch.save({"w": weights}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt: one file of weights has no ema"):
+        store.read_weights(tmp_path / "w.pt", "ema")
+
+
+def test_the_plan_bounds_what_a_rank_stages_and_shares_the_bytes_out():
+    generator = torch.Generator().manual_seed(3)
+    sizes = [*torch.randint(0, 4000, (200,), generator=generator).tolist(), 9000]
+    types = (torch.float32, torch.int64, torch.bool, torch.bfloat16)
+    found = [
+        Entry(("weights", "optimizer")[n % 2], str(n), (size,), lambda w: None, lambda t: None, types[n % 4])
+        for n, size in enumerate(sizes)
+    ]
+    total = sum(plan.size_of(entry) for entry in found)
+    for world in (1, 3, 8):
+        laid = plan.make_plan(found, world, limit=20000)
+        for rank in range(world):
+            files = [file for part in laid.rounds for file in part.files[rank]]
+            assert all(slot.begin % slot.dtype.itemsize == 0 for file in files for slot in file.slots)
+            assert abs(sum(file.end - file.begin for file in files) - total / world) < 40000, "shared equally"
+            single = 9000 * types[200 % 4].itemsize
+            assert max(part.staged(rank) for part in laid.rounds) <= max(20000, single) + 2 * plan.ALIGNMENT
+        assert sorted(laid.where()) == sorted(f"{e.group}:{e.key}" for e in found)
+        assert (laid.rounds[0].first, laid.rounds[-1].last) == (0, len(found))
+        assert len({name for rank in range(world) for name in laid.file_names(rank)}) == len(set(laid.where().values()))
 
 
 def test_without_complete_it_does_not_exist(tmp_path):
