@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.plan import Plan, Round, ShardFile
+from llamagen_dist.config import UserError
 
 BLOCK = 8 << 20  # bytes hashed and written at once
 
@@ -31,7 +32,13 @@ class Staging:
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
         if self._buffers[number].numel() < size:
             self._buffers[number] = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._buffers[number] = _fresh(size, self._pinned)
+            try:
+                self._buffers[number] = _fresh(size, self._pinned)
+            except (MemoryError, RuntimeError) as error:
+                raise UserError(
+                    f"checkpoint: no host memory for {size / 1e9:.2f} GB beside the {self.held / 1e9:.2f} GB copied so "
+                    f"far ({error}); set checkpoint.background=false, which needs one file's worth"
+                ) from None
         return self._buffers[number]
 
     def drop(self) -> None:

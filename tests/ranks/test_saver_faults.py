@@ -14,6 +14,7 @@ from llamagen_dist.checkpoint import folder as folders
 from llamagen_dist.checkpoint import plan, store
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.saver import Saver
+from llamagen_dist.checkpoint.staging import Staging
 from llamagen_dist.config import UserError
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
@@ -165,3 +166,10 @@ def test_a_failing_prune_does_not_undo_the_save(tmp_path, monkeypatch, capsys):
     saver.wait()
     assert store.newest(tmp_path).name == "step_00000002"
     assert "could not be removed" in capsys.readouterr().out
+
+
+def test_too_little_host_memory_says_what_to_set(tmp_path):
+    found = [Entry("weights", "huge", (1 << 50,), lambda writer: None, lambda full: None)]
+    laid = plan.make_plan(found, 1)
+    with pytest.raises(UserError, match=r"no host memory for .* GB beside the 0\.00 GB .*checkpoint\.background=false"):
+        Staging().buffer(0, laid.rounds[0].staged(0))
