@@ -11,6 +11,7 @@ from torch import Tensor
 from llamagen_dist import prng
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.config import TokenizerConfigFile, UserError
+from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.evaluation.image_quality import psnr, ssim, to_uint8, unpadded
@@ -19,7 +20,8 @@ from llamagen_dist.parallel.engine import TorchEngine
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
-from llamagen_dist.training.guards import check_loss
+from llamagen_dist.training.guards import StepGuard
+from llamagen_dist.training.out_of_memory import held
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
 
@@ -35,6 +37,7 @@ class TokenizerTask:
     def __init__(self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards) -> None:
         self.config, self.topology, self.model, self.held_out = config, topology, model, held_out
         self.clock = Clock(topology.device)
+        self.guard = StepGuard(topology, config.guard.skip_non_finite)
         self.parameters = sum(p.numel() for p in model.parameters())
         size, factor = config.data.image_size, model.config.downsampling
         if size % factor:
@@ -69,38 +72,44 @@ class TokenizerTask:
                 clock=self.clock,
             )
 
-    def step(self, batch: Tensor, images_seen: int) -> Mapping[str, Tensor]:
-        """batch: this rank's images, (b, 3, S, S) in [-1, 1].
+    def step(self, batch: ImageBatch, images_seen: int) -> Mapping[str, Tensor]:
+        """batch: this rank's images.
 
         Returns loss (the weighted sum), its unweighted terms, grad_norm (before clipping) and lr. The
         discriminator's backward pass on the same, detached reconstructions comes before either update, so
-        that a loss that is not finite is found while no weight has changed.
+        that a loss or gradient that is not finite is found while no weight has changed.
         """
-        batch = batch.to(self.topology.device)
+        pixels = batch.images.to(self.topology.device)
         if images_seen == 0 and self.config.model.codebook_init == "first_batch":
-            self._start_codebook(batch)
+            self._start_codebook(pixels)
         self.model.train()
         against = self.discriminator
         if against is not None and (self.adversarial_from is None or images_seen < self.adversarial_from):
             against = None
         sums: dict[str, Tensor] = {}
-        for images in batch.split(self.micro):
-            share = len(images) / len(batch)
+        for images, samples in zip(pixels.split(self.micro), batch.samples.split(self.micro), strict=True):
+            share = len(images) / len(pixels)
             losses, reconstruction = self._generator_pass(images, against)
-            check_loss(losses.total, self.topology, images_seen, self.config.train.global_batch)
-            self.generator.backward(losses.total * share)
+            self.generator.backward(self.guard.watch(losses.total, samples) * share)
             found = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
             if against is not None:
-                found |= self._discriminator_pass(against, images, reconstruction.detach(), share, images_seen)
+                found |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples)
             for name, value in found.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + value.detach() * share
         with self.clock.part("optimizer"):
-            sums["grad_norm"] = self.generator.step(images_seen)
+            engines = {"grad_norm": self.generator}
+            if against is not None:
+                engines["discriminator_grad_norm"] = against
+            norms = {name: engine.gradient_norm() for name, engine in engines.items()}
+            passed = self.guard.passes(*norms.values())
+            for name, engine in engines.items():
+                if passed:
+                    engine.update(images_seen, norms[name])
+                else:
+                    engine.discard()
+        sums |= {name: norm.detach() for name, norm in norms.items()}
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
-        if against is not None:
-            with self.clock.part("optimizer"):
-                sums["discriminator_grad_norm"] = against.step(images_seen)
         return sums
 
     def _generator_pass(self, images: Tensor, against: TorchEngine | None) -> tuple[GeneratorLosses, Tensor]:
@@ -114,12 +123,11 @@ class TokenizerTask:
         return self.loss.generator(images, reconstruction, codebook, logits), reconstruction
 
     def _discriminator_pass(
-        self, engine: TorchEngine, images: Tensor, reconstruction: Tensor, share: float, images_seen: int
+        self, engine: TorchEngine, images: Tensor, reconstruction: Tensor, share: float, samples: Tensor
     ) -> dict[str, Tensor]:
         real, fake = engine.module(images, reconstruction)
         loss = hinge_discriminator_loss(real, fake)
-        check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
-        engine.backward(loss * share)
+        engine.backward(self.guard.watch(loss, samples) * share)
         return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     @torch.no_grad()
@@ -163,7 +171,8 @@ class TokenizerTask:
         for start in range(0, len(mine), section.batch):
             pixels = load_images(self.held_out, mine[start : start + section.batch], size)
             images = to_floats(pixels).to(self.topology.device)
-            reconstruction, _, codes = self.model(images)
+            with self.clock.part("compute"):  # a sign of life for the watchdog
+                reconstruction, _, codes = self.model(images)
             original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             shown = to_uint8(reconstruction).cpu()
             error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
@@ -194,3 +203,6 @@ class TokenizerTask:
 
     def describe(self) -> Mapping[str, Any]:
         return {"params": self.parameters}
+
+    def memory(self) -> list[str]:
+        return [held(self.generator)]

@@ -1,4 +1,4 @@
-"""What a GPT step is fed with."""
+"""What a training step is fed with."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,13 @@ from llamagen_dist.models.gpt import Condition
 @dataclass(frozen=True)
 class TokenBatch:
     """tokens: int64 (B, N). condition: labels int64 (B,), the null class where dropped, or a caption's (features
-    (B, T, C) left-padded, present (B, T) bool). positions: int64 (B,), global."""
+    (B, T, C) left-padded, present (B, T) bool). positions: int64 (B,), global. samples: int64 (B,), on the host, their
+    numbers in the data set; None for a batch made by hand."""
 
     tokens: Tensor
     condition: Condition
     positions: Tensor
+    samples: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -25,10 +27,13 @@ class TokenBatch:
 
     def rows(self, chosen: slice) -> "TokenBatch":
         """Some of the samples (views)."""
+        samples = None if self.samples is None else self.samples[chosen]
         if isinstance(self.condition, tuple):
             features, present = self.condition
-            return TokenBatch(self.tokens[chosen], (features[chosen], present[chosen]), self.positions[chosen])
-        return TokenBatch(self.tokens[chosen], self.condition[chosen], self.positions[chosen])
+            condition: Condition = (features[chosen], present[chosen])
+        else:
+            condition = self.condition[chosen]
+        return TokenBatch(self.tokens[chosen], condition, self.positions[chosen], samples)
 
     def split(self, size: int) -> "list[TokenBatch]":
         """Micro-batches of ``size`` samples (the last may be smaller)."""
@@ -40,4 +45,12 @@ class TokenBatch:
             moved: Condition = (features.to(device), present.to(device))
         else:
             moved = self.condition.to(device)
-        return TokenBatch(self.tokens.to(device), moved, self.positions.to(device))
+        return TokenBatch(self.tokens.to(device), moved, self.positions.to(device), self.samples)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """images: float32 (B, 3, S, S) in [-1, 1]. samples: int64 (B,), their numbers in the data set."""
+
+    images: Tensor
+    samples: Tensor

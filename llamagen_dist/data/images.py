@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
+from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.parallel.topology import Topology
@@ -129,12 +130,13 @@ class ImageStream:
             raise UserError(f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards")
         share = topology.share(global_batch)
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
+        self._shards = shards
         self._batches = _Batches(shards, share, seed, image_size, random_crop, horizontal_flip)
         self._workers = workers
-        self._loader: Iterator[Tensor] | None = None
+        self._loader: Iterator[ImageBatch] | None = None
         self._next = 0
 
-    def batch(self, images_seen: int) -> Tensor:
+    def batch(self, images_seen: int) -> ImageBatch:
         """This rank's share of the global batch that starts at global position ``images_seen``."""
         if self._workers == 0:
             return self._batches[images_seen + self._offset]
@@ -153,8 +155,12 @@ class ImageStream:
         self._next = images_seen + self._global_batch
         return next(self._loader)
 
+    def where(self, sample: int) -> str:
+        """The shard and record of a sample, for messages."""
+        return self._shards.where(sample)
 
-class _Batches(Dataset[Tensor]):
+
+class _Batches(Dataset[ImageBatch]):
     """One rank's batches by their first position; what a decoding process works on."""
 
     def __init__(
@@ -167,15 +173,15 @@ class _Batches(Dataset[Tensor]):
         small = stored is not None and len(shards) * stored**2 * 3 <= _KEPT_BYTES
         self._kept: dict[int, NDArray[np.uint8]] | None = {} if small else None
 
-    def __getitem__(self, start: int) -> Tensor:
+    def __getitem__(self, start: int) -> ImageBatch:
         positions = torch.arange(start, start + self._share)
-        samples = self._order.samples(start, self._share).tolist()
+        samples = self._order.samples(start, self._share)
         pixels = np.empty((self._share, self._size, self._size, 3), np.uint8)
         most = int(np.ceil(self._size * _LARGEST_SHORT_SIDE))
         short = prng.integers(self._seed, "crop-scale", positions, most - self._size + 1) + self._size
         across, down = (prng.uniform(self._seed, "crop-place", positions, place) for place in (0, 1))
         mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(samples.tolist()):
             picture = self._picture(sample)
             if self._random_crop:
                 place = float(across[number]), float(down[number])
@@ -184,7 +190,7 @@ class _Batches(Dataset[Tensor]):
             elif picture.shape[:2] != (self._size, self._size):
                 picture = np.asarray(center_crop(Image.fromarray(picture), self._size))
             pixels[number] = picture[:, ::-1] if mirrored[number] else picture
-        return to_floats(pixels)
+        return ImageBatch(to_floats(pixels), samples)
 
     def _picture(self, sample: int) -> NDArray[np.uint8]:
         """The decoded image, uint8 [H, W, 3]; small data sets are decoded only once."""

@@ -124,14 +124,18 @@ class TokenStream:
         self._null = self._reader.num_classes
 
     def batch(self, images_seen: int) -> TokenBatch:
-        """This rank's share of the global batch: tokens int64 [share, N], labels, positions int64 [share]."""
+        """This rank's share of the global batch: tokens int64 [share, N], labels, positions, samples int64 [share]."""
         start = images_seen + self._topology.dp_rank * self._share
         positions = torch.arange(start, start + self._share)
         samples = self._order.samples(start, self._share).numpy()
         crop = prng.integers(self._seed, "token-crop", positions, self._reader.crops).numpy()
         tokens, labels = (torch.from_numpy(array) for array in self._reader.gather(samples, crop))
         dropped = prng.uniform(self._seed, "label-dropout", positions) < self._dropout
-        return TokenBatch(tokens, labels.masked_fill(dropped, self._null), positions)
+        return TokenBatch(tokens, labels.masked_fill(dropped, self._null), positions, torch.from_numpy(samples))
+
+    def where(self, sample: int) -> str:
+        """The shard and record of a sample, for messages."""
+        return self._reader.shards.where(sample)
 
     def validation_batches(self, limit: int | None, batch: int) -> Iterator[TokenBatch]:
         """This rank's share of the first ``limit`` samples (None: all), each once over all ranks, crop 0, no

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
 from llamagen_dist.training import ema
 from llamagen_dist.training import optim as optimizers
-from llamagen_dist.training.guards import check_gradient
 
 LARGEST_BUCKET = 100_000_000  # elements
 
@@ -178,17 +177,19 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-step; nothing is updated
 
-    def step(self, images_seen: int) -> Tensor:
+    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
         """Clip, update, clear; returns the gradient norm before clipping (replicated weights counted once).
 
-        Raises NonFiniteError on all ranks: DeepSpeed itself leaves the weights alone when the norm is not finite.
+        The norm is known only inside DeepSpeed's step. Where it is not finite, on all ranks alike since it is reduced
+        over them, DeepSpeed itself leaves weights and moments alone (0.19.8: all stages, fp32 and bf16), so
+        ``passes`` can come after it.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(self.optim, images_seen)
         self._engine.step()
         norm = torch.as_tensor(float(self._engine.get_global_grad_norm()))
-        check_gradient(norm, self.topology, "model")
-        ema.update(self.state.states, self.ema_decay)
+        if passes(norm):
+            ema.update(self.state.states, self.ema_decay)
         return norm
 
     def entries(self) -> list[Entry]:

@@ -1,6 +1,6 @@
 """One interface over what runs the optimizer: plain torch or DDP here, DeepSpeed ZeRO in deepspeed_engine.py."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -16,7 +16,6 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import ema
 from llamagen_dist.training import optim as optimizers
-from llamagen_dist.training.guards import check_gradient
 
 
 class Engine(Protocol):
@@ -34,7 +33,12 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, images_seen: int) -> Tensor: ...
+    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
+        """One update with the gradients so far, which are then gone; returns their norm before clipping.
+
+        Only where ``passes(norm)`` (collective) agrees; otherwise weights and optimizer state stay as they are.
+        """
+        ...
 
     def entries(self) -> list[Entry]: ...
 
@@ -104,24 +108,30 @@ class TorchEngine:
         with self.clock.backward(loss):
             loss.backward()
 
-    def step(self, images_seen: int) -> Tensor:
-        """Clip, set the learning rate of this position, update, clear. Returns the gradient norm before clipping.
+    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
+        norm = self.gradient_norm()
+        if passes(norm):
+            self.update(images_seen, norm)
+        else:
+            self.discard()
+        return norm.detach()
 
-        Raises NonFiniteError before the update; the norm is the same on every rank, so all raise together.
-        """
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, images_seen: int, norm: Tensor) -> None:
+        """Clip by ``norm`` (what ``gradient_norm`` returned), set this position's learning rate, update, clear."""
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
-        norm = self._gradient_norm()
-        check_gradient(norm, self.topology, self.group)
         if self.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(self.optim, images_seen)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         ema.update(self.optimizer.state, self.ema_decay)
-        return norm.detach()
 
-    def _gradient_norm(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
         """Over the whole model: parts of split weights add up over the tensor-parallel ranks, copies count once."""
         named = [(name, p.grad) for name, p in self.plain.named_parameters() if p.grad is not None]
         if self.topology.tensor == 1:

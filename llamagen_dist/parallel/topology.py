@@ -91,6 +91,12 @@ class Topology:
         if self.rank == 0:
             print(text, flush=True)
 
+    def set_timeouts(self, seconds: float) -> None:
+        """Of every group that this rank is in, Megatron's and DeepSpeed's too, for collectives from now on."""
+        if self.world > 1:
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.set_timeout(timedelta(seconds=seconds), group)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

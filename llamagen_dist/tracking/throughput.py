@@ -43,7 +43,14 @@ class Clock:
         self._open: list[str] = []
         self._since: Any = None
         self._seconds = dict.fromkeys(PARTS, 0.0)
+        self.changes = 0
+        """How often the part has changed: it stands still where the process does (read from any thread)."""
         self._events: list[tuple[str, Any, Any]] = []
+
+    @property
+    def innermost(self) -> str:
+        """The part that is being charged, empty outside all (read from any thread)."""
+        return next(reversed(self._open[-1:]), "")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -73,6 +80,7 @@ class Clock:
 
     def _charge(self) -> None:
         """Book the time since the last change to the innermost open part."""
+        self.changes += 1
         now: Any
         if self._stream is None:
             now = time.perf_counter()

@@ -1,29 +1,26 @@
 """The training loop, the only one: it knows positions, logs, checkpoints and when to stop, but not what it trains."""
 
-import resource
-import sys
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, UserError
+from llamagen_dist.data import digest
 from llamagen_dist.launch.entry import Stopped
+from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow, peak_rss_gb
+from llamagen_dist.tracking.profile import StepProfiler
 from llamagen_dist.tracking.progress import Progress
 from llamagen_dist.training.guards import StopFlag
+from llamagen_dist.training.out_of_memory import explained
 from llamagen_dist.training.run import Run
+from llamagen_dist.training.spikes import Spikes
 from llamagen_dist.training.task import Stream, Task
-
-
-def peak_rss_gb() -> float:
-    """Largest resident memory this process ever had, in 10^9 bytes (Linux counts KiB, macOS bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+from llamagen_dist.training.watchdog import Watchdog
 
 
 def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ()) -> bool:
@@ -38,30 +35,16 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on. Returns
     whether a signal came during the very last step, for a caller that would have gone on with another run.
     """
-    train, topology = config.train, task.topology
-    step = images_seen = 0
-    # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
-    folder = topology.agreed(lambda: store.newest(run.directory))
-    if folder is not None:
-        state = store.read_state(folder)
-        if run.fingerprint is not None and state["data"] != run.fingerprint:
-            raise UserError(
-                f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
-                "point data.train at the same shards, or choose another run_dir"
-            )
-        store.restore(folder, task.entries())
-        task.load_scalars(state["task"])
-        step, images_seen = state["step"], state["images_seen"]
-        run.say(f"resumed from {folder} at image {images_seen} of {train.images} (step {step})")
-    run.cut_metrics(images_seen)
+    train, topology, guard, keep = config.train, task.topology, task.guard, config.checkpoint
+    step, images_seen, seen = _resume(task, train.images, run)
     if images_seen >= train.images and run.finished():
         run.say(f"{run.directory}: already finished")
         return False
 
-    started = time.monotonic()
-    asked = False
-
-    keep = config.checkpoint
+    started, first_step, asked = time.monotonic(), step, False
+    log, limits, batch_size = run.directory / "log", config.guard, train.global_batch
+    window = _window(task, config, seen)
+    spikes = Spikes(limits.spike_window, limits.spike_score, run.logged("loss", limits.spike_window))
     saver = Saver(
         run.directory,
         topology,
@@ -76,41 +59,56 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             "seed": train.seed,
             "layout": layout(task),
             "data": run.fingerprint,
+            "samples": window.seen(),
+            "skipped": guard.skipped,
             "task": dict(task.scalars()),
         }
         saver.save(step, images_seen, task.entries(), state, run.config_text, run.classes)
 
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
-    with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives():
-        window_start, window_images = time.monotonic(), 0
+    watchdog = Watchdog(log, topology, task.clock, 60 * limits.hang_minutes, 60 * limits.start_minutes)
+    profiler = StepProfiler(log, topology, config.log.profile_steps)
+    with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler:
+        guard.stop, guard.where = lambda: stop.up or saver.failed, stream.where
+        window.restart()
         while images_seen < train.images:
-            with task.clock.part("data"):
-                batch = stream.batch(images_seen)
-            with task.clock.part("compute"):
-                metrics = task.step(batch, images_seen)
-            step, images_seen = step + 1, images_seen + train.global_batch
-            window_images += train.global_batch
-            done = images_seen >= train.images
+            with explained(task), profiler.step(step + 1):
+                with task.clock.part("data"):
+                    batch = stream.batch(images_seen)
+                with task.clock.part("compute"):
+                    metrics = task.step(batch, images_seen)
+            step, images_seen = step + 1, images_seen + batch_size
+            watchdog.beat(step)
+            window.count(batch.samples)
+            if step == first_step + 1:
+                topology.set_timeouts(60 * limits.collective_minutes)
+            done, asked = images_seen >= train.images, guard.stop_agreed
             if step % config.log.every_steps == 0 or step == 1 or done:
-                averaged = _average(metrics, task)
-                speed = window_images / max(time.monotonic() - window_start, 1e-9)
-                run.metrics(step=step, images_seen=images_seen, **averaged, images_per_s=round(speed, 2))
+                line = window.line(metrics)
+                if guard.skipped:
+                    line["skipped"] = guard.skipped
+                spike = spikes.score(line["loss"]) if "loss" in line else None
+                if spike is not None:
+                    line["spike"] = round(spike, 2)
+                    run.say(f"{run.label}: step {step}: the loss {line['loss']:.4f} is a spike: {spike:.1f} deviations")
+                run.metrics(step=step, images_seen=images_seen, **line)
                 if progress:
-                    progress.set(images_seen, f"loss {averaged['loss']:.4f}, {speed:.0f} images/s")
-                window_start, window_images = time.monotonic(), 0
-            if done or _due(
-                images_seen, train.global_batch, config.validation.every_images, config.validation.at_images
-            ):
-                held_out = task.validate()
+                    loss = f"loss {line['loss']:.4f}, " if "loss" in line else ""
+                    progress.set(images_seen, f"{loss}{line['images_per_s']:.0f} images/s")
+            if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
+                with watchdog.phase("validation"):
+                    held_out = task.validate()
+                    asked = stop.agreed(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **held_out)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
-                window_start, window_images = time.monotonic(), 0
-            asked = stop.agreed(saver.failed)  # a checkpoint that cannot be written stops the run: save() says why
-            if done or asked or _due(images_seen, train.global_batch, config.checkpoint.every_images):
-                save()
-                if done or asked:
-                    saver.wait()
-                window_start, window_images = time.monotonic(), 0
+                window.restart()
+            # asked: by a signal, or because a checkpoint cannot be written, and then save() says why
+            if done or asked or _due(images_seen, batch_size, config.checkpoint.every_images):
+                with watchdog.phase("save"):
+                    save()
+                    if done or asked:
+                        saver.wait()
+                window.restart()
             if asked and not done:
                 raise Stopped(
                     f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
@@ -125,17 +123,53 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         seconds=round(time.monotonic() - started, 2),
         peak_rss_gb=round(float(peak), 3),
         layout=layout(task),
+        samples=window.seen(),
+        skipped=guard.skipped,
+        flop_convention=FLOP_CONVENTION,
         **task.describe(),
     )
     return asked
 
 
+def _resume(task: Task, images: int, run: Run) -> tuple[int, int, int]:
+    """(step, images_seen, digest of the samples shown) that the run stands at; (0, 0, 0) for a new one."""
+    # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
+    folder = task.topology.agreed(lambda: store.newest(run.directory))
+    if folder is None:
+        run.cut_metrics(0)
+        return 0, 0, 0
+    state = store.read_state(folder)
+    if run.fingerprint is not None and state["data"] != run.fingerprint:
+        raise UserError(
+            f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
+            "point data.train at the same shards, or choose another run_dir"
+        )
+    store.restore(folder, task.entries())
+    task.load_scalars(state["task"])
+    task.guard.skipped = state["skipped"]
+    step, images_seen = state["step"], state["images_seen"]
+    run.say(f"resumed from {folder} at image {images_seen} of {images} (step {step})")
+    before, now = state["layout"], layout(task)
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        run.say(f"another layout than that checkpoint's: {', '.join(changed)}")
+    run.cut_metrics(images_seen)
+    return step, images_seen, digest.number(state["samples"])
+
+
+def _window(task: Task, config: GPTConfigFile | TokenizerConfigFile, seen: int) -> LogWindow:
+    known: dict[str, Any] = dict(task.describe())
+    return LogWindow(
+        task.topology,
+        task.clock,
+        config.train.global_batch,
+        precision=config.compute.precision if isinstance(config, GPTConfigFile) else "fp32",
+        tokens_per_image=known.get("tokens_per_image"),
+        flops_per_image=known.get("training_flops_per_image"),
+        seen=seen,
+    )
+
+
 def layout(task: Task) -> dict[str, int]:
     t = task.topology
     return {"ranks": t.world, "tensor": t.tensor, "data": t.dp, "zero": task.zero}
-
-
-def _average(metrics: Mapping[str, Tensor], task: Task) -> dict[str, float]:
-    names = sorted(metrics)
-    values = task.topology.mean(torch.stack([metrics[n].detach().double().cpu() for n in names]))
-    return dict(zip(names, values.tolist(), strict=True))

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.config import GPTConfigFile, TrainSection, UserError
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.models.cost import total_parameters
+from llamagen_dist.launch.plan import memory_lines
+from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
-from llamagen_dist.training.guards import check_loss
+from llamagen_dist.training.guards import StepGuard
+from llamagen_dist.training.out_of_memory import held
 
 
 class Objective(nn.Module):
@@ -88,6 +90,7 @@ class GPTTask:
     ) -> None:
         self.name, self.config, self.topology = name, config, topology
         self.clock = Clock(topology.device)
+        self.guard = StepGuard(topology, config.guard.skip_non_finite)
         self.zero = config.parallel.zero
         self.parameters = total_parameters(model.config)
         self.engine = build_engine(model, config, topology, self.clock)
@@ -104,11 +107,10 @@ class GPTTask:
             piece = piece.to(self.topology.device)
             with self.engine.micro_step(last=number == len(pieces)):
                 loss = self.engine.module(piece.tokens, piece.condition, piece.positions)
-                check_loss(loss, self.topology, images_seen, self.config.train.global_batch)
-                self.engine.backward(loss / len(pieces))
+                self.engine.backward(self.guard.watch(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):
-            norm = self.engine.step(images_seen)
+            norm = self.engine.step(images_seen, self.guard.passes)
         return {
             "loss": total,
             "grad_norm": norm,
@@ -124,7 +126,8 @@ class GPTTask:
             batch = batch.to(self.topology.device)
             count = len(batch.tokens) if counts else 0
             for place, condition in enumerate((batch.condition, self.model.null_condition(batch.condition))):
-                sums[place] += float(self._loss(batch.tokens, condition)) * count
+                with self.clock.part("compute"):  # a sign of life for the watchdog
+                    sums[place] += float(self._loss(batch.tokens, condition)) * count
             sums[2] += count
         if self.zero == 3:
             self.engine.module.empty_partition_cache()  # type: ignore[operator]  # evaluation leaves fetched weights
@@ -170,4 +173,8 @@ class GPTTask:
             "name": self.name,
             "params": self.parameters,
             "tokens_per_image": self.model.config.image_tokens,
+            "training_flops_per_image": training_flops_per_image(self.model.config),
         }
+
+    def memory(self) -> list[str]:
+        return [*memory_lines(self.model.config, self.config, self.topology.world, self.micro), held(self.engine)]

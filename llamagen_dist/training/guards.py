@@ -1,15 +1,18 @@
-"""What stops a run on purpose: signals, which only raise a flag, and losses that are not finite."""
+"""What stops a run on purpose: signals, which only raise a flag, and losses or gradients that are not finite."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.parallel.topology import Topology
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+NAMED = 8  # images that a message about a micro-batch names
 
 
 class NonFiniteError(Exception):
@@ -24,11 +27,12 @@ class StopFlag:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._up = False
+        self.up = False
+        """Whether this rank was told to stop."""
         self._previous: dict[int, Any] = {}
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
-        self._up = True
+        self.up = True
 
     def __enter__(self) -> "StopFlag":
         for number in STOP_SIGNALS:
@@ -41,23 +45,77 @@ class StopFlag:
 
     def agreed(self, also: bool = False) -> bool:
         """also: another reason of this rank to stop."""
-        return self._topology.any(self._up or also)
+        return self._topology.any(self.up or also)
 
 
-def check_loss(loss: Tensor, topology: Topology, images_seen: int, count: int) -> None:
-    """Raise NonFiniteError on all ranks alike if the loss is not finite on any. ``count``: the global batch."""
-    if topology.any(not bool(torch.isfinite(loss).all())):
-        raise NonFiniteError(
-            f"the loss is not finite for the global batch of samples {images_seen} … "
-            f"{images_seen + count - 1} (rank {topology.rank} saw {loss.detach().flatten().tolist()}); "
-            "no weight was changed. The last checkpoint is good: lower optim.lr or look at that batch"
-        )
+class StepGuard:
+    """Decides, on all ranks alike, whether a step may change the weights; a task and its engine ask it.
 
+    skip: so many steps with a non-finite loss or gradient are left out before one raises.
+    """
 
-def check_gradient(norm: Tensor, topology: Topology, where: str) -> None:
-    """The same for a gradient norm that is already equal on all ranks, so that all raise without asking."""
-    if not bool(torch.isfinite(norm)) or float(norm) < 0:
-        raise NonFiniteError(
-            f"the gradient norm of the {where} is not finite ({float(norm)}); no weight was changed. "
-            "The last checkpoint is good: lower optim.lr, or set optim.clip"
-        )
+    def __init__(self, topology: Topology, skip: int = 0) -> None:
+        self._topology, self._skip = topology, skip
+        self._watched: list[tuple[Tensor, Tensor | None]] = []
+        self.stop: Callable[[], bool] = lambda: False
+        """Whether this rank was told to stop: asked, and agreed on, together with the rest."""
+        self.where: Callable[[int], str] = "sample {}".format
+        """Names a sample for people."""
+        self.skipped = 0
+        """Steps left out since the start of the run."""
+        self.stop_agreed = False
+        """Whether any rank was told to stop, as of the last step."""
+
+    def watch(self, loss: Tensor, samples: Tensor | None = None) -> Tensor:
+        """``loss`` for the backward pass, remembered until ``passes``; no wait for the device.
+
+        samples: the images it was computed on, int64 (n,). A loss that is not finite is made to have no finite
+        gradient either, so that the gradient norm, which all ranks share, tells everyone of it.
+        """
+        finite = torch.isfinite(loss.detach())
+        self._watched.append((loss.detach(), samples))
+        return loss * torch.where(finite, 1.0, torch.nan)
+
+    def passes(self, *norms: Tensor) -> bool:
+        """Whether the optimizer may run (collective: one small all-reduce, after which the host waits once).
+
+        norms: gradient norms over the whole model, each equal on all ranks. False: leave weights and optimizer state
+        alone and forget the gradients. Raises NonFiniteError on all ranks once ``skip`` steps have been left out.
+        """
+        watched, self._watched = self._watched, []
+        values = [loss.double().reshape(()) for loss, _ in watched] + [n.double().reshape(()) for n in norms]
+        finite = torch.isfinite(torch.stack([v.to(self._topology.device) for v in values])).all()
+        flags = torch.stack([torch.tensor(self.stop(), device=finite.device), ~finite]).int()
+        if self._topology.world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self.stop_agreed, bad = map(bool, flags.tolist())
+        if not bad:
+            return True
+        found = self._named(watched, only_bad=True)
+        if not found:
+            size = ", ".join(str(float(n)) for n in norms)
+            found = [f"the gradient norm is {size} and every loss finite", *self._named(watched, only_bad=False)]
+        if self.skipped >= self._skip:
+            before = f" ({self.skipped} such steps were skipped before)" if self.skipped else ""
+            raise NonFiniteError(
+                f"loss or gradient not finite: {'; '.join(found)}. No weight was changed{before}. The last checkpoint "
+                "is good: look at those images, lower optim.lr, or set guard.skip_non_finite"
+            )
+        self.skipped += 1
+        self._topology.say(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(found)}")
+        return False
+
+    def _named(self, watched: list[tuple[Tensor, Tensor | None]], only_bad: bool) -> list[str]:
+        """The micro-batches of all ranks with their images (collective). only_bad: those with a loss not finite."""
+        mine = []
+        for loss, samples in watched:
+            if not only_bad or not bool(torch.isfinite(loss).all()):
+                numbers = [] if samples is None else samples.tolist()
+                shown = ", ".join(self.where(number) for number in numbers[:NAMED])
+                more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+                mine.append(f"rank {self._topology.rank}: the loss is {loss.item()} on {shown or 'its batch'}{more}")
+        if self._topology.world == 1:
+            return mine
+        everyone: list[list[str]] = [[] for _ in range(self._topology.world)]
+        dist.all_gather_object(everyone, mine)
+        return [line for lines in everyone for line in lines]

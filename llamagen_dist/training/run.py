@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,15 @@ class Run:
                     break  # the last line of a killed process
             write_text(path, "".join(kept))
         self.topology.barrier()
+
+    def logged(self, key: str, last: int) -> list[float]:
+        """The last so many values of a key in metrics.jsonl, oldest first; rank 0 only, the others get none."""
+        path = self.directory / "metrics.jsonl"
+        if self.topology.rank or not path.exists():
+            return []
+        with open(path, encoding="utf-8") as file:
+            found = deque((line[key] for line in map(json.loads, file) if key in line), maxlen=last)
+        return list(found)
 
     def summary(self, **values: Any) -> None:
         if self.topology.rank == 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
+from llamagen_dist.training.guards import StepGuard
 
 
 class Task(Protocol):
@@ -16,6 +17,9 @@ class Task(Protocol):
     topology: Topology
     clock: Clock
     """Made with the task; fit() reads it. A task reports the parts that fit() cannot see (``optimizer``)."""
+
+    guard: StepGuard
+    """Made with the task, which lets it watch every loss and asks it before every update."""
 
     @property
     def zero(self) -> int:
@@ -26,8 +30,8 @@ class Task(Protocol):
         """One optimizer step on this rank's share of the global batch that starts at sample ``images_seen``.
 
         Returns 0-d tensors, each this rank's mean over its share; fit() averages them over the data-parallel
-        ranks when it logs. ``loss`` must be among them. Raises NonFiniteError, on all ranks alike and before any
-        weight has changed, if a loss or gradient is not finite.
+        ranks when it logs. ``loss`` must be among them. Weights and optimizer state stay as they are unless ``guard``
+        lets the step pass.
         """
         ...
 
@@ -46,13 +50,29 @@ class Task(Protocol):
     def load_scalars(self, scalars: Mapping[str, float]) -> None: ...
 
     def describe(self) -> Mapping[str, Any]:
-        """What summary.json says of the system: ``params`` at least."""
+        """What summary.json says of the system: ``params`` at least; ``tokens_per_image`` and
+        ``training_flops_per_image`` where known."""
+        ...
+
+    def memory(self) -> Sequence[str]:
+        """Lines for an out-of-memory message: what this rank was expected to hold, and what it really holds."""
+        ...
+
+
+class Batch(Protocol):
+    @property
+    def samples(self) -> Tensor | None:
+        """int64 (n,), on the host: which images of the data set these are."""
         ...
 
 
 class Stream(Protocol):
     """Batches by position: nothing to save."""
 
-    def batch(self, images_seen: int) -> Any:
+    def batch(self, images_seen: int) -> Batch:
         """This data-parallel rank's share of the global batch that starts at global sample ``images_seen``."""
+        ...
+
+    def where(self, sample: int) -> str:
+        """A sample's shard and place in it, for messages."""
         ...

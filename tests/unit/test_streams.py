@@ -203,36 +203,36 @@ def stream(shards, topology=None, workers=0, crop=True, flip=True, batch=12, see
 
 
 def test_image_batches_are_the_same_for_any_ranks_and_workers(pictures):
-    alone = stream(pictures).batch(24)
+    alone = stream(pictures).batch(24).images
     assert alone.shape == (12, 3, SIZE, SIZE)
     assert alone.dtype == torch.float32
     assert -1 <= alone.min() < -0.5 < 0.5 < alone.max() <= 1
     for ranks in (2, 3, 4):
-        assert torch.equal(torch.cat([stream(pictures, rank(r, ranks)).batch(24) for r in range(ranks)]), alone)
-    assert not torch.equal(stream(pictures).batch(25), alone)
+        assert torch.equal(torch.cat([stream(pictures, rank(r, ranks)).batch(24).images for r in range(ranks)]), alone)
+    assert not torch.equal(stream(pictures).batch(25).images, alone)
 
 
 def test_decoding_processes_change_nothing_across_a_resume(pictures):
     with_workers, without = stream(pictures, workers=2), stream(pictures)
     for start in (0, 12, 24, 36, 120, 132, 12):  # on, then jumps as after a resume
-        assert torch.equal(with_workers.batch(start), without.batch(start))
+        assert torch.equal(with_workers.batch(start).images, without.batch(start).images)
 
 
 def test_crops_and_flips_vary_by_position_and_can_be_switched_off(pictures):
     plain = stream(pictures, crop=False, flip=False, batch=30)
-    first, second = plain.batch(0), plain.batch(30)
+    first, second = plain.batch(0).images, plain.batch(30).images
     order = [int(torch.nonzero((second == image).flatten(1).all(1))[0]) for image in first]
     assert sorted(order) == list(range(30))  # the same pixels in another order
     centre = images.to_floats(load_images(pictures, range(30), SIZE))
     assert all(any(torch.equal(image, other) for other in centre) for image in first)
-    mirrored = stream(pictures, crop=False, batch=30).batch(0)
+    mirrored = stream(pictures, crop=False, batch=30).batch(0).images
     flipped = [not torch.equal(a, b) for a, b in zip(first, mirrored, strict=True)]
     assert 8 <= sum(flipped) <= 22
     assert all(torch.equal(a, b.flip(-1)) for a, b, f in zip(first, mirrored, flipped, strict=True) if f)
     cropped = stream(pictures, flip=False, batch=30)
-    assert not torch.equal(cropped.batch(0), first)
-    assert torch.equal(cropped.batch(0), stream(pictures, flip=False, batch=30).batch(0))
-    assert torch.equal(stream(pictures, flip=False, batch=30, seed=1).batch(0), cropped.batch(0)) is False
+    assert not torch.equal(cropped.batch(0).images, first)
+    assert torch.equal(cropped.batch(0).images, stream(pictures, flip=False, batch=30).batch(0).images)
+    assert torch.equal(stream(pictures, flip=False, batch=30, seed=1).batch(0).images, cropped.batch(0).images) is False
 
 
 def test_crops_follow_the_recipe():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection, UserError
+from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.models.vq import VQLosses
 from llamagen_dist.parallel.topology import Topology
@@ -125,6 +126,10 @@ def batch(seed: int = 1) -> Tensor:
     return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def numbered(images: Tensor) -> ImageBatch:
+    return ImageBatch(images, torch.arange(40, 40 + len(images)))
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -135,12 +140,12 @@ def test_the_discriminator_neither_runs_nor_learns_before_its_start(shards):
     task.discriminator.plain.register_forward_hook(lambda *_: calls.append(1))
     before = snapshot(task.discriminator.plain)
     for images_seen in (0, 4):
-        metrics = task.step(batch(), images_seen)
+        metrics = task.step(numbered(batch()), images_seen)
         assert not {"adversarial", "discriminator", "discriminator_grad_norm"} & metrics.keys()
     assert calls == []
     assert all(torch.equal(value, before[name]) for name, value in task.discriminator.plain.state_dict().items())
     assert task.scalars() == {"optimizer.step": 2.0, "discriminator_optimizer.step": 0.0}
-    metrics = task.step(batch(), 8)  # its first image
+    metrics = task.step(numbered(batch()), 8)  # its first image
     assert {"adversarial", "discriminator", "discriminator_grad_norm"} <= metrics.keys()
     assert len(calls) == 2
     assert not torch.equal(task.discriminator.plain.main[0].weight, before["main.0.weight"])
@@ -159,10 +164,13 @@ def test_the_generators_pass_leaves_no_gradient_in_the_discriminator(shards):
 def test_micro_batches_change_nothing(shards):
     whole, pieces, wrong = make_task(shards), make_task(shards, train={"micro_batch": 1}), make_task(shards)
     for images_seen in (0, 4, 8, 12):
-        a, b = whole.step(batch(images_seen), images_seen), pieces.step(batch(images_seen), images_seen)
+        a, b = (
+            whole.step(numbered(batch(images_seen)), images_seen),
+            pieces.step(numbered(batch(images_seen)), images_seen),
+        )
         assert a.keys() == b.keys()
         assert all(float(a[name]) == pytest.approx(float(b[name]), rel=2e-3, abs=2e-4) for name in a)
-        wrong.step(batch(99), images_seen)
+        wrong.step(numbered(batch(99)), images_seen)
     distance = [_distance(whole, other) for other in (pieces, wrong)]
     assert distance[0] < 0.05 * distance[1]  # rounding, against what other pictures would have done
 
@@ -177,10 +185,32 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(shards):
     before = [snapshot(task.model), snapshot(task.discriminator.plain)]
     bad = batch()
     bad[2, 0, 3, 3] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"samples 8 … 11"):
-        task.step(bad, 8)
+    with pytest.raises(
+        NonFiniteError,
+        match=r"rank 0: the loss is nan on sample 40, sample 41, sample 42, sample 43.*No weight was changed",
+    ):
+        task.step(numbered(bad), 8)
     for module, kept in zip((task.model, task.discriminator.plain), before, strict=True):
         assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+
+
+def test_a_discriminators_gradient_that_is_not_finite_also_comes_before_the_generators_update(shards):
+    """With ``skip_non_finite`` the step is left out, and the next one counts."""
+    task = make_task(shards, guard={"skip_non_finite": 1})
+    weight = task.discriminator.plain.main[0].weight
+    hook = weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = [snapshot(task.model), snapshot(task.discriminator.plain), dict(task.scalars())]
+    task.step(numbered(batch()), 8)
+    assert task.guard.skipped == 1
+    for module, kept in zip((task.model, task.discriminator.plain), before, strict=False):
+        assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    assert task.scalars() == before[2]
+    hook.remove()
+    task.step(numbered(batch()), 8)
+    assert not torch.equal(weight, before[1]["main.0.weight"]), "a sound step does change it"
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"gradient norm is .*inf.*sample 40.*1 such steps were skipped before"):
+        task.step(numbered(batch()), 8)
 
 
 def test_the_first_batch_can_place_the_codes(shards):
@@ -191,10 +221,10 @@ def test_the_first_batch_can_place_the_codes(shards):
         found = task.model.quantize.embedding.weight
     assert torch.cdist(found.double(), rows.double()).min(1).values.max() < 1e-6
     assert len(torch.unique(found, dim=0)) == 32
-    task.step(batch(), 4)  # a later step leaves them to the optimizer
+    task.step(numbered(batch()), 4)  # a later step leaves them to the optimizer
     assert torch.cdist(task.model.quantize.embedding.weight.double(), rows.double()).min(1).values.max() > 1e-6
     with pytest.raises(UserError, match=r"only 256 latents .* 500 codes"):
-        make_task(shards, model={"codebook_init": "first_batch", "codebook_size": 500}).step(batch(), 0)
+        make_task(shards, model={"codebook_init": "first_batch", "codebook_size": 500}).step(numbered(batch()), 0)
 
 
 def test_validation_measures_the_unpadded_part_and_counts_codes_exactly(shards):

@@ -1,0 +1,170 @@
+"""Notices that training hangs or a rank is gone, says which one, and ends this process so that it can start again."""
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from llamagen_dist.launch.entry import EXIT_STOPPED, Stopped, leave_sentence
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking.throughput import Clock
+from llamagen_dist.training import heartbeat
+
+LONGEST_TICK_S = 10.0
+# What gloo, NCCL and the store say when another rank has gone or does not come
+_COMMUNICATION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting")
+
+
+class LostRankError(Exception):
+    """Another rank is gone or hangs; the message names it. The same command goes on from the last checkpoint."""
+
+
+class Watchdog:
+    """One per rank, around the training loop; call ``beat`` after every step.
+
+    A thread writes this rank's heartbeat file. Without a completed step for ``hang_s`` (``start_s`` before the first;
+    in a ``phase``: without any change of the clock's part) it writes all stacks to log/stacks-rank-N.txt, names the
+    rank that the others wait for in log/hang-rank-N.txt and on stderr, and ends the process with exit code 75. While
+    Python itself is stuck in C code no thread of it can run: then faulthandler's timer, which needs no Python and
+    which the thread sets anew at every tick, writes the stacks and ends the process with exit code 1.
+
+    ``hang_s`` 0: heartbeats only. An exception that comes from a collective is turned into LostRankError once it is
+    known which rank caused it. On CUDA the host runs ahead of the device, so a rank's part says less there; NCCL's
+    flight recorder (topology.start) knows more.
+    """
+
+    def __init__(self, log: Path, topology: Topology, clock: Clock, hang_s: float, start_s: float) -> None:
+        self._log, self._topology, self._clock = log, topology, clock
+        self._hang, self._limit = hang_s, max(hang_s, start_s) if hang_s else 0.0
+        self._tick = min(LONGEST_TICK_S, max(0.05, hang_s / 20)) if hang_s else LONGEST_TICK_S
+        self._over = threading.Event()
+        self._beat = heartbeat.first(topology.rank)
+        self._changes = -1
+        self._alive = time.monotonic()
+        self._lock = threading.Lock()  # the heartbeat: the loop's thread and ours write it
+
+    def __enter__(self) -> "Watchdog":
+        self._log.mkdir(parents=True, exist_ok=True)
+        self._stacks = open(self._log / f"stacks-rank-{self._topology.rank}.txt", "w", encoding="utf-8")
+        self._write()
+        self._topology.barrier()  # no rank may judge another by the file of an earlier start
+        self._alive = time.monotonic()
+        self._arm()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def beat(self, step: int) -> None:
+        """``step`` steps are done."""
+        self._limit, self._alive = self._hang, time.monotonic()
+        with self._lock:
+            self._beat = heartbeat.refreshed(self._beat, step=step, phase="train")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Something long that is no step: any change of the clock's part is a sign of life meanwhile."""
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter("train")
+
+    def _enter(self, name: str) -> None:
+        self._alive = time.monotonic()
+        with self._lock:
+            self._beat = heartbeat.refreshed(self._beat, phase=name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        if error is None or isinstance(error, Stopped):
+            self._stacks.close()
+            for left in (heartbeat.path(self._log, self._topology.rank), Path(self._stacks.name)):
+                left.unlink(missing_ok=True)
+            return
+        cause = self._cause(error) if self._topology.world > 1 and self._from_collective(error) else ""
+        first_line = (str(error).splitlines() or [""])[0]
+        self._write(ended=heartbeat.GAVE_UP + cause if cause else f"{type(error).__name__}: {first_line}"[:500])
+        self._stacks.close()
+        if cause:
+            leave_sentence(cause)
+            raise LostRankError(f"{cause}. The same command goes on from the last checkpoint") from error
+
+    # --- on the watchdog's thread ---
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._tick):
+            if self._clock.changes != self._changes:
+                self._changes = self._clock.changes
+                with self._lock:
+                    self._beat = heartbeat.refreshed(self._beat, since=time.time())
+                if self._beat.phase not in ("train", "start"):
+                    self._alive = time.monotonic()
+            self._write(part=self._clock.innermost)
+            self._arm()
+            if self._limit and time.monotonic() - self._alive > self._limit:
+                self._give_up()
+
+    def _arm(self) -> None:
+        """Long enough that it comes only where this thread cannot."""
+        if self._limit:
+            left = self._limit - (time.monotonic() - self._alive)
+            faulthandler.dump_traceback_later(max(left, 0) + 3 * self._tick + 1, exit=True, file=self._stacks)
+
+    def _give_up(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        quiet = time.monotonic() - self._alive
+        beats = heartbeat.read(self._log, self._topology.world)
+        clauses = heartbeat.gone(beats, self._stale) + heartbeat.told(beats) or heartbeat.behind(beats)
+        cause = "; ".join(dict.fromkeys(clauses)) or "all ranks are equally far and wait for each other"
+        text = f"no step for {quiet:.1f} s after step {self._beat.step}: {cause}"
+        (self._log / f"hang-rank-{self._topology.rank}.txt").write_text(text + "\n", encoding="utf-8")
+        print(f"llamagen: rank {self._topology.rank}: {text}", file=sys.stderr, flush=True)
+        leave_sentence(text)
+        # a rank that leaves now would end the others' collectives before they have written their stacks
+        self._over.wait(2 * self._tick + 0.5)
+        with suppress(OSError):
+            self._write(ended=heartbeat.GAVE_UP + text)
+        os._exit(EXIT_STOPPED)
+
+    @property
+    def _stale(self) -> float:
+        return 3 * self._tick + 1
+
+    def _write(self, **changes: object) -> None:
+        with self._lock:
+            self._beat = heartbeat.refreshed(self._beat, **changes)
+            with suppress(OSError):  # a full disk must not end the watch
+                heartbeat.write(self._log, self._beat)
+
+    # --- after an exception ---
+
+    @staticmethod
+    def _from_collective(error: BaseException) -> bool:
+        return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+
+    def _cause(self, error: BaseException) -> str:
+        """Who caused an error of a collective; waits until a rank on another machine would have gone stale."""
+        deadline = time.monotonic() + self._stale + self._tick
+        while True:
+            beats = [b for b in heartbeat.read(self._log, self._topology.world) if b.rank != self._topology.rank]
+            clauses = heartbeat.gone(beats, self._stale) or heartbeat.told(beats)
+            late = time.monotonic() > deadline
+            if not clauses and late:
+                clauses = heartbeat.behind(beats)
+            if clauses or late:
+                said = (str(error).splitlines() or [""])[0]
+                return (
+                    f"{'; '.join(dict.fromkeys(clauses)) or 'a collective failed, all ranks live'} (noticed by: {said})"
+                )
+            time.sleep(min(0.1, self._tick))
