@@ -31,8 +31,8 @@ def storages() -> dict[int, int]:
 def kept_for_backward(model: GPT, batch: int) -> int:
     """Bytes that exist between the forward and the backward pass over ``batch`` images and did not before.
 
-    Tensors saved by autograd, and tensors held by Python objects of its graph (recomputation keeps its inputs there, the
-    loss its logits). Weights, buffers and the batch itself are not counted.
+    Tensors saved by autograd, and tensors held by Python objects of its graph (recomputation keeps its inputs there,
+    the loss its logits). Weights, buffers and the batch itself are not counted.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ def live_bytes(excluding: Collection[int]) -> int:
     return sum(size for at, size in storages().items() if at not in excluding)
 
 
-def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 2) -> dict[str, Any]:
+def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 1) -> dict[str, Any]:
     """Two steps of several micro-batches. Bytes that the task made: at rest behind them, at the fullest moment seen
     (inside the backward passes and right behind them), and what its engine says it holds, gradients aside.
 

@@ -6,8 +6,8 @@ import pytest
 
 from llamagen_dist.models import memory
 from tests.ranks.forked import run_ranks
-from tests.ranks.layouts import Layout, config
 from tests.ranks.held_bytes import kept_by, memory_layout, model_of, train_and_count
+from tests.ranks.layouts import Layout, config
 
 LARGE = ("model.dim=160", "model.n_layer=3", "model.multiple_of=32")  # large enough for the small things not to count
 CASES = [(Layout(2, tensor, zero), "fp32") for tensor in (1, 2) for zero in range(4)]
