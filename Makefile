@@ -1,12 +1,13 @@
 # Two commands do everything on a fresh machine with Python 3.10+:
 #   make quickstart    install, then train a tokenizer and a ladder of GPTs on real images; ends in a report
 #   make test          install, then run the tests
+# and where there is a GPU, make gpu-check prints one table of what only a GPU can tell.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 OUT ?= runs/quickstart
 
-.PHONY: venv quickstart test lint format clean
+.PHONY: venv quickstart test gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -24,6 +25,9 @@ quickstart: venv
 
 test: venv
 	$(VENV)/bin/python -m pytest
+
+gpu-check: venv
+	$(VENV)/bin/python -m tests.gpu.check
 
 lint: venv
 	$(VENV)/bin/ruff format --check .
