@@ -1,6 +1,7 @@
 """Bytes that this process really holds in tensors, counted once per storage."""
 
 import gc
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,12 +29,8 @@ def storages() -> dict[int, int]:
     return found
 
 
-def kept_for_backward(model: GPT, batch: int) -> int:
-    """Bytes that exist between the forward and the backward pass over ``batch`` images and did not before.
-
-    Tensors saved by autograd, and tensors held by Python objects of its graph (recomputation keeps its inputs there,
-    the loss its logits). Weights, buffers and the batch itself are not counted.
-    """
+def sample(model: GPT, batch: int) -> tuple[Tensor, Any, Tensor]:
+    """Tokens, condition and sample numbers that ``model`` can be trained on."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, config.image_tokens), generator=generator)
@@ -41,8 +38,17 @@ def kept_for_backward(model: GPT, batch: int) -> int:
     if config.condition == "text":
         features = torch.randn(batch, config.prefix, config.caption_dim, generator=generator)
         condition = (features, torch.ones(batch, config.prefix, dtype=torch.bool))
-    ids = torch.arange(batch)
-    model.loss(tokens, condition, ids).backward()  # whatever is cached once is there now
+    return tokens, condition, torch.arange(batch)
+
+
+def kept_for_backward(model: GPT, batch: int) -> int:
+    """Bytes that exist between the forward and the backward pass over ``batch`` images and did not before.
+
+    Tensors saved by autograd, and tensors held by Python objects of its graph (recomputation keeps its inputs there,
+    the loss its logits). Weights, buffers and the batch itself are not counted.
+    """
+    batched = sample(model, batch)
+    model.loss(*batched).backward()  # whatever is cached once is there now
     model.zero_grad()
     gc.collect()
     before = set(storages()) | {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -53,7 +59,18 @@ def kept_for_backward(model: GPT, batch: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.loss(tokens, condition, ids)
+        loss = model.loss(*batched)
     kept = {at: tensor.untyped_storage().nbytes() for at, tensor in saved.items()} | storages()
     loss.backward()
     return sum(size for at, size in kept.items() if at not in before)
+
+
+def peak_of_a_pass(model: GPT, batch: int) -> int:
+    """The most bytes allocated at a time in a forward and backward pass, over those before it, by torch's profiler."""
+    batched = sample(model, batch)
+    model.loss(*batched).backward()
+    model.zero_grad()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model.loss(*batched).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

@@ -1,12 +1,12 @@
 """``llamagen plan``'s answer for a person: tables on a terminal, aligned text in a pipe."""
 
+import sys
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llamagen_dist.launch.screen import Screen, duration
+from llamagen_dist.launch.screen import duration
 from llamagen_dist.tracking.devices import GIB
 
 PIPE_WIDTH = 110
@@ -14,18 +14,16 @@ PIPE_WIDTH = 110
 
 def show(found: dict[str, Any], title: str) -> None:
     """Print all of it to stdout."""
-    screen = Screen()
-    console = screen.console
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH, file=console.file, highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     console.print(f"{title}: {_model(found)}")
     console.print(f"tokens: {_tokens(found['tokens'])}")
-    console.print(_costs(found, console.is_terminal))
+    console.print(_costs(found))
     console.print(f"FLOPs: {found['flops']['convention']}.", style="dim")
     for line in _run(found):
         console.print(line)
     console.print()
-    console.print(_layouts(found, console.is_terminal))
+    console.print(_layouts(found))
     console.print(_legend(found), style="dim")
     for one in found["refused"]:
         console.print(f"refused: {one['layout']}: {one['reason']}")
@@ -49,12 +47,12 @@ def _tokens(t: dict[str, Any]) -> str:
     return f"vocabulary {t['vocab_size']:,}, {t['per_image']} per image, {t['classes']:,} classes ({t['source']})"
 
 
-def _table(terminal: bool) -> Table:
-    return Table(box=box.SIMPLE if terminal else None, pad_edge=False, padding=(0, 1))
+def _table(gap: int) -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold underline")
 
 
-def _costs(found: dict[str, Any], terminal: bool) -> Table:
-    table = _table(terminal)
+def _costs(found: dict[str, Any]) -> Table:
+    table = _table(2)
     table.add_column("parameters")
     table.add_column("", justify="right")
     table.add_column("")
@@ -89,18 +87,23 @@ def _run(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _layouts(found: dict[str, Any], terminal: bool) -> Table:
-    table = _table(terminal)
+def _layouts(found: dict[str, Any]) -> Table:
+    table = _table(1)
     ema = any(row["bytes"]["ema"] for row in found["layouts"])
     words = ["ZeRO", "TP", "DP", "micro", "weights", "grads", "optim"]
     words += ["EMA"] if ema else []
-    words += ["buckets", "activ", "logits", "total", "fits", "largest micro"]
+    words += ["buckets", "activ", "logits", "total", "fits", "max micro"]
     for word in words:
         table.add_column(word, justify="right", no_wrap=True)
     own = found["configured"]
     for row in found["layouts"]:
         size = row["bytes"]
-        cells = [str(row["zero"]), str(row["tensor"]), str(row["data"]), str(row["micro"])]
+        cells = [
+            str(row["zero"]),
+            f"{row['tensor']}{'*' if row['crosses_nodes'] else ''}",
+            str(row["data"]),
+            str(row["micro"]),
+        ]
         cells += [_gib(size["weights"]), _gib(size["gradients"]), _gib(size["masters"] + size["moments"])]
         cells += [_gib(size["ema"])] if ema else []
         cells += [_gib(size["buckets"]), _gib(size["activations"] + size["working"]), _gib(size["logits"])]
@@ -119,15 +122,23 @@ def _legend(found: dict[str, Any]) -> str:
     usable = machine["memory_bytes"] * (1 - found["headroom"])
     own = found["configured"]
     here = f"the config as it is is refused: {own['refused']}" if "refused" in own else "> = the config as it is"
+    nodes = f" * = TP across nodes of {machine['gpus_per_node']} GPUs." if _crosses(found) else ""
     return (
         f"GiB per GPU at the fullest moment; fits = at most {usable / GIB:.1f} of {machine['memory_bytes'] / GIB:.1f} "
         f"({100 * found['headroom']:.0f} % left free for the CUDA context, NCCL, workspaces and fragmentation, which "
-        f"were not verified here). largest micro: with recompute_every 0/2/1 (0: none fits). {here}"
+        f"were not verified here). max micro: the largest micro-batch that fits with recompute_every 0/2/1 (0: none "
+        f"does).{nodes} {here}"
     )
 
 
+def _crosses(found: dict[str, Any]) -> bool:
+    return any(row["crosses_nodes"] for row in found["layouts"])
+
+
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}" if size >= GIB or size == 0 else f"{size / GIB:.2f}"
+    if size == 0:
+        return "0"
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"
 
 
 def _size(size: float) -> str:

@@ -16,6 +16,8 @@ LARGEST_BUCKET = 100_000_000
 """Elements that DeepSpeed reduces or gathers at a time at most (parallel/deepspeed_engine.py sets it)."""
 LARGEST_SUM = 500_000_000
 """Elements of fp32 gradient sums that DeepSpeed's bf16 ZeRO-1 flattens at a time (a constant of its own)."""
+LOSS_CHUNK = 1 << 22
+"""Logits that the loss works on at a time (models/loss.py's CHUNK)."""
 FP32 = 4
 
 
@@ -208,11 +210,15 @@ def activations(config: GPTConfig, layout: Layout) -> dict[str, int]:
 
 
 def working(config: GPTConfig, layout: Layout) -> int:
-    """Bytes of the temporaries of one block's backward pass: gradients of its feed-forward's three inner tensors and of
-    two residual streams. An estimate: kernels differ."""
+    """Bytes of temporaries at the fullest moment: of one block's backward pass (gradients of its feed-forward's three
+    inner tensors and of two residual streams) or, where that is more, of the loss's fp32 chunk in front of it, which
+    comes before anything is recomputed. An estimate: kernels differ."""
     length = config.prefix + config.image_tokens - 1
     inner = 3 * length * config.ffn_dim // layout.tensor
-    return (inner + 2 * length * config.dim) * layout.bytes * layout.micro
+    block = (inner + 2 * length * config.dim) * layout.bytes * layout.micro
+    logits = layout.micro * config.image_tokens * config.vocab_size // layout.tensor
+    loss = 2 * min(logits, LOSS_CHUNK) * FP32
+    return max(block, loss - activations(config, layout)["recomputed"])
 
 
 def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from llamagen_dist.models import loss as loss_module
+from llamagen_dist.models import memory
+from llamagen_dist.models.cost import total_parameters
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.memory import Layout, activations
-from tests.live_bytes import kept_for_backward
+from tests.live_bytes import kept_for_backward, peak_of_a_pass
 
 SMALL = GPTConfig(n_layer=4, n_head=4, dim=64, vocab_size=512, image_tokens=64, num_classes=10, multiple_of=32)
 TEXT = replace(SMALL, condition="text", prefix_tokens=24, caption_dim=48)
@@ -23,12 +26,16 @@ CASES = {
 }
 
 
-def kept_bytes(config: GPTConfig, layout: Layout) -> int:
+def ready(config: GPTConfig, layout: Layout) -> GPT:
     model = GPT(config).initialize(0).train()
     if layout.precision == "bf16":
         model.bfloat16()
     model.recompute_every = layout.recompute_every
-    return kept_for_backward(model, layout.micro)
+    return model
+
+
+def kept_bytes(config: GPTConfig, layout: Layout) -> int:
+    return kept_for_backward(ready(config, layout), layout.micro)
 
 
 def counted(config: GPTConfig, layout: Layout) -> int:
@@ -62,3 +69,21 @@ def test_a_wrong_count_is_noticed():
         (replace(SMALL, n_layer=5), layout),
     ):
         assert counted(config, other) != pytest.approx(measured, rel=0.05), (config, other)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sum_of_the_parts_is_not_below_the_real_peak(precision, every):
+    """Of forward and backward pass: gradients grow while activations go, so the sum is an upper bound, not far off."""
+    config = replace(SMALL, n_layer=6, dim=128, vocab_size=1024, image_tokens=256)
+    layout = Layout(precision=precision, micro=4, recompute_every=every)
+    kept = sum(activations(config, layout).values()) + memory.working(config, layout)
+    found = peak_of_a_pass(ready(config, layout), layout.micro)
+    assert 0.6 * kept < found < kept + total_parameters(config) * layout.bytes
+
+
+def test_the_constants_are_those_of_the_code():
+    from llamagen_dist.parallel import deepspeed_engine
+
+    assert memory.LOSS_CHUNK == loss_module.CHUNK
+    assert memory.LARGEST_BUCKET == deepspeed_engine.LARGEST_BUCKET
