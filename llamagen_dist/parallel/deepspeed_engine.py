@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamagen_dist.checkpoint.entries import Entry, buffers
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full
+from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, gather_full
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
 from llamagen_dist.training import ema
@@ -104,7 +104,8 @@ class DeepSpeedEngine:
     module: plain GPT whose split layers are already in place, weights fp32; called: a module around it whose forward is
     run instead. micro_batch: images per rank and forward pass; accumulation: forward passes per optimizer step.
     precision ``bf16``: bfloat16 weights and activations, fp32 masters, gradient sums and reductions. ema_decay: 0 keeps
-    no average. query_group: query heads per key-value head.
+    no average. query_group: query heads per key-value head. exact: where the fp32 weights can be had again, by name and
+    full shape, once the module's have been rounded; empty: a copy is held until then.
     """
 
     def __init__(
@@ -120,12 +121,16 @@ class DeepSpeedEngine:
         precision: Literal["fp32", "bf16"] = "fp32",
         ema_decay: float = 0.0,
         query_group: int = 1,
+        exact: Source | None = None,
     ) -> None:
         deepspeed = _join(topology)
         self.optim, self.topology, self.stage, self.ema_decay = optim, topology, stage, ema_decay
         self.query_group = query_group
         self.plain = module.to(topology.device)
         self.shapes = {name: tuple(p.shape) for name, p in self.plain.named_parameters()}
+        held = {}
+        if precision == "bf16" and exact is None:
+            held = {name: p.detach().to("cpu", copy=True) for name, p in self.plain.named_parameters()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=called if called is not None else self.plain,
             optimizer=optimizers.build(self.plain, optim),
@@ -135,6 +140,21 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine
         self.state = ZeroState(self._engine.optimizer, stage, topology, ema=ema_decay > 0)
+        if precision == "bf16":
+            self._unround(held, exact)
+
+    def _unround(self, held: Mapping[str, Tensor], exact: Source | None) -> None:
+        """DeepSpeed makes its fp32 masters of weights that it has rounded to bf16 before: give them their digits back."""
+        t = self.topology
+        for name, p in self.plain.named_parameters():
+            if exact is None:
+                part = held[name]
+            else:
+                whole = exact(name, full_shape(name, self.shapes[name], t.tensor))
+                part = cut(name, whole, t.tensor, t.tp_rank, self.query_group)
+            for kind in (None, ema.KEY) if self.ema_decay > 0 else (None,):
+                self.state.set(p, kind, part.to(t.device, torch.float32))
+        self.state.publish()
 
     def _settings(self, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
         numel = sum(math.prod(shape) for shape in self.shapes.values())

@@ -102,15 +102,20 @@ def check(config: GPTConfig, tensor: int) -> None:
 def materialize(model: GPT, topology: Topology, source: Source) -> GPT:
     """Give a model built on the meta device its weights, a parameter at a time and only this rank's part of each.
 
-    So a rank never holds more than its share and one full tensor. Buffers are left to ``model.make_buffers``.
+    So a rank never holds more than its share and one full tensor. ``source`` is asked for saved buffers too.
     """
     group = query_group(model.config)
+    model.make_buffers(0)
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(source(name, tuple(buffer.shape)))
     for name, p in list(model.named_parameters()):
         path, _, last = name.rpartition(".")
         full = source(name, tuple(p.shape))
         part = cut(name, full, topology.tensor, topology.tp_rank, group)
-        # a tensor that is a view of a larger one, or of a file, would keep that alive
-        setattr(model.get_submodule(path), last, nn.Parameter(part.to(torch.float32).clone()))
+        # a copy, since a view of a larger tensor, or of a file, would keep that alive
+        setattr(model.get_submodule(path), last, nn.Parameter(part.to(topology.device, torch.float32, copy=True)))
     return model
 
 

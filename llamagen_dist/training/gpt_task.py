@@ -42,10 +42,20 @@ def micro_batches(train: TrainSection, topology: Topology) -> tuple[int, int]:
     return micro, share // micro
 
 
-def build_engine(model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock) -> Engine:
-    """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed with it; Megatron-core splits both."""
+def build_engine(
+    model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock, source: tensor_parallel.Source | None = None
+) -> Engine:
+    """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed with it; Megatron-core splits both.
+
+    source: the weights of a model that was built on the meta device; None: it has them already.
+    """
     micro, accumulation = micro_batches(config.train, topology)
+    if source is not None:
+        tensor_parallel.materialize(model, topology, source)
+    model.recompute_every = config.compute.recompute_every
     tensor_parallel.apply(model, topology, config.parallel.sequence)
+    if config.compute.compile:
+        model.compile_blocks()
     group = tensor_parallel.query_group(model.config)
     if config.parallel.zero == 0:
         return TorchEngine(
@@ -71,11 +81,13 @@ def build_engine(model: GPT, config: GPTConfigFile, topology: Topology, clock: C
         precision=config.compute.precision,
         ema_decay=config.ema.decay,
         query_group=group,
+        exact=source,
     )
 
 
 class GPTTask:
-    """model: the full, plain model with its initial weights; it is split and sharded here.
+    """model: the plain model, whole and with its initial weights, or on the meta device with a ``source`` of them; it is
+    split and sharded here.
 
     validation_batches() yields this data-parallel rank's share of the held-out samples, each once.
     """
@@ -87,13 +99,14 @@ class GPTTask:
         topology: Topology,
         name: str,
         validation_batches: Callable[[], Iterable[TokenBatch]],
+        source: tensor_parallel.Source | None = None,
     ) -> None:
         self.name, self.config, self.topology = name, config, topology
         self.clock = Clock(topology.device)
         self.guard = StepGuard(topology, config.guard.skip_non_finite)
         self.zero = config.parallel.zero
         self.parameters = total_parameters(model.config)
-        self.engine = build_engine(model, config, topology, self.clock)
+        self.engine = build_engine(model, config, topology, self.clock, source)
         self.model: GPT = model
         self.micro, _ = micro_batches(config.train, topology)
         self._validation_batches = validation_batches

@@ -103,6 +103,7 @@ def train(layout: Layout, *settings: str, **options: Any) -> dict[str, Any]:
         "dp_rank": task.topology.dp_rank,
         "tp_rank": task.topology.tp_rank,
         "bytes": task.engine.held_bytes(),
+        "replicas": {name: p.flatten().tolist() for name, p in task.model.named_parameters() if name.endswith("norm.weight")},
     }
     return result
 
