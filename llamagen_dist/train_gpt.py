@@ -15,7 +15,7 @@ from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
-from llamagen_dist.training.build import build_gpt, gpt_config
+from llamagen_dist.training.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.training.fit import fit
 from llamagen_dist.training.gpt_task import GPTTask, micro_batches
 from llamagen_dist.training.initial import Initial, initial_weights, note_origin
@@ -95,15 +95,13 @@ def train_one(
             train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p
         )
         note_origin(run, initial, train.manifest)
-        plain = build_gpt(model, config.train.seed)
-        if initial is not None:
-            initial.fill(plain)
         task = GPTTask(
-            plain,
+            build_gpt_on_meta(model, config.train.seed),
             config,
             topology,
             name,
             lambda: held_out.validation_batches(config.validation.images, config.validation.batch),
+            fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
         )
         run.say(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "

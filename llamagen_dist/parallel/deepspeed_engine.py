@@ -144,7 +144,7 @@ class DeepSpeedEngine:
             self._unround(held, exact)
 
     def _unround(self, held: Mapping[str, Tensor], exact: Source | None) -> None:
-        """DeepSpeed makes its fp32 masters of weights that it has rounded to bf16 before: give them their digits back."""
+        """DeepSpeed makes its fp32 masters of weights it has rounded to bf16 before: give them their digits back."""
         t = self.topology
         for name, p in self.plain.named_parameters():
             if exact is None:

@@ -8,6 +8,10 @@ from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 
 if TYPE_CHECKING:  # imported where models are built: their sizes can be known without torch
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from llamagen_dist.models.gpt import GPT
     from llamagen_dist.models.vq import VQConfig, VQModel
 
@@ -54,6 +58,30 @@ def build_gpt(config: GPTConfig, seed: int) -> "GPT":
     model = GPT(config).initialize(seed)
     model.dropout_seed = seed
     return model
+
+
+def build_gpt_on_meta(config: GPTConfig, seed: int) -> "GPT":
+    """The same model without any memory; its weights come later (parallel/tensor_parallel.py, ``materialize``)."""
+    import torch
+
+    from llamagen_dist.models.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    model.dropout_seed = seed
+    return model
+
+
+def fresh_weights(config: GPTConfig, seed: int) -> "Callable[[str, tuple[int, ...]], Tensor]":
+    """LlamaGen's initial weights and null caption, one tensor at a time: (name, full shape) -> fp32 on the CPU."""
+    from llamagen_dist.models.initial import initial_weight, null_caption
+
+    def weight(name: str, shape: tuple[int, ...]) -> "Tensor":
+        if name == "cls_embedding.uncond_embedding":
+            return null_caption(config, seed)
+        return initial_weight(config, seed, name, shape)
+
+    return weight
 
 
 def vq_config(section: TokenizerModelSection) -> "VQConfig":

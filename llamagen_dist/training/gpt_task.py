@@ -86,8 +86,8 @@ def build_engine(
 
 
 class GPTTask:
-    """model: the plain model, whole and with its initial weights, or on the meta device with a ``source`` of them; it is
-    split and sharded here.
+    """model: the plain model, whole and with its initial weights, or on the meta device with a ``source`` of them; it
+    is split and sharded here.
 
     validation_batches() yields this data-parallel rank's share of the held-out samples, each once.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamagen_dist.checkpoint import released, store
 from llamagen_dist.config import GPTConfigFile, UserError, load
@@ -45,12 +45,6 @@ class Initial:
             found = found[list(self.rows)]
         assert tuple(found.shape) == tuple(shape), f"{name}: {tuple(found.shape)} for {tuple(shape)}"
         return found
-
-    def fill(self, model: nn.Module) -> None:
-        """Put the weights into a model that is still whole."""
-        with torch.no_grad():
-            for name, target in model.state_dict(keep_vars=True).items():
-                target.copy_(self.tensor(name, target.shape))
 
 
 def initial_weights(

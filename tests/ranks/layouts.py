@@ -15,7 +15,7 @@ from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.parallel.topology import start
-from llamagen_dist.training.build import build_gpt, gpt_config
+from llamagen_dist.training.build import build_gpt, build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.training.gpt_task import GPTTask
 
 VOCABULARY, TOKENS, CLASSES, BATCH, STEPS = 96, 16, 10, 12, 10
@@ -64,20 +64,26 @@ def global_batch(images_seen: int, text: bool = False) -> TokenBatch:
     return TokenBatch(tokens, (features, present), positions)
 
 
-def make_task(layout: Layout, *settings: str, **train: Any) -> GPTTask:
+def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any) -> GPTTask:
+    """whole: the model is built with all its weights on every rank, instead of piece by piece as the program does."""
     chosen = config(layout, *settings, **train)
     topology = start(chosen.parallel.tensor)
-    model = build_gpt(gpt_config(chosen.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), seed=3)
-    torch.nn.init.normal_(
-        model.output.weight, std=0.05, generator=torch.Generator().manual_seed(1)
-    )  # gradients everywhere
+    sizes = gpt_config(chosen.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES)
+    model = build_gpt(sizes, seed=3) if whole else build_gpt_on_meta(sizes, seed=3)
+    fresh, head = fresh_weights(sizes, 3), torch.empty(VOCABULARY, 32)
+    torch.nn.init.normal_(head, std=0.05, generator=torch.Generator().manual_seed(1))  # gradients everywhere
+    if whole:
+        model.output.weight.data.copy_(head)
     share = topology.share(BATCH)
     text = chosen.model.condition == "text"
+
+    def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return head if name == "output.weight" else fresh(name, shape)
 
     def held_out():
         yield local(global_batch(10**6, text), topology.dp_rank, share)
 
-    return GPTTask(model, chosen, topology, "tiny", held_out)
+    return GPTTask(model, chosen, topology, "tiny", held_out, None if whole else source)
 
 
 def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
@@ -103,7 +109,9 @@ def train(layout: Layout, *settings: str, **options: Any) -> dict[str, Any]:
         "dp_rank": task.topology.dp_rank,
         "tp_rank": task.topology.tp_rank,
         "bytes": task.engine.held_bytes(),
-        "replicas": {name: p.flatten().tolist() for name, p in task.model.named_parameters() if name.endswith("norm.weight")},
+        "replicas": {
+            name: p.flatten().tolist() for name, p in task.model.named_parameters() if name.endswith("norm.weight")
+        },
     }
     return result
 

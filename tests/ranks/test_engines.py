@@ -86,6 +86,17 @@ def test_other_models_split_alike():
                 assert abs(result["validation"]["val_loss"] - plain["validation"]["val_loss"]) < TOLERANCE
 
 
+def first_steps(layout: Layout, whole: bool) -> list[tuple[float, float]]:
+    return steps(make_task(layout, whole=whole), 0, 3)
+
+
+def test_a_model_that_was_never_whole_equals_one_that_was():
+    """Pieces drawn by name on the way to their rank, against a model built with all its weights and then cut."""
+    for layout in (SERIAL, Layout(2, 2, 1), Layout(2, 1, 3)):
+        pieces, whole = (run_ranks(first_steps, layout.ranks, layout, whole)[0] for whole in (False, True))
+        assert pieces == whole, layout
+
+
 def test_eight_ways_where_the_heads_allow_it():
     settings = ("model.n_head=8",)
     plain = run_ranks(train, 1, SERIAL, *settings)[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llamagen_dist.config import GPTConfigFile
+from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import SERIAL, STEPS, Layout, make_task, resume_from, save_after, steps, train, worst
 
@@ -18,6 +19,34 @@ def test_bf16_stays_near_fp32(layout):
         found = run_ranks(train, layout.ranks, layout, *settings)[0]
         assert worst(found["losses"], plain["losses"]) < NEAR
         assert found["losses"] != plain["losses"], "bf16 must be on"
+
+
+def test_a_text_model_trains_in_bf16_too():
+    settings = ("model.condition=text", "model.prefix_tokens=5")
+    plain = run_ranks(train, 1, SERIAL, *settings)[0]
+    found = run_ranks(train, 2, Layout(2, 1, 3), *settings, *BF16)[0]
+    assert worst(found["losses"], plain["losses"]) < NEAR
+
+
+def first_masters(whole: bool, rounded: bool) -> dict[str, torch.Tensor]:
+    if rounded:
+        DeepSpeedEngine._unround = lambda self, held, exact: None
+    task = make_task(Layout(2, 2, 2), *BF16, whole=whole)
+    found = {f"{e.group}:{e.key}": e.read(0) for e in task.entries() if e.group in ("weights", "ema")}
+    return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+
+
+def plain_weights() -> dict[str, torch.Tensor]:
+    return {e.key: e.read(0).clone() for e in make_task(SERIAL, whole=True).entries() if e.group == "weights"}
+
+
+def test_the_masters_start_with_all_their_digits():
+    exact = run_ranks(plain_weights, 1)[0]
+    for whole in (True, False):
+        for name, tensor in run_ranks(first_masters, 2, whole, False)[0].items():
+            assert torch.equal(tensor, exact[name.partition(":")[2]]), (whole, name)
+    rounded = run_ranks(first_masters, 2, False, True)[0]
+    assert not torch.equal(rounded["weights:tok_embeddings.weight"], exact["tok_embeddings.weight"]), "sabotage twin"
 
 
 def held(layout: Layout) -> dict[str, int]:

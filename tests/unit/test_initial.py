@@ -72,7 +72,7 @@ def start(run, sizes: GPTConfig = CLASS, manifest: Manifest = MANIFEST, **keys):
 
 def filled(initial, sizes: GPTConfig) -> GPT:
     model = GPT(sizes)
-    initial.fill(model)
+    model.load_state_dict({name: initial.tensor(name, t.shape) for name, t in model.state_dict().items()})
     return model
 
 
