@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     if not argv:
         raise UserError("usage: python -m llamagen_dist.train_gpt CONFIG [key=value …]")
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
-    topology = start(config.parallel.tensor, config.parallel.threads)
+    topology = start(config.parallel.tensor, config.parallel.threads, 60 * config.guard.start_minutes, config.run_dir)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
     models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
     starts = [

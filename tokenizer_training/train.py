@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if not argv:
         raise UserError("usage: python -m tokenizer_training.train CONFIG [key=value …]")
     config: TokenizerConfigFile = load(argv[0], argv[1:], kind="tokenizer")
-    topology = start(threads=config.parallel.threads)
+    topology = start(1, config.parallel.threads, 60 * config.guard.start_minutes, config.run_dir)
     images = open_shards(config.data.train, kind="images")
     held_out = open_shards(config.data.validation, kind="images")
     stream = ImageStream(

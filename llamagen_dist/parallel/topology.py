@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -102,11 +103,28 @@ class Topology:
             dist.barrier()
 
 
-def start(tensor: int = 1, threads: int | None = None, timeout_s: float = 1800) -> Topology:
+def record_collectives(log: Path) -> None:
+    """Let NCCL's flight recorder write its last collectives to log/nccl-rank-N when one times out.
+
+    Settings of the environment, which torch reads when it makes the groups; what is set already stays. Names and
+    meanings were read in torch 2.14's headers and libraries; no GPU was at hand to run it.
+    """
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "20000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(log.absolute() / "nccl-rank-"),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def start(
+    tensor: int = 1, threads: int | None = None, timeout_s: float = 1800, run_dir: Path | None = None
+) -> Topology:
     """Join the process group that RANK and WORLD_SIZE describe (torchrun's, srun's or our launcher's variables).
 
     A group that exists already is used as it is (forked test ranks). tensor: tensor-parallel size; it must divide
-    the number of ranks, else UserError. threads: CPU threads of this rank.
+    the number of ranks, else UserError. threads: CPU threads of this rank. timeout_s: of collectives, of all groups,
+    until ``set_timeouts``. run_dir: where NCCL may leave its record of a collective that timed out.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_initialized():
@@ -132,14 +150,20 @@ def start(tensor: int = 1, threads: int | None = None, timeout_s: float = 1800) 
     if world == 1:
         return Topology(device=device)
     if not dist.is_initialized():
+        if run_dir is not None and device.type == "cuda":
+            record_collectives(run_dir / "log")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     if tensor == 1:
-        return Topology(rank, world, 1, device, dist.group.WORLD, None)
+        topology = Topology(rank, world, 1, device, dist.group.WORLD, None)
+        topology.set_timeouts(timeout_s)
+        return topology
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     dp_group = parallel_state.get_data_parallel_group() if world > tensor else None
-    return Topology(rank, world, tensor, device, dp_group, parallel_state.get_tensor_model_parallel_group())
+    topology = Topology(rank, world, tensor, device, dp_group, parallel_state.get_tensor_model_parallel_group())
+    topology.set_timeouts(timeout_s)  # Megatron's groups were made with its own
+    return topology

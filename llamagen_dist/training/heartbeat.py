@@ -68,11 +68,11 @@ def gone(beats: list[Heartbeat], stale_s: float) -> list[str]:
         place = f"in step {beat.step + 1}, {_doing(beat)}"
         quiet = time.time() - beat.time
         if beat.ended and not beat.ended.startswith(GAVE_UP):
-            found.append(f"{beat.name} ended {place}: {beat.ended}")
+            found.append(f"{beat.name} ended in step {beat.step + 1}: {beat.ended}")
         elif beat.ended:
             continue
         elif beat.host == platform.node() and not Identity(beat.pid, beat.started).alive():
-            found.append(f"{beat.name} was killed {place}")
+            found.append(f"{beat.name} was killed, last seen {place}")
         elif quiet > stale_s:
             found.append(
                 f"{beat.name} gives no sign of life for {quiet:.0f} s, last seen {place}: its machine is lost, or "

@@ -149,7 +149,8 @@ def open_run(
         nonlocal lock
         _make_private(directory)
         lock = _lock(directory)
-        _same_config(directory, config)
+        for line in _same_config(directory, config):
+            topology.say(line)
         write_text(directory / "config.yaml", dump(config))
         if not (directory / "record.json").exists():
             write_text(directory / "record.json", json.dumps(_record(), indent=1))
@@ -165,16 +166,20 @@ def open_run(
             lock.close()
 
 
-def _same_config(directory: Path, config: Section) -> None:
+def _same_config(directory: Path, config: Section) -> list[str]:
+    """What differs from the run's config and may, for people. Raises UserError for what may not."""
     path = directory / "config.yaml"
     if not path.exists():
-        return
-    changed = difference(load(path), config, ignore=ELASTIC)
+        return []
+    before = load(path)
+    changed = difference(before, config, ignore=ELASTIC)
     if changed:
         raise UserError(
             f"{directory}: holds a run with another config ({'; '.join(changed)}); "
             "choose another run_dir, or use the old values to go on with it"
         )
+    allowed = difference(before, config, ignore=("run_dir", "ladder"))
+    return [f"{directory}: changed since the last start, which is allowed: {'; '.join(allowed)}"] if allowed else []
 
 
 def _record() -> dict[str, Any]:

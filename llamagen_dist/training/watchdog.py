@@ -51,6 +51,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._log.mkdir(parents=True, exist_ok=True)
+        if (dump := os.environ.get("TORCH_FR_DUMP_TEMP_FILE")) is not None:
+            Path(dump).parent.mkdir(parents=True, exist_ok=True)  # NCCL makes no folders
         self._stacks = open(self._log / f"stacks-rank-{self._topology.rank}.txt", "w", encoding="utf-8")
         self._write()
         self._topology.barrier()  # no rank may judge another by the file of an earlier start
@@ -155,15 +157,18 @@ class Watchdog:
 
     def _cause(self, error: BaseException) -> str:
         """Who caused an error of a collective; waits until a rank on another machine would have gone stale."""
-        deadline = time.monotonic() + self._stale + self._tick
+        # a time-out has been long enough for any heartbeat to go stale; the others' next ones say what they do
+        waits = self._tick + 0.5 if "imed out" in str(error) else self._stale + self._tick
+        deadline = time.monotonic() + waits
         while True:
-            beats = [b for b in heartbeat.read(self._log, self._topology.world) if b.rank != self._topology.rank]
+            self._write(part=heartbeat.WAITING)
+            beats = heartbeat.read(self._log, self._topology.world)
             clauses = heartbeat.gone(beats, self._stale) or heartbeat.told(beats)
-            late = time.monotonic() > deadline
+            late = time.monotonic() >= deadline
             if not clauses and late:
                 clauses = heartbeat.behind(beats)
             if clauses or late:
-                said = (str(error).splitlines() or [""])[0]
+                said = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0])[:120]  # without gloo's file
                 return (
                     f"{'; '.join(dict.fromkeys(clauses)) or 'a collective failed, all ranks live'} (noticed by: {said})"
                 )

@@ -63,3 +63,33 @@ def _fork(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
         (folder / f"failed-{rank}").write_text(traceback.format_exc())
     finally:
         os._exit(status)
+
+
+def end_ranks(
+    function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = 60
+) -> list[tuple[int | None, str]]:
+    """For ranks that are to fail: (exit status, last traceback) of each; minus the signal's number if one killed it.
+
+    None: it still ran after the time-out (and was killed then). Nobody is stopped before.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        children = [_fork(function, rank, world, folder, arguments) for rank in range(world)]
+        codes: dict[int, int] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(codes) < world and time.monotonic() < deadline:
+            for pid in children:
+                if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[pid] = os.waitstatus_to_exitcode(found[1])
+            time.sleep(0.01)
+        for pid in children:
+            if pid not in codes:
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+        failed = [folder / f"failed-{rank}" for rank in range(world)]
+        return [
+            (codes.get(pid), file.read_text() if file.exists() else "")
+            for pid, file in zip(children, failed, strict=True)
+        ]

@@ -1,0 +1,57 @@
+"""The digest of shown samples: the same for any number of ranks, after any resume; one wrong sample changes it."""
+
+import numpy as np
+import torch
+
+from llamagen_dist.data import digest
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.parallel.topology import Topology
+from tests.runs.token_shards import write_tokens
+
+COUNT, BATCH, SEED = 50, 12, 5
+
+
+def shown(shards, ranks: int, first: int, last: int, shift: int = 0) -> int:
+    """Summed over the ranks' batches of the steps from image ``first`` to ``last``; ``shift`` moves one sample."""
+    total = 0
+    for rank in range(ranks):
+        stream = TokenStream(shards, Topology(rank=rank, world=ranks), BATCH, SEED, 0.1)
+        for start in range(first, last, BATCH):
+            samples = stream.batch(start).samples.clone()
+            if shift and start == first and rank == ranks - 1:
+                samples[0] = (samples[0] + shift) % COUNT
+            total += int(digest.digest(samples))
+    return total
+
+
+def test_ranks_resumes_and_epochs_do_not_change_what_was_shown(tmp_path):
+    shards = open_shards(write_tokens(tmp_path / "train", COUNT, 0))
+    images = 180  # three epochs and a bit
+    expected = digest.text(digest.expected(SEED, images, COUNT))
+    for ranks in (1, 2, 3):
+        assert digest.text(shown(shards, ranks, 0, images)) == expected
+        assert digest.text(shown(shards, ranks, 0, images, shift=1)) != expected  # sabotage twin
+    resumed = shown(shards, 2, 0, 60) + shown(shards, 3, 60, images)
+    assert digest.text(resumed) == expected
+    twice = shown(shards, 2, 0, 60) + shown(shards, 3, 48, images)  # sabotage twin: a step again
+    assert digest.text(twice) != expected
+
+
+def test_a_whole_epoch_is_the_data_set():
+    whole = digest.digest(torch.arange(COUNT))
+    for epochs in (1, 2):
+        assert digest.text(digest.expected(SEED, epochs * COUNT, COUNT)) == digest.text(epochs * int(whole))
+    assert digest.text(digest.expected(SEED, COUNT - 1, COUNT)) != digest.text(whole)
+    parts = int(digest.expected(SEED, 30, COUNT)) + int(digest.expected(SEED, 77, COUNT, first=30))
+    assert digest.text(parts) == digest.text(digest.expected(SEED, 77, COUNT))
+
+
+def test_the_hash_is_wide_and_its_text_reads_back():
+    values = [int(digest.digest(torch.tensor([n]))) for n in range(2000)]
+    assert len(set(values)) == len(values)
+    bits = np.array(values, np.int64).view(np.uint64)[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)
+    assert abs(bits.mean(0) - 0.5).max() < 0.05
+    for value in (0, 1, -1, -(1 << 63), (1 << 63) - 1, values[7]):
+        assert digest.number(digest.text(value)) == value
+    assert digest.text(-1) == "f" * 16
