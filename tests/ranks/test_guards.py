@@ -145,7 +145,7 @@ def test_a_guard_alone_passes_what_is_finite():
 
 # --- the log line ---
 
-NAP = 0.15
+NAP = 0.2
 
 
 def slow_run(folder: Path, layout: Layout, slow: int, where: str, blind: bool) -> None:
@@ -161,7 +161,7 @@ def slow_run(folder: Path, layout: Layout, slow: int, where: str, blind: bool) -
     if blind:
         Clock.collectives = lambda self: nullcontext()  # type: ignore[method-assign]
     try:
-        run(layout, folder, "log.every_steps=5", **{where: nap})
+        run(layout, folder, "log.every_steps=10", **{where: nap})
     finally:
         Clock.collectives = original  # type: ignore[method-assign]
 

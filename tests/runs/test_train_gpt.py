@@ -21,6 +21,7 @@ import yaml
 
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import UserError
+from llamagen_dist.data import digest
 from llamagen_dist.train_gpt import main
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import write_tokens
@@ -108,7 +109,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
 
 def lines(
     run: Path,
-    keys: tuple[str, ...] = ("step", "images_seen", "loss", "grad_norm", "val_loss", "val_loss_null"),
+    keys: tuple[str, ...] = ("step", "images_seen", "loss", "grad_norm", "samples", "val_loss", "val_loss_null"),
 ) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: row[k] for k in keys if k in row} for row in rows]
@@ -131,6 +132,9 @@ def test_it_learns_and_says_what_it_did(uninterrupted):
     assert held_out[1]["val_loss"] < held_out[0]["val_loss"] < 4.2, "ln 64 = 4.16 at the start"
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["layout"] == {"ranks": 2, "tensor": 1, "data": 2, "zero": 1}
+    assert summary["samples"] == digest.text(digest.expected(0, IMAGES, 200)), (
+        "three epochs and a bit, each image as due"
+    )
     assert summary["params"] == 64 * 32 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 96) + 5 * 32
     assert json.loads((store.newest(uninterrupted) / "classes.json").read_text()) == [f"class {c}" for c in range(4)]
     assert len(store.complete(uninterrupted)) == 2, "keep_last is 2"
@@ -184,7 +188,42 @@ def test_a_finished_run_is_left_alone_and_resumes_elastically(data, config, unin
     code, out, _ = run_all(1, config, f"run_dir={uninterrupted}", "parallel.zero=0")[0]
     assert code == 0
     assert "already finished" in out
+    assert "changed since the last start, which is allowed: parallel.zero: 1 -> 0" in out
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["ema.decay=0.9", "parallel.zero=2"], ["ema.decay: 0.0 -> 0.9"]),
+        (["compute.precision=bf16"], ["compute.precision: fp32 -> bf16"]),
+        (["train.seed=4", "model.n_layer=3"], ["model.n_layer: 2 -> 3; train.seed: 0 -> 4"]),
+        (["init_from=IT"], ["init_from: None -> "]),
+    ],
+)
+def test_what_changes_the_result_is_refused_on_resume_and_the_rest_is_said(config, uninterrupted, settings, expected):
+    settings = [s.replace("IT", str(uninterrupted)) for s in settings]
+    code, _, err = run_all(1, config, f"run_dir={uninterrupted}", *settings)[0]
+    assert code == 2
+    assert all(text in err for text in expected)
+    assert "parallel.zero" not in err, "what may change is not listed as a difference"
+
+
+def test_a_run_goes_on_with_another_layout_and_other_guards(data, config, uninterrupted):
+    run = data / "elastic"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(store.complete(run)[-1])
+    changes = ("parallel.zero=2", "guard.hang_minutes=5", "compute.recompute_every=1", "log.every_steps=2")
+    code, out, err = run_all(3, config, f"run_dir={run}", "train.micro_batch=null", *changes)[0]
+    assert code == 2, "16 images over 3 ranks"
+    code, out, err = run_all(1, config, f"run_dir={run}", *changes)[0]
+    assert code == 0, out + err
+    for text in ("parallel.zero: ", "guard.hang_minutes: 30.0 -> 5.0", "compute.recompute_every: 0 -> 1"):
+        assert text in out
+    assert "another layout than that checkpoint's: ranks 2 -> 1, data 2 -> 1, zero 1 -> 2" in out
+    assert lines(run)[-1]["val_loss"] == pytest.approx(lines(uninterrupted)[-1]["val_loss"], abs=1e-5)
+    assert json.loads((run / "summary.json").read_text())["samples"] == lines(uninterrupted)[-2]["samples"]
 
 
 def contents(folder: Path) -> list[tuple[Path, bytes]]:
