@@ -8,6 +8,7 @@ upper figure of the formula) are seen on some ranks and not on others, as their 
 """
 
 import argparse
+from functools import partial
 
 from llamagen_dist.models import memory
 from llamagen_dist.models.cost import total_parameters
@@ -34,7 +35,7 @@ def main() -> None:
         alone = 0.0
         for ranks in (1, 2, 3, 4):
             layout = Layout(ranks, 1, zero)
-            found = run_ranks(train_and_count, ranks, layout, *settings)
+            found = run_ranks(partial(train_and_count, micro=1), ranks, layout, *settings, timeout_s=600)
             split = memory_layout(config(layout, *settings), layout)
             model = model_of(config(layout, *settings))
             parts, buckets = memory.state(model, split), memory.buckets(model, split)

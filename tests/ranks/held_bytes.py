@@ -1,10 +1,12 @@
 """Bytes that a training rank really holds, at the moments that matter."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from llamagen_dist.checkpoint import store
 from llamagen_dist.models.memory import Layout as MemoryLayout
 from llamagen_dist.training.build import gpt_config
 from tests.live_bytes import kept_for_backward, storages
@@ -15,7 +17,7 @@ def live_bytes(excluding: Collection[int]) -> int:
     return sum(size for at, size in storages().items() if at not in excluding)
 
 
-def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 1) -> dict[str, Any]:
+def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 3) -> dict[str, Any]:
     """Two steps of several micro-batches. Bytes that the task made: at rest behind them, at the fullest moment seen
     (inside the backward passes and right behind them), and what its engine says it holds, gradients aside.
 
@@ -73,3 +75,10 @@ def kept_by(layout: layouts.Layout, *settings: str, batch: int = 4) -> int:
     if "compute.precision=bf16" in settings:
         model.bfloat16()
     return kept_for_backward(model.train(), batch)
+
+
+def saved_bytes(layout: layouts.Layout, folder: Path, *settings: str) -> int:
+    """Bytes of all the files of a checkpoint."""
+    task = layouts.make_task(layout, *settings)
+    store.save(folder, 1, task.entries(), {}, task.topology, config_text="kind: gpt\n")
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

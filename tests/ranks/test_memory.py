@@ -6,12 +6,12 @@ import pytest
 
 from llamagen_dist.models import memory
 from tests.ranks.forked import run_ranks
-from tests.ranks.held_bytes import kept_by, memory_layout, model_of, train_and_count
+from tests.ranks.held_bytes import kept_by, memory_layout, model_of, saved_bytes, train_and_count
 from tests.ranks.layouts import Layout, config
 
-LARGE = ("model.dim=160", "model.n_layer=3", "model.multiple_of=32")  # large enough for the small things not to count
+LARGE = ("model.dim=160", "model.n_layer=8", "model.multiple_of=32")  # large enough for the small things not to count
 CASES = [(Layout(2, tensor, zero), "fp32") for tensor in (1, 2) for zero in range(4)]
-CASES += [(Layout(2, 1, zero), "bf16") for zero in (1, 2)]
+CASES += [(Layout(2, 1, 1), "bf16")]  # ZeRO-2 is below
 CASES += [(Layout(4, 2, 3), "bf16")]
 
 
@@ -59,3 +59,10 @@ def test_activations_of_a_split_model_are_what_autograd_keeps(tensor, sequence):
     parts = memory.activations(model_of(chosen), replace(memory_layout(chosen, layout), micro=4))
     for found in run_ranks(kept_by, tensor, layout, *settings):
         assert parts["blocks"] + parts["ends"] + parts["logits"] == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_a_checkpoint_is_as_large_as_planned(tmp_path, ema):
+    layout, settings = Layout(2, 1, 3), (*LARGE, f"ema.decay={ema}")
+    planned = memory.checkpoint_bytes(model_of(config(layout, *settings)), ema > 0)
+    assert run_ranks(saved_bytes, 2, layout, tmp_path, *settings)[0] == pytest.approx(planned, rel=0.01)
