@@ -1,5 +1,6 @@
 """Bytes that a training rank really holds, at the moments that matter."""
 
+import gc
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 3) -> d
     Activations are autograd's own and not seen, and neither are DDP's buckets before a gradient lies in them.
     """
     before = storages()
+    gc.freeze()  # a forked rank ends here anyway: what the parent made need not be looked through again and again
     task = layouts.make_task(layout, *settings, micro_batch=micro)
     seen: list[int] = []
 

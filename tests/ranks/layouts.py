@@ -70,7 +70,7 @@ def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any)
     topology = start(chosen.parallel.tensor)
     sizes = gpt_config(chosen.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES)
     model = build_gpt(sizes, seed=3) if whole else build_gpt_on_meta(sizes, seed=3)
-    fresh, head = fresh_weights(sizes, 3), torch.empty(VOCABULARY, 32)
+    fresh, head = fresh_weights(sizes, 3), torch.empty(VOCABULARY, sizes.dim)
     torch.nn.init.normal_(head, std=0.05, generator=torch.Generator().manual_seed(1))  # gradients everywhere
     if whole:
         model.output.weight.data.copy_(head)
