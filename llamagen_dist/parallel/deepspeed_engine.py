@@ -139,7 +139,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.module: nn.Module = self._engine
-        self.state = ZeroState(self._engine.optimizer, stage, topology, ema=ema_decay > 0)
+        self.state = ZeroState(self._engine.optimizer, self.plain, stage, topology, ema=ema_decay > 0)
         if precision == "bf16":
             self._unround(held, exact)
 
@@ -229,7 +229,8 @@ class DeepSpeedEngine:
         part_shape = self.shapes[name]  # under ZeRO-3 the parameter itself is empty between its uses
 
         def read(writer: int) -> Tensor | None:
-            return gather_full(name, self.state.get(p, kind).view(part_shape), t, writer, self.query_group)
+            part = self.state.get(p, kind, writer // t.tensor)
+            return None if part is None else gather_full(name, part.view(part_shape), t, writer, self.query_group)
 
         def write(full: Tensor) -> None:
             self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))

@@ -5,10 +5,11 @@ parameter's piece again; what they do not cover (state before the first step, pu
 the optimizer's attributes, for the tested version.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamagen_dist.parallel.topology import Topology
@@ -17,9 +18,9 @@ from llamagen_dist.training import optim as optimizers
 
 
 class ZeroState:
-    """optimizer: DeepSpeed's, of an engine at ``stage`` 1, 2 or 3. ema: also keep a moving average."""
+    """optimizer: DeepSpeed's, of an engine for ``module`` at ``stage`` 1, 2 or 3. ema: also keep a moving average."""
 
-    def __init__(self, optimizer: Any, stage: int, topology: Topology, ema: bool) -> None:
+    def __init__(self, optimizer: Any, module: nn.Module, stage: int, topology: Topology, ema: bool) -> None:
         self._zero, self._stage, self._topology = optimizer, stage, topology
         self._inner: torch.optim.Optimizer = optimizer.optimizer
         if stage == 3:
@@ -32,20 +33,71 @@ class ZeroState:
                 self._inner.state[flat][averages.KEY] = flat.detach().clone()
         if stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
+        self._spans = self._find_spans(list(module.parameters()))
 
     @property
     def states(self) -> Mapping[Tensor, dict[str, Any]]:
         """Flat fp32 partition of this rank -> its state."""
         return self._inner.state
 
-    def get(self, p: Tensor, kind: str | None) -> Tensor:
-        """The full fp32 tensor of one parameter (this tensor-parallel rank's part); kind: None for the master, else a
-        key of the optimizer's state. Collective over the data-parallel ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def get(self, p: Tensor, kind: str | None, target: int) -> Tensor | None:
+        """The full fp32 tensor (flat) of one parameter (this tensor-parallel rank's part) on data-parallel rank
+        ``target``, None on the others; kind: None for the master, else a key of the optimizer's state.
 
-        found = safe_get_full_fp32_param(p) if kind is None else safe_get_full_optimizer_state(p, kind)
-        assert found is not None, "a parameter without fp32 state"
-        return found
+        Collective over the data-parallel ranks. Each piece goes straight to where it is wanted: DeepSpeed's own calls
+        all-reduce whole tensors, which costs several times as much and grows with the number of ranks.
+        """
+        t = self._topology
+        spans = self._spans[p]
+        piece, (start, size) = self._piece(p, kind), spans[t.dp_rank]
+        if t.dp_rank != target:
+            if size:
+                self._exchange([dist.P2POp(dist.isend, piece[:size].contiguous(), self._global(target), t.dp_group)])
+            return None
+        full = torch.empty(max(begin + held for begin, held in spans), device=piece.device)
+        others = [(d, span) for d, span in enumerate(spans) if d != target and span[1]]
+        self._exchange(
+            [
+                dist.P2POp(dist.irecv, full[begin : begin + held], self._global(d), t.dp_group)
+                for d, (begin, held) in others
+            ]
+        )
+        full[start : start + size] = piece[:size]
+        return full
+
+    def _global(self, dp_rank: int) -> int:
+        return dp_rank * self._topology.tensor + self._topology.tp_rank
+
+    @staticmethod
+    def _exchange(operations: list[dist.P2POp]) -> None:
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()
+
+    def _piece(self, p: Tensor, kind: str | None) -> Tensor:
+        """What this rank holds of it: flat, padded at the end under ZeRO-3."""
+        from deepspeed import utils
+
+        if self._stage == 3:
+            return utils.safe_get_local_fp32_param(p) if kind is None else utils.safe_get_local_optimizer_state(p, kind)
+        mapping = p._hp_mapping  # type: ignore[attr-defined]
+        return torch.empty(0, device=p.device) if mapping is None else mapping.get_hp_fragment(kind)
+
+    def _find_spans(self, parameters: Sequence[Tensor]) -> dict[Tensor, list[tuple[int, int]]]:
+        """(first element, number of elements) that each data-parallel rank holds of each parameter."""
+        t = self._topology
+        if self._stage == 3:
+            found = {}
+            for p in parameters:
+                share, numel = p.ds_tensor.numel(), p.ds_numel  # type: ignore[attr-defined]
+                found[p] = [(min(share * d, numel), max(0, min(share, numel - share * d))) for d in range(t.dp)]
+            return found
+        mappings = [p._hp_mapping for p in parameters]  # type: ignore[attr-defined]
+        mine = [(0, 0) if m is None else (m.lp_fragment_address.start, m.lp_fragment_address.numel) for m in mappings]
+        spans: list[Any] = [mine]
+        if t.dp_group is not None:
+            spans = [None] * t.dp
+            dist.all_gather_object(spans, mine, group=t.dp_group)
+        return {p: [held[number] for held in spans] for number, p in enumerate(parameters)}
 
     def set(self, p: Tensor, kind: str | None, full: Tensor) -> None:
         """The inverse; every data-parallel rank gives the same tensor and keeps its share."""
