@@ -98,10 +98,15 @@ class GPTConfigFile(Section):
     """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
 
     @model_validator(mode="after")
-    def _precision_fits_the_engine(self) -> "GPTConfigFile":
+    def _the_engine_can_do_it(self) -> "GPTConfigFile":
         if self.compute.precision == "bf16" and self.parallel.zero == 0:
             raise ValueError(
                 "compute.precision: bf16 needs the fp32 masters that DeepSpeed keeps: set parallel.zero to 1, 2 or 3"
+            )
+        if self.compute.compile and self.parallel.zero == 3:
+            raise ValueError(
+                "compute.compile: ZeRO-3 gathers weights in hooks around every layer, which leave the compiler nothing to "
+                "fuse and make it start over at every one: set compile: false, or parallel.zero to 1 or 2"
             )
         if self.init_classes is not None and self.init_from is None:
             raise ValueError("init_classes names the classes of init_from, which is empty")
