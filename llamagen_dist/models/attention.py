@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.dropout import Randomness, threshold
+from llamagen_dist.models.fused import split_and_rotate
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.layers import Linear
-from llamagen_dist.models.rotary import rotate
 
 PLACE = 2  # of the attention probabilities among a layer's dropouts
 
@@ -38,11 +38,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, S, dim); table: rotary, (S, head_dim / 2, 2) or (B, S, …). mask None: every position sees itself and
         what is before it (or, if it is a single one, all that is cached); else what SDPA takes."""
-        fused = self.wqkv(x)
-        unit = fused.shape[-1] // (self.group + 2)
-        parts = fused.split([self.group * unit, unit, unit], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = split_and_rotate(self.wqkv(x), table, self.group, self.head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         causal = mask is None
         if past is not None:
             k, v = past.extend(k, v)

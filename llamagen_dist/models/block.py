@@ -1,11 +1,11 @@
 """One layer of the Llama: attention and a gated feed-forward network, each normalised before and added after."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen_dist.models.attention import Attention
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.dropout import Randomness
+from llamagen_dist.models.fused import gated
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.layers import Linear, RMSNorm
 
@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(gated(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):

@@ -38,38 +38,39 @@ class Randomness:
         return prng.mix(self.keys ^ ((place + 1) * 0x632BE5AB & 0x7FFFFFFF))
 
     def kept(self, x: Tensor, p: float, place: int) -> Tensor:
-        """bool of x's shape (B, S, dim), dim even: False where x is dropped. Element x[b, s, d] has the number
+        """int8 of x's shape (B, S, dim), dim even: 0 where x is dropped, else 1. Element x[b, s, d] has the number
         (first + s) x dim + d."""
         _, rows, dim = x.shape
         keys, begin, count = self._place(place).view(-1, 1), self.first * dim // 2, rows * dim // 2
-        least = threshold(p) - LEVELS // 2  # the 16 bits are compared as signed numbers
+        last = threshold(p) - LEVELS // 2 - 1  # the 16 bits are compared as signed numbers: up to this one is dropped
         if torch.compiler.is_compiling():  # one fused loop, without memory; the other branch needs few passes instead
             numbers = torch.arange(2 * begin, 2 * (begin + count), dtype=torch.int32, device=x.device)
             raw = prng.mix(prng.mix(numbers >> 1) ^ keys)
             half = torch.where((numbers & 1) == 1, raw >> 16, (raw << 16) >> 16)
-            return (half >= least).view(x.shape)
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            return (half > last).view(x.shape).to(torch.int8)
         hashed = _hashed_numbers(begin, count, x.device)
         if x.device.type != "cpu":
-            raw = prng.mix(hashed ^ keys)
-            return torch.ge(raw.view(torch.int16), least, out=kept.view(len(keys), -1)).view(x.shape)
+            return (prng.mix(hashed ^ keys).view(torch.int16) > last).view(x.shape).to(torch.int8)
+        kept = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         raw, scratch = torch.empty_like(hashed), torch.empty_like(hashed)
+        halves = raw.view(torch.int16)
         for sample, key in zip(kept.view(len(keys), -1), keys.flatten().tolist(), strict=True):  # stays in the cache
             torch.bitwise_xor(hashed, key, out=raw)
-            torch.ge(prng.mix_(raw, scratch).view(torch.int16), least, out=sample)
+            prng.mix_(raw, scratch)
+            sample.copy_(halves.clamp_(last, last + 1).sub_(last))  # several times as fast as a comparison, as bool
         return kept
 
     def dropout(self, x: Tensor, p: float, place: int) -> Tensor:
         """x (B, S, dim) with elements dropped with probability p and the others scaled up."""
         if threshold(p) == 0:
             return x
-        return torch.where(self.kept(x, p, place), x * scale(p), 0.0)
+        return x * self.kept(x, p, place) * scale(p)
 
     def add_dropped(self, x: Tensor, y: Tensor, p: float, place: int) -> Tensor:
         """x + dropout(y)."""
         if threshold(p) == 0:
             return x + y
-        return torch.where(self.kept(y, p, place), torch.add(x, y, alpha=scale(p)), x)
+        return torch.add(x, y * self.kept(y, p, place), alpha=scale(p))
 
     def drop_path(self, x: Tensor, p: float, place: int) -> Tensor:
         """x (B, …) with whole samples dropped with probability p and the others scaled up."""

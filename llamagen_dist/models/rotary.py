@@ -24,14 +24,3 @@ def rotary_table(config: GPTConfig) -> Tensor:
     if config.prefix_rotation == "identity":
         prefix[..., 0] = 1.0
     return torch.cat([prefix, image])
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: (B, S, heads, head_dim); table: (S, head_dim / 2, 2), or (B, S, …) where samples differ.
-
-    Pairs are interleaved, (2p, 2p + 1); computed in fp32, cast back.
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = table.unsqueeze(-3).unbind(-1)
-    even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
