@@ -1,4 +1,15 @@
-"""One layer of the Llama: attention and a gated feed-forward network, each normalised before and added after."""
+"""One layer of the Llama: attention and a gated feed-forward network, each normalised before and added after.
+
+What a block keeps for the backward pass, for B samples of S positions (eager; tests/unit/test_gpt_training.py counts):
+
+* in the computing type: x, its norm, q, k, v, what attention found, x after attention, its norm, w1's and w3's
+  outputs and their gated product: B S (6 dim + 2 kv_dim + 3 ffn_dim) numbers. A tensor-parallel rank has 1 / tp of q,
+  k, v, attention's output and the three of the feed-forward network (with sequence parallelism of the two x as well);
+* in fp32: B S (2 + n_head) numbers (of norms and of attention's softmax);
+* the dropout masks: 1 byte for every element of the two outputs, B S dim each, where its probability is above 0.
+
+A recomputed block keeps x only: B S dim. With attn_dropout_p > 0 attention keeps B n_head S^2 probabilities more.
+"""
 
 from torch import Tensor, nn
 
