@@ -44,16 +44,15 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.extend(k, v)
             causal = causal and q.shape[2] == k.shape[2]
-        if self.group > 1:
-            k, v = _repeated(k, self.group), _repeated(v, self.group)
         if random is not None and threshold(self.dropout_p) > 0:
             out = self._with_dropout(q, k, v, random)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1)
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, random: Randomness) -> Tensor:
         """Causal attention (training only) that holds the (B, heads, S, S) probabilities, in fp32, to drop some."""
+        k, v = _repeated(k, self.group), _repeated(v, self.group)
         scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)

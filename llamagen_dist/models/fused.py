@@ -126,7 +126,7 @@ def _turn(x: Tensor, angle: Tensor, out: Tensor) -> None:
         out.copy_(x)
         torch.view_as_complex(out.unflatten(-1, (-1, 2))).mul_(angle)
     else:
-        wide = x.float()
+        wide = x.to(torch.float32, memory_format=torch.contiguous_format)
         torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(angle)
         out.copy_(wide)
 

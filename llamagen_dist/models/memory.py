@@ -113,8 +113,8 @@ class Kept:
 def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
     """What one block keeps for one image, in the order of models/block.py's forward (eager).
 
-    Norms compute in fp32: under bf16 they keep an fp32 copy of their input. Under sequence parallelism norms, residual
-    stream and dropout masks hold this rank's positions only; the inputs of the split layers are gathered and whole.
+    Under sequence parallelism norms, residual stream and dropout masks hold this rank's positions only; the inputs of
+    the split layers are gathered and whole.
     """
     b, t = layout.bytes, layout.tensor
     length = config.prefix + config.image_tokens - 1
@@ -124,22 +124,18 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
 
     def norm(name: str) -> list[Kept]:
         return [
-            Kept(f"{name} input", rows * d, FP32),
+            Kept(f"{name} input", rows * d, b),
             Kept(f"{name} 1/rms", rows, FP32),
-            Kept(f"{name} normalised", rows * d, b),
             Kept(f"{name} output", length * d, b),
         ]
 
     def mask(name: str, p: float) -> list[Kept]:
         return [Kept(f"{name} kept", rows * d, 1)] if dropped and p > 0 else []
 
-    grouped = config.kv_heads < config.n_head
     explicit = config.attn_dropout_p > 0  # no fused kernel then: the probabilities exist
     attention = [
-        Kept("q rotated", length * d // t, b),
-        Kept("k rotated", length * d // t, b),  # repeated for the query heads where they share keys
-        # a view of the fused projection, which it keeps all of; a tensor of its own where it was repeated or copied
-        Kept("v", length * (d if grouped or explicit else d + 2 * kv) // t, b),
+        # one fused tensor; where products are explicit three copies, repeated for query heads that share keys
+        Kept("q, k, v", length * (3 * d if explicit else d + 2 * kv) // t, b),
         Kept("attention output", length * d // t, b),
     ]
     if explicit:
@@ -151,7 +147,7 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
         ]
     else:
         attention.append(Kept("log-sum-exp", length * config.n_head // t, FP32))
-    feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output", "silu", "w2 input")]
+    feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output", "w2 input")]
     return [
         *norm("attention norm"),
         *attention,
@@ -168,9 +164,8 @@ def ends_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
     b, n, d = layout.bytes, config.image_tokens, config.dim
     length = config.prefix + n - 1
     found = [
-        Kept("final norm input", length * d if config.condition == "class" and b == FP32 else n * d, FP32),
+        Kept("final norm input", (length if config.condition == "class" else n) * d, b),
         Kept("final norm 1/rms", n, FP32),
-        Kept("final norm normalised", n * d, b),
         Kept("head input", n * d, b),
         Kept("logits", n * config.vocab_size // layout.tensor, b),
     ]

@@ -1,4 +1,4 @@
-"""What training asks of the model: recomputation, compilation, grouped heads, dropout, a loss with one logits buffer."""
+"""What training asks of the model: recomputation, compilation, grouped heads, dropout, one logits buffer."""
 
 import os
 import subprocess
@@ -340,16 +340,19 @@ def test_really_built_models_have_the_published_parameter_counts(size, kind):
 
 
 META = """
-import resource, time
+import time
+from pathlib import Path
 import torch
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 def build(device, size, layers):
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = resident(), time.process_time()
     with torch.device(device):
         model = GPT(GPTConfig(**{**GPT_SIZES[size], "n_layer": layers}))
     seconds = time.process_time() - start
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, seconds
+    return resident() - before, seconds
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 print(build("meta", "GPT-B", 1)[1])  # what torch loads at the first use of a device is not the model's
 print(*build("meta", "GPT-3B", 24))
 print(build("cpu", "GPT-B", 1)[0])
