@@ -1,6 +1,6 @@
 """The mean cross-entropy over a large vocabulary, with one copy of the logits and no second one for their gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TokenNLL = Callable[[Tensor, Tensor], Tensor]
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits that are worked on at a time: a cache's worth, or 64 MB
+CHUNK = 1 << 22  # logits that are worked on at a time: 16 MB in fp32
+CPU_CHUNK = 1 << 20  # as many as stay in a CPU's cache
 
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -24,18 +25,22 @@ def weighted_nll(logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL 
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         return _WeightedNLL.apply(logits, tokens, weights, nll)
-    rows = max(1, CHUNK.get(logits.device.type, 1 << 22) // logits.shape[-1])
-    parts = zip(logits.split(rows), tokens.split(rows), weights.split(rows), strict=True)
+    parts = _chunks(logits, tokens, weights)
     return torch.stack([(nll(few, wanted) * weight).sum() for few, wanted, weight in parts]).sum()
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of each at a time; the first tensor is the logits."""
+    rows = max(1, (CPU_CHUNK if tensors[0].device.type == "cpu" else CHUNK) // tensors[0].shape[-1])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL) -> Tensor:
-        rows = max(1, CHUNK.get(logits.device.type, 1 << 22) // logits.shape[-1])
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         gradient = logits.detach()  # the same memory
-        for few, wanted, weight in zip(gradient.split(rows), tokens.split(rows), weights.split(rows), strict=True):
+        for few, wanted, weight in _chunks(gradient, tokens, weights):
             if nll is token_nll:
                 total += _gradient_in_place(few, wanted, weight)
                 continue

@@ -216,7 +216,7 @@ def test_written_gradients_are_true(part):
 
 
 def test_the_chunked_loss_equals_cross_entropy(monkeypatch):
-    monkeypatch.setattr("llamagen_dist.models.loss.CHUNK", {"cpu": 4 * 96})
+    monkeypatch.setattr("llamagen_dist.models.loss.CPU_CHUNK", 4 * 96)
     draw = torch.Generator().manual_seed(0)
     logits, tokens = torch.randn(50, 96, generator=draw) * 5, torch.randint(96, (50,), generator=draw)
     logits[0] *= 40  # a probability of zero in fp32
