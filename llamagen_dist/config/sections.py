@@ -105,8 +105,8 @@ class GPTConfigFile(Section):
             )
         if self.compute.compile and self.parallel.zero == 3:
             raise ValueError(
-                "compute.compile: ZeRO-3 gathers weights in hooks around every layer, which leave the compiler nothing to "
-                "fuse and make it start over at every one: set compile: false, or parallel.zero to 1 or 2"
+                "compute.compile: ZeRO-3 gathers weights in hooks around every layer, which leave the compiler nothing "
+                "to fuse and make it start over at every one: set compile: false, or parallel.zero to 1 or 2"
             )
         if self.init_classes is not None and self.init_from is None:
             raise ValueError("init_classes names the classes of init_from, which is empty")
