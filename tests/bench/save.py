@@ -24,6 +24,7 @@ from llamagen_dist.checkpoint.entries import Entry, replicated
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.topology import start
 from tests.ranks.forked import run_ranks
+from tests.ranks.layouts import Layout, make_task
 
 DIM, MIB = 768, 1 << 20
 
@@ -92,6 +93,29 @@ def blocked(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
         "plain": plain,
         "held": saver._staging.held,
     }
+
+
+def engine_blocked(folder: Path, layout: Layout, repeats: int) -> dict[str, Any]:
+    """A real engine, whose state has to be gathered from where the layout keeps it."""
+    topology = start(layout.tensor)
+    task = make_task(layout, "model.n_layer=6", "model.dim=512", "model.n_head=8")
+    entries = task.entries()
+    size = sum(plan.size_of(entry) for entry in entries)
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    saver = Saver(folder / "run", topology, keep_last=1)
+    copies, saves = [], []
+    for number in range(repeats + 1):
+        topology.barrier()
+        if topology.rank == 0:
+            since = clock()
+            np.copyto(target, source)
+            copies.append(spent(since))
+        topology.barrier()
+        since = clock()
+        saver.save(number, number, entries, {}, "kind: gpt\n")
+        saves.append(spent(since))
+        saver.wait()
+    return {"size": size, "copies": copies[1:], "saves": saves[1:]}
 
 
 def steps_beside(folder: Path, megabytes: int, slow_s: float) -> dict[str, Any]:
@@ -186,6 +210,28 @@ def main() -> None:
             f"beside it, {found['alone']} without = {found['beside'] / found['alone']:.2f}"
         )
         print_peaks(ranks, options)
+    if 2 in options.ranks:
+        print_engines(options)
+
+
+def print_engines(options: argparse.Namespace) -> None:
+    print("\n2 ranks, a GPT of 6 layers of 512: blocked against one memcpy of the whole state on one rank")
+    print(f"  {'':34}{'wall s':>9}{'CPU s':>9}{'/ memcpy (wall, CPU)':>23}")
+    for layout in (
+        Layout(2, 1, 0),
+        Layout(2, 1, 1),
+        Layout(2, 1, 2),
+        Layout(2, 1, 3),
+        Layout(2, 2, 0),
+        Layout(2, 2, 1),
+    ):
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+            results = run_ranks(engine_blocked, 2, Path(scratch), layout, options.repeats)
+        slowest = max(results, key=lambda r: median(r["saves"], 0))
+        wall, cpu = (median(slowest["saves"], column) for column in (0, 1))
+        ratios = wall / median(results[0]["copies"], 0), cpu / median(results[0]["copies"], 1)
+        name = f"tensor {layout.tensor}, ZeRO-{layout.zero} ({slowest['size'] / MIB:.0f} MiB)"
+        print(f"  {name:34}{wall:9.4f}{cpu:9.4f}{ratios[0]:14.2f}{ratios[1]:9.2f}")
 
 
 def print_blocked(ranks: int, results: list[dict[str, Any]]) -> None:
