@@ -7,6 +7,8 @@ the state of a resumed run is one integer, and any number of ranks can cut up th
 Rackoff 1988 for the network; Black and Rogaway 2002 for cycle walking.)
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -72,15 +74,18 @@ def position_to_sample(
     return epoch.reshape(shape), sample.reshape(shape)
 
 
-class Order:
-    """``position_to_sample`` for consecutive positions, computed a block ahead (about 1 µs a position)."""
+class Ahead:
+    """A function of positions, computed a block of consecutive ones at a time: many small calls become one large.
 
-    def __init__(self, count: int, seed: int, block: int = 4096) -> None:
-        self._count, self._seed, self._block_size = count, seed, block
+    compute: int64 positions [n] -> tensor [n].
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], block: int = 4096) -> None:
+        self._compute, self._block_size = compute, block
         self._blocks: dict[int, Tensor] = {}
 
-    def samples(self, start: int, length: int) -> Tensor:
-        """int64 [length]: the samples at positions ``start`` … ``start + length - 1``."""
+    def at(self, start: int, length: int) -> Tensor:
+        """[length]: the values at positions ``start`` … ``start + length - 1``."""
         size = self._block_size
         first, last = start // size, (start + max(length, 1) - 1) // size
         self._blocks = {number: self._block(number) for number in range(first, last + 1)}
@@ -90,5 +95,19 @@ class Order:
     def _block(self, number: int) -> Tensor:
         if number in self._blocks:
             return self._blocks[number]
-        positions = torch.arange(number * self._block_size, (number + 1) * self._block_size)
-        return position_to_sample(positions, self._count, self._seed)[1]
+        return self._compute(torch.arange(number * self._block_size, (number + 1) * self._block_size))
+
+
+def _samples(count: int, seed: int, positions: Tensor) -> Tensor:
+    return position_to_sample(positions, count, seed)[1]
+
+
+class Order:
+    """``position_to_sample`` for consecutive positions, computed a block ahead (about 1 µs a position)."""
+
+    def __init__(self, count: int, seed: int, block: int = 4096) -> None:
+        self._ahead = Ahead(partial(_samples, count, seed), block)  # picklable, for decoding processes
+
+    def samples(self, start: int, length: int) -> Tensor:
+        """int64 [length]: the samples at positions ``start`` … ``start + length - 1``."""
+        return self._ahead.at(start, length)

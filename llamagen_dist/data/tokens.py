@@ -3,6 +3,7 @@ else.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.data.order import Order
+from llamagen_dist.data.order import Ahead, Order
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards
 from llamagen_dist.parallel.topology import Topology
 
@@ -120,17 +121,19 @@ class TokenStream:
         self._reader = TokenReader(shards)
         self._order = Order(len(shards), seed)
         self._topology, self._share = topology, topology.share(global_batch)
-        self._seed, self._dropout = seed, class_dropout_p
         self._null = self._reader.num_classes
+        self._crop = Ahead(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
+        self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
+        self._dropout = class_dropout_p
 
     def batch(self, images_seen: int) -> TokenBatch:
         """This rank's share of the global batch: tokens int64 [share, N], labels, positions, samples int64 [share]."""
         start = images_seen + self._topology.dp_rank * self._share
         positions = torch.arange(start, start + self._share)
         samples = self._order.samples(start, self._share).numpy()
-        crop = prng.integers(self._seed, "token-crop", positions, self._reader.crops).numpy()
+        crop = self._crop.at(start, self._share).numpy()
         tokens, labels = (torch.from_numpy(array) for array in self._reader.gather(samples, crop))
-        dropped = prng.uniform(self._seed, "label-dropout", positions) < self._dropout
+        dropped = self._drop.at(start, self._share) < self._dropout
         return TokenBatch(tokens, labels.masked_fill(dropped, self._null), positions, torch.from_numpy(samples))
 
     def where(self, sample: int) -> str:
