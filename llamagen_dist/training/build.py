@@ -1,6 +1,8 @@
 """From config sections to models: the only place where the two meet (models know no config)."""
 
 import difflib
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 from llamagen_dist.config import GPTModelSection, TokenizerModelSection, UserError
@@ -10,6 +12,7 @@ from llamagen_dist.models.sizes import GPT_SIZES
 if TYPE_CHECKING:  # imported where models are built: their sizes can be known without torch
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from llamagen_dist.models.gpt import GPT
@@ -82,6 +85,17 @@ def fresh_weights(config: GPTConfig, seed: int) -> "Callable[[str, tuple[int, ..
         return initial_weight(config, seed, name, shape)
 
     return weight
+
+
+def compile_blocks(model: "GPT", device: "torch.device") -> None:
+    """``model.compile_blocks()``; UserError where the first step would fail for want of a C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"compute.compile: on a CPU torch.compile needs a C++ compiler and {compiler} is not found; "
+            "install g++, name another in the environment variable CXX, or set compute.compile=false"
+        )
+    model.compile_blocks()
 
 
 def vq_config(section: TokenizerModelSection) -> "VQConfig":

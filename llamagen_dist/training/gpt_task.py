@@ -17,6 +17,7 @@ from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import optim as optimizers
+from llamagen_dist.training.build import compile_blocks
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import held
 
@@ -55,7 +56,7 @@ def build_engine(
     model.recompute_every = config.compute.recompute_every
     tensor_parallel.apply(model, topology, config.parallel.sequence)
     if config.compute.compile:
-        model.compile_blocks()
+        compile_blocks(model, topology.device)
     group = tensor_parallel.query_group(model.config)
     if config.parallel.zero == 0:
         return TorchEngine(
