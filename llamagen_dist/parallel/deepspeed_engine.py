@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from llamagen_dist.checkpoint.entries import Entry, buffers
 from llamagen_dist.config import OptimSection
+from llamagen_dist.models.memory import LARGEST_BUCKET
 from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, gather_full
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
 from llamagen_dist.training import ema
 from llamagen_dist.training import optim as optimizers
-
-LARGEST_BUCKET = 100_000_000  # elements
 
 
 def numel_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
