@@ -178,6 +178,6 @@ class GuardSection(Section):
     """So many steps with a non-finite loss or gradient are left out (and counted) before the run stops; 0 stops at
     the first."""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """The spike score is (loss - mean) / deviation of the last so many steps."""
+    """The spike score is (loss - mean) / deviation of the last so many logged steps."""
     spike_score: Annotated[float, Field(gt=0)] = 6.0
     """Scores above this are reported."""
