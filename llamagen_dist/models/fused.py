@@ -5,6 +5,7 @@ Sequences of operations run sample by sample on a CPU, so that what lies between
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ class _Gated(torch.autograd.Function):
             torch.mul(F.silu(its_a), gradient, out=its_to_b)
             torch.ops.aten.silu_backward.grad_input(gradient * its_b, its_a, grad_input=its_to_a)
         return to_a, to_b
+
+
+@contextmanager
+def derived(product: Tensor, a: Tensor, b: Tensor) -> Iterator[None]:
+    """In here autograd keeps nothing where it would keep ``product``, which is gated(a, b): it is computed again when
+    it is needed. Worth it because a and b are kept anyway."""
+    place, a, b = product.untyped_storage().data_ptr(), a.detach(), b.detach()
+
+    def pack(x: Tensor) -> Tensor | torch.Size:
+        return x.shape if x.untyped_storage().data_ptr() == place and x.numel() == product_size else x
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else F.silu(a).mul_(b).view(kept)
+
+    product_size = product.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def split_and_rotate(fused: Tensor, table: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,9 +114,12 @@ class GPT(nn.Module):
             x, table = rows_of(x, order), table[order]
         if random is not None:
             x = random.dropout(x, self.config.token_dropout_p, 0)
-        for number, layer in enumerate(self.layers):
+        blocks: Any = self.layers  # to mypy a ModuleList holds modules of no particular kind
+        for number, layer in enumerate(blocks):
             own = random.layer(number) if random is not None else None
-            if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
+            again = bool(self.recompute_every) and number % self.recompute_every == 0 and torch.is_grad_enabled()
+            layer.feed_forward.rederive = not again  # within a recomputed block it would keep what checkpoint drops
+            if again:
                 x = checkpoint(layer, x, table, None, own, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, table, None, own)

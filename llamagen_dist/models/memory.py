@@ -147,7 +147,7 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
         ]
     else:
         attention.append(Kept("log-sum-exp", length * config.n_head // t, FP32))
-    feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output", "w2 input")]
+    feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output")]
     return [
         *norm("attention norm"),
         *attention,
@@ -206,10 +206,10 @@ def activations(config: GPTConfig, layout: Layout) -> dict[str, int]:
 
 def working(config: GPTConfig, layout: Layout) -> int:
     """Bytes of temporaries at the fullest moment: of one block's backward pass (gradients of its feed-forward's three
-    inner tensors and of two residual streams) or, where that is more, of the loss's fp32 chunk in front of it, which
+    inner tensors, one of which is computed again, and of two residual streams) or, where that is more, of the loss's fp32 chunk in front of it, which
     comes before anything is recomputed. An estimate: kernels differ."""
     length = config.prefix + config.image_tokens - 1
-    inner = 3 * length * config.ffn_dim // layout.tensor
+    inner = 4 * length * config.ffn_dim // layout.tensor
     block = (inner + 2 * length * config.dim) * layout.bytes * layout.micro
     logits = layout.micro * config.image_tokens * config.vocab_size // layout.tensor
     loss = 2 * min(logits, LOSS_CHUNK) * FP32
