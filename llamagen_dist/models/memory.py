@@ -206,8 +206,8 @@ def activations(config: GPTConfig, layout: Layout) -> dict[str, int]:
 
 def working(config: GPTConfig, layout: Layout) -> int:
     """Bytes of temporaries at the fullest moment: of one block's backward pass (gradients of its feed-forward's three
-    inner tensors, one of which is computed again, and of two residual streams) or, where that is more, of the loss's fp32 chunk in front of it, which
-    comes before anything is recomputed. An estimate: kernels differ."""
+    inner tensors, one of which is computed again, and of two residual streams) or, where that is more, of the loss's
+    fp32 chunk in front of it, which comes before anything is recomputed. An estimate: kernels differ."""
     length = config.prefix + config.image_tokens - 1
     inner = 4 * length * config.ffn_dim // layout.tensor
     block = (inner + 2 * length * config.dim) * layout.bytes * layout.micro
