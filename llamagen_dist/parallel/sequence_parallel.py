@@ -7,6 +7,8 @@ is padded to a multiple of tp while it is split. Megatron-core's own operations 
 sequence in front, so these are ours; they run the same on gloo and NCCL.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +19,17 @@ from torch import Tensor, nn
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.parallel.topology import Topology
 
+Operation = Callable[[Tensor], Tensor]
 
-def _padded(x: Tensor, tensor: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[1] % tensor))
+
+def _padded(x: Tensor, t: Topology) -> tuple[Tensor, ...]:
+    """(B, S, D) -> the tp pieces (B, ceil(S / tp), D) of the padded sequence."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % t.tensor)).chunk(t.tensor, 1)
 
 
 def _own(x: Tensor, t: Topology) -> Tensor:
-    """This rank's positions of (B, S, D), padded: (B, ceil(S / tp), D)."""
-    return _padded(x, t.tensor).chunk(t.tensor, 1)[t.tp_rank].contiguous()
+    """This rank's positions."""
+    return _padded(x, t)[t.tp_rank].contiguous()
 
 
 def _all_gather(part: Tensor, t: Topology, length: int) -> Tensor:
@@ -36,89 +41,67 @@ def _all_gather(part: Tensor, t: Topology, length: int) -> Tensor:
 
 def _reduce_scatter(x: Tensor, t: Topology) -> Tensor:
     """The sum over the ranks of (B, S, D), of which this rank gets its positions."""
-    pieces = [piece.contiguous() for piece in _padded(x, t.tensor).chunk(t.tensor, 1)]
+    pieces = [piece.contiguous() for piece in _padded(x, t)]
     out = torch.empty_like(pieces[0])
     dist.reduce_scatter(out, pieces, group=t.tp_group)
     return out
 
 
-class _Cut(torch.autograd.Function):
+def _all_reduce(x: Tensor, t: Topology) -> Tensor:
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=t.tp_group)
+    return total
+
+
+class _Exchange(torch.autograd.Function):
+    """One operation forward and another one backward: which go together is the whole point of this file."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ahead: Operation, back: Operation) -> Tensor:
+        ctx.back = back
+        return ahead(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradients[0]), None, None
+
+
+def cut(x: Tensor, t: Topology) -> Tensor:
     """Replicated -> this rank's positions; gradients are gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Topology) -> Tensor:
-        ctx.t, ctx.length = t, x.shape[1]
-        return _own(x, t)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(gradients[0], ctx.t, ctx.length), None
+    return _Exchange.apply(x, partial(_own, t=t), partial(_all_gather, t=t, length=x.shape[1]))
 
 
-class _GatherForColumn(torch.autograd.Function):
-    """Positions -> replicated, for layers that each use it in part; the gradients' parts are summed and scattered."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, t: Topology, length: int) -> Tensor:
-        ctx.t = t
-        return _all_gather(part, t, length)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(gradients[0], ctx.t), None, None
+def gather_for_columns(part: Tensor, t: Topology, length: int) -> Tensor:
+    """Positions -> replicated, for layers that each use it in part: the parts of the gradient are summed, scattered."""
+    return _Exchange.apply(part, partial(_all_gather, t=t, length=length), partial(_reduce_scatter, t=t))
 
 
-class _GatherReplicated(torch.autograd.Function):
-    """Positions -> replicated, for what every rank computes alike; this rank's part of the gradient is enough."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, t: Topology, length: int) -> Tensor:
-        ctx.t = t
-        return _all_gather(part, t, length)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _own(gradients[0], ctx.t), None, None
+def gather_replicated(part: Tensor, t: Topology, length: int) -> Tensor:
+    """Positions -> replicated, for what every rank computes alike: this rank's part of the gradient is enough."""
+    return _Exchange.apply(part, partial(_all_gather, t=t, length=length), partial(_own, t=t))
 
 
-class _ReduceScatter(torch.autograd.Function):
-    """Partial sums of a row layer -> this rank's positions of their sum; gradients are gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, t: Topology) -> Tensor:
-        ctx.t, ctx.length = t, partial.shape[1]
-        return _reduce_scatter(partial, t)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(gradients[0], ctx.t, ctx.length), None
+def reduce_scatter(partial_sum: Tensor, t: Topology) -> Tensor:
+    """A row layer's (B, S, D) partial sums -> (B, ceil(S / tp), D) of their sum; gradients are gathered."""
+    return _Exchange.apply(
+        partial_sum, partial(_reduce_scatter, t=t), partial(_all_gather, t=t, length=partial_sum.shape[1])
+    )
 
 
-class _Copy(torch.autograd.Function):
+def copy(x: Tensor, t: Topology) -> Tensor:
     """Identity whose gradient is summed over the tensor-parallel ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Topology) -> Tensor:
-        ctx.t = t
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.t.tp_group)
-        return total, None
+    return _Exchange.apply(x, _same, partial(_all_reduce, t=t))
 
 
-def reduce_scatter(partial: Tensor, topology: Topology) -> Tensor:
-    """(B, S, D) partial sums -> (B, ceil(S / tp), D)."""
-    return _ReduceScatter.apply(partial, topology)
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
 def share_input_reduction(model: GPT, topology: Topology) -> None:
     """Plain tensor parallelism: one gradient all-reduce for all column layers behind a norm (w1 and w3 share it)."""
 
     def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        return _Copy.apply(output, topology)
+        return copy(output, topology)
 
     blocks: Any = model.layers  # to mypy a ModuleList holds modules of no particular kind
     for block in blocks:
@@ -135,27 +118,22 @@ def install(model: GPT, topology: Topology) -> None:
         x, table, mask, random, *rest = arguments
         if module is model.layers[0]:
             length[0] = x.shape[1]
-            x = _Cut.apply(x, topology)
+            x = cut(x, topology)
         if random is not None:
             share = -(-length[0] // topology.tensor)
             random = random.at(share * topology.tp_rank)
         return (x, table, mask, random, *rest)
 
     def gather(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        return _GatherForColumn.apply(output, topology, length[0])
+        return gather_for_columns(output, topology, length[0])
 
     def leave(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        return _GatherReplicated.apply(output, topology, length[0])
-
-    def sum_over_ranks(gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=topology.tp_group)
-        return total
+        return gather_replicated(output, topology, length[0])
 
     blocks: Any = model.layers
     for block in blocks:
         block.register_forward_pre_hook(enter)
         for norm in (block.attention_norm, block.ffn_norm):
             norm.register_forward_hook(gather)
-            norm.weight.register_hook(sum_over_ranks)  # it saw only this rank's positions
+            norm.weight.register_hook(partial(_all_reduce, t=topology))  # it saw only this rank's positions
     model.layers[-1].register_forward_hook(leave)
