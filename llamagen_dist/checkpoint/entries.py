@@ -8,12 +8,26 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """How a tensor is spread over ranks, for those who copy the pieces first and put them together later.
+
+    local() is what this rank holds: a flat, live view, maybe empty. spread(writer) lists (rank, elements) of the pieces
+    that a writer needs, the same list on every rank; merge(flat pieces in that order) is the full tensor.
+    """
+
+    local: Callable[[], Tensor]
+    spread: Callable[[int], list[tuple[int, int]]]
+    merge: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Entry:
     """group: the file family (``weights``, ``optimizer``, ``discriminator``…). key: its name in the file.
 
     read(writer) is collective over all ranks and returns the full, TP-merged tensor on global rank ``writer`` (fp32
     for parameters and moments, the module's dtype for buffers); other ranks may get None. write(full) takes the
-    full tensor on every rank and keeps this rank's part.
+    full tensor on every rank and keeps this rank's part. pieces: None where every rank holds the whole tensor, so that
+    read(writer) communicates nothing.
     """
 
     group: str
@@ -22,6 +36,7 @@ class Entry:
     read: Callable[[int], Tensor | None]
     write: Callable[[Tensor], None]
     dtype: torch.dtype = torch.float32
+    pieces: Pieces | None = None
 
 
 def replicated(group: str, key: str, tensor: Tensor) -> Entry:

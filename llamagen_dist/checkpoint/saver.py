@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from llamagen_dist.checkpoint import folder as folders
 from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.folder import Abandoned, Patience
 from llamagen_dist.checkpoint.plan import Plan, make_plan
-from llamagen_dist.checkpoint.staging import Staging, stage, write_file
+from llamagen_dist.checkpoint.staging import LocalCopy, Staging, stage, write_file
 from llamagen_dist.config import UserError
 from llamagen_dist.parallel.topology import Topology
 
@@ -33,6 +34,7 @@ class _Flight:
     classes: Sequence[str] | None
     sums: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    copy: LocalCopy | None = None
     written: threading.Event = field(default_factory=threading.Event)  # this rank's files are done, or failed
     given_up: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
@@ -41,10 +43,12 @@ class _Flight:
 class Saver:
     """Writes the checkpoints of one run; every rank has one. At most one save is under way.
 
-    background: training is blocked only while each rank copies the tensors dealt to it (about 1/ranks of the state)
-    into host memory, which stays allocated between saves. False: until all is on disk, with one SHARD_BYTES buffer
-    and one tensor of extra memory whatever the model's size. keep_last, keep_every_images: see ``folder.prune``.
-    pace(bytes) is called from the writing thread after each block. patience_s: for a rank that writes nothing.
+    background: training is blocked only while each rank copies what it holds itself (1/ranks of the state, or what it
+    will write where all ranks hold everything) into host memory, which stays allocated between saves; pieces travel to
+    the ranks that write them afterwards, over a gloo group of their own. False: until all is on disk, with one
+    SHARD_BYTES buffer and one tensor of extra memory whatever the model's size. keep_last, keep_every_images: see
+    ``folder.prune``. pace(bytes) is called from the writing thread after each block. patience_s: for a rank that writes
+    nothing.
 
     A failure to write reaches all ranks as one UserError from the next ``wait`` or ``save``; the half-written folder
     is gone by then and the checkpoint before it untouched.
@@ -66,6 +70,8 @@ class Saver:
         self._keep = (keep_last, keep_every_images)
         self._patience = Patience(patience_s)
         self._staging = Staging(pinned=topology.device.type == "cuda")
+        self._rounds = Staging()
+        self._group: dist.ProcessGroup | None = None  # for the pieces; made when there are any
         self._flight: _Flight | None = None
         self.blocked_s = 0.0
         """Seconds that the last ``save`` took from its caller."""
@@ -96,15 +102,24 @@ class Saver:
         state = {**state, "step": step, "images_seen": images_seen}
         flight = _Flight(folder, plan, state, config_text, classes)
         if self._background:
-            for number in range(len(plan.rounds)):
-                self._stage(entries, flight, number, number)
+            if all(entry.pieces is None for entry in entries):
+                for number in range(len(plan.rounds)):
+                    self._stage(entries, flight, number, number)
+            else:
+                if self._group is None and self._topology.world > 1:
+                    limit = timedelta(seconds=self._patience.seconds)
+                    made = dist.new_group(backend="gloo", timeout=limit)
+                    self._group = made if isinstance(made, dist.ProcessGroup) else None
+                # taken before the thread needs it, where a lack of memory can still be told
+                self._rounds.buffer(0, max(part.staged(self._topology.rank) for part in plan.rounds))
+                flight.copy = LocalCopy(entries, plan, self._topology.rank, self._staging)
             flight.thread = threading.Thread(target=self._write_beside, args=(flight,), name="checkpoint", daemon=True)
             self._flight = flight
             flight.thread.start()
         else:
             for number in range(len(plan.rounds)):
                 self._stage(entries, flight, number, 0)
-                self._guarded(flight, partial(self._write_round, flight, number, 0))
+                self._guarded(flight, partial(self._write_round, flight, number, 0, self._staging))
                 self._raise_together(flight)
             self._staging.drop()
             self._guarded(flight, lambda: self._report(flight))
@@ -126,7 +141,10 @@ class Saver:
         """Wait for the save under way without the other ranks' help: they may be gone. For a run that ends early."""
         if self._flight is not None and self._flight.thread is not None:
             self._patience.seconds = min(self._patience.seconds, GOODBYE_S)
-            self._flight.thread.join()
+            # a rank that hangs keeps its pieces for longer than anybody should wait
+            self._flight.thread.join(None if self._flight.copy is None else 2 * GOODBYE_S)
+            if self._flight.thread.is_alive():
+                self._flight.error = self._flight.error or "another rank does not send its part"
             if self._flight.error is not None:
                 print(f"checkpoint {self._flight.folder} was not written: {self._flight.error}", flush=True)
         self._flight = None
@@ -134,8 +152,11 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is None and self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     # --- on the caller's thread ---
 
@@ -189,12 +210,13 @@ class Saver:
     # --- on the writing thread (or the caller's, in the foreground) ---
 
     def _write_beside(self, flight: _Flight) -> None:
-        def write() -> None:
-            for number in range(len(flight.plan.rounds)):
-                self._write_round(flight, number, number)
-            self._report(flight)
-
-        self._guarded(flight, write)
+        for number in range(len(flight.plan.rounds)):
+            if flight.copy is None:
+                self._guarded(flight, partial(self._write_round, flight, number, number, self._staging))
+            else:  # a rank that cannot write goes on sending what the others write
+                self._exchange(flight, flight.copy, number)
+                self._guarded(flight, partial(self._write_round, flight, number, 0, self._rounds))
+        self._guarded(flight, lambda: self._report(flight))
         flight.written.set()
         if self._topology.rank == 0 and flight.error is None:
             self._guarded(flight, lambda: self._commit(flight))
@@ -212,9 +234,15 @@ class Saver:
         except Exception as error:  # a bug in a thread must not end as a checkpoint that never comes
             flight.error = f"{type(error).__name__}: {error} (rank {self._topology.rank})"
 
-    def _write_round(self, flight: _Flight, number: int, place: int) -> None:
+    def _exchange(self, flight: _Flight, copy: LocalCopy, number: int) -> None:
         part, rank = flight.plan.rounds[number], self._topology.rank
-        buffer = self._staging.buffer(place, part.staged(rank))
+        failed = copy.fill(part, self._rounds.buffer(0, part.staged(rank)), self._group)
+        if failed and flight.error is None:
+            flight.error = f"pieces of the state did not arrive (rank {rank}): {str(failed[0]).splitlines()[0]}"
+
+    def _write_round(self, flight: _Flight, number: int, place: int, staging: Staging) -> None:
+        part, rank = flight.plan.rounds[number], self._topology.rank
+        buffer = staging.buffer(place, part.staged(rank))
         for file in part.files[rank]:
             flight.sums[file.name] = write_file(flight.folder, file, buffer, self._pace)
 

@@ -1,16 +1,19 @@
 """Full tensors on their way to disk: host buffers laid out as the files will be, and the writing of one file."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.checkpoint.entries import Entry
-from llamagen_dist.checkpoint.plan import Plan, Round, ShardFile
+from llamagen_dist.checkpoint.plan import ALIGNMENT, Plan, Round, ShardFile
 from llamagen_dist.config import UserError
 
 BLOCK = 8 << 20  # bytes hashed and written at once
@@ -75,6 +78,80 @@ def stage(entries: Sequence[Entry], plan: Plan, part: Round, rank: int, buffer: 
             target.copy_(tensor.detach(), non_blocking=buffer.is_pinned())
     if buffer.is_pinned():
         torch.cuda.synchronize()
+
+
+class LocalCopy:
+    """This rank's share of the state as it was at one moment, in host memory: what it holds itself of every tensor.
+
+    Made on the training thread without any communication; later, beside training, ``fill`` sends the pieces to the
+    ranks that write them, over a process group of its own.
+    """
+
+    def __init__(self, entries: Sequence[Entry], plan: Plan, rank: int, staging: Staging) -> None:
+        self._entries, self._plan, self._rank = entries, plan, rank
+        live: dict[int, Tensor] = {}
+        for number, (entry, owner) in enumerate(zip(entries, plan.owners, strict=True)):
+            if entry.pieces is None:
+                found = entry.read(owner) if owner == rank else None
+                if found is not None:
+                    live[number] = found.detach().reshape(-1)
+            elif any(holder == rank for holder, _ in entry.pieces.spread(owner)):
+                live[number] = entry.pieces.local()
+        ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in live.values()))
+        buffer = staging.buffer(0, ends[-1] if ends else 0)
+        self._copies: dict[int, Tensor] = {}
+        for (number, tensor), end in zip(live.items(), ends, strict=True):
+            begin = end - -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            copy = buffer[begin : begin + tensor.nbytes].view(tensor.dtype)
+            copy.copy_(tensor, non_blocking=buffer.is_pinned())
+            self._copies[number] = copy
+        if buffer.is_pinned():
+            torch.cuda.synchronize()
+
+    def fill(self, part: Round, buffer: Tensor, group: dist.ProcessGroup | None) -> list[Exception]:
+        """Put the round's tensors that this rank writes into ``buffer`` (all ranks call it, round by round).
+
+        A rank that is gone is no reason to let the others wait: what fails is returned, and the rest exchanged.
+        """
+        slots = {slot.number: slot for file in part.files[self._rank] for slot in file.slots}
+        sent: list[Any] = []
+        failed: list[Exception] = []
+        for number in range(part.first, part.last):
+            try:
+                whole = self._whole(number, group, sent)
+                if number in slots and whole is not None:
+                    slot = slots[number]
+                    target = buffer[slot.begin : slot.begin + slot.size].view(slot.dtype)
+                    target.copy_(whole.reshape(-1))
+            except Exception as error:  # also a bug: the others wait for the rest all the same
+                failed.append(error)
+        for request in sent:
+            try:
+                request.wait()
+            except Exception as error:  # also a bug: the others wait for the rest all the same
+                failed.append(error)
+        return failed
+
+    def _whole(self, number: int, group: dist.ProcessGroup | None, sent: list[Any]) -> Tensor | None:
+        entry, owner = self._entries[number], self._plan.owners[number]
+        if entry.pieces is None:
+            return self._copies.get(number)
+        holders = entry.pieces.spread(owner)
+        if owner != self._rank:
+            if number in self._copies:
+                sent.append(dist.isend(self._copies[number], owner, group=group, tag=number))
+            return None
+        parts: list[Tensor] = []
+        coming: list[Any] = []
+        for holder, size in holders:
+            if holder == self._rank:
+                parts.append(self._copies[number])
+                continue
+            parts.append(torch.empty(size, dtype=entry.dtype))
+            coming.append(dist.irecv(parts[-1], holder, group=group, tag=number))
+        for request in coming:
+            request.wait()
+        return entry.pieces.merge(parts)
 
 
 def write_file(folder: Path, file: ShardFile, buffer: Tensor, pace: Callable[[int], None] | None = None) -> str:

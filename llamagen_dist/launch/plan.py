@@ -152,7 +152,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
             "bytes": disk,
             "bandwidth_bytes_per_s": machine.bandwidth,
             "seconds": disk / machine.bandwidth,
-            "host_copy_bytes_per_rank": -(-disk // machine.gpus) if config.checkpoint.background else min(disk, GIB),
+            "host_copy_bytes_per_rank": _host_copy(disk, machine.gpus, config),
             "kept": config.checkpoint.keep_last,
         },
         "headroom": lay.HEADROOM,
@@ -163,6 +163,15 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
     }
     result["warnings"] = list(_warnings(model, config, machine, start))
     return result
+
+
+def _host_copy(disk: int, ranks: int, config: GPTConfigFile) -> int:
+    """Host bytes of one rank while a checkpoint is written (checkpoint/saver.py): a file's worth in the foreground;
+    beside training its share of the state, and a file's worth of tensors put together where the ranks hold pieces."""
+    share, file = -(-disk // ranks), min(disk, GIB)
+    if not config.checkpoint.background:
+        return file
+    return share + (min(share, file) if config.parallel.zero or config.parallel.tensor > 1 else 0)
 
 
 def row(model: GPTConfig, layout: Layout, config: GPTConfigFile, machine: Machine) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.checkpoint.entries import Entry, buffers
+from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers
 from llamagen_dist.config import OptimSection
 from llamagen_dist.models.memory import LARGEST_BUCKET
-from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, gather_full
+from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, gather_full, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
 from llamagen_dist.training import ema
@@ -231,10 +231,20 @@ class DeepSpeedEngine:
             part = self.state.get(p, kind, writer // t.tensor)
             return None if part is None else gather_full(name, part.view(part_shape), t, writer, self.query_group)
 
+        def spread(writer: int) -> list[tuple[int, int]]:
+            columns = [writer % t.tensor] if split_of(name) is None else range(t.tensor)
+            return [(d * t.tensor + c, size) for c in columns for d, size in self.state.sizes(p)]
+
+        def merged(parts: list[Tensor]) -> Tensor:
+            each = len(self.state.sizes(p))  # pieces of one tensor-parallel rank's part
+            whole = [torch.cat(parts[i : i + each]).view(part_shape) for i in range(0, len(parts), each)]
+            return merge(name, whole, self.query_group)
+
         def write(full: Tensor) -> None:
             self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))
 
-        return Entry(group, key, full_shape(name, part_shape, t.tensor), read, write)
+        pieces = Pieces(lambda: self.state.local(p, kind), spread, merged)
+        return Entry(group, key, full_shape(name, part_shape, t.tensor), read, write, pieces=pieces)
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer.step": self.state.adam_step()}

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llamagen_dist.checkpoint.entries import Entry, buffers, replicated
+from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, replicated
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full, split_of
+from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import ema
@@ -164,12 +164,23 @@ class TorchEngine:
             with torch.no_grad():
                 tensor.copy_(cut(name, full, t.tensor, t.tp_rank, self.query_group))
 
+        shape, numel = tuple(tensor.shape), tensor.numel()
+
+        def spread(writer: int) -> list[tuple[int, int]]:
+            first = writer // t.tensor * t.tensor  # the tensor-parallel group that the writer is in
+            return [(rank, numel) for rank in range(first, first + t.tensor)]
+
         return Entry(
             group,
             key,
-            full_shape(name, tuple(tensor.shape), t.tensor),
+            full_shape(name, shape, t.tensor),
             lambda writer: gather_full(name, tensor.detach(), t, writer, self.query_group),
             write,
+            pieces=Pieces(
+                lambda: tensor.detach().flatten(),
+                spread,
+                lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group),
+            ),
         )
 
     def scalars(self) -> dict[str, float]:

@@ -65,6 +65,14 @@ class ZeroState:
         full[start : start + size] = piece[:size]
         return full
 
+    def local(self, p: Tensor, kind: str | None) -> Tensor:
+        """What this rank holds of it: a flat, live view without padding, maybe empty."""
+        return self._piece(p, kind)[: self._spans[p][self._topology.dp_rank][1]]
+
+    def sizes(self, p: Tensor) -> list[tuple[int, int]]:
+        """(data-parallel rank, elements) of all pieces that are not empty; one behind the other they are the whole."""
+        return [(d, size) for d, (_, size) in enumerate(self._spans[p]) if size]
+
     def _global(self, dp_rank: int) -> int:
         return dp_rank * self._topology.tensor + self._topology.tp_rank
 
