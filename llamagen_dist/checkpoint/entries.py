@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -18,6 +20,28 @@ class Pieces:
     local: Callable[[], Tensor]
     spread: Callable[[int], list[tuple[int, int]]]
     merge: Callable[[list[Tensor]], Tensor]
+
+    def contributes(self, rank: int, writer: int) -> bool:
+        return any(holder == rank for holder, _ in self.spread(writer))
+
+    def gather(
+        self, mine: Tensor, rank: int, writer: int, group: dist.ProcessGroup | None = None, tag: int = 0
+    ) -> tuple[Tensor | None, Any]:
+        """(the full tensor on the writer, None elsewhere; what a sender has to wait for, or None). Collective.
+
+        mine: this rank's piece, or a copy of it. Pieces go straight to the writer over ``group`` (None: all ranks).
+        """
+        if rank != writer:
+            return None, dist.isend(mine, writer, group=group, tag=tag) if self.contributes(rank, writer) else None
+        parts: list[Tensor] = []
+        coming: list[Any] = []
+        for holder, size in self.spread(writer):
+            parts.append(mine if holder == rank else mine.new_empty(size))
+            if holder != rank:
+                coming.append(dist.irecv(parts[-1], holder, group=group, tag=tag))
+        for request in coming:
+            request.wait()
+        return self.merge(parts), None
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,20 @@ def replicated(group: str, key: str, tensor: Tensor) -> Entry:
             tensor.copy_(full)
 
     return Entry(group, key, tuple(tensor.shape), lambda writer: tensor.detach(), write, tensor.dtype)
+
+
+def in_pieces(
+    group: str, key: str, shape: tuple[int, ...], pieces: Pieces, write: Callable[[Tensor], None], rank: int
+) -> Entry:
+    """A tensor that no rank holds whole; rank: this one."""
+
+    def read(writer: int) -> Tensor | None:
+        full, sending = pieces.gather(pieces.local().contiguous(), rank, writer)
+        if sending is not None:
+            sending.wait()
+        return full
+
+    return Entry(group, key, shape, read, write, pieces=pieces)
 
 
 def buffers(group: str, module: nn.Module) -> list[Entry]:

@@ -95,7 +95,7 @@ class LocalCopy:
                 found = entry.read(owner) if owner == rank else None
                 if found is not None:
                     live[number] = found.detach().reshape(-1)
-            elif any(holder == rank for holder, _ in entry.pieces.spread(owner)):
+            elif entry.pieces.contributes(rank, owner):
                 live[number] = entry.pieces.local()
         ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in live.values()))
         buffer = staging.buffer(0, ends[-1] if ends else 0)
@@ -136,22 +136,11 @@ class LocalCopy:
         entry, owner = self._entries[number], self._plan.owners[number]
         if entry.pieces is None:
             return self._copies.get(number)
-        holders = entry.pieces.spread(owner)
-        if owner != self._rank:
-            if number in self._copies:
-                sent.append(dist.isend(self._copies[number], owner, group=group, tag=number))
-            return None
-        parts: list[Tensor] = []
-        coming: list[Any] = []
-        for holder, size in holders:
-            if holder == self._rank:
-                parts.append(self._copies[number])
-                continue
-            parts.append(torch.empty(size, dtype=entry.dtype))
-            coming.append(dist.irecv(parts[-1], holder, group=group, tag=number))
-        for request in coming:
-            request.wait()
-        return entry.pieces.merge(parts)
+        mine = self._copies.get(number, torch.empty(0, dtype=entry.dtype))
+        whole, sending = entry.pieces.gather(mine, self._rank, owner, group, number)
+        if sending is not None:
+            sent.append(sending)
+        return whole
 
 
 def write_file(folder: Path, file: ShardFile, buffer: Tensor, pace: Callable[[int], None] | None = None) -> str:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers
+from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, in_pieces
 from llamagen_dist.config import OptimSection
 from llamagen_dist.models.memory import LARGEST_BUCKET
-from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, gather_full, merge, split_of
+from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
 from llamagen_dist.training import ema
@@ -227,10 +227,6 @@ class DeepSpeedEngine:
         t = self.topology
         part_shape = self.shapes[name]  # under ZeRO-3 the parameter itself is empty between its uses
 
-        def read(writer: int) -> Tensor | None:
-            part = self.state.get(p, kind, writer // t.tensor)
-            return None if part is None else gather_full(name, part.view(part_shape), t, writer, self.query_group)
-
         def spread(writer: int) -> list[tuple[int, int]]:
             columns = [writer % t.tensor] if split_of(name) is None else range(t.tensor)
             return [(d * t.tensor + c, size) for c in columns for d, size in self.state.sizes(p)]
@@ -244,7 +240,7 @@ class DeepSpeedEngine:
             self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))
 
         pieces = Pieces(lambda: self.state.local(p, kind), spread, merged)
-        return Entry(group, key, full_shape(name, part_shape, t.tensor), read, write, pieces=pieces)
+        return in_pieces(group, key, full_shape(name, part_shape, t.tensor), pieces, write, t.rank)
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer.step": self.state.adam_step()}

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, replicated
+from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, in_pieces, replicated
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel.tensor_parallel import cut, full_shape, gather_full, merge, split_of
+from llamagen_dist.parallel.tensor_parallel import cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training import ema
@@ -170,18 +170,12 @@ class TorchEngine:
             first = writer // t.tensor * t.tensor  # the tensor-parallel group that the writer is in
             return [(rank, numel) for rank in range(first, first + t.tensor)]
 
-        return Entry(
-            group,
-            key,
-            full_shape(name, shape, t.tensor),
-            lambda writer: gather_full(name, tensor.detach(), t, writer, self.query_group),
-            write,
-            pieces=Pieces(
-                lambda: tensor.detach().flatten(),
-                spread,
-                lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group),
-            ),
+        pieces = Pieces(
+            lambda: tensor.detach().flatten(),
+            spread,
+            lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group),
         )
+        return in_pieces(group, key, full_shape(name, shape, t.tensor), pieces, write, t.rank)
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.optimizer_group}.step": float(next(iter(self.optimizer.state.values()))["step"])}

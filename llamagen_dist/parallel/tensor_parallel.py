@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamagen_dist.config import UserError
@@ -231,21 +230,6 @@ class _MegatronLayers:
 
         model.token_nll = token_nll
         model.gather_vocabulary = lambda logits: gather_from_tensor_model_parallel_region(logits.contiguous())
-
-
-def gather_full(name: str, part: Tensor, topology: Topology, writer: int, group: int = 1) -> Tensor | None:
-    """Merge the parts of one tensor on global rank ``writer`` (collective over writer's tensor-parallel group).
-
-    Ranks outside that group return None at once.
-    """
-    if topology.tensor == 1 or split_of(name) is None:
-        return part
-    if writer // topology.tensor != topology.dp_rank:
-        return None
-    mine = topology.rank == writer
-    pieces = [torch.empty_like(part) for _ in range(topology.tensor)] if mine else None
-    dist.gather(part.contiguous(), pieces, dst=writer, group=topology.tp_group)
-    return merge(name, pieces, group) if pieces is not None else None
 
 
 def full_shape(name: str, part: tuple[int, ...], tensor: int) -> tuple[int, ...]:

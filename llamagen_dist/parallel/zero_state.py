@@ -40,46 +40,18 @@ class ZeroState:
         """Flat fp32 partition of this rank -> its state."""
         return self._inner.state
 
-    def get(self, p: Tensor, kind: str | None, target: int) -> Tensor | None:
-        """The full fp32 tensor (flat) of one parameter (this tensor-parallel rank's part) on data-parallel rank
-        ``target``, None on the others; kind: None for the master, else a key of the optimizer's state.
-
-        Collective over the data-parallel ranks. Each piece goes straight to where it is wanted: DeepSpeed's own calls
-        all-reduce whole tensors, which costs several times as much and grows with the number of ranks.
-        """
-        t = self._topology
-        spans = self._spans[p]
-        piece, (start, size) = self._piece(p, kind), spans[t.dp_rank]
-        if t.dp_rank != target:
-            if size:
-                self._exchange([dist.P2POp(dist.isend, piece[:size].contiguous(), self._global(target), t.dp_group)])
-            return None
-        full = torch.empty(max(begin + held for begin, held in spans), device=piece.device)
-        others = [(d, span) for d, span in enumerate(spans) if d != target and span[1]]
-        self._exchange(
-            [
-                dist.P2POp(dist.irecv, full[begin : begin + held], self._global(d), t.dp_group)
-                for d, (begin, held) in others
-            ]
-        )
-        full[start : start + size] = piece[:size]
-        return full
-
     def local(self, p: Tensor, kind: str | None) -> Tensor:
-        """What this rank holds of it: a flat, live view without padding, maybe empty."""
+        """What this rank holds of a parameter's fp32 tensor: a flat, live view without padding, maybe empty. kind: None
+        for the master, else a key of the optimizer's state.
+
+        DeepSpeed's own calls for whole tensors all-reduce them, which costs several times what sending the pieces to
+        one rank does, and grows with the number of ranks.
+        """
         return self._piece(p, kind)[: self._spans[p][self._topology.dp_rank][1]]
 
     def sizes(self, p: Tensor) -> list[tuple[int, int]]:
         """(data-parallel rank, elements) of all pieces that are not empty; one behind the other they are the whole."""
         return [(d, size) for d, (_, size) in enumerate(self._spans[p]) if size]
-
-    def _global(self, dp_rank: int) -> int:
-        return dp_rank * self._topology.tensor + self._topology.tp_rank
-
-    @staticmethod
-    def _exchange(operations: list[dist.P2POp]) -> None:
-        for request in dist.batch_isend_irecv(operations) if operations else ():
-            request.wait()
 
     def _piece(self, p: Tensor, kind: str | None) -> Tensor:
         """What this rank holds of it: flat, padded at the end under ZeRO-3."""

@@ -53,7 +53,7 @@ def remember_live(self, entries, layout, rank, held) -> None:
     self._copies = {}
     for number, (entry, owner) in enumerate(zip(entries, layout.owners, strict=True)):
         if entry.pieces is not None:
-            if any(holder == rank for holder, _ in entry.pieces.spread(owner)):
+            if entry.pieces.contributes(rank, owner):
                 self._copies[number] = entry.pieces.local()
         elif owner == rank:
             self._copies[number] = entry.read(owner).reshape(-1)
