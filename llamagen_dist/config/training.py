@@ -149,7 +149,8 @@ class CheckpointSection(Section):
     """Also keep, for ever, the first checkpoint at or after every multiple of this; 0: none."""
     background: bool = True
     """Copy the state to memory and write it while training goes on: costs one host copy of this rank's share of it, and
-    at most one file's worth (1 GiB) more. False: training waits, and only the file's worth is held."""
+    at most one file's worth (1 GiB, and the tensor being put together) more. False: training waits, and only the file's
+    worth is held."""
 
 
 class LogSection(Section):

@@ -85,8 +85,12 @@ def test_pieces_that_are_not_copied_are_another_state(tmp_path):
     assert not same(tmp_path)
 
 
-def fill_the_disk_of_one_rank(run: Path) -> tuple[str, list[str]]:
+def fill_the_disk_of_one_rank(run: Path, gives_up: bool) -> tuple[str, list[str]]:
     task = make_task(Layout(3, 1, 1))
+    plan.SHARD_BYTES = 1 << 14  # many rounds: the disk is full long before the last pieces are sent
+    if gives_up:
+        real = Saver._exchange
+        Saver._exchange = lambda self, flight, copy, number: flight.error or real(self, flight, copy, number)
     saver = Saver(run, task.topology, patience_s=20)
     saver.save(1, 12, task.entries(), {}, "kind: gpt\n")
     saver.wait()
@@ -106,13 +110,16 @@ def fill_the_disk_of_one_rank(run: Path) -> tuple[str, list[str]]:
 
 def test_a_rank_that_cannot_write_still_sends_what_the_others_write(tmp_path):
     """Otherwise they would wait for its pieces until the time-out."""
-    for message, left in run_ranks(fill_the_disk_of_one_rank, 3, tmp_path, timeout_s=15):
+    for message, left in run_ranks(fill_the_disk_of_one_rank, 3, tmp_path, False, timeout_s=15):
         assert "File too large (rank 1" in message
         assert left == ["step_00000001"]
+    with pytest.raises(AssertionError, match="still running|Connection closed"):  # sabotage twin: until they are killed
+        run_ranks(fill_the_disk_of_one_rank, 3, tmp_path / "twin", True, timeout_s=10)
 
 
 def lose_a_rank(run: Path) -> tuple[list[str], float]:
     task = make_task(Layout(3, 1, 1))
+    plan.SHARD_BYTES = 1 << 14
     steps(task, 0, 1)
     t = task.topology
     saver = Saver(run, t, patience_s=20)
@@ -120,10 +127,12 @@ def lose_a_rank(run: Path) -> tuple[list[str], float]:
     saver.wait()
     steps(task, 1, 2)
     if t.rank == 2:
-        real = staging.LocalCopy.fill
+        real, calls = staging.LocalCopy.fill, []
 
         def die(self, *arguments):
-            os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(len(calls))
+            if len(calls) == 2:  # the first round has travelled, and more than one is to come
+                os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *arguments)
 
         staging.LocalCopy.fill = die
