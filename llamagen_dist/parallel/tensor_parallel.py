@@ -76,14 +76,14 @@ def merge(name: str, pieces: list[Tensor], group: int = 1) -> Tensor:
 
 def query_group(config: GPTConfig) -> int:
     """Query heads per key-value head."""
-    return config.n_head // (getattr(config, "n_kv_head", None) or config.n_head)
+    return config.n_head // config.kv_heads
 
 
 def check(config: GPTConfig, tensor: int) -> None:
     """Raise UserError if the model cannot be split ``tensor`` ways, with the sizes that would work."""
     limits = {
         "heads": config.n_head,
-        "key-value heads": config.n_head // query_group(config),
+        "key-value heads": config.kv_heads,
         "feed-forward width": config.ffn_dim,
         "vocabulary": config.vocab_size,
     }
