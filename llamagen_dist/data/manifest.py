@@ -37,6 +37,26 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class CaptionEncoding:
+    """How the caption features in token shards were made.
+
+    The member ``.caption.npy`` (and ``.short.npy``, where ``short``) holds them as [L, dim], 1 <= L <= max_tokens, without
+    padding: bfloat16 numbers as their bit patterns in uint16, which every reader of .npy files knows.
+    """
+
+    encoder: str
+    """Path of the text encoder."""
+    encoder_sha256: str
+    """Over its weights and its tokenizer: equal means equal features."""
+    dim: int
+    max_tokens: int
+    cleaning: str
+    """Name of the rules that captions were cleaned by."""
+    short: bool = False
+    """Whether every sample also has the features of its short caption."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of one folder of image or token shards."""
 
@@ -63,6 +83,8 @@ class Manifest:
     """(rows, columns) of tokens per image."""
     crops: int | None = None
     """Token sequences stored per image, one for each crop or flip."""
+    captions: CaptionEncoding | None = None
+    """Of token shards that hold caption features. (Image shards with captions have ``.txt`` among their members.)"""
     format: int = FORMAT
 
     @property
@@ -149,6 +171,8 @@ def read_manifest(folder: Path) -> Manifest:
         for key in ("members", "padding", "skipped", "grid"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
+        if values.get("captions") is not None:
+            values["captions"] = CaptionEncoding(**values["captions"])
         manifest = Manifest(**values)
         if manifest.count != sum(shard.samples for shard in manifest.shards):
             raise ValueError("count is not the sum of the shards' samples")

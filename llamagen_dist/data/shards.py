@@ -20,6 +20,9 @@ from llamagen_dist.files import sha256_file
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
 LABEL_MEMBER = ".cls"
+CAPTION_MEMBER = ".txt"
+"""The caption, UTF-8; the long one where there are two."""
+SHORT_CAPTION_MEMBER = ".short.txt"
 _OPEN_AT_ONCE = 256  # shards kept open; far below the usual limit of 1,024 files per process
 
 
