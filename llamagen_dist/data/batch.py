@@ -2,10 +2,27 @@
 
 from dataclasses import dataclass
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llamagen_dist.models.gpt import Condition
+from llamagen_dist.models.gpt import Caption, Condition
+
+
+def left_padded(features: Sequence[Tensor], places: int) -> Caption:
+    """Captions of different lengths as one condition, as LlamaGen lays them out: at the end, zeros before.
+
+    features: (L, C) each, of one type, 1 <= L <= places. Returns (features (B, places, C) of that type, present (B,
+    places) bool). Raises ValueError for a caption that is empty or longer than ``places``.
+    """
+    lengths = torch.tensor([len(one) for one in features])
+    if len(features) == 0 or int(lengths.min()) < 1 or int(lengths.max()) > places:
+        raise ValueError(f"captions of {lengths.tolist()} tokens for {places} places")
+    padded = features[0].new_zeros(len(features), places, features[0].shape[1])
+    for row, one in zip(padded, features, strict=True):
+        row[places - len(one) :] = one
+    return padded, torch.arange(places) >= places - lengths[:, None]
 
 
 @dataclass(frozen=True)
