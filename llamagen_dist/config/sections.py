@@ -72,6 +72,8 @@ class TokenDataSection(Section):
     """Folder of token shards (with manifest.json)."""
     validation: Path
     """Folder of held-out token shards."""
+    short_captions: Probability = 0.0
+    """With ``condition: text``: share of training samples that are shown their short caption (LlamaGen: 0.3)."""
 
 
 class GPTConfigFile(Section):

@@ -1,8 +1,7 @@
 """What a training step is fed with."""
 
-from dataclasses import dataclass
-
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor

@@ -42,6 +42,8 @@ class Shards:
         self.folder, self.manifest = folder, manifest
         self.ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
         """int64 [shards]: the global number after each shard's last sample."""
+        self._starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
+        self._layouts: dict[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -84,6 +86,46 @@ class Shards:
         if spans is None:
             return self.manifest.members
         return tuple(name for name, span in zip(self.manifest.members, spans[row], strict=True) if span[0])
+
+    def spans(
+        self, samples: NDArray[np.int64], member: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, offset in its file, size) of one part of each sample, int64 [n] each. samples: int64 [n].
+
+        Raises UserError where a sample has no such part, IndexError outside 0 … len-1.
+        """
+        if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < len(self):
+            raise IndexError(f"samples {samples.min()} to {samples.max()} of {len(self)} in {self.folder}")
+        shard_of = np.searchsorted(self.ends, samples, side="right")
+        inside = samples - self._starts[shard_of]
+        offsets, strides, sizes = self._columns(member)
+        offset, size = offsets[shard_of] + inside * strides[shard_of], sizes[shard_of]
+        for row in np.nonzero(size < 0)[0].tolist():  # shards with an index
+            spans = self._shard(int(shard_of[row])).spans
+            if spans is not None and member in self.manifest.members:
+                offset[row], size[row] = spans[inside[row], self.manifest.members.index(member)]
+        lacking = np.nonzero(offset <= 0)[0]
+        if len(lacking):
+            self.read(int(samples[lacking[0]]), member)  # says so
+        return shard_of, offset, size
+
+    def _columns(self, member: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(first offset, stride, size) of a member in every shard; 0, 0, -1 where its records differ in length."""
+        if member not in self._layouts:
+            columns = np.array([(0, 0, -1)] * len(self.manifest.shards), np.int64)
+            if member in self.manifest.members:
+                column = self.manifest.members.index(member)
+                for number, record in enumerate(self.manifest.shards):
+                    if record.layout is not None and record.stride is not None:
+                        columns[number] = (record.layout[column][0], record.stride, record.layout[column][1])
+            self._layouts[member] = (columns[:, 0], columns[:, 1], columns[:, 2])
+        return self._layouts[member]
+
+    def read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` (bytes) from this place of a shard's file. Raises UserError where the file ends before."""
+        if os.preadv(self._shard(shard).descriptor, [buffer], offset) != len(buffer):
+            path = self.folder / self.manifest.shards[shard].name
+            raise UserError(f"{path}: ends at byte {os.path.getsize(path)}, inside a sample; copy the shard again")
 
     def image_bytes(self, sample: int) -> bytes:
         """The encoded image of one sample, in whichever format it is stored."""
