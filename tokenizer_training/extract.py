@@ -3,34 +3,35 @@
     torchrun --nproc-per-node=8 -m tokenizer_training.extract CONFIG tokenizer=RUN images=SHARDS out=DIR
 
 also plain ``python -m`` for one rank, or ``srun``. The same command again keeps the shards that are finished.
+``text_encoder=T5`` puts the captions and their features into the token shards too.
 A shard is one unit of work and is encoded in batches of one fixed shape that start at its first image, so its
 bytes do not depend on the number of ranks or on where an earlier process was cut off.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from PIL import Image
 
 from llamagen_dist.config import ExtractConfig, UserError, load
-from llamagen_dist.data import images
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
-from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
+from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
 from llamagen_dist.tracking.progress import Progress, main_rank_progress
+from tokenizer_training.caption_features import CaptionFeatures
+from tokenizer_training.crops import CropCoder
 
-MEMBERS = (LABEL_MEMBER, CODES_MEMBER)
+Finished = dict[int, tuple[ShardRecord, dict[str, Any]]]
+"""Shard number -> its record, and what was counted in it."""
 
 
 def main(argv: list[str]) -> None:
@@ -43,9 +44,12 @@ def main(argv: list[str]) -> None:
     torch.backends.cudnn.deterministic = True
     sets = image_sets(config)
     trained = tokenizer(config)
-    model = trained.model.to(topology.device)
-    for name, shards in sets.items():
-        Extraction(config, topology, model, trained.sha256, name, shards).run()
+    captions = caption_features(config, topology)
+    coder = CropCoder(config, trained.model.to(topology.device))
+    jobs = [Extraction(config, topology, coder, trained, captions, name, shards) for name, shards in sets.items()]
+    topology.agreed(lambda: [extraction.job.completed() for extraction in jobs])  # all are refused before one begins
+    for extraction in jobs:
+        extraction.run()
 
 
 def image_sets(config: ExtractConfig) -> dict[str, Shards]:
@@ -69,8 +73,18 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
                 f"with crops: {config.crops} needs {needed} x {needed}; pack the images again, or change "
                 "image_size or crops"
             )
-        if shards.manifest.classes is None:
-            raise UserError(f"images: {shards.folder} has no class labels (.cls), which token shards must hold")
+        captioned = CAPTION_MEMBER in shards.manifest.members
+        if config.text_encoder is not None and not captioned:
+            raise UserError(
+                f"text_encoder: {shards.folder} has no captions ({CAPTION_MEMBER}) to encode; leave the key out, or "
+                "pack images with captions"
+            )
+        if config.text_encoder is None and shards.manifest.classes is None:
+            hint = "it has captions: set text_encoder=PATH" if captioned else "pack images with classes or captions"
+            raise UserError(
+                f"images: {shards.folder} has no class labels ({LABEL_MEMBER}), and token shards need those or encoded "
+                f"captions; {hint}"
+            )
     return sets
 
 
@@ -89,6 +103,16 @@ def tokenizer(config: ExtractConfig) -> Tokenizer:
     return load_tokenizer(config.tokenizer, config.model, check=fits)
 
 
+def caption_features(config: ExtractConfig, topology: Topology) -> CaptionFeatures | None:
+    """None without ``text_encoder``. Raises UserError where there is none at that path."""
+    if config.text_encoder is None:
+        return None
+    from llamagen_dist.data.text_encoder import CaptionEncoder
+
+    encoder = CaptionEncoder(config.text_encoder, topology.device, config.max_caption_tokens)
+    return CaptionFeatures(encoder, str(config.text_encoder), config.max_caption_tokens, config.short_captions)
+
+
 class Extraction:
     """One folder of image shards -> one folder of token shards."""
 
@@ -96,141 +120,143 @@ class Extraction:
         self,
         config: ExtractConfig,
         topology: Topology,
-        model: VQModel,
-        sha256: str,
+        coder: CropCoder,
+        trained: Tokenizer,
+        captions: CaptionFeatures | None,
         name: str,
         shards: Shards,
     ) -> None:
-        self.config, self.topology, self.model, self.shards = config, topology, model, shards
-        self.ranges = config.crop_ranges if config.crops == "ten_crop" else ()
-        self.crops = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(self.ranges)}[config.crops]
-        self.side = config.image_size // model.config.downsampling
-        self.sha256 = sha256
-        source = {
+        self.config, self.topology, self.coder = config, topology, coder
+        self.trained, self.captions, self.shards = trained, captions, shards
+        self.members: tuple[str, ...] = (CODES_MEMBER,)
+        if shards.manifest.classes is not None:
+            self.members = (LABEL_MEMBER, *self.members)
+        source: dict[str, Any] = {
             "made_by": "tokenizer_training.extract",
             "images": shards.manifest.fingerprint(),
-            "tokenizer_sha256": sha256,
+            "tokenizer_sha256": trained.sha256,
             "image_size": config.image_size,
             "crops": config.crops,
-            "crop_ranges": self.ranges,
+            "crop_ranges": config.crop_ranges if config.crops == "ten_crop" else (),
+            "precision": config.precision,
             "batch": config.batch,
             "samples_per_shard": config.samples_per_shard,
         }
+        if captions is not None:
+            self.members += captions.members
+            source["captions"] = {key: value for key, value in asdict(captions.encoding).items() if key != "encoder"}
         self.job = ShardJob(config.out / name, source)
         self.label = f"tokens {name}".strip()
 
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""
-        count = -(-len(self.shards) // self.config.samples_per_shard)
-        kept = self.topology.agreed(lambda: self._finished(count))
-        if kept is None:
+        if self.topology.agreed(self._begun):
             self.topology.say(f"{self.job.folder}: complete already")
             return
-        missing = [shard for shard in range(count) if shard not in kept]
+        noticed = self.topology.agreed(self._precision)
+        count = -(-len(self.shards) // self.config.samples_per_shard)
+        done = self._gathered(self._finished(range(self.topology.rank, count, self.topology.world)))
+        missing = [shard for shard in range(count) if shard not in done]
         mine = missing[self.topology.rank :: self.topology.world]
         with main_rank_progress(
             self.label, sum(len(self._samples(shard)) for shard in mine), self.topology.rank, self.topology.world
         ) as progress:
-            written = {
-                shard: self.job.write(shard_name(shard), self._encoded(shard, progress), MEMBERS) for shard in mine
-            }
-        reports: list[dict[int, ShardRecord]] = [written]
-        if self.topology.world > 1:
-            reports = [{} for _ in range(self.topology.world)]
-            dist.all_gather_object(reports, written)
-        for report in reports:
-            kept |= report
-        self.topology.agreed(lambda: self._finish([kept[shard] for shard in range(count)]))
-        size = f"{len(self.shards):,} images x {self.crops} crops x {self.side * self.side} tokens"
-        self.topology.say(f"{self.job.folder}: {size}")
+            done |= self._gathered({shard: self._write(shard, progress) for shard in mine})
+        reports = [done[shard] for shard in range(count)]
+        if self.captions is not None:
+            for key in ("empty_captions", "captions_at_limit"):
+                noticed[key] = sum(counts[key] for _, counts in reports)
+        self.topology.agreed(lambda: self._finish([record for record, _ in reports], noticed))
+        for line in self._summary(noticed):
+            self.topology.say(f"{self.job.folder}: {line}")
 
-    def _finished(self, count: int) -> dict[int, ShardRecord] | None:
-        """Shards of an earlier process; None when all is complete. Rank 0 only: it reads them all."""
+    def _begun(self) -> bool:
+        """Whether all is complete already. Rank 0 only."""
         if self.job.completed() is not None:
-            return None
+            return True
+        if self.captions is not None:
+            self.captions.check(self.shards)
         self.job.begin()
-        found = {shard: self.job.finished(shard_name(shard)) for shard in range(count)}
-        return {shard: record[0] for shard, record in found.items() if record is not None}
+        return False
 
-    def _finish(self, records: Sequence[ShardRecord]) -> None:
+    def _precision(self) -> dict[str, Any]:
+        """How many codes a rounded encoder changes. Rank 0 only."""
+        if self.config.precision == "fp32":
+            return {}
+        changed, compared = self.coder.changed_codes(self.shards)
+        share = f"{changed:,} of {compared:,} codes ({changed / compared:.2%})"
+        print(f"{self.job.folder}: precision: bf16 changes {share} of fp32's, by comparison on a sample", flush=True)
+        return {"bf16_changed_codes": changed, "bf16_compared_codes": compared}
+
+    def _finished(self, shards: Sequence[int]) -> Finished:
+        """Those that an earlier process finished; every byte of them is read."""
+        found = {shard: self.job.finished(shard_name(shard)) for shard in shards}
+        return {shard: finished for shard, finished in found.items() if finished is not None}
+
+    def _gathered(self, mine: Finished) -> Finished:
+        """Every rank's (collective)."""
+        if self.topology.world == 1:
+            return mine
+        reports: list[Finished] = [{} for _ in range(self.topology.world)]
+        dist.all_gather_object(reports, mine)
+        return {shard: finished for report in reports for shard, finished in report.items()}
+
+    def _finish(self, records: Sequence[ShardRecord], noticed: dict[str, Any]) -> None:
         held = self.shards.manifest
         manifest = Manifest(
             kind="tokens",
             count=held.count,
-            members=MEMBERS,
+            members=self.members,
             shards=tuple(records),
             classes=held.classes,
             image_size=self.config.image_size,
             padding=held.padding,
             source=self.job.source,
-            tokenizer_sha256=self.sha256,
+            tokenizer_sha256=self.trained.sha256,
             tokenizer_path=str(self.config.tokenizer),
-            vocab_size=self.model.config.codebook_size,
-            grid=(self.side, self.side),
-            crops=self.crops,
+            vocab_size=self.trained.model.config.codebook_size,
+            grid=(self.coder.side, self.coder.side),
+            crops=self.coder.crops,
+            captions=None if self.captions is None else self.captions.encoding,
+            noticed=noticed,
         )
         self.job.finish(manifest)
+
+    def _summary(self, noticed: dict[str, Any]) -> Iterator[str]:
+        text = f"{len(self.shards):,} images x {self.coder.crops} crops x {self.coder.side**2} tokens"
+        if self.captions is None:
+            yield text
+            return
+        yield f"{text}, and captions of up to {self.config.max_caption_tokens} x {self.captions.encoding.dim} features"
+        if empty := noticed["empty_captions"]:
+            yield f"{empty:,} empty captions (once cleaned), encoded as the end mark alone"
+        if cut := noticed["captions_at_limit"]:
+            yield f"{cut:,} captions fill all {self.config.max_caption_tokens} tokens; anything beyond was cut"
 
     def _samples(self, shard: int) -> range:
         first = shard * self.config.samples_per_shard
         return range(first, min(first + self.config.samples_per_shard, len(self.shards)))
 
-    def _encoded(self, shard: int, progress: Progress | None) -> Iterator[Sample]:
+    def _write(self, shard: int, progress: Progress | None) -> tuple[ShardRecord, dict[str, Any]]:
+        counts = {} if self.captions is None else {"empty_captions": 0, "captions_at_limit": 0}
+        record = self.job.write(shard_name(shard), self._encoded(shard, counts, progress), self.members, counts)
+        return record, counts
+
+    def _encoded(self, shard: int, counts: dict[str, int], progress: Progress | None) -> Iterator[Sample]:
         """The samples of one token shard."""
-        samples = self._samples(shard)
-        labels = self.shards.labels(samples)
-        classes = self.shards.manifest.num_classes
-        rows = self._rows(samples)
-        for sample, label in zip(samples, labels, strict=True):
-            codes = codes_bytes(np.stack(list(islice(rows, self.crops))))
-            yield f"{sample:09d}", {LABEL_MEMBER: label_text(int(label), classes), CODES_MEMBER: codes}
+        samples, classes = self._samples(shard), self.shards.manifest.classes
+        rows = self.coder.rows(self.shards, samples)
+        captions = None if self.captions is None else self.captions.parts(self.shards, samples, counts)
+        for sample in samples:
+            parts: dict[str, bytes] = {}
+            if classes is not None:
+                parts[LABEL_MEMBER] = label_text(int(self.shards.labels([sample])[0]), len(classes))
+            parts[CODES_MEMBER] = codes_bytes(np.stack(list(islice(rows, self.coder.crops))))
+            if captions is not None:
+                parts |= next(captions)
+            yield f"{sample:09d}", parts
             if progress is not None:
                 progress.advance(1, shard_name(shard))
-
-    def _rows(self, samples: range) -> Iterator[NDArray[np.uint16]]:
-        """uint16 [tokens] for every crop of every sample, encoded ``batch`` crops at a time."""
-        waiting: list[NDArray[np.uint8]] = []
-        for views in self._views(samples):
-            waiting += views
-            while len(waiting) >= self.config.batch:
-                yield from self._encode(waiting[: self.config.batch])
-                del waiting[: self.config.batch]
-        if waiting:
-            yield from self._encode(waiting)
-
-    def _views(self, samples: range) -> Iterator[list[NDArray[np.uint8]]]:
-        """The crops of each sample, uint8 [S, S, 3]; decoded a few images ahead when there are workers."""
-        if self.config.workers == 0:
-            yield from (self._cut(images.read_image(self.shards, sample)) for sample in samples)
-            return
-        ahead: deque[Future[list[NDArray[np.uint8]]]] = deque()
-        with ThreadPoolExecutor(self.config.workers) as threads:
-            for sample in samples:
-                ahead.append(threads.submit(self._decode_and_cut, sample, self.shards.image_bytes(sample)))
-                if len(ahead) > 4 * self.config.workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-
-    def _decode_and_cut(self, sample: int, data: bytes) -> list[NDArray[np.uint8]]:
-        return self._cut(images.decode_sample(self.shards, sample, data))
-
-    def _cut(self, image: Image.Image) -> list[NDArray[np.uint8]]:
-        size = self.config.image_size
-        if self.ranges:
-            views = [view for crop_range in self.ranges for view in images.ten_crops(image, size, crop_range)]
-        else:
-            centre = images.center_crop(image, size)
-            views = [centre, images.flip(centre)][: self.crops]
-        return [np.asarray(view) for view in views]
-
-    def _encode(self, views: list[NDArray[np.uint8]]) -> list[NDArray[np.uint16]]:
-        """uint8 [S, S, 3] each -> uint16 [tokens] each. The batch is filled up with zeros."""
-        size = self.config.image_size
-        pixels = np.zeros((self.config.batch, size, size, 3), np.uint8)
-        pixels[: len(views)] = views
-        codes = self.model.encode(images.to_floats(pixels).to(self.topology.device))
-        return list(codes.reshape(len(pixels), -1)[: len(views)].cpu().numpy().astype(np.uint16))
 
 
 if __name__ == "__main__":

@@ -235,6 +235,15 @@ class ExtractConfig(Section):
     """Stored per image: the centre crop, it and its mirror image, or ten crops for every crop range."""
     crop_ranges: tuple[Annotated[float, Field(ge=1)], ...] = (1.1, 1.05)
     """Ten crops are cut from the image at size x range, for each range (LlamaGen section 3.1: 1.1 and 1.05)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the tokenizer's encoder; codes are always searched for in fp32. bf16 changes some: how many is measured."""
+    text_encoder: Path | None = None
+    """Folder of a T5 encoder: the captions (``.txt``) and their features go into the token shards. Empty: class labels
+    only."""
+    max_caption_tokens: PositiveInt = 120
+    """Longer captions are cut."""
+    short_captions: bool = True
+    """Store the features of a short caption as well (``.short.txt``, else the caption's first sentence)."""
     batch: PositiveInt = 64
     """Crops encoded at once, per rank."""
     samples_per_shard: PositiveInt = 10000

@@ -77,9 +77,9 @@ def ten_crops(image: Image.Image, size: int, crop_range: float) -> list[Image.Im
     return [_cut(view, left, top, size) for view in (large, flip(large)) for left, top in corners]
 
 
-def to_floats(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 [..., S, S, 3] -> float32 [..., 3, S, S] in [-1, 1]."""
-    values = torch.from_numpy(pixels).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+def to_floats(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [..., S, S, 3] -> float32 [..., 3, S, S] in [-1, 1], on the device of ``pixels``."""
+    values = torch.as_tensor(pixels).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
     return values.div_(255).sub_(0.5).div_(0.5)
 
 

@@ -40,8 +40,8 @@ class ShardRecord:
 class CaptionEncoding:
     """How the caption features in token shards were made.
 
-    The member ``.caption.npy`` (and ``.short.npy``, where ``short``) holds them as [L, dim], 1 <= L <= max_tokens, without
-    padding: bfloat16 numbers as their bit patterns in uint16, which every reader of .npy files knows.
+    The member ``.caption.npy`` (and ``.short.npy``, where ``short``) holds them as [L, dim], 1 <= L <= max_tokens,
+    without padding: bfloat16 numbers as their bit patterns in uint16, which every reader of .npy files knows.
     """
 
     encoder: str
@@ -85,6 +85,8 @@ class Manifest:
     """Token sequences stored per image, one for each crop or flip."""
     captions: CaptionEncoding | None = None
     """Of token shards that hold caption features. (Image shards with captions have ``.txt`` among their members.)"""
+    noticed: Mapping[str, Any] = field(default_factory=dict)
+    """What was counted or measured while they were made; unlike ``source`` it decides nothing."""
     format: int = FORMAT
 
     @property
@@ -118,7 +120,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _set_only(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None and value != ()}
+    return {key: value for key, value in values.items() if value is not None and value not in ((), {})}
 
 
 def shard_record(data: Mapping[str, Any]) -> ShardRecord:
