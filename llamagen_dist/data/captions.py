@@ -18,7 +18,7 @@ CAPTION_FEATURES_MEMBER = ".caption.npy"
 SHORT_FEATURES_MEMBER = ".short.npy"
 CLEANING = "llamagen-1"
 """Name of the rules of ``clean``, kept in manifests; to be changed when they change."""
-LONGEST = 4096
+LONGEST = 2048
 """Characters of a caption that are looked at; far more than a text encoder's 120 tokens."""
 
 # The rules of LlamaGen's training captions (PixArt's, and DeepFloyd's before that): what they take out, a released
@@ -71,8 +71,8 @@ _WORDS = _rules(
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
     (r"^[\"'](.+)[\"']$", r"\1"),
-    (r"^['_,\-:;]+", ""),
-    (r"['_,\-:+]+$", ""),
+    (r"^['_,\-:;]", ""),
+    (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 )
 _QUOTES = {**dict.fromkeys(map(ord, "ʼ‘’‚‛"), "'"), **dict.fromkeys(map(ord, "“”„‟"), '"')}

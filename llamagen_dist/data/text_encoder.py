@@ -28,7 +28,7 @@ _TOKENIZER_FILES = (
 
 
 class CaptionEncoder:
-    """The encoder half of a T5 (LlamaGen: flan-t5-xl) and its tokenizer, from a folder such as ``save_pretrained`` writes.
+    """The encoder half of a T5 (LlamaGen: flan-t5-xl) and its tokenizer, from a folder that ``save_pretrained`` left.
 
     It computes in fp32, on any device: only the finished features are rounded to bfloat16, so they hardly depend on
     the machine. Nothing is ever fetched. Raises UserError where the folder does not hold such an encoder, or only part.
