@@ -9,6 +9,7 @@ from llamagen_dist.config.evaluation import (
     KIDSection,
 )
 from llamagen_dist.config.loader import KINDS, difference, dump, load, parse
+from llamagen_dist.config.locations import Location, ShardAccess, is_remote
 from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
 from llamagen_dist.config.sections import (
     DiscriminatorSection,
@@ -52,6 +53,7 @@ __all__ = [
     "ImageSetSection",
     "InceptionSection",
     "KIDSection",
+    "Location",
     "LogSection",
     "OptimSection",
     "ParallelSection",
@@ -59,6 +61,7 @@ __all__ = [
     "ReconstructConfig",
     "SampleConfig",
     "Section",
+    "ShardAccess",
     "StageSection",
     "TokenDataSection",
     "TokenizerConfigFile",
@@ -69,6 +72,7 @@ __all__ = [
     "ValidationSection",
     "difference",
     "dump",
+    "is_remote",
     "load",
     "parse",
 ]

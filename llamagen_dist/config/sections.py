@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llamagen_dist.config.locations import Location, ShardAccess
 from llamagen_dist.config.training import (
     CheckpointSection,
     ComputeSection,
@@ -67,10 +68,10 @@ class GPTModelSection(Section):
         return self
 
 
-class TokenDataSection(Section):
-    train: Path
-    """Folder of token shards (with manifest.json)."""
-    validation: Path
+class TokenDataSection(ShardAccess):
+    train: Location
+    """Folder of token shards (with manifest.json): a path, or an ``https://``, ``s3://`` or ``pipe:`` source."""
+    validation: Location
     """Folder of held-out token shards."""
     short_captions: Probability = 0.0
     """With ``condition: text``: share of training samples that are shown their short caption (LlamaGen: 0.3)."""
@@ -143,10 +144,10 @@ class TokenizerModelSection(Section):
         return self
 
 
-class ImageDataSection(Section):
-    train: Path
-    """Folder of image shards (with manifest.json)."""
-    validation: Path
+class ImageDataSection(ShardAccess):
+    train: Location
+    """Folder of image shards (with manifest.json): a path, or an ``https://``, ``s3://`` or ``pipe:`` source."""
+    validation: Location
     image_size: PositiveInt = 256
     random_crop: bool = True
     """LlamaGen's augmentation: short side U{size..1.25 size}, random crop."""

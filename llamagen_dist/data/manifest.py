@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises UserError when there is none, or when it is not one of ours."""
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         tars = sorted(folder.glob("*.tar"))
         if not folder.is_dir():
@@ -160,7 +160,15 @@ def read_manifest(folder: Path) -> Manifest:
         else:
             hint = "make shards with: llamagen pack SOURCE --out SHARDS"
         raise UserError(f"{folder}: no shards here ({MANIFEST} is missing); {hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest that a file's bytes hold; ``path`` is for the UserErrors about those that are none of ours."""
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:
         if data["format"] != FORMAT:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import UserError
+from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
@@ -65,11 +66,14 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
             index_sha256 = sha256_file(folder / index_name(name))
         else:
             layout = tuple((int(offset), int(length)) for offset, length in index.spans[0])
+        record = ShardRecord(name, len(index.spans), size, digest, stride, layout, index_sha256)
+        sums = checksums(aside, starts(record, index.spans))
+        write_bytes(folder / checksum_name(name), sums.tobytes())
         os.replace(aside, path)
         sync_folder(folder)
     finally:
         aside.unlink(missing_ok=True)
-    return ShardRecord(name, len(index.spans), size, digest, stride, layout, index_sha256)
+    return record
 
 
 class ShardJob:
@@ -114,6 +118,7 @@ class ShardJob:
                 for part in self._parts.glob("*.tar.json"):
                     (self.folder / part.stem).unlink(missing_ok=True)
                     (self.folder / index_name(part.stem)).unlink(missing_ok=True)
+                    (self.folder / checksum_name(part.stem)).unlink(missing_ok=True)
                 shutil.rmtree(self._parts)
             if any(self.folder.glob("*.tar")):
                 raise UserError(

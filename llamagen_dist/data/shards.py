@@ -1,21 +1,30 @@
 """Reading shards by global sample number: one pread per part, and no Python object per sample.
 
-A folder holds uncompressed WebDataset tars, manifest.json and, for shards whose records differ in length,
-memory-mapped offsets. ``open_shards`` looks at every file's size; ``verify`` reads every byte.
+A folder holds uncompressed WebDataset tars, manifest.json and, for shards whose records differ in length, offsets.
+``open_shards`` looks at every file's size; ``verify`` reads every byte. Nothing is memory-mapped: a file that is cut
+short, deleted on a network disk, or unreadable while it is in use then is an error with a name, not a SIGBUS.
 """
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
+from llamagen_dist.config import ShardAccess, UserError, is_remote
+from llamagen_dist.data import checksums
+from llamagen_dist.data.cache import Cache
+from llamagen_dist.data.folders import LocalFolder, RemoteFolder, ShardFolder
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
+from llamagen_dist.data.remote import fetch_manifest
+from llamagen_dist.data.staging import stage
+from llamagen_dist.data.transport import transport
 from llamagen_dist.files import sha256_file
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
@@ -28,56 +37,50 @@ _OPEN_AT_ONCE = 256  # shards kept open; far below the usual limit of 1,024 file
 
 @dataclass(frozen=True)
 class _OpenShard:
-    descriptor: int
+    file: IO[bytes]  # closed when the last thread that reads it lets go
     spans: NDArray[np.uint64] | None
-    bytes: NDArray[np.uint8]
 
 
 class Shards:
-    """An open folder of shards; made by ``open_shards``. Samples are numbered over all shards in manifest
-    order.
+    """Open shards; made by ``open_shards``. Samples are numbered over all shards in manifest order.
+
+    Threads may share one object.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, source: ShardFolder | None = None) -> None:
         self.folder, self.manifest = folder, manifest
+        self.source: ShardFolder = LocalFolder(folder) if source is None else source
+        self.location = self.source.location
+        """Folder or URL, for messages."""
         self.ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
         """int64 [shards]: the global number after each shard's last sample."""
         self._starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
         self._layouts: dict[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._tables: dict[str, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, sample number inside it). Raises IndexError outside 0 … len-1."""
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} of {len(self)} in {self.folder}")
-        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        shard = int(np.searchsorted(self.ends, self._checked(sample), side="right"))
         return shard, sample - int(self.ends[shard]) + self.manifest.shards[shard].samples
+
+    def _checked(self, sample: int) -> int:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)} in {self.location}")
+        return sample
 
     def read(self, sample: int, member: str) -> bytes:
         """The bytes of one part of one sample, for example ``read(7, ".png")``.
 
         Raises UserError where the sample has no such part, IndexError outside 0 … len-1.
         """
-        shard, row = self.locate(sample)
-        record = self.manifest.shards[shard]
-        opened = self._shard(shard)
-        offset = size = 0
-        if member in self.manifest.members:
-            column = self.manifest.members.index(member)
-            if record.layout is not None and record.stride is not None:
-                offset, size = record.layout[column]
-                offset += row * record.stride
-            elif opened.spans is not None:
-                offset, size = (int(number) for number in opened.spans[row, column])
-        if offset == 0:
-            raise UserError(f"{self.folder / record.name}: sample {row} has no {member} (found: {self.parts(sample)})")
-        data = os.pread(opened.descriptor, size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.folder / record.name}: ends inside sample {row}; copy the shard again")
-        return data
+        shards, offsets, sizes = self.spans(np.array([self._checked(sample)]), member)
+        data = bytearray(int(sizes[0]))
+        self.read_into(int(shards[0]), memoryview(data), int(offsets[0]))
+        return bytes(data)
 
     def parts(self, sample: int) -> tuple[str, ...]:
         """The members that this sample has."""
@@ -152,85 +155,157 @@ class Shards:
     def where(self, sample: int) -> str:
         """``folder/shard.tar: sample N`` for messages."""
         shard, row = self.locate(sample)
-        return f"{self.folder / self.manifest.shards[shard].name}: sample {row}"
+        return f"{self.where_shard(shard)}: sample {row}"
+
+    def where_shard(self, shard: int) -> str:
+        """``folder/shard.tar`` for messages."""
+        return self.source.shown(self.manifest.shards[shard].name)
+
+    def spans(
+        self, samples: NDArray[np.int64], member: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(shard numbers, offsets, sizes), int64 [n] each: where one part of each sample lies.
+
+        samples: int64 [n], in any order. Raises UserError where a sample has no such part.
+        """
+        shard_of = np.searchsorted(self.ends, samples, side="right")
+        table = self._table(member)
+        rows = samples - table[0][shard_of]
+        offsets, sizes = table[1][shard_of] + rows * table[2][shard_of], table[3][shard_of]
+        for shard in np.unique(shard_of[offsets < 0]).tolist():  # records that differ in length
+            spans, here = self._shard(shard).spans, np.nonzero(shard_of == shard)[0]
+            assert spans is not None
+            found = np.zeros((len(here), 2), np.int64)
+            if member in self.manifest.members:
+                found = spans[rows[here], self.manifest.members.index(member)].astype(np.int64)
+            offsets[here], sizes[here] = found[:, 0], found[:, 1]
+        if len(samples) and offsets.min() <= 0:
+            bad = int(samples[int(np.argmin(offsets))])
+            raise UserError(f"{self.where(bad)} has no {member} (found: {self.parts(bad)})")
+        return shard_of, offsets, sizes
+
+    def _table(self, member: str) -> NDArray[np.int64]:
+        """int64 [4, shards]: first sample, first offset (0: no such part, very negative: by index), stride, size."""
+        if member not in self._tables:
+            column = self.manifest.members.index(member) if member in self.manifest.members else None
+            table = np.zeros((4, len(self.ends)), np.int64)
+            table[0, 1:] = self.ends[:-1]
+            for number, record in enumerate(self.manifest.shards):
+                if record.layout is None or record.stride is None:
+                    table[1, number] = np.iinfo(np.int64).min
+                elif column is not None:
+                    offset, size = record.layout[column]
+                    table[1:, number] = offset, record.stride, size
+            self._tables[member] = table
+        return self._tables[member]
+
+    def read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer of bytes from one place of a shard; about two microseconds.
+
+        Raises UserError, naming the shard, where it cannot be read any more or ends before.
+        """
+        try:
+            found = os.preadv(self._shard(shard).file.fileno(), [buffer], offset)
+        except OSError as error:
+            raise self._unreadable(shard, error.strerror) from None
+        if found != len(buffer):
+            raise self._cut(shard, offset)
+
+    def _unreadable(self, shard: int, problem: str | None) -> UserError:
+        return UserError(f"{self.where_shard(shard)}: cannot be read any more ({problem}); copy the shard again")
+
+    def _cut(self, shard: int, offset: int) -> UserError:
+        return UserError(
+            f"{self.where_shard(shard)}: ends before byte {offset:,}, where a sample lies: it was cut short while it "
+            f"was in use; copy the shard again (sha256 {self.manifest.shards[shard].sha256})"
+        )
+
+    def _shard(self, number: int) -> _OpenShard:
+        opened = self._open.pop(number, None)  # single steps, which threads cannot interrupt
+        if opened is None:
+            record = self.manifest.shards[number]
+            file = self.source.open(record)
+            if (found := os.fstat(file.fileno()).st_size) != record.bytes:
+                raise UserError(_other_size(str(file.name), found, record))
+            opened = _OpenShard(
+                file, self.source.index(record, self.manifest.members) if record.layout is None else None
+            )
+            self._let_go()
+        self._open[number] = opened
+        return opened
+
+    def _let_go(self) -> None:
+        """Of the longest unused, and of files that the cache has dropped: they fill the disk until they are closed."""
+        for number, opened in list(self._open.items()):
+            if len(self._open) >= _OPEN_AT_ONCE or os.fstat(opened.file.fileno()).st_nlink == 0:
+                self._open.pop(number, None)
 
     def bytes_of(self, shard: int) -> NDArray[np.uint8]:
         """A whole shard as a memory map, uint8 [bytes]."""
-        return self._shard(shard).bytes
-
-    def _shard(self, number: int) -> _OpenShard:
-        opened = self._open.get(number)
-        if opened is not None:
-            self._open.move_to_end(number)
-            return opened
-        record = self.manifest.shards[number]
-        path = self.folder / record.name
-        spans = None
-        if record.layout is None:
-            spans = _read_index(self.folder, record, len(self.manifest.members))
-        try:
-            opened = _OpenShard(os.open(path, os.O_RDONLY), spans, np.asarray(np.memmap(path, np.uint8, "r")))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        self._open[number] = opened
-        if len(self._open) > _OPEN_AT_ONCE:
-            os.close(self._open.popitem(last=False)[1].descriptor)
-        return opened
+        return np.asarray(np.memmap(self._shard(shard).file.name, np.uint8, "r"))
 
     def close(self) -> None:
         """Close the files; the object opens them again when it is read."""
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
-
-    def __del__(self) -> None:
-        self.close()
+        self._open.clear()
 
 
-def _read_index(folder: Path, record: ShardRecord, members: int) -> NDArray[np.uint64]:
-    path = folder / index_name(record.name)
-    try:
-        spans: NDArray[np.uint64] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: the index cannot be read ({error}); make it again with: llamagen shards index {folder}"
-        ) from None
-    if spans.dtype != np.uint64 or spans.shape != (record.samples, members, 2):
-        raise UserError(
-            f"{path}: holds {spans.dtype} {spans.shape}, not uint64 {(record.samples, members, 2)}; make it "
-            f"again with: llamagen shards index {folder}"
-        )
-    return spans
+def manifest_of(location: str | Path, access: ShardAccess | None = None) -> Manifest:
+    """The manifest alone, of a folder or a remote one. Raises UserError where there is none."""
+    if is_remote(location):
+        return fetch_manifest(transport(location, access is not None and access.allow_pipe))
+    return read_manifest(Path(location))
 
 
-def open_shards(folder: str | Path, kind: str | None = None) -> Shards:
+def open_shards(location: str | Path, kind: str | None = None, access: ShardAccess | None = None) -> Shards:
     """Open a folder of shards after comparing every shard's size with the manifest.
 
-    kind: ``images`` or ``tokens`` where only that will do. Raises UserError: no manifest, another kind, no
-    samples, a shard missing, cut short or grown (named with both sizes and the recorded sha256).
+    location: a folder, or where ``access`` says how to bring its shards near, ``http(s)://``, ``s3://`` or ``pipe:``.
+    kind: ``images`` or ``tokens`` where only that will do. Raises UserError: no manifest, another kind, no samples, a
+    shard missing, cut short or grown (named with both sizes and the recorded sha256), a source that cannot be reached.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    access = ShardAccess() if access is None else access
+    near = not is_remote(location)
+    source = transport(location, access.allow_pipe)
+    manifest = manifest_of(location, access)
     if kind is not None and manifest.kind != kind:
         hint = "extract tokens from them first" if kind == "tokens" else "name the image shards instead"
-        raise UserError(f"{folder}: holds {manifest.kind}, but {kind} are needed here; {hint}")
+        raise UserError(f"{source.location}: holds {manifest.kind}, but {kind} are needed here; {hint}")
     if manifest.count == 0:
-        raise UserError(f"{folder}: the shards hold no samples")
+        raise UserError(f"{source.location}: the shards hold no samples")
+    if near:
+        _check_sizes(Path(location), manifest)
+    if access.stage is not None:
+        staged = stage(source, manifest, access.stage)
+        shards = Shards(staged.folder, manifest)
+        weakref.finalize(shards, staged.release)
+        return shards
+    if near:
+        return Shards(Path(location), manifest)
+    if access.cache is None:
+        raise UserError(
+            f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
+            "(and data.cache_gb), or data.stage"
+        )
+    cache = Cache(access.cache, int(access.cache_gb * 1e9))
+    return Shards(access.cache, manifest, RemoteFolder(source, cache, manifest.members))
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
     problems = [text for record in manifest.shards if (text := _size_problem(folder, record))]
     if problems:
         raise UserError("\n".join(problems))
-    return Shards(folder, manifest)
 
 
 def _size_problem(folder: Path, record: ShardRecord) -> str | None:
     path = folder / record.name
     try:
         found = path.stat().st_size
-        if record.layout is None:
-            (folder / index_name(record.name)).stat()
     except OSError as error:
         return f"{error.filename}: {error.strerror}, but {MANIFEST} lists {record.name}; copy it here again"
-    if found == record.bytes:
-        return None
+    return None if found == record.bytes else _other_size(str(path), found, record)
+
+
+def _other_size(path: str, found: int, record: ShardRecord) -> str:
     return (
         f"{path}: {found} bytes, but {MANIFEST} records {record.bytes} (sha256 {record.sha256}): the shard "
         "was cut short or changed; copy or make it again"
@@ -238,10 +313,10 @@ def _size_problem(folder: Path, record: ShardRecord) -> str | None:
 
 
 def verify(shards: Shards, advance: Callable[[int, str], None] = lambda count, text: None) -> None:
-    """Read every byte and compare sha256 with the manifest.
+    """Read every byte of local shards and compare sha256 with the manifest.
 
     advance: called with (samples, shard name) after each shard. Raises UserError with one line for each
-    damaged file, naming both hashes.
+    damaged file, naming both hashes and, where the checksums beside it tell, the samples.
     """
     problems = []
     for record in shards.manifest.shards:
@@ -249,12 +324,27 @@ def verify(shards: Shards, advance: Callable[[int, str], None] = lambda count, t
         if record.index_sha256 is not None:
             expected.append((index_name(record.name), record.index_sha256))
         for name, recorded in expected:
-            found = sha256_file(shards.folder / name)
+            path = shards.folder / name
+            try:
+                found = sha256_file(path)
+            except OSError as error:
+                problems.append(f"{path}: cannot be read ({error.strerror})")
+                continue
             if found != recorded:
+                which = _damage(shards, record) if name == record.name else ""
                 problems.append(
-                    f"{shards.folder / name}: sha256 {found}, but {MANIFEST} records {recorded}: its bytes "
-                    "have changed; copy or make it again"
+                    f"{path}: sha256 {found}, but {MANIFEST} records {recorded}: its bytes have changed{which}; copy "
+                    "or make it again"
                 )
         advance(record.samples, record.name)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _damage(shards: Shards, record: ShardRecord) -> str:
+    try:
+        sums = (shards.folder / checksums.checksum_name(record.name)).read_bytes()
+        spans = None if record.layout is not None else shards.source.index(record, shards.manifest.members)
+    except (OSError, UserError):
+        return checksums.damage(shards.folder / record.name, record, np.zeros(0, np.int64), None)
+    return checksums.damage(shards.folder / record.name, record, checksums.starts(record, spans), sums)

@@ -163,7 +163,7 @@ class Estimator:
             seconds += config.classifier.images / (CLASSIFIER_IMAGES_PER_CORE_S * cores())
         return Estimate(sizes, START_S + seconds)
 
-    def _tokens(self, shards: Path) -> Tokens | None:
+    def _tokens(self, shards: str | Path) -> Tokens | None:
         """From the token shards if they are there, else from the tokenizer that the same pipeline trains."""
         found = _manifest(shards)
         if found is not None:
@@ -265,8 +265,8 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _manifest(shards: Path) -> dict[str, Any] | None:
-    path = shards / "manifest.json"
+def _manifest(shards: str | Path) -> dict[str, Any] | None:
+    path = Path(shards) / "manifest.json"  # nothing remote is fetched for an estimate
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 

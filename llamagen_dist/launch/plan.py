@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import GPTConfigFile, UserError
+from llamagen_dist.config import GPTConfigFile, UserError, is_remote
 from llamagen_dist.config.ladder import rungs
 from llamagen_dist.launch import layouts as lay
 from llamagen_dist.models import cost, memory
@@ -52,10 +52,11 @@ class Tokens:
 def tokens_of(config: GPTConfigFile, vocab: int | None, per_image: int | None, classes: int | None) -> Tokens:
     """From the token shards' manifest where there is one, LlamaGen's 256-px ImageNet numbers elsewhere; what is given
     by hand goes before both. Raises UserError for a manifest that cannot be read."""
-    path = config.data.train / "manifest.json"
-    found = Tokens(source=f"assumed: {path} is not there yet")
-    if path.is_file():
-        found = _from_manifest(path)
+    if is_remote(config.data.train):
+        found = Tokens(source="assumed: nothing is fetched for a plan")
+    else:
+        path = Path(config.data.train) / "manifest.json"
+        found = _from_manifest(path) if path.is_file() else Tokens(source=f"assumed: {path} is not there yet")
     by_hand = {"vocab_size": vocab, "per_image": per_image, "classes": classes}
     given = {key: number for key, number in by_hand.items() if number is not None}
     if given:

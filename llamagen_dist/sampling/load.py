@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from llamagen_dist.checkpoint import store
-from llamagen_dist.config import GPTConfigFile, GPTModelSection, TokenizerConfigFile, TokenizerModelSection, UserError
+from llamagen_dist.config import (
+    GPTConfigFile,
+    GPTModelSection,
+    TokenizerConfigFile,
+    TokenizerModelSection,
+    UserError,
+    is_remote,
+)
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
+from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.training.build import build_vq, gpt_config
@@ -93,7 +101,8 @@ def load_gpt(
     if trained is not None:
         if not isinstance(trained, GPTConfigFile):
             raise UserError(f"checkpoint: {path} is not a GPT's run")
-        section, seed, tokens = trained.model, trained.train.seed, trained.data.train
+        section, seed = trained.model, trained.train.seed
+        tokens = None if is_remote(trained.data.train) else Path(trained.data.train)
     if section is None:
         raise UserError(f"checkpoint: {path} is a bare weights file; say what it is, as in model.size=GPT-B")
     if "output.weight" not in weights:
@@ -171,9 +180,9 @@ def tokenizer_of(checkpoint: Path) -> Path:
     if not isinstance(trained, GPTConfigFile):
         raise UserError(f"{checkpoint}: does not say which tokenizer it was trained with; {hint}")
     tokens = trained.data.train
-    if not (tokens / MANIFEST).exists():
+    if not is_remote(tokens) and not (Path(tokens) / MANIFEST).exists():
         raise UserError(f"{checkpoint}: its token shards ({tokens}), which name the tokenizer, are gone; {hint}")
-    named = read_manifest(tokens).tokenizer_path
+    named = manifest_of(tokens, trained.data).tokenizer_path
     if named is None or not Path(named).exists():
         raise UserError(f"{checkpoint}: its tokenizer ({named or 'not named'}) is gone; {hint}")
     return Path(named)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llamagen_dist.config import GPTConfigFile, UserError, load
-from llamagen_dist.data.manifest import read_manifest
+from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
@@ -87,7 +87,7 @@ def _config(folder: Path) -> GPTConfigFile:
 
 def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, list[tuple[float, float, str]]]:
     summary = _json(folder / "summary.json")
-    manifest = read_manifest(config.data.train)
+    manifest = manifest_of(config.data.train, config.data)
     if manifest.vocab_size is None or manifest.grid is None:
         raise UserError(f"{config.data.train}: not token shards, so the model of {folder} cannot be known")
     model = gpt_config(

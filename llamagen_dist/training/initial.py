@@ -111,8 +111,8 @@ class _Source:
             self.config is not None and self.tokenizer is None
         ):  # an older checkpoint: its token shards may still be there
             shards = self.config.data.train
-            if (shards / MANIFEST).exists():
-                manifest = read_manifest(shards)
+            if (Path(shards) / MANIFEST).exists():
+                manifest = read_manifest(Path(shards))
                 self.tokenizer, self.grid = manifest.tokenizer_sha256, manifest.grid
 
     @property
