@@ -36,6 +36,8 @@ def starts(record: ShardRecord, spans: NDArray[np.uint64] | None) -> NDArray[np.
 def checksums(path: Path, begins: NDArray[np.int64]) -> NDArray[np.uint32]:
     """uint32 [samples] of the file as it is now. begins: int64 [samples], ascending."""
     sums = np.zeros(len(begins), "<u4")
+    if len(begins) == 0:
+        return sums
     with open(path, "rb") as file:
         ends = [*begins[1:].tolist(), os.fstat(file.fileno()).st_size]
         position = 0  # not begins[0]: what stands before the first sample counts as its own

@@ -90,6 +90,8 @@ def spans_of(data: bytes, record: ShardRecord, members: tuple[str, ...]) -> NDAr
             f"{index_name(record.name)}: holds {spans.dtype} {spans.shape}, not uint64 "
             f"{(record.samples, len(members), 2)}; run llamagen shards index"
         )
+    if len(spans) and int(spans.sum(axis=2).max()) > record.bytes:
+        raise UserError(f"{index_name(record.name)}: points outside {record.name}; run llamagen shards index")
     return spans
 
 

@@ -54,8 +54,6 @@ class Shards:
         """Folder or URL, for messages."""
         self.ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
         """int64 [shards]: the global number after each shard's last sample."""
-        self._starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
-        self._layouts: dict[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._tables: dict[str, NDArray[np.int64]] = {}
 
@@ -64,20 +62,17 @@ class Shards:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, sample number inside it). Raises IndexError outside 0 … len-1."""
-        shard = int(np.searchsorted(self.ends, self._checked(sample), side="right"))
-        return shard, sample - int(self.ends[shard]) + self.manifest.shards[shard].samples
-
-    def _checked(self, sample: int) -> int:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)} in {self.location}")
-        return sample
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return shard, sample - int(self.ends[shard]) + self.manifest.shards[shard].samples
 
     def read(self, sample: int, member: str) -> bytes:
         """The bytes of one part of one sample, for example ``read(7, ".png")``.
 
         Raises UserError where the sample has no such part, IndexError outside 0 … len-1.
         """
-        shards, offsets, sizes = self.spans(np.array([self._checked(sample)]), member)
+        shards, offsets, sizes = self.spans(np.array([sample]), member)
         data = bytearray(int(sizes[0]))
         self.read_into(int(shards[0]), memoryview(data), int(offsets[0]))
         return bytes(data)
@@ -93,81 +88,12 @@ class Shards:
     def spans(
         self, samples: NDArray[np.int64], member: str
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(shard, offset in its file, size) of one part of each sample, int64 [n] each. samples: int64 [n].
-
-        Raises UserError where a sample has no such part, IndexError outside 0 … len-1.
-        """
-        if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < len(self):
-            raise IndexError(f"samples {samples.min()} to {samples.max()} of {len(self)} in {self.folder}")
-        shard_of = np.searchsorted(self.ends, samples, side="right")
-        inside = samples - self._starts[shard_of]
-        offsets, strides, sizes = self._columns(member)
-        offset, size = offsets[shard_of] + inside * strides[shard_of], sizes[shard_of]
-        for row in np.nonzero(size < 0)[0].tolist():  # shards with an index
-            spans = self._shard(int(shard_of[row])).spans
-            if spans is not None and member in self.manifest.members:
-                offset[row], size[row] = spans[inside[row], self.manifest.members.index(member)]
-        lacking = np.nonzero(offset <= 0)[0]
-        if len(lacking):
-            self.read(int(samples[lacking[0]]), member)  # says so
-        return shard_of, offset, size
-
-    def _columns(self, member: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(first offset, stride, size) of a member in every shard; 0, 0, -1 where its records differ in length."""
-        if member not in self._layouts:
-            columns = np.array([(0, 0, -1)] * len(self.manifest.shards), np.int64)
-            if member in self.manifest.members:
-                column = self.manifest.members.index(member)
-                for number, record in enumerate(self.manifest.shards):
-                    if record.layout is not None and record.stride is not None:
-                        columns[number] = (record.layout[column][0], record.stride, record.layout[column][1])
-            self._layouts[member] = (columns[:, 0], columns[:, 1], columns[:, 2])
-        return self._layouts[member]
-
-    def read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` (bytes) from this place of a shard's file. Raises UserError where the file ends before."""
-        if os.preadv(self._shard(shard).descriptor, [buffer], offset) != len(buffer):
-            path = self.folder / self.manifest.shards[shard].name
-            raise UserError(f"{path}: ends at byte {os.path.getsize(path)}, inside a sample; copy the shard again")
-
-    def image_bytes(self, sample: int) -> bytes:
-        """The encoded image of one sample, in whichever format it is stored."""
-        parts = self.parts(sample)
-        member = next((name for name in IMAGE_MEMBERS if name in parts), None)
-        if member is None:
-            raise UserError(f"{self.where(sample)}: no image (found: {parts})")
-        return self.read(sample, member)
-
-    def labels(self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None) -> NDArray[np.int64]:
-        """int64 [n]: the class labels. num_classes: how many to allow (default: the manifest's).
-
-        Raises UserError for a missing, unreadable or too large label.
-        """
-        classes = self.manifest.num_classes if num_classes is None else num_classes
-        labels = np.empty(len(samples), np.int64)
-        for number, sample in enumerate(samples):
-            text = self.read(int(sample), LABEL_MEMBER)
-            labels[number] = int(text) if text.strip().isdigit() else -1
-            if not 0 <= labels[number] < classes:
-                raise UserError(f"{self.where(int(sample))}: label {text!r} is not one of the {classes} classes")
-        return labels
-
-    def where(self, sample: int) -> str:
-        """``folder/shard.tar: sample N`` for messages."""
-        shard, row = self.locate(sample)
-        return f"{self.where_shard(shard)}: sample {row}"
-
-    def where_shard(self, shard: int) -> str:
-        """``folder/shard.tar`` for messages."""
-        return self.source.shown(self.manifest.shards[shard].name)
-
-    def spans(
-        self, samples: NDArray[np.int64], member: str
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """(shard numbers, offsets, sizes), int64 [n] each: where one part of each sample lies.
 
-        samples: int64 [n], in any order. Raises UserError where a sample has no such part.
+        samples: int64 [n]. Raises UserError where a sample has no such part, IndexError outside 0 … len-1.
         """
+        if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < len(self):
+            raise IndexError(f"samples {samples.min()} to {samples.max()} of {len(self)} in {self.location}")
         shard_of = np.searchsorted(self.ends, samples, side="right")
         table = self._table(member)
         rows = samples - table[0][shard_of]
@@ -211,6 +137,37 @@ class Shards:
         if found != len(buffer):
             raise self._cut(shard, offset)
 
+    def image_bytes(self, sample: int) -> bytes:
+        """The encoded image of one sample, in whichever format it is stored."""
+        parts = self.parts(sample)
+        member = next((name for name in IMAGE_MEMBERS if name in parts), None)
+        if member is None:
+            raise UserError(f"{self.where(sample)}: no image (found: {parts})")
+        return self.read(sample, member)
+
+    def labels(self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None) -> NDArray[np.int64]:
+        """int64 [n]: the class labels. num_classes: how many to allow (default: the manifest's).
+
+        Raises UserError for a missing, unreadable or too large label.
+        """
+        classes = self.manifest.num_classes if num_classes is None else num_classes
+        labels = np.empty(len(samples), np.int64)
+        for number, sample in enumerate(samples):
+            text = self.read(int(sample), LABEL_MEMBER)
+            labels[number] = int(text) if text.strip().isdigit() else -1
+            if not 0 <= labels[number] < classes:
+                raise UserError(f"{self.where(int(sample))}: label {text!r} is not one of the {classes} classes")
+        return labels
+
+    def where(self, sample: int) -> str:
+        """``folder/shard.tar: sample N`` for messages."""
+        shard, row = self.locate(sample)
+        return f"{self.where_shard(shard)}: sample {row}"
+
+    def where_shard(self, shard: int) -> str:
+        """``folder/shard.tar`` for messages."""
+        return self.source.shown(self.manifest.shards[shard].name)
+
     def _unreadable(self, shard: int, problem: str | None) -> UserError:
         return UserError(f"{self.where_shard(shard)}: cannot be read any more ({problem}); copy the shard again")
 
@@ -239,10 +196,6 @@ class Shards:
         for number, opened in list(self._open.items()):
             if len(self._open) >= _OPEN_AT_ONCE or os.fstat(opened.file.fileno()).st_nlink == 0:
                 self._open.pop(number, None)
-
-    def bytes_of(self, shard: int) -> NDArray[np.uint8]:
-        """A whole shard as a memory map, uint8 [bytes]."""
-        return np.asarray(np.memmap(self._shard(shard).file.name, np.uint8, "r"))
 
     def close(self) -> None:
         """Close the files; the object opens them again when it is read."""

@@ -115,7 +115,7 @@ def test_a_flipped_byte_is_found_by_verify_with_both_hashes(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError) as refusal:
         verify(open_shards(tmp_path))
-    for part in (record.name, record.sha256, hashlib.sha256(data).hexdigest()):
+    for part in (record.name, record.sha256, hashlib.sha256(data).hexdigest(), "damaged: sample 0 of 7"):
         assert part in str(refusal.value)
     assert "shard-000000" not in str(refusal.value)
 
@@ -139,8 +139,7 @@ def test_missing_files_are_named(tmp_path):
         open_shards(tmp_path)
     write_set(tmp_path)
     (tmp_path / shard_name(1)).unlink()
-    (tmp_path / "shard-000002.index.npy").unlink()
-    with pytest.raises(UserError, match=r"(?s)shard-000001.tar: No such file.*shard-000002.index.npy: No such file"):
+    with pytest.raises(UserError, match=r"shard-000001.tar: No such file.*copy it here again"):
         open_shards(tmp_path)
     write_set(tmp_path / "again")
     with pytest.raises(UserError, match="holds images, but tokens are needed"):
@@ -264,7 +263,11 @@ def test_a_job_keeps_finished_shards_and_refuses_other_contents(tmp_path):
     assert again.finished(shard_name(0)) is None  # it will be written again
     record = again.write(shard_name(0), samples, (".png",))
     again.finish(Manifest("images", 1, (".png",), (record,), source=again.source))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-000000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "shard-000000.crc32",
+        "shard-000000.tar",
+    ]
     assert again.completed() is not None
     with pytest.raises(UserError, match=r"made in another way \(different: a, grid\)"):
         ShardJob(tmp_path, {"a": 2}).completed()
