@@ -44,7 +44,9 @@ def main(argv: list[str]) -> None:
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
     """Open both sets of token shards; refuse pairs that were not made by one tokenizer for one set of classes."""
-    train, validation = open_shards(config.data.train), open_shards(config.data.validation)
+    train, validation = (
+        open_shards(folder, access=config.data) for folder in (config.data.train, config.data.validation)
+    )
     for key, shards in (("data.train", train), ("data.validation", validation)):
         if shards.manifest.kind != "tokens":
             raise UserError(

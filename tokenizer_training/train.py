@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m tokenizer_training.train CONFIG [key=value …]")
     config: TokenizerConfigFile = load(argv[0], argv[1:], kind="tokenizer")
     topology = start(1, config.parallel.threads, 60 * config.guard.start_minutes, config.run_dir)
-    images = open_shards(config.data.train, kind="images")
-    held_out = open_shards(config.data.validation, kind="images")
+    images = open_shards(config.data.train, "images", config.data)
+    held_out = open_shards(config.data.validation, "images", config.data)
     stream = ImageStream(
         images,
         topology,
