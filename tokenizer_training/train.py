@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         random_crop=config.data.random_crop,
         horizontal_flip=config.data.horizontal_flip,
         workers=config.data.workers,
+        window_shards=config.data.window_shards,
     )
     torch.manual_seed(config.train.seed)  # for the initial weights only; nothing after them draws from it
     task = TokenizerTask(build_vq(config.model), config, topology, held_out)

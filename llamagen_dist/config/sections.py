@@ -75,6 +75,9 @@ class TokenDataSection(ShardAccess):
     """Folder of held-out token shards."""
     short_captions: Probability = 0.0
     """With ``condition: text``: share of training samples that are shown their short caption (LlamaGen: 0.3)."""
+    window_shards: CountInt = 0
+    """0: samples come from all shards in random order. K: from K randomly chosen shards at a time, for storage where
+    reading here and there is slow. Keep it for the whole of a run."""
 
 
 class GPTConfigFile(Section):
@@ -154,6 +157,9 @@ class ImageDataSection(ShardAccess):
     horizontal_flip: bool = True
     workers: CountInt = 0
     """Decoding processes per rank; 0 decodes in the training process."""
+    window_shards: CountInt = 0
+    """0: samples come from all shards in random order. K: from K randomly chosen shards at a time, for storage where
+    reading here and there is slow. Keep it for the whole of a run."""
 
 
 class DiscriminatorSection(Section):

@@ -111,7 +111,8 @@ class ImageStream:
     """Training batches for the tokenizer, by position like TokenStream's: float32 [share, 3, S, S] in [-1,
     1].
 
-    workers: decoding processes; 0 decodes here. The pixels are the same for any number of workers and ranks.
+    workers: decoding processes; 0 decodes here. window_shards: 0 takes samples from everywhere, else see
+    ``order.Windows``. The pixels are the same for any number of workers and ranks.
     Raises UserError where the shards do not hold images.
     """
 
@@ -125,13 +126,15 @@ class ImageStream:
         random_crop: bool = True,
         horizontal_flip: bool = True,
         workers: int = 0,
+        window_shards: int = 0,
     ) -> None:
         if shards.manifest.kind != "images":
             raise UserError(f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards")
         share = topology.share(global_batch)
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._shards = shards
-        self._batches = _Batches(shards, share, seed, image_size, random_crop, horizontal_flip)
+        order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
+        self._batches = _Batches(shards, order, share, seed, image_size, random_crop, horizontal_flip)
         self._workers = workers
         self._loader: Iterator[ImageBatch] | None = None
         self._next = 0
@@ -164,9 +167,16 @@ class _Batches(Dataset[ImageBatch]):
     """One rank's batches by their first position; what a decoding process works on."""
 
     def __init__(
-        self, shards: Shards, share: int, seed: int, image_size: int, random_crop: bool, horizontal_flip: bool
+        self,
+        shards: Shards,
+        order: Order,
+        share: int,
+        seed: int,
+        image_size: int,
+        random_crop: bool,
+        horizontal_flip: bool,
     ) -> None:
-        self._shards, self._order = shards, Order(len(shards), seed)
+        self._shards, self._order = shards, order
         self._share, self._seed, self._size = share, seed, image_size
         self._random_crop, self._horizontal_flip = random_crop, horizontal_flip
         stored = shards.manifest.image_size

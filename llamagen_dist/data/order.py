@@ -58,20 +58,74 @@ def position_to_sample(
     if flat.numel() and int(flat.min()) < 0:
         raise ValueError("positions count from 0")
     epoch = flat // count
-    sample = flat - epoch * count
-    stream = prng.stream(seed, "order", epoch)
+    sample = _permuted(flat - epoch * count, count, prng.stream(seed, "order", epoch))
+    return epoch.reshape(shape), sample.reshape(shape)
+
+
+def _permuted(places: Tensor, count: int, stream: Tensor) -> Tensor:
+    """A permutation of 0 … count - 1 for every key. places: int64 [n] in it; stream: int32 [n], the keys."""
     if count <= _SORTED_UP_TO:
         hashes = prng.bits32(stream[:, None], torch.arange(count))
-        return epoch.reshape(shape), hashes.argsort(dim=1, stable=True).gather(1, sample[:, None]).reshape(shape)
+        return hashes.argsort(dim=1, stable=True).gather(1, places[:, None])[:, 0]
     bits = (count - 1).bit_length()
     keys = [prng.bits32(stream, number) for number in range(_ROUNDS)]
-    sample = _feistel(sample, keys, bits)
-    outside = (sample >= count).nonzero()[:, 0]
+    found = _feistel(places, keys, bits)
+    outside = (found >= count).nonzero()[:, 0]
     while outside.numel():  # walk the cycle until it is back inside; more than half do so at every pass
-        walked = _feistel(sample[outside], [key[outside] for key in keys], bits)
-        sample[outside] = walked
+        walked = _feistel(found[outside], [key[outside] for key in keys], bits)
+        found[outside] = walked
         outside = outside[walked >= count]
-    return epoch.reshape(shape), sample.reshape(shape)
+    return found
+
+
+class Windows:
+    """An order that stays within a few shards at a time, for storage where reading here and there is slow.
+
+    Every epoch puts the shards in an order of its own and cuts that into windows of ``shards`` shards; the samples of a
+    window come in random order, then those of the next one. A pure function of (seed, position) as the order over the
+    whole set is. sizes: int64 [S], the samples of each shard.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], shards: int, seed: int) -> None:
+        self._sizes, self._count = torch.from_numpy(sizes), int(sizes.sum())
+        self._shards, self._seed = shards, seed
+        self._epochs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def samples(self, positions: Tensor) -> Tensor:
+        """int64 [n]: the samples at these positions. positions: int64 [n], >= 0."""
+        epoch = positions // self._count
+        found = torch.empty_like(positions)
+        for one in epoch.unique().tolist():
+            chosen = epoch == one
+            found[chosen] = self._of_epoch(one, positions[chosen] - one * self._count)
+        return found
+
+    def _of_epoch(self, epoch: int, places: Tensor) -> Tensor:
+        starts, ends, firsts = self._shard_order(epoch)
+        window_of = torch.searchsorted(ends, places, right=True) // self._shards
+        inside = torch.empty_like(places)
+        keys = prng.stream(self._seed, "window order", epoch)
+        for window in window_of.unique().tolist():
+            chosen = window_of == window
+            start = int(starts[window * self._shards])
+            end = int(ends[min((window + 1) * self._shards, len(ends)) - 1])
+            rows = places[chosen] - start
+            inside[chosen] = start + _permuted(rows, end - start, prng.bits32(keys, window).expand(len(rows)))
+        shard = torch.searchsorted(ends, inside, right=True)
+        return firsts[shard] + inside - starts[shard]
+
+    def _shard_order(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(first place, place after the last, number of the first sample) of each shard, in the epoch's order."""
+        if epoch not in self._epochs:
+            count = len(self._sizes)
+            keys = prng.stream(self._seed, "shard order", epoch)
+            order = _permuted(torch.arange(count), count, keys.expand(count))
+            sizes = self._sizes[order]
+            ends = sizes.cumsum(0)
+            firsts = (self._sizes.cumsum(0) - self._sizes)[order]
+            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
+            self._epochs[epoch] = (ends - sizes, ends, firsts)
+        return self._epochs[epoch]
 
 
 class Ahead:
@@ -103,10 +157,26 @@ def _samples(count: int, seed: int, positions: Tensor) -> Tensor:
 
 
 class Order:
-    """``position_to_sample`` for consecutive positions, computed a block ahead (about 1 µs a position)."""
+    """The samples of consecutive positions, computed a block ahead (about 1 µs a position).
 
-    def __init__(self, count: int, seed: int, block: int = 4096) -> None:
-        self._ahead = Ahead(partial(_samples, count, seed), block)  # picklable, for decoding processes
+    count: samples in the data set. sizes: int64 [S], the samples of each of its shards, which are needed where
+    ``window_shards`` > 0: then the order is that of ``Windows``, else ``position_to_sample``'s over the whole set.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        block: int = 4096,
+        sizes: NDArray[np.int64] | None = None,
+        window_shards: int = 0,
+    ) -> None:
+        self.at: Callable[[Tensor], Tensor] = partial(_samples, count, seed)  # picklable, for decoding processes
+        if window_shards:
+            assert sizes is not None
+            assert int(sizes.sum()) == count
+            self.at = Windows(sizes, window_shards, seed).samples
+        self._ahead = Ahead(self.at, block)
 
     def samples(self, start: int, length: int) -> Tensor:
         """int64 [length]: the samples at positions ``start`` … ``start + length - 1``."""

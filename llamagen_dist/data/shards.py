@@ -52,7 +52,9 @@ class Shards:
         self.source: ShardFolder = LocalFolder(folder) if source is None else source
         self.location = self.source.location
         """Folder or URL, for messages."""
-        self.ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self.sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
+        """int64 [shards]: the samples of each shard."""
+        self.ends = np.cumsum(self.sizes)
         """int64 [shards]: the global number after each shard's last sample."""
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._tables: dict[str, NDArray[np.int64]] = {}

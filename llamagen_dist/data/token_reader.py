@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist.config import UserError
+from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards
 
 CODES_MEMBER = ".codes.npy"
-CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER = ".caption.npy", ".short.npy"
 
 
 class TokenReader:

@@ -32,7 +32,8 @@ class TokenStream:
 
     dropout_p: share of samples that get the null class or the null caption. null_caption: None for classes (the null
     class is the number of classes); for captions float [places, dim], the model's, which also says how many places a
-    condition has. short_share: share of samples that get their short caption. Raises UserError where the shards have no
+    condition has. short_share: share of samples that get their short caption. window_shards: 0 takes
+    samples from everywhere, else see ``order.Windows``. Raises UserError where the shards have no
     labels or captions, or captions that do not fit.
     """
 
@@ -45,9 +46,10 @@ class TokenStream:
         dropout_p: float,
         null_caption: Tensor | None = None,
         short_share: float = 0.0,
+        window_shards: int = 0,
     ) -> None:
         self._reader = TokenReader(shards)
-        self._order = Order(len(shards), seed)
+        self._order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
         self._topology, self._share = topology, topology.share(global_batch)
         self._crop = Ahead(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
         self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))

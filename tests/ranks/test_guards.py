@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llamagen_dist.data import digest
+from llamagen_dist.data.order import Order
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.log_line import MEASURED
 from llamagen_dist.tracking.throughput import Clock
@@ -209,7 +210,7 @@ def test_a_line_says_what_a_step_was_and_where_its_time_went(tmp_path):
         parts = sum(line[f"{part}_s"] for part in ("data", "compute", "optimizer", "communication"))
         assert 0.5 * step_s < parts < 1.5 * step_s, "means over ranks whose windows do not begin at the same instant"
         assert 0.05 < line["peak_memory_gb"] < 4
-        assert line["samples"] == digest.text(digest.expected(3, line["images_seen"], SAMPLES))
+        assert line["samples"] == digest.text(digest.expected(Order(SAMPLES, 3), line["images_seen"]))
     assert [line["images_seen"] for line in found if "val_loss" in line] == [36, 72, 108, 120]
     assert all({"val_loss", "val_loss_null"} <= line.keys() for line in found if "val_loss" in line)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -4,12 +4,14 @@ import numpy as np
 import torch
 
 from llamagen_dist.data import digest
+from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.parallel.topology import Topology
 from tests.runs.token_shards import write_tokens
 
 COUNT, BATCH, SEED = 50, 12, 5
+ORDER = Order(COUNT, SEED)
 
 
 def shown(shards, ranks: int, first: int, last: int, shift: int = 0) -> int:
@@ -28,7 +30,7 @@ def shown(shards, ranks: int, first: int, last: int, shift: int = 0) -> int:
 def test_ranks_resumes_and_epochs_do_not_change_what_was_shown(tmp_path):
     shards = open_shards(write_tokens(tmp_path / "train", COUNT, 0))
     images = 180  # three epochs and a bit
-    expected = digest.text(digest.expected(SEED, images, COUNT))
+    expected = digest.text(digest.expected(ORDER, images))
     for ranks in (1, 2, 3):
         assert digest.text(shown(shards, ranks, 0, images)) == expected
         assert digest.text(shown(shards, ranks, 0, images, shift=1)) != expected  # sabotage twin
@@ -41,10 +43,10 @@ def test_ranks_resumes_and_epochs_do_not_change_what_was_shown(tmp_path):
 def test_a_whole_epoch_is_the_data_set():
     whole = digest.digest(torch.arange(COUNT))
     for epochs in (1, 2):
-        assert digest.text(digest.expected(SEED, epochs * COUNT, COUNT)) == digest.text(epochs * int(whole))
-    assert digest.text(digest.expected(SEED, COUNT - 1, COUNT)) != digest.text(whole)
-    parts = int(digest.expected(SEED, 30, COUNT)) + int(digest.expected(SEED, 77, COUNT, first=30))
-    assert digest.text(parts) == digest.text(digest.expected(SEED, 77, COUNT))
+        assert digest.text(digest.expected(ORDER, epochs * COUNT)) == digest.text(epochs * int(whole))
+    assert digest.text(digest.expected(ORDER, COUNT - 1)) != digest.text(whole)
+    parts = int(digest.expected(ORDER, 30)) + int(digest.expected(ORDER, 77, first=30))
+    assert digest.text(parts) == digest.text(digest.expected(ORDER, 77))
 
 
 def test_the_hash_is_wide_and_its_text_reads_back():
@@ -55,3 +57,13 @@ def test_the_hash_is_wide_and_its_text_reads_back():
     for value in (0, 1, -1, -(1 << 63), (1 << 63) - 1, values[7]):
         assert digest.number(digest.text(value)) == value
     assert digest.text(-1) == "f" * 16
+
+
+def test_windows_of_shards_show_the_same_set_in_every_epoch():
+    sizes = np.array([7, 20, 0, 23])
+    windows = Order(COUNT, SEED, sizes=sizes, window_shards=2)
+    for epochs in (1, 3):
+        assert digest.text(digest.expected(windows, epochs * COUNT)) == digest.text(
+            digest.expected(ORDER, epochs * COUNT)
+        )
+    assert digest.text(digest.expected(windows, 40)) != digest.text(digest.expected(ORDER, 40))

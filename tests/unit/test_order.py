@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamagen_dist.data.order import Order, position_to_sample
+from llamagen_dist.data.order import Order, Windows, position_to_sample
 from llamagen_dist.prng import mix
 
 
@@ -87,6 +87,7 @@ def test_golden_values():
 GOLDEN_10 = [4, 3, 7, 9, 8, 0]
 GOLDEN_9000 = [5913, 5713, 8685, 1675]
 GOLDEN_BILLION = [275901735, 568474918, 127775016]
+GOLDEN_WINDOWS = [75, 77, 72]
 
 
 @pytest.mark.parametrize(("positions", "count"), [([-1], 5), ([0], 0), ([0], 2**62 + 1)])
@@ -98,3 +99,49 @@ def test_nonsense_is_refused(positions, count):
 def test_the_mixing_function_is_a_bijection_on_a_sample():
     values = torch.arange(-50_000, 50_000, dtype=torch.int32)
     assert len(mix(values).unique()) == len(values)
+
+
+SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=12).filter(any).map(lambda sizes: np.array(sizes, np.int64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, window=st.integers(1, 14), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**20))
+def test_windows_visit_each_sample_once_and_few_shards_at_a_time(sizes, window, seed, epoch):
+    count = int(sizes.sum())
+    samples = Windows(sizes, window, seed).samples(torch.arange(epoch * count, (epoch + 1) * count))
+    assert once_each(samples, count)
+    assert widest(sizes, samples) <= window
+
+
+def widest(sizes: np.ndarray, samples: torch.Tensor) -> int:
+    """The most shards that occur between the first and the last sample of any shard."""
+    shards = np.searchsorted(sizes.cumsum(), samples.numpy(), side="right").tolist()
+    assert len(set(shards)) == (sizes > 0).sum()
+    spans = (shards[shards.index(one) : len(shards) - shards[::-1].index(one)] for one in set(shards))
+    return max(len(set(span)) for span in spans)
+
+
+def test_the_order_over_the_whole_set_stays_in_no_window():
+    sizes = np.full(8, 50, np.int64)
+    assert widest(sizes, Windows(sizes, 2, 0).samples(torch.arange(400))) == 2
+    assert widest(sizes, position_to_sample(torch.arange(400), 400, 0)[1]) == 8
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=SIZES, window=st.integers(1, 5), start=st.integers(0, 10**12), cut=st.integers(1, 199))
+def test_windows_are_a_function_of_position_alone(sizes, window, start, cut):
+    whole = Order(int(sizes.sum()), 5, 64, sizes, window).at(torch.arange(start, start + 200))
+    order = Order(int(sizes.sum()), 5, 64, sizes, window)
+    order.samples(start + 3 * int(sizes.sum()), 10)  # elsewhere first
+    assert torch.equal(torch.cat([order.samples(start, cut), order.samples(start + cut, 200 - cut)]), whole)
+
+
+def test_windows_differ_from_epoch_to_epoch_and_by_seed():
+    sizes = np.full(20, 50, np.int64)
+
+    def shards(seed, epoch):
+        samples = Windows(sizes, 2, seed).samples(torch.arange(1000 * epoch, 1000 * epoch + 1000))
+        return (samples // 50)[::100].tolist()
+
+    assert len({tuple(shards(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert Windows(sizes, 2, 0).samples(torch.arange(3)).tolist() == GOLDEN_WINDOWS
