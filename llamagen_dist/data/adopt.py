@@ -16,7 +16,7 @@ from llamagen_dist.data.manifest import (
 from llamagen_dist.data.shards import IMAGE_MEMBERS, LABEL_MEMBER, Shards
 from llamagen_dist.files import sha256_file, write_bytes
 
-_MOST_CLASSES = 1_000_000  # a label beyond this is a mistake, not a class
+_MOST_CLASSES = 1_000_000  # as in sources.classes
 
 
 def index_folder(

@@ -24,10 +24,19 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.Decompression
 """What PIL raises for a file that is not a whole, plausible image."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Encoded bytes -> a loaded RGB image. Raises one of DECODE_ERRORS."""
+MOST_PIXELS = 89_478_485
+"""A larger image is taken for a decompression bomb: 256 MiB as RGB, the size that PIL warns of."""
+
+
+def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """Encoded bytes -> a loaded RGB image, white where it is transparent. Raises one of DECODE_ERRORS."""
     with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+        if image.width * image.height > most_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {most_pixels:,}")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def resize_short_side(image: Image.Image, short: int) -> Image.Image:

@@ -7,6 +7,7 @@ The naming rule is WebDataset's: the key is the path up to the first dot of the 
 import io
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,35 +45,84 @@ class TarIndex:
         return int(steps[0, 0]) if steps.size else 1
 
 
-def scan(path: Path) -> TarIndex:
-    """Read the headers of one tar.
+def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files (no folders) in the uncompressed tar that fills bytes ``start`` … ``end`` of ``path``.
 
-    Raises UserError, naming the file and the member: not an uncompressed tar, cut short, a link or device, a
-    name that is absolute or holds ``..``, the same member twice in a sample, a sparse file.
+    ``offset_data`` counts from the beginning of ``path``. Raises UserError, naming the file and the member: not an
+    uncompressed tar, cut short or damaged, a link, device or sparse file, a name that is absolute or holds ``..``.
     """
-    rows: list[dict[str, tuple[int, int]]] = []
-    current = None
-    size = path.stat().st_size
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for item in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
-                key, member = _split(path, item)
-                if key is None:
-                    continue
-                if item.offset_data + item.size > size:
-                    raise UserError(f"{path}: cut short inside {item.name!r}; copy the shard again")
-                if key != current:
-                    current = key
-                    rows.append({})
-                if member in rows[-1]:
-                    raise UserError(f"{path}: sample {key!r} has {member} twice")
-                rows[-1][member] = (item.offset_data, item.size)
+        end = path.stat().st_size if end is None else end
+        with open(path, "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for item in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+                    _check(path, item)
+                    if item.offset_data + (item.size if item.isreg() else 0) > end:
+                        raise UserError(f"{path}: cut short inside {shown(item.name)}; copy the tar again")
+                    if item.isreg():
+                        yield item
+                # tarfile takes a damaged header for the end: what lies there must be the empty block that closes a tar
+                place = tar.offset
+                file.seek(place)
+                if place + 512 > end or any(file.read(512)):
+                    raise UserError(
+                        f"{path}: cut short or damaged at byte {place} of {end}, where the next member or the closing "
+                        "empty block should be; copy the tar again"
+                    )
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path}: not a complete uncompressed tar ({error}); unpack a compressed one first, "
             "because samples are read from the middle of the file"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _check(path: Path, item: tarfile.TarInfo) -> None:
+    if item.name.startswith("/") or ".." in item.name.split("/"):
+        raise UserError(f"{path}: the member name {shown(item.name)} leaves the archive; the shard is refused")
+    if not item.isdir() and (not item.isreg() or item.issparse()):
+        raise UserError(f"{path}: the member {shown(item.name)} is a link, device or sparse file; the shard is refused")
+
+
+def shown(name: str) -> str:
+    """A file name in quotes for a message or the manifest; bytes that are not UTF-8 as backslash escapes."""
+    return repr(printable(name))
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be encoded: bytes that are not UTF-8 become backslash escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def scan(path: Path) -> TarIndex:
+    """Read the headers of one tar of WebDataset samples.
+
+    Raises UserError as ``entries`` does, and for the same member twice in a sample, a sample in two pieces, and a
+    member whose ending is not UTF-8.
+    """
+    rows: list[dict[str, tuple[int, int]]] = []
+    current, seen = None, set()
+    for item in entries(path):
+        key, member = _split(item.name)
+        if key is None:
+            continue
+        if key != current:
+            if key in seen:
+                raise UserError(
+                    f"{path}: the key {shown(key)} comes twice, with other samples between: its parts must stand next "
+                    "to each other and no two samples may share a key; write the tar again"
+                )
+            seen.add(key)
+            current = key
+            rows.append({})
+        if member in rows[-1]:
+            raise UserError(f"{path}: sample {shown(key)} has {member} twice")
+        if printable(member) != member:
+            raise UserError(f"{path}: the ending of {shown(item.name)} is not UTF-8; rename that member")
+        rows[-1][member] = (item.offset_data, item.size)
     members = tuple(sorted({member for row in rows for member in row}))
     spans = np.zeros((len(rows), len(members), 2), np.uint64)
     for number, row in enumerate(rows):
@@ -81,18 +131,10 @@ def scan(path: Path) -> TarIndex:
     return TarIndex(members, spans)
 
 
-def _split(path: Path, item: tarfile.TarInfo) -> tuple[str | None, str]:
-    """(key, member) of a tar entry; (None, "") for what WebDataset ignores (folders, names without an
-    ending).
-    """
-    if item.name.startswith("/") or ".." in item.name.split("/"):
-        raise UserError(f"{path}: the member name {item.name!r} leaves the archive; the shard is refused")
-    if item.isdir():
-        return None, ""
-    if not item.isreg() or item.issparse():
-        raise UserError(f"{path}: the member {item.name!r} is a link, device or sparse file; the shard is refused")
-    match = _NAME.match(item.name)
-    return (match[1], match[2].lower()) if match and not _META.search(item.name) else (None, "")
+def _split(name: str) -> tuple[str | None, str]:
+    """(key, member) of a tar entry; (None, "") for what WebDataset ignores (names without an ending)."""
+    match = _NAME.match(name)
+    return (match[1], match[2].lower()) if match and not _META.search(name) else (None, "")
 
 
 def index_name(shard: str) -> str:

@@ -74,6 +74,8 @@ class Manifest:
     """Zero pixels added left, top, right and bottom of every original image; None: none."""
     skipped: tuple[str, ...] = ()
     """Source images left out because they could not be read."""
+    too_small: tuple[str, ...] = ()
+    """Source images left out because their shorter side is below the limit that was asked for."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were made from, with a fingerprint, and the options that decide their bytes."""
     tokenizer_sha256: str | None = None
@@ -178,7 +180,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         known = {f.name for f in fields(Manifest)}
         values = {key: value for key, value in data.items() if key in known}
         values["shards"] = tuple(shard_record(shard) for shard in data["shards"])
-        for key in ("members", "padding", "skipped", "grid"):
+        for key in ("members", "padding", "skipped", "too_small", "grid"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
         if values.get("captions") is not None:

@@ -2,31 +2,29 @@
 options.
 """
 
-import io
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
-from llamagen_dist.data.images import DECODE_ERRORS, center_crop
+from llamagen_dist.data.images import DECODE_ERRORS, MOST_PIXELS
+from llamagen_dist.data.index import printable
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.order import position_to_sample
+from llamagen_dist.data.recipe import Fit, Format, ImageRecipe, TooSmall, opened, padding
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
-from llamagen_dist.data.shards import LABEL_MEMBER
-from llamagen_dist.data.sources import Source, open_source
+from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, SHORT_CAPTION_MEMBER
+from llamagen_dist.data.sources import Caption, ClassMap, Source, open_source
 from llamagen_dist.tracking.progress import Progress
-
-Fit = Literal["crop", "pad"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,9 @@ class PackOptions:
 
     fit: ``crop`` scales and centre-crops (ADM's way), ``pad`` puts zeros around smaller images, None chooses
     pad for arrays smaller than size and crop for all else. skip_bad: leave unreadable images out, and list
-    them in the manifest. jobs: processes.
+    them in the manifest. jobs: processes. min_side: leave images out whose shorter side is smaller, and list
+    them apart. class_map: a file that fixes labels and class names (see ClassMap). format, quality,
+    most_pixels: see ImageRecipe.
     """
 
     size: int | None = None
@@ -45,6 +45,11 @@ class PackOptions:
     skip_bad: bool = False
     samples_per_shard: int = 2500
     jobs: int = 1
+    min_side: int = 0
+    class_map: Path | None = None
+    format: Format | None = None
+    quality: int = 95
+    most_pixels: int = MOST_PIXELS
 
 
 def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -> NDArray[np.bool_]:
@@ -69,6 +74,20 @@ def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -
     return mask
 
 
+@dataclass
+class LeftOut:
+    """[name, reason] of every sample that could not be read, and the names of those that are too small."""
+
+    skipped: list[list[str]] = field(default_factory=list)
+    small: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.skipped) + len(self.small)
+
+
+Packed = tuple[ShardRecord, LeftOut]
+
+
 @dataclass(frozen=True)
 class _Split:
     """One folder of shards to write: which images, in which order (shuffled, for readers that stream)."""
@@ -77,66 +96,54 @@ class _Split:
     job: ShardJob
     numbers: NDArray[np.int64]
     options: PackOptions
-    fit: Fit
-    picture_size: tuple[int, int] | None
-    """pad: the one (width, height) that all images must have."""
+    recipe: ImageRecipe
 
     @property
     def members(self) -> tuple[str, ...]:
-        images = (".png",) if self.options.size is not None else (".jpg", ".png")
-        return images if self.source.labels is None else (LABEL_MEMBER, *images)
+        labels = () if self.source.labels is None else (LABEL_MEMBER,)
+        captions = (SHORT_CAPTION_MEMBER, CAPTION_MEMBER) if self.source.captioned else ()
+        return (*labels, *self.recipe.members, *captions)
 
     @property
     def shards(self) -> int:
         return -(-len(self.numbers) // self.options.samples_per_shard)
 
-    def pack(self, shard: int) -> tuple[int, ShardRecord, list[list[str]]]:
-        """Write one shard; returns its number, its record and [name, reason] of every unreadable image."""
-        bad: list[list[str]] = []
-        record = self.job.write(shard_name(shard), self._samples(shard, bad), self.members, {"skipped": bad})
-        return shard, record, bad
+    def pack(self, shard: int) -> tuple[int, Packed]:
+        """Write one shard; returns its number, its record and what was left out."""
+        left_out = LeftOut()
+        extra = vars(left_out)  # filled while the samples are made, read after them
+        record = self.job.write(shard_name(shard), self._samples(shard, left_out), self.members, extra)
+        return shard, (record, left_out)
 
-    def _samples(self, shard: int, bad: list[list[str]]) -> Iterator[Sample]:
+    def finished(self, shard: int) -> Packed | None:
+        """What an earlier process made of this shard, if it need not be made again."""
+        found = self.job.finished(shard_name(shard))
+        if found is None or (found[1]["skipped"] and not self.options.skip_bad):
+            return None
+        return found[0], LeftOut(**found[1])
+
+    def _samples(self, shard: int, left_out: LeftOut) -> Iterator[Sample]:
         first = shard * self.options.samples_per_shard
         for place in range(first, min(first + self.options.samples_per_shard, len(self.numbers))):
             number = int(self.numbers[place])
             try:
-                member, data = self._encoded(number)
-            except DECODE_ERRORS as error:
-                bad.append([self.source.title(number), str(error) or type(error).__name__])
+                parts = dict([self.recipe.stored(self.source.picture(number))])
+                if self.source.captioned:
+                    parts |= _caption_parts(self.source.caption(number))
+            except TooSmall:
+                left_out.small.append(self.source.title(number))
                 continue
-            parts = {member: data}
+            except DECODE_ERRORS as error:
+                left_out.skipped.append([self.source.title(number), str(error) or type(error).__name__])
+                continue
             if self.source.labels is not None:
                 parts[LABEL_MEMBER] = label_text(int(self.source.labels[number]), len(self.source.classes or []))
             yield f"{place:09d}", parts
 
-    def _encoded(self, number: int) -> tuple[str, bytes]:
-        image = self.source.image(number)
-        size = self.options.size
-        if size is None:
-            original = self.source.original(number)
-            return original if original is not None else (".png", _png(image))
-        if self.fit == "crop":
-            return ".png", _png(center_crop(image, size))
-        if image.size != self.picture_size:
-            raise ValueError(f"{image.width} x {image.height} pixels, where the others are {self.picture_size}")
-        canvas = Image.new("RGB", (size, size))
-        canvas.paste(image, _padding(image.size, size)[:2])
-        return ".png", _png(canvas)
 
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _padding(picture: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    """Zero pixels (left, top, right, bottom) around a (width, height) picture; an odd one goes right or
-    below.
-    """
-    left, top = ((size - side) // 2 for side in picture)
-    return left, top, size - picture[0] - left, size - picture[1] - top
+def _caption_parts(caption: Caption) -> dict[str, bytes]:
+    parts = {CAPTION_MEMBER: caption.text.encode()}
+    return parts if caption.short is None else parts | {SHORT_CAPTION_MEMBER: caption.short.encode()}
 
 
 def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifest]:
@@ -147,11 +154,17 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     source with the same options is left alone. Raises UserError: bad source, unreadable images (unless
     skip_bad), a folder that cannot be written or holds something else.
     """
-    source = open_source(source_name)
+    class_map = None if options.class_map is None else ClassMap.read(options.class_map)
+    source = open_source(source_name, class_map)
     others = ("train", "validation") if options.held_out is None else (".",)
     if taken := next((out / name for name in others if (out / name / MANIFEST).exists()), None):
         raise UserError(f"{taken}: already holds shards made with another --held-out; choose another --out")
     fit, picture_size = _how_to_fit(source, options)
+    kept = options.format, options.quality, options.min_side, options.most_pixels
+    recipe = ImageRecipe(options.size, fit, picture_size, *kept)
+    chosen = _not_default(options, ("format", "quality", "min_side", "most_pixels"))
+    if class_map is not None:
+        chosen["class_map"] = class_map.sha256
     if options.held_out is None:
         parts = {"": np.arange(len(source))}
     else:
@@ -162,7 +175,7 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     for name, numbers in parts.items():
         identity = {
             "made_by": "llamagen pack",
-            "source": Path(source.name).name,
+            "source": printable(Path(source.name).name),
             "fingerprint": source.fingerprint,
             "split": name,
             "images": len(numbers),
@@ -170,11 +183,18 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
             "fit": fit,
             "held_out": options.held_out,
             "samples_per_shard": options.samples_per_shard,
+            **chosen,
         }
         shuffled = numbers[position_to_sample(np.arange(len(numbers)), len(numbers), 0)[1]]
-        split = _Split(source, ShardJob(out / name, identity), shuffled, options, fit, picture_size)
+        split = _Split(source, ShardJob(out / name, identity), shuffled, options, recipe)
         manifests[name] = split.job.completed() or _pack_split(split)
     return manifests
+
+
+def _not_default(options: PackOptions, names: tuple[str, ...]) -> dict[str, object]:
+    """Only these, so that shards packed before an option existed are still known as the same."""
+    default = PackOptions()
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
 
 
 def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, int] | None]:
@@ -186,7 +206,7 @@ def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, i
         return fit, None
     for number in range(len(source)):
         try:
-            picture = picture or source.image(number).size
+            picture = picture or opened(source.picture(number), options.most_pixels).size
             break
         except DECODE_ERRORS:
             continue  # it is named when its turn comes
@@ -201,27 +221,28 @@ def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, i
 def _pack_split(split: _Split) -> Manifest:
     """Write the shards that are not there yet, then the manifest."""
     split.job.begin(restart=True)
-    done: dict[int, tuple[ShardRecord, list[list[str]]]] = {}
-    for shard in range(split.shards):
-        found = split.job.finished(shard_name(shard))
-        if found is not None and (split.options.skip_bad or not found[1]["skipped"]):
-            done[shard] = (found[0], found[1]["skipped"])
+    done = {shard: packed for shard in range(split.shards) if (packed := split.finished(shard)) is not None}
     label = f"packing {split.job.folder.name}"
     with Progress(label, len(split.numbers)) as progress:
-        progress.advance(sum(record.samples for record, _ in done.values()))
-        for shard, record, bad in _each_shard(split, [n for n in range(split.shards) if n not in done]):
-            done[shard] = (record, bad)
-            progress.advance(record.samples + len(bad), record.name)
+        progress.advance(sum(record.samples + len(left_out) for record, left_out in done.values()))
+        for shard, packed in _each_shard(split, [n for n in range(split.shards) if n not in done]):
+            done[shard] = packed
+            progress.advance(packed[0].samples + len(packed[1]), packed[0].name)
     records = tuple(done[shard][0] for shard in range(split.shards))
-    bad = [item for shard in range(split.shards) for item in done[shard][1]]
-    count = len(split.numbers) - len(bad)
+    bad = [item for shard in range(split.shards) for item in done[shard][1].skipped]
+    small = [name for shard in range(split.shards) for name in done[shard][1].small]
+    count = sum(record.samples for record in records)
     if bad and not (split.options.skip_bad and count):
         advice = "none is left" if not count else "delete or replace them, or leave them out with --skip-bad"
         raise UserError(
             f"{split.source.name}: {len(bad)} of {len(split.numbers)} images cannot be read, the first is "
             f"{bad[0][0]} ({bad[0][1]}); {advice}"
         )
-    size, picture = split.options.size, split.picture_size
+    if not count:
+        raise UserError(
+            f"{split.source.name}: all {len(small)} images are smaller than --min-side {split.recipe.min_side}"
+        )
+    size, picture = split.recipe.size, split.recipe.picture_size
     uniform = split.source.uniform_size
     square = uniform[0] if uniform is not None and uniform[0] == uniform[1] else None
     manifest = Manifest(
@@ -231,8 +252,9 @@ def _pack_split(split: _Split) -> Manifest:
         shards=records,
         classes=split.source.classes,
         image_size=size if size is not None else square,
-        padding=_padding(picture, size) if picture is not None and size is not None else None,
+        padding=padding(picture, size) if picture is not None and size is not None else None,
         skipped=tuple(sorted(name for name, _ in bad)),
+        too_small=tuple(sorted(small)),
         source=split.job.source,
     )
     split.job.finish(manifest)
@@ -247,12 +269,12 @@ def _begin_worker(split: _Split) -> None:
     _split_of_worker = split
 
 
-def _pack_in_worker(shard: int) -> tuple[int, ShardRecord, list[list[str]]]:
+def _pack_in_worker(shard: int) -> tuple[int, Packed]:
     assert _split_of_worker is not None
     return _split_of_worker.pack(shard)
 
 
-def _each_shard(split: _Split, pending: list[int]) -> Iterator[tuple[int, ShardRecord, list[list[str]]]]:
+def _each_shard(split: _Split, pending: list[int]) -> Iterator[tuple[int, Packed]]:
     jobs = min(split.options.jobs, len(pending))
     if jobs <= 1:
         yield from map(split.pack, pending)

@@ -5,10 +5,12 @@ Tars follow WebDataset's conventions and hold no time, user or host. A shard is 
 renamed; then its record goes to the folder ``.parts``; the manifest comes last and ``.parts`` is removed.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,17 +43,31 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+@contextmanager
+def refused_when_full(folder: Path) -> Iterator[None]:
+    """Turn "no space left" and its kin into a UserError; every other error passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{folder}: {error.strerror}; make room and run the same command again (what is finished is kept)"
+        ) from None
+
+
 def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Sequence[str]) -> ShardRecord:
     """Write one tar (and its index, where records differ in length).
 
-    members: every member that may occur, the same for all shards of the folder.
+    members: every member that may occur, the same for all shards of the folder. Raises UserError where the disk is
+    full.
     """
     from webdataset.writer import TarWriter
 
     path = folder / name
     aside = folder / f".{name}.{os.getpid()}.tmp"
     try:
-        with open(aside, "wb") as file:
+        with refused_when_full(folder), open(aside, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444) as tar:
                 for key, parts in samples:
                     tar.write({"__key__": key} | {member.removeprefix("."): data for member, data in parts.items()})
@@ -62,7 +78,8 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
         index = found.columns(tuple(members))
         stride, index_sha256, layout = index.stride(), None, None
         if stride is None:
-            write_bytes(folder / index_name(name), index_bytes(index))
+            with refused_when_full(folder):
+                write_bytes(folder / index_name(name), index_bytes(index))
             index_sha256 = sha256_file(folder / index_name(name))
         else:
             layout = tuple((int(offset), int(length)) for offset, length in index.spans[0])
@@ -153,12 +170,14 @@ class ShardJob:
         """
         record = write_shard(self.folder, name, samples, members)
         data = {"record": asdict(record), "extra": dict(extra or {})}
-        write_bytes(self._parts / f"{name}.json", json.dumps(data).encode())
+        with refused_when_full(self.folder):
+            write_bytes(self._parts / f"{name}.json", json.dumps(data).encode())
         return record
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and forget the parts. Main rank only, after all shards."""
         for leftover in self.folder.glob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
-        write_manifest(self.folder, manifest)
+        with refused_when_full(self.folder):
+            write_manifest(self.folder, manifest)
         shutil.rmtree(self._parts, ignore_errors=True)

@@ -162,7 +162,7 @@ def test_an_interrupted_pack_goes_on_to_the_same_bytes(folder, tmp_path, monkeyp
             raise Killed
         return center_crop(image, size)
 
-    monkeypatch.setattr("llamagen_dist.data.pack.center_crop", killed_at_the_third)
+    monkeypatch.setattr("llamagen_dist.data.recipe.center_crop", killed_at_the_third)
     with pytest.raises(Killed):
         pack(str(folder), tmp_path / "cut", options)
     assert not (tmp_path / "cut" / "manifest.json").exists()
