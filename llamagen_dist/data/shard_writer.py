@@ -85,7 +85,8 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
             layout = tuple((int(offset), int(length)) for offset, length in index.spans[0])
         record = ShardRecord(name, len(index.spans), size, digest, stride, layout, index_sha256)
         sums = checksums(aside, starts(record, index.spans))
-        write_bytes(folder / checksum_name(name), sums.tobytes())
+        with refused_when_full(folder):
+            write_bytes(folder / checksum_name(name), sums.tobytes())
         os.replace(aside, path)
         sync_folder(folder)
     finally:
