@@ -1,7 +1,9 @@
-"""``llamagen shards verify|stats|index SHARDS``: look after a folder of shards."""
+"""``llamagen shards verify|stats|show|index SHARDS``: look after a folder of shards."""
 
 import argparse
 from pathlib import Path
+
+MOST_SHOWN = 1000
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -9,16 +11,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("verify", "read every byte and compare it with the manifest's sha256"),
         ("stats", "what the shards hold"),
+        ("show", "draw a contact sheet: images, or tokens decoded, with their classes and captions"),
         ("index", "make manifest and index for tars of another program"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("folder", type=Path, metavar="SHARDS")
+        if name == "show":
+            action.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg")
+            action.add_argument("--n", type=int, default=40, metavar="N", help="how many samples (default: 40)")
+            action.add_argument("--start", type=int, default=0, metavar="K", help="the first sample (default: 0)")
+            action.add_argument(
+                "--tokenizer", type=Path, metavar="PATH", help="of token shards (default: the one they name)"
+            )
         if name == "index":
             action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
 
 
 def run(args: argparse.Namespace) -> None:
-    {"verify": _verify, "stats": _stats, "index": _index}[args.action](args)
+    {"verify": _verify, "stats": _stats, "show": _show, "index": _index}[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -52,8 +62,14 @@ def _stats(args: argparse.Namespace) -> None:
         lines["tokens"] = f"{manifest.grid[0]} x {manifest.grid[1]} of {manifest.vocab_size} codes"
         lines["crops"] = f"{manifest.crops} per image"
         lines["tokenizer"] = f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256})"
+    if (captions := manifest.captions) is not None:
+        kinds = "long and short" if captions.short else "long"
+        lines["captions"] = f"{kinds}, up to {captions.max_tokens} x {captions.dim} features"
+        lines["encoder"] = f"{captions.encoder} (sha256 {captions.encoder_sha256}), cleaned by {captions.cleaning}"
+    for key, number in manifest.noticed.items():
+        lines[key.replace("_", " ")] = f"{number:,}"
     for key, value in lines.items():
-        print(f"{key:12} {value}")
+        print(f"{key:20} {value}")
     if manifest.classes is not None:
         _histogram(shards.labels(range(len(shards))).tolist(), manifest.classes)
 
@@ -67,6 +83,22 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
         print(f"  {label:5} {counts[label]:9,}  {classes[label]}")
     if len(classes) > 20:
         print(f"  ({len(classes)} classes, {min(counts):,} to {max(counts):,} samples each)")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from llamagen_dist.config import UserError
+    from llamagen_dist.data.shards import open_shards
+    from llamagen_dist.sampling.grid import save_page
+    from llamagen_dist.sampling.sheet import shard_sheet
+
+    shards = open_shards(args.folder)
+    if not 1 <= args.n <= MOST_SHOWN:
+        raise UserError(f"--n {args.n}: must be between 1 and {MOST_SHOWN}")
+    if not 0 <= args.start < len(shards):
+        raise UserError(f"--start {args.start}: {args.folder} holds samples 0 to {len(shards) - 1}")
+    samples = range(args.start, min(args.start + args.n, len(shards)))
+    save_page(args.out, lambda: shard_sheet(shards, samples, args.tokenizer))
+    print(args.out)
 
 
 def _index(args: argparse.Namespace) -> None:

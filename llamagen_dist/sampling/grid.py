@@ -1,6 +1,6 @@
-"""Pictures side by side, one row or column per class, with the class names written beside them."""
+"""Pictures side by side: one row per class with its name, or a contact sheet with a few words under each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from llamagen_dist.files import written_aside
 SMALLEST_TILE = 72  # pixels; smaller pictures are enlarged by whole factors without smoothing
 LARGEST_TILE = 256
 MOST_CLASSES = 20
+LARGEST_SHEET = 1600  # pixels across a contact sheet, unless four pictures need more
+TEXT_LINES = 5
 _GAP, _MARGIN = 4, 10
 _PAPER, _INK = (255, 255, 255), (24, 24, 27)
 
@@ -43,17 +45,75 @@ def class_grid(
     return page
 
 
+def contact_sheet(pictures: Sequence[Image.Image], texts: Sequence[str], title: str = "") -> Image.Image:
+    """Pictures of any sizes in reading order, ten or fewer to a row, each whole and with its text wrapped below it.
+
+    texts: one for each picture; its first line is shortened to one, all of it to TEXT_LINES. title: above them all.
+    """
+    tile = max(tile_side(max(picture.size)) for picture in pictures)
+    columns = min(10, max(4, LARGEST_SHEET // tile), len(pictures))
+    size = max(11, tile // 10)
+    font, line = ImageFont.load_default(size), round(1.25 * size)
+    wrapped = [_wrapped(text, font, tile) for text in texts]
+    across = tile + 3 * _GAP
+    rows = [range(first, min(first + columns, len(pictures))) for first in range(0, len(pictures), columns)]
+    below = [line * max(len(wrapped[number]) for number in row) + 3 * _GAP for row in rows]
+    top = _MARGIN + (2 * line if title else 0)
+    width = 2 * _MARGIN + max(columns * across - 3 * _GAP, int(font.getlength(title)))
+    page = Image.new("RGB", (width, top + sum(below) + len(rows) * tile + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN, _MARGIN), title, _INK, font)
+    for row, height in zip(rows, below, strict=True):
+        for column, number in enumerate(row):
+            left = _MARGIN + column * across
+            shown = _fitted(pictures[number].convert("RGB"), tile)
+            page.paste(shown, (left + (tile - shown.width) // 2, top + (tile - shown.height) // 2))
+            for place, words in enumerate(wrapped[number]):
+                pen.text((left, top + tile + _GAP + place * line), words, _INK, font)
+        top += tile + height
+    return page
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most ``width`` pixels; an ellipsis stands for what is left out."""
+    heading, _, rest = text.partition("\n")
+    lines, words = [heading], rest.split()
+    while words and len(lines) < TEXT_LINES:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line += f" {words.pop(0)}"
+        lines.append(line)
+    if words:
+        lines[-1] += " …"
+    return [_shortened(line, font, width) for line in lines]
+
+
+def _shortened(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    kept = line.removesuffix(" …")
+    while kept and font.getlength(f"{kept}…") > width:
+        kept = kept[:-1]
+    return f"{kept.rstrip()}…"
+
+
 def save(
     path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], per_class: int = 10
 ) -> None:
     """Write ``class_grid`` of these, aside and renamed. Raises UserError: another ending, or not writable."""
+    save_page(path, lambda: class_grid(images, labels, classes, per_class))
+
+
+def save_page(path: Path, draw: Callable[[], Image.Image]) -> None:
+    """Write what ``draw`` makes, aside and renamed. Raises UserError: an ending but .png or .jpg, or not writable."""
     form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
     if form is None:
         raise UserError(f"{path}: write the pictures to a file that ends in .png or .jpg")
+    page = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:
-            class_grid(images, labels, classes, per_class).save(aside, form)
+            page.save(aside, form)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
@@ -72,6 +132,12 @@ def tile_side(size: int) -> int:
 
 def enlarged(image: NDArray[np.uint8], side: int) -> Image.Image:
     """uint8 [S, S, 3] at ``side`` x ``side`` pixels: nearest neighbour upwards, Lanczos downwards."""
-    picture = Image.fromarray(image)
-    method = Image.Resampling.NEAREST if side >= picture.width else Image.Resampling.LANCZOS
-    return picture if side == picture.width else picture.resize((side, side), method)
+    return _fitted(Image.fromarray(image), side)
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    """The whole picture with its longer side at ``side`` pixels."""
+    longer = max(picture.size)
+    method = Image.Resampling.NEAREST if side >= longer else Image.Resampling.LANCZOS
+    width, height = (max(1, round(pixels * side / longer)) for pixels in picture.size)
+    return picture if side == longer else picture.resize((width, height), method)
