@@ -46,6 +46,7 @@ def fetch(
     problem: Exception = _Failed("")
     for number in range(tries):
         if number:
+            file.flush()  # a process that is ended in the pause leaves what it has to the next one
             asked = problem.wait_s if isinstance(problem, Busy) else 0.0
             pause = FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # ranks should not come in step
             time.sleep(min(max(asked, pause), _LONGEST_PAUSE_S))

@@ -220,7 +220,7 @@ class Pipe:
             try:
                 yield 0, self._read(process, complaints)
             finally:
-                if process.poll() is None:
+                if process.returncode is None:  # not even waited for: the group's number is still its own
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 assert process.stdout is not None
