@@ -11,6 +11,8 @@ COMMANDS = {
     "quickstart": "train a tokenizer and a ladder of GPTs on real images, end to end, and write a report",
     "config": "print a config resolved, or everything that is wrong with it",
     "pack": "turn images into WebDataset shards with an index and a manifest",
+    "emoji": "turn the emoji-datasource package into captioned images, some captions held out",
+    "text-encoder": "make a small, untrained T5 for the captions of image shards",
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name == chosen:
-            module = importlib.import_module(f"llamagen_dist.commands.{name}")
+            module = importlib.import_module(f"llamagen_dist.commands.{name.replace('-', '_')}")
             module.arguments(sub)
     args, rest = parser.parse_known_args(words)
     if hasattr(args, "settings") and all("=" in word and not word.startswith("-") for word in rest):

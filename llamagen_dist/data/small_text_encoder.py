@@ -4,13 +4,15 @@ Untrained it still tells captions apart: every word has a vector of its own, and
 others and their order. It knows nothing of words that it was not made for; real captions want a trained T5.
 """
 
-import shutil
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.captions import clean
+from llamagen_dist.data.captions import CLEANING, clean
+from llamagen_dist.data.made_once import made_once
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # numbered as T5's
 
@@ -27,26 +29,43 @@ def make_small_text_encoder(
     """Write config.json, model.safetensors and the tokenizer's files to the new folder ``out``; returns its words.
 
     captions: cleaned here; their ``max_words`` most frequent words (and signs) become tokens. The same captions and
-    numbers give the same files. Raises UserError where there is no word, or ``out`` exists.
+    numbers give the same files, and are not made again. dim: a multiple of ``heads``. Raises UserError where there is
+    no word, or ``out`` holds something else.
     """
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-    from transformers.utils import logging
 
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another folder, or delete it")
     split = pre_tokenizers.Whitespace()  # and signs apart from words
     counts = Counter(word for caption in captions for word, _ in split.pre_tokenize_str(clean(caption)))
     words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
     if not words:
         raise UserError("there is no word in the captions, after cleaning; a text encoder needs some")
+    made_from = {
+        "made_by": "make_small_text_encoder",
+        "cleaning": CLEANING,
+        "words": len(words),
+        "words_sha256": hashlib.sha256("\n".join(words).encode()).hexdigest(),
+        "dim": dim,
+        "layers": layers,
+        "heads": heads,
+        "seed": seed,
+    }
     numbers = {word: number for number, word in enumerate([*_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    with made_once(out, made_from) as folder:
+        if folder is not None:
+            _write(folder, tokenizer, len(numbers), dim, layers, heads, seed)
+    return len(words)
+
+
+def _write(folder: Path, tokenizer: Any, vocabulary: int, dim: int, layers: int, heads: int, seed: int) -> None:
+    import torch
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers.utils import logging
+
     config = T5Config(
-        vocab_size=len(numbers),
+        vocab_size=vocabulary,
         d_model=dim,
         d_kv=dim // heads,
         d_ff=2 * dim,
@@ -57,19 +76,12 @@ def make_small_text_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = T5EncoderModel(config)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        )
-        fast.save_pretrained(aside)
-        model.save_pretrained(aside)
-        aside.rename(out)
+        fast.save_pretrained(folder)
+        model.save_pretrained(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
         if shown:
             logging.enable_progress_bar()
-    return len(words)

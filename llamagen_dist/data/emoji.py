@@ -1,0 +1,134 @@
+"""A captioned data set that package managers can install: the pictures of the emoji-datasource packages.
+
+3,786 pictures of 64 x 64 pixels (version 16), each with a name; 323 of the people and hands come in five skin tones.
+Held out are *compositions*: of every second such name one tone, so that name and tone are each in the training set,
+but the caption is not.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llamagen_dist.config import UserError
+from llamagen_dist.data.images import DECODE_ERRORS
+from llamagen_dist.data.made_once import made_once
+
+TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
+WHERE = "fetch it with: npm pack emoji-datasource-google@16.0.0"
+_LIMIT = 64 << 20  # bytes of one file of the package; the largest are sprite sheets
+
+
+@dataclass(frozen=True)
+class Picture:
+    """file: name of the picture. short: its name and skin tone. text: that, and what kind of thing it is."""
+
+    file: str
+    short: str
+    text: str
+    held_out: bool
+
+
+def prepare_emoji(package: Path, out: Path) -> tuple[int, int]:
+    """Write OUT/train.jsonl, OUT/validation.jsonl and OUT/images/*.png (RGB, on white) for ``llamagen pack``.
+
+    package: the downloaded .tgz, or the folder ``package`` in it. Returns how many pictures are for training and how
+    many are held out. The same package again is left as it is. Raises UserError: not such a package, pictures that are
+    not there or cannot be read, ``out`` is something else.
+    """
+    files = _read(package)
+    pictures = _pictures(package, files)
+    digest = hashlib.sha256()
+    for name in ("emoji.json", *(picture.file for picture in pictures)):
+        digest.update(f"{name} {len(files[name])}\n".encode() + files[name])
+    with made_once(out, {"made_by": "prepare_emoji", "rules": 1, "package_sha256": digest.hexdigest()}) as folder:
+        if folder is not None:
+            (folder / "images").mkdir()
+            for picture in pictures:
+                _on_white(files[picture.file], f"{package}: {picture.file}").save(folder / "images" / picture.file)
+            for name, held_out in (("train.jsonl", False), ("validation.jsonl", True)):
+                lines = [_line(picture) for picture in pictures if picture.held_out == held_out]
+                (folder / name).write_text("".join(lines), encoding="utf-8")
+    held = sum(picture.held_out for picture in pictures)
+    return len(pictures) - held, held
+
+
+def _line(picture: Picture) -> str:
+    record = {"image_path": f"images/{picture.file}", "text": picture.text, "short": picture.short}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _on_white(data: bytes, where: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            drawn = image.convert("RGBA")
+    except DECODE_ERRORS as error:
+        raise UserError(f"{where} cannot be decoded ({error}); {WHERE}") from None
+    white = Image.new("RGBA", drawn.size, "white")
+    return Image.alpha_composite(white, drawn).convert("RGB")
+
+
+def _read(package: Path) -> dict[str, bytes]:
+    """emoji.json and the 64 x 64 pictures of one vendor, by file name."""
+    files = {}
+    try:
+        for path, data in _files(package):
+            parts = path.split("/")
+            if path == "emoji.json" or (len(parts) == 4 and parts[0] == "img" and parts[2] == "64"):
+                files[parts[-1]] = data
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{package}: cannot be read ({error}); {WHERE}") from None
+    if "emoji.json" not in files:
+        raise UserError(f"{package}: is not an emoji-datasource package (no emoji.json in it); {WHERE}")
+    return files
+
+
+def _files(package: Path) -> Iterator[tuple[str, bytes]]:
+    """(path inside the package, content) of its small files."""
+    if package.is_dir():
+        for path in (package / "emoji.json", *sorted(package.glob("img/*/64/*.png"))):
+            if path.is_file():
+                yield path.relative_to(package).as_posix(), path.read_bytes()
+        return
+    with tarfile.open(package, "r:*") as tar:
+        for member in tar:
+            inside = member.name.removeprefix("package/")
+            if member.isfile() and member.size <= _LIMIT and (inside == "emoji.json" or "/64/" in inside):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield inside, file.read()
+
+
+def _pictures(package: Path, files: dict[str, bytes]) -> list[Picture]:
+    try:
+        entries = sorted(json.loads(files["emoji.json"]), key=lambda entry: entry["image"])
+        pictures = [picture for entry in entries for picture in _of_entry(entry)]
+        toned = sorted({entry["name"].lower() for entry in entries if entry.get("skin_variations")})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{package}: its emoji.json is not as expected ({error!r}); {WHERE}") from None
+    apart = {_short(name, [tone]) for name, tone in zip(toned[::2], list(TONES) * len(toned), strict=False)}
+    pictures = [Picture(p.file, p.short, p.text, p.short in apart) for p in pictures if p.file in files]
+    if not any(p.held_out for p in pictures) or all(p.held_out for p in pictures):
+        raise UserError(f"{package}: holds {len(pictures)} of the pictures that its emoji.json names; {WHERE}")
+    return pictures
+
+
+def _of_entry(entry: dict[str, Any]) -> Iterator[Picture]:
+    """One emoji and its skin tones."""
+    kind = f"{entry['category']}, {entry['subcategory']}".replace("&", "and").replace("-", " ").lower()
+    for tones, drawn in {"": entry, **(entry.get("skin_variations") or {})}.items():
+        short = _short(entry["name"].lower(), tones.split("-") if tones else [])
+        file = str(drawn["image"])
+        if "/" not in file and file.endswith(".png"):
+            yield Picture(file, short, f"{short}. {kind}.", False)
+
+
+def _short(name: str, tones: list[str]) -> str:
+    words = " and ".join(dict.fromkeys(TONES[tone] for tone in tones))
+    return f"{name} with {words} skin" if tones else name
