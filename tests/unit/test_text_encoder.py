@@ -145,7 +145,7 @@ def test_making_one_is_repeatable_and_never_overwrites(folder, tmp_path):
     assert CaptionEncoder(again).sha256 == CaptionEncoder(folder).sha256
     make_small_text_encoder([TEXT], tmp_path / "other", dim=32, seed=1)
     assert CaptionEncoder(tmp_path / "other").sha256 != CaptionEncoder(folder).sha256
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="made from something else"):
         make_small_text_encoder(["a"], folder)
     with pytest.raises(UserError, match="no word"):
         make_small_text_encoder(["", "photo.jpg"], tmp_path / "empty")

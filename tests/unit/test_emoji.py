@@ -1,0 +1,175 @@
+"""The captioned set from the emoji-datasource package, on a package of the same shape drawn here."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamagen_dist.config import UserError
+from llamagen_dist.data.emoji import TONES, prepare_emoji
+from llamagen_dist.data.made_once import made_once
+
+NAMES = ["BABY ANGEL", "CLAPPING HANDS", "NAIL POLISH", "NOSE"]  # come in skin tones
+
+
+def png(red: int) -> bytes:
+    """Half of it is transparent, above a colour that must not be seen."""
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[:, :32] = (red, 10, 20, 255)
+    pixels[:, 32:] = (0, 200, 0, 0)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def entry(number: int, name: str, toned: bool) -> dict:
+    made = {
+        "name": name,
+        "image": f"{number:04x}.png",
+        "category": "People & Body",
+        "subcategory": "hand-prop",
+    }
+    if toned:
+        pairs = ["1F3FB-1F3FF", "1F3FB-1F3FB"] if number == 0 else []
+        made["skin_variations"] = {tone: {"image": f"{number:04x}-{tone.lower()}.png"} for tone in (*TONES, *pairs)}
+    return made
+
+
+def package() -> dict[str, bytes]:
+    entries = [entry(number, name, True) for number, name in enumerate(NAMES)]
+    entries.append(entry(9, "St. Lucia Flag", False))
+    files = {"emoji.json": json.dumps(entries).encode(), "img/google/sheets-64/64.png": b"not opened"}
+    for number, made in enumerate(entries):
+        for drawn in (made, *made.get("skin_variations", {}).values()):
+            files[f"img/google/64/{drawn['image']}"] = png(50 * number)
+    return files
+
+
+def as_folder(files: dict[str, bytes], path: Path) -> Path:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def as_tgz(files: dict[str, bytes], path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_held_out_captions_are_new_but_their_words_are_not(tmp_path):
+    assert prepare_emoji(as_folder(package(), tmp_path / "package"), tmp_path / "out") == (24, 2 + 1)
+    train, held_out = lines(tmp_path / "out/train.jsonl"), lines(tmp_path / "out/validation.jsonl")
+    seen = {line["short"] for line in train}
+    assert not seen & {line["short"] for line in held_out}
+    assert [line["short"] for line in held_out] == ["baby angel with light skin"] * 2 + [
+        "nail polish with medium light skin"
+    ]
+    for line in held_out:
+        assert set(line["short"].split()) <= {word for other in seen for word in other.split()}
+        assert line["short"].split(" with ")[0] in seen
+        assert line["text"] == f"{line['short']}. people and body, hand prop."
+    assert "baby angel with light and dark skin" in seen
+    assert "st. lucia flag" in seen, "the whole name, although its first sentence ends earlier"
+
+
+def test_pictures_stand_on_white(tmp_path):
+    prepare_emoji(as_folder(package(), tmp_path / "package"), tmp_path / "out")
+    for line in lines(tmp_path / "out/train.jsonl"):
+        with Image.open(tmp_path / "out" / line["image_path"]) as image:
+            pixels = np.asarray(image)
+        assert image.mode == "RGB"
+        assert (pixels[:, 32:] == 255).all()
+        assert pixels[0, 0].tolist()[1:] == [10, 20]
+
+
+def test_the_download_and_its_unpacked_folder_are_the_same(tmp_path):
+    out = tmp_path / "out"
+    prepare_emoji(as_tgz(package(), tmp_path / "package.tgz"), out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    prepare_emoji(as_folder(package(), tmp_path / "package"), out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "not made again"
+    other = {**package(), "img/google/64/0009.png": png(7)}
+    with pytest.raises(UserError, match="made from something else"):
+        prepare_emoji(as_folder(other, tmp_path / "other"), out)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"emoji.json": None}, "no emoji.json in it"),
+        ({"emoji.json": b"[{}]"}, "not as expected"),
+        ({"emoji.json": b"[3]"}, "not as expected"),
+        ({"emoji.json": b"\xff"}, "not as expected"),
+        ({"emoji.json": json.dumps([{**entry(0, "X", True), "image": "../up.png"}]).encode()}, None),
+        ({"img/google/64/0001.png": png(0)[:-60]}, "0001.png cannot be decoded"),
+        ({"emoji.json": json.dumps([entry(77, "X", True)]).encode()}, "holds 0 of the pictures"),
+    ],
+)
+def test_another_package_is_refused_and_nothing_is_left(tmp_path, change, sentence):
+    files = {name: data for name, data in {**package(), **change}.items() if data is not None}
+    source = as_folder(files, tmp_path / "package")
+    if sentence is None:
+        prepare_emoji(source, tmp_path / "out")
+        assert not (tmp_path / "up.png").exists()
+        return
+    with pytest.raises(UserError, match=sentence) as refusal:
+        prepare_emoji(source, tmp_path / "out")
+    assert "npm pack emoji-datasource-google" in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+def test_a_cut_download_is_refused(tmp_path):
+    whole = as_tgz(package(), tmp_path / "package.tgz").read_bytes()
+    (tmp_path / "cut.tgz").write_bytes(whole[: len(whole) // 2])
+    for source in ("cut.tgz", "none.tgz"):
+        with pytest.raises(UserError, match="cannot be read"):
+            prepare_emoji(tmp_path / source, tmp_path / "out")
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), made_once(out, {"of": [1]}) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with made_once(out, {"of": (1,)}) as folder:
+        (folder / "file").touch()
+    with made_once(out, {"of": [1]}) as folder:
+        assert folder is None
+    for other in ({"of": [2]}, {}):
+        with pytest.raises(UserError, match="something else"), made_once(out, other):
+            pass
+    (out / "made_from.json").unlink()
+    with pytest.raises(UserError, match="not what would be made"), made_once(out, {"of": [1]}):
+        pass
+    assert (out / "file").exists()
+
+
+def test_commands_say_what_they_made(tmp_path):
+    as_tgz(package(), tmp_path / "package.tgz")
+
+    def llamagen(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llamagen_dist.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    made = llamagen("emoji", str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out"))
+    assert made.stdout.strip().endswith(
+        "24 captioned pictures in train.jsonl, 3 with other captions in validation.jsonl"
+    )
+    refused = llamagen("text-encoder", str(tmp_path / "out"), "--out", str(tmp_path / "t5"))
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
