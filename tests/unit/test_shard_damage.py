@@ -1,0 +1,140 @@
+"""Shards that change while they are read, lose their index or a bit: named, repaired where that is sure, no crash."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamagen_dist.config import UserError
+from llamagen_dist.data import checksums, folders
+from llamagen_dist.data.index import index_name
+from llamagen_dist.data.manifest import MANIFEST
+from llamagen_dist.data.shard_writer import shard_name
+from llamagen_dist.data.shards import open_shards, verify
+from tests.unit.test_shards import payload, write_set
+
+FIRST, LAST = shard_name(0), shard_name(2)
+
+
+def equal_records(number):
+    return bytes([number]) * 600
+
+
+def test_a_shard_cut_short_in_use_is_a_sentence_not_a_bus_error(tmp_path):
+    record = write_set(tmp_path).shards[2]
+    shards = open_shards(tmp_path)
+    assert shards.read(12, ".png") == payload(12)
+    os.truncate(tmp_path / LAST, 4096)
+    with pytest.raises(UserError, match=rf"{LAST}: ends before byte .* cut short while it was in use") as refusal:
+        shards.read(12, ".png")
+    assert record.sha256 in str(refusal.value)
+    shards.close()
+    with pytest.raises(UserError, match=rf"{LAST}: 4096 bytes, but manifest.json records {record.bytes}"):
+        shards.read(12, ".png")
+    assert shards.read(0, ".png") == payload(0)
+
+
+def test_a_shard_deleted_in_use_is_read_to_the_end_and_named_once_it_is_needed_again(tmp_path):
+    write_set(tmp_path)
+    shards = open_shards(tmp_path)
+    shards.read(12, ".png")
+    (tmp_path / LAST).unlink()
+    assert shards.read(6, ".png") == payload(6)
+    shards.close()
+    with pytest.raises(UserError, match=rf"{LAST}: cannot be read \(No such file or directory\); copy it here again"):
+        shards.read(6, ".png")
+
+
+def test_an_unreadable_disk_is_named(tmp_path):
+    write_set(tmp_path)
+    shards = open_shards(tmp_path)
+    shards.read(12, ".png")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, shards._open[2].file.fileno())  # reading a folder fails like a disk: an error of the system
+    os.close(folder)
+    with pytest.raises(UserError, match=rf"{LAST}: cannot be read any more \(Is a directory\)"):
+        shards.read(12, ".png")
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "empty"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_index_is_made_again_with_a_notice(tmp_path, monkeypatch, capsys, damage, writable):
+    write_set(tmp_path)
+    path = tmp_path / index_name(FIRST)
+    good = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "empty" else good[:-1] + bytes([good[-1] ^ 1]))
+    if not writable:
+        monkeypatch.setattr(folders, "write_bytes", _read_only)
+    shards = open_shards(tmp_path)
+    assert [shards.read(n, ".png") for n in range(13)] == [payload(n) for n in range(13)]
+    said = capsys.readouterr().out
+    assert said.count(f"{path}: ") == said.count("was made again") == 1
+    assert ("in memory only" in said) is not writable
+    assert (path.exists() and path.read_bytes() == good) is writable
+    open_shards(tmp_path).read(0, ".png")
+    assert (capsys.readouterr().out == "") is writable
+
+
+def _read_only(path, data):
+    raise OSError(30, "Read-only file system")
+
+
+def test_an_index_is_not_made_from_a_shard_that_has_changed(tmp_path):
+    write_set(tmp_path / "a")
+    write_set(tmp_path / "b", data=lambda n: payload(n, 1)[::-1] + b"x")
+    (tmp_path / "a" / index_name(FIRST)).unlink()
+    size = (tmp_path / "a" / FIRST).stat().st_size
+    other = (tmp_path / "b" / FIRST).read_bytes()
+    (tmp_path / "a" / FIRST).write_bytes(other.ljust(size, b"\0")[:size])
+    with pytest.raises(UserError, match=r"cannot be made again, because shard-000000.tar has changed"):
+        open_shards(tmp_path / "a").read(0, ".png")
+
+
+@settings(max_examples=40)
+@given(place=st.integers(min_value=0), records=st.sampled_from([payload, equal_records]))
+def test_any_flipped_bit_is_traced_to_its_sample(tmp_path_factory, place, records):
+    folder = tmp_path_factory.getbasetemp() / f"flips-{records.__name__}"
+    if not folder.exists():
+        write_set(folder, data=records)
+    shards = open_shards(folder)
+    begins = np.array([offset for offset in shards.spans(np.arange(6, 13), ".cls")[1]]) - 512
+    path, kept = folder / LAST, (folder / LAST).read_bytes()
+    place %= len(kept)
+    try:
+        path.write_bytes(kept[:place] + bytes([kept[place] ^ 4]) + kept[place + 1 :])
+        sample = max(int(np.searchsorted(begins, place, side="right")) - 1, 0)
+        with pytest.raises(UserError, match=rf"{LAST}: sha256 .*damaged: sample {sample} of 7"):
+            verify(shards)
+    finally:
+        path.write_bytes(kept)
+    verify(shards)  # nothing is wrong any more
+
+
+def test_several_damaged_samples_and_what_cannot_be_told(tmp_path):
+    write_set(tmp_path, sizes=(9,), data=equal_records)
+    path = tmp_path / FIRST
+    data = bytearray(path.read_bytes())
+    offsets = open_shards(tmp_path).spans(np.arange(9), ".png")[1]
+    for sample in (1, 2, 3, 5, 7, 8):
+        data[offsets[sample]] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged: sample 1, 2, 3, 5, 7 and 1 more of 9"):
+        verify(open_shards(tmp_path))
+    shutil.move(tmp_path / checksums.checksum_name(FIRST), tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"which sample cannot be told without shard-000000\.crc32"):
+        verify(open_shards(tmp_path))
+
+
+def test_a_whole_shard_of_another_set_is_told_from_damage(tmp_path):
+    write_set(tmp_path / "a", data=equal_records)
+    write_set(tmp_path / "b", data=lambda n: equal_records(n + 1))
+    for name in (FIRST, checksums.checksum_name(FIRST)):
+        shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
+    with pytest.raises(UserError, match=rf"{FIRST}: .*no sample's checksum differs: the {MANIFEST[:-5]} belongs to"):
+        verify(open_shards(tmp_path / "a"))
