@@ -1,4 +1,4 @@
-"""``llamagen shards verify|stats|show|index SHARDS``: look after a folder of shards."""
+"""``llamagen shards verify|stats|show|index|merge SHARDS``: look after a folder of shards."""
 
 import argparse
 from pathlib import Path
@@ -25,10 +25,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             )
         if name == "index":
             action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
+    merge = actions.add_parser(
+        "merge",
+        help="put several folders of shards into one",
+        description="Put several folders of shards into one, in the order in which they are named.",
+    )
+    merge.add_argument("folders", type=Path, nargs="+", metavar="SHARDS")
+    merge.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="the new folder")
+    merge.add_argument("--copy", action="store_true", help="copy the tars (default: hard links where they can be made)")
 
 
 def run(args: argparse.Namespace) -> None:
-    {"verify": _verify, "stats": _stats, "show": _show, "index": _index}[args.action](args)
+    actions = {"verify": _verify, "stats": _stats, "show": _show, "index": _index, "merge": _merge}
+    actions[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -55,7 +64,7 @@ def _stats(args: argparse.Namespace) -> None:
         "classes": "none" if manifest.classes is None else f"{len(manifest.classes)}",
         "image size": "differs" if manifest.image_size is None else f"{manifest.image_size} px",
         "padding": "none" if manifest.padding is None else f"{manifest.padding} (left, top, right, bottom)",
-        "left out": f"{len(manifest.skipped)} unreadable images",
+        "left out": f"{len(manifest.skipped)} unreadable images, {len(manifest.too_small)} too small ones",
         "fingerprint": manifest.fingerprint(),
     }
     if manifest.kind == "tokens" and manifest.grid is not None:
@@ -115,3 +124,14 @@ def _index(args: argparse.Namespace) -> None:
     with Progress("indexing", len(list(args.folder.glob("*.tar")))) as progress:
         manifest = index_folder(args.folder, classes, progress.advance)
     print(f"{args.folder}: {len(manifest.shards)} shards, {manifest.count:,} samples indexed")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from llamagen_dist.data.manifest import read_manifest
+    from llamagen_dist.data.merge import merge
+    from llamagen_dist.tracking.progress import Progress
+
+    total = sum(len(read_manifest(folder).shards) for folder in args.folders)
+    with Progress("merging", total) as progress:
+        manifest = merge(args.folders, args.out, args.copy, progress.advance)
+    print(f"{args.out}: {len(manifest.shards)} shards, {manifest.count:,} samples")

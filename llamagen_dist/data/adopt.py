@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from llamagen_dist.config import UserError
+from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
@@ -13,10 +16,10 @@ from llamagen_dist.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llamagen_dist.data.shards import IMAGE_MEMBERS, LABEL_MEMBER, Shards
+from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, Shards
+from llamagen_dist.data.sources.classes import MOST_CLASSES
+from llamagen_dist.data.token_reader import CODES_MEMBER
 from llamagen_dist.files import sha256_file, write_bytes
-
-_MOST_CLASSES = 1_000_000  # as in sources.classes
 
 
 def index_folder(
@@ -27,9 +30,10 @@ def index_folder(
     """Make manifest.json and the indexes for every ``*.tar`` in ``folder`` (image shards, WebDataset naming).
 
     classes: names of the labels in ``.cls``; without them the labels' numbers serve. Where there is a
-    manifest already, only its indexes are made again. advance: called with (1, shard name) after each tar.
-    Raises UserError: no tars, a tar that is damaged, compressed or leaves its archive, samples without image,
-    labels that are missing for some samples or are not numbers of a class.
+    manifest already, only its indexes and checksums are made again. advance: called with (1, shard name) after
+    each tar. Raises UserError, leaving no file behind: no tars, a tar that is damaged, compressed or leaves its
+    archive, token shards, samples without image, labels or captions (``.txt``) that only some samples have, labels
+    that are not numbers of a class.
     """
     if (folder / MANIFEST).exists():
         return _index_again(folder, advance)
@@ -41,40 +45,81 @@ def index_folder(
         found.append((path, scan(path)))
         advance(1, path.name)
     members = tuple(sorted({member for _, index in found for member in index.members}))
-    records = []
+    _check_members(folder, members)
     for path, index in found:
-        _write_index(path, index.columns(members))
-        records.append(
-            ShardRecord(
-                path.name,
-                len(index.spans),
-                path.stat().st_size,
-                sha256_file(path),
-                index_sha256=sha256_file(folder / index_name(path.name)),
-            )
+        _check_samples(path, index, members)
+    written = []
+    try:
+        for path, index in found:
+            written.append(_write_index(path, index.columns(members)))
+        manifest = Manifest(
+            kind="images",
+            count=sum(record.samples for record in written),
+            members=members,
+            shards=tuple(written),
+            source={"made_by": "llamagen shards index"},
         )
-    if not any(member in members for member in IMAGE_MEMBERS):
-        raise UserError(f"{folder}: no images in these tars (found {', '.join(members)}; wanted {IMAGE_MEMBERS})")
-    count = sum(record.samples for record in records)
-    manifest = Manifest("images", count, members, tuple(records), source={"made_by": "llamagen shards index"})
-    if LABEL_MEMBER in members:
-        manifest = _with_classes(folder, manifest, classes)
-    elif classes is not None:
-        raise UserError(f"{folder}: class names were given, but the samples have no {LABEL_MEMBER}")
+        if LABEL_MEMBER in members:
+            manifest = _with_classes(folder, manifest, classes)
+        elif classes is not None:
+            raise UserError(f"{folder}: class names were given, but the samples have no {LABEL_MEMBER}")
+    except UserError:
+        for record in written:
+            for name in (index_name(record.name), checksum_name(record.name)):
+                (folder / name).unlink(missing_ok=True)
+        raise
     write_manifest(folder, manifest)
     return manifest
 
 
-def _write_index(path: Path, index: TarIndex) -> None:
+def _check_members(folder: Path, members: tuple[str, ...]) -> None:
+    if CODES_MEMBER in members:
+        raise UserError(
+            f"{folder}: these are token shards, and only their {MANIFEST} says which tokenizer made them; copy it from "
+            "where they were made, or extract them again"
+        )
+    if not {*IMAGE_MEMBERS} & {*members}:
+        raise UserError(f"{folder}: no images in these tars (found {', '.join(members)}; wanted {IMAGE_MEMBERS})")
+
+
+def _check_samples(path: Path, index: TarIndex, members: tuple[str, ...]) -> None:
+    """Every sample needs an image, and a caption where others have one."""
+    for needed in (IMAGE_MEMBERS, *((name,) for name in (CAPTION_MEMBER, LABEL_MEMBER) if name in members)):
+        present = [index.spans[:, n, 0] != 0 for n, member in enumerate(index.members) if member in needed]
+        lacking = ~np.logical_or.reduce(present) if present else np.ones(len(index.spans), np.bool_)
+        if lacking.any():
+            what = "image" if needed == IMAGE_MEMBERS else needed[0]
+            raise UserError(
+                f"{path}: {int(lacking.sum())} of {len(lacking)} samples have no {what}, the first is sample "
+                f"{int(np.argmax(lacking))}; leave them out with: llamagen pack {path.parent} --skip-bad --out SHARDS"
+            )
+
+
+def _write_index(path: Path, index: TarIndex) -> ShardRecord:
+    """The index and the checksums beside a tar, and its record."""
     try:
-        write_bytes(path.with_name(index_name(path.name)), index_bytes(index))
+        place = path.with_name(index_name(path.name))
+        write_bytes(place, index_bytes(index))
+        record = ShardRecord(
+            path.name,
+            len(index.spans),
+            path.stat().st_size,
+            sha256_file(path),
+            index_sha256=sha256_file(place),
+        )
+        _write_checksums(path, record, index)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}); copy the shards elsewhere") from None
+    return record
+
+
+def _write_checksums(path: Path, record: ShardRecord, index: TarIndex) -> None:
+    write_bytes(path.with_name(checksum_name(path.name)), checksums(path, starts(record, index.spans)).tobytes())
 
 
 def _with_classes(folder: Path, manifest: Manifest, classes: list[str] | None) -> Manifest:
     """Read every label once: they must all be there, and be numbers of a class."""
-    limit = _MOST_CLASSES if classes is None else len(classes)
+    limit = MOST_CLASSES if classes is None else len(classes)
     labels = Shards(folder, manifest).labels(range(manifest.count), limit)
     if classes is None:
         classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
@@ -84,13 +129,17 @@ def _with_classes(folder: Path, manifest: Manifest, classes: list[str] | None) -
 def _index_again(folder: Path, advance: Callable[[int, str], None]) -> Manifest:
     manifest = read_manifest(folder)
     for record in manifest.shards:
+        path = folder / record.name
+        index = scan(path)
+        if sha256_file(path) != record.sha256:  # checksums of a damaged shard would say that it is whole
+            raise UserError(
+                f"{path}: is not the shard that {MANIFEST} records; look for the damage with llamagen shards verify "
+                f"{folder}"
+            )
+        index = index.columns(manifest.members)
         if record.layout is None:
-            path = folder / record.name
-            _write_index(path, scan(path).columns(manifest.members))
-            if sha256_file(folder / index_name(record.name)) != record.index_sha256:
-                raise UserError(
-                    f"{path}: its index is not the one that {MANIFEST} records, so the shard has changed; "
-                    f"check it with llamagen shards verify {folder}"
-                )
+            _write_index(path, index)
+        else:
+            _write_checksums(path, record, index)
         advance(1, record.name)
     return manifest
