@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import (
     CAPTION_FEATURES_MEMBER,
@@ -38,15 +40,9 @@ class CaptionFeatures:
             self.members += (SHORT_CAPTION_MEMBER, SHORT_FEATURES_MEMBER)
 
     def check(self, shards: Shards) -> None:
-        """Raises UserError where a sample has no caption."""
-        if all(record.layout is not None for record in shards.manifest.shards):
-            return  # records of equal length have all members
-        lacking = [sample for sample in range(len(shards)) if CAPTION_MEMBER not in shards.parts(sample)]
-        if lacking:
-            raise UserError(
-                f"{shards.where(lacking[0])}: no caption ({CAPTION_MEMBER}), as for {len(lacking):,} of the "
-                f"{len(shards):,} samples; pack the images again with a caption for each, or without these"
-            )
+        """Raises UserError, naming shard and sample, where there is no caption."""
+        for end, count in zip(shards.ends, shards.sizes, strict=True):
+            shards.spans(np.arange(end - count, end), CAPTION_MEMBER)
 
     def parts(self, shards: Shards, samples: range, counts: dict[str, int]) -> Iterator[dict[str, bytes]]:
         """The captions and their features, by member, of each sample.

@@ -11,6 +11,7 @@ bytes do not depend on the number of ranks or on where an earlier process was cu
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,11 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
     """Sub-folder name ("" for the folder itself) -> open image shards. Raises UserError where they do not
     fit.
     """
-    folders = {"": config.images}
-    if not (config.images / MANIFEST).exists() and config.images.is_dir():
+    folders: dict[str, str | Path] = {"": config.images}
+    if isinstance(config.images, Path) and not (config.images / MANIFEST).exists() and config.images.is_dir():
         inner = sorted(folder for folder in config.images.iterdir() if (folder / MANIFEST).exists())
         folders = {folder.name: folder for folder in inner} or folders
-    sets = {name: open_shards(folder, "images") for name, folder in folders.items()}
+    sets = {name: open_shards(folder, "images", config.data) for name, folder in folders.items()}
     needed = config.image_size
     if config.crops == "ten_crop":
         needed = int(config.image_size * max(config.crop_ranges, default=1.0))
@@ -69,21 +70,21 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
         fits = size is None or (size >= needed if config.crops == "ten_crop" else size == needed)
         if not fits:
             raise UserError(
-                f"images: {shards.folder} holds {size} x {size} pixels, but image_size: {config.image_size} "
+                f"images: {shards.location} holds {size} x {size} pixels, but image_size: {config.image_size} "
                 f"with crops: {config.crops} needs {needed} x {needed}; pack the images again, or change "
                 "image_size or crops"
             )
         captioned = CAPTION_MEMBER in shards.manifest.members
         if config.text_encoder is not None and not captioned:
             raise UserError(
-                f"text_encoder: {shards.folder} has no captions ({CAPTION_MEMBER}) to encode; leave the key out, or "
+                f"text_encoder: {shards.location} has no captions ({CAPTION_MEMBER}) to encode; leave the key out, or "
                 "pack images with captions"
             )
         if config.text_encoder is None and shards.manifest.classes is None:
             hint = "it has captions: set text_encoder=PATH" if captioned else "pack images with classes or captions"
             raise UserError(
-                f"images: {shards.folder} has no class labels ({LABEL_MEMBER}), and token shards need those or encoded "
-                f"captions; {hint}"
+                f"images: {shards.location} has no class labels ({LABEL_MEMBER}), and token shards need those or "
+                f"encoded captions; {hint}"
             )
     return sets
 
@@ -174,7 +175,7 @@ class Extraction:
         """Whether all is complete already. Rank 0 only."""
         if self.job.completed() is not None:
             return True
-        if self.captions is not None:
+        if self.captions is not None and isinstance(self.config.images, Path):  # else it would fetch every shard
             self.captions.check(self.shards)
         self.job.begin()
         return False
@@ -245,12 +246,13 @@ class Extraction:
     def _encoded(self, shard: int, counts: dict[str, int], progress: Progress | None) -> Iterator[Sample]:
         """The samples of one token shard."""
         samples, classes = self._samples(shard), self.shards.manifest.classes
+        labels = None if classes is None else self.shards.labels(samples)
         rows = self.coder.rows(self.shards, samples)
         captions = None if self.captions is None else self.captions.parts(self.shards, samples, counts)
-        for sample in samples:
+        for row, sample in enumerate(samples):
             parts: dict[str, bytes] = {}
-            if classes is not None:
-                parts[LABEL_MEMBER] = label_text(int(self.shards.labels([sample])[0]), len(classes))
+            if classes is not None and labels is not None:
+                parts[LABEL_MEMBER] = label_text(int(labels[row]), len(classes))
             parts[CODES_MEMBER] = codes_bytes(np.stack(list(islice(rows, self.coder.crops))))
             if captions is not None:
                 parts |= next(captions)

@@ -233,8 +233,11 @@ class ExtractConfig(Section):
     """A tokenizer run directory, a checkpoint folder, or a weights file."""
     model: TokenizerModelSection | None = None
     """The tokenizer's sizes, for a bare weights file (a checkpoint knows them itself)."""
-    images: Path
-    """Folder of image shards, or a folder of such folders (train, validation)."""
+    images: Location
+    """Folder of image shards, or a folder of such folders (train, validation); or one set's ``https://``, ``s3://`` or
+    ``pipe:`` source."""
+    data: ShardAccess = ShardAccess()
+    """How the images are reached."""
     out: Path
     """Folder for the token shards; it gets the same sub-folders as ``images``."""
     image_size: PositiveInt = 256

@@ -168,7 +168,7 @@ class Estimator:
         found = _manifest(shards)
         if found is not None:
             rows, columns = found["grid"]
-            return Tokens(found["vocab_size"], rows * columns, len(found["classes"] or []))
+            return Tokens(found["vocab_size"], rows * columns, len(found.get("classes") or []))
         if self._tokenizer is None:
             return None
         from llamagen_dist.training.build import vq_config
@@ -270,6 +270,6 @@ def _manifest(shards: str | Path) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def _manifest_count(shards: Path) -> int | None:
+def _manifest_count(shards: str | Path) -> int | None:
     found = _manifest(shards)
     return None if found is None else int(found["count"])

@@ -26,10 +26,10 @@ def shard_sheet(shards: Shards, samples: range, tokenizer: Path | None = None) -
     not the one that made the tokens, a sample that cannot be read.
     """
     manifest = shards.manifest
-    title = f"{shards.folder}: samples {samples.start} to {samples.stop - 1} of {len(shards):,}"
+    title = f"{shards.location}: samples {samples.start} to {samples.stop - 1} of {len(shards):,}"
     if manifest.kind == "images":
         if tokenizer is not None:
-            raise UserError(f"--tokenizer: {shards.folder} holds images, which need none; leave it out")
+            raise UserError(f"--tokenizer: {shards.location} holds images, which need none; leave it out")
         pictures = [read_image(shards, sample) for sample in samples]
     else:
         model = _tokenizer_of(shards, tokenizer)
@@ -45,14 +45,14 @@ def _tokenizer_of(shards: Shards, path: Path | None) -> VQModel:
     manifest = shards.manifest
     if path is None and (manifest.tokenizer_path is None or not Path(manifest.tokenizer_path).exists()):
         raise UserError(
-            f"{shards.folder}: its tokenizer ({manifest.tokenizer_path or 'not named'}) is gone; say where it is with "
-            "--tokenizer PATH"
+            f"{shards.location}: its tokenizer ({manifest.tokenizer_path or 'not named'}) is gone; say where it is "
+            "with --tokenizer PATH"
         )
     found = load_tokenizer(path or Path(str(manifest.tokenizer_path)), key="--tokenizer")
     if found.sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"--tokenizer: {found.path} (sha256 {found.sha256[:12]}…) is not the one that made the tokens in "
-            f"{shards.folder} ({manifest.tokenizer_path}, sha256 {str(manifest.tokenizer_sha256)[:12]}…)"
+            f"{shards.location} ({manifest.tokenizer_path}, sha256 {str(manifest.tokenizer_sha256)[:12]}…)"
         )
     return found.model
 
@@ -70,7 +70,7 @@ def _first_crop(shards: Shards, sample: int) -> np.ndarray[tuple[int, ...], np.d
     if codes.dtype != np.uint16 or codes.shape != expected or codes.max() >= manifest.vocab_size:
         raise UserError(
             f"{shards.where(sample)}: holds {codes.dtype} {codes.shape} up to {codes.max()}, not uint16 {expected} "
-            f"below {manifest.vocab_size}; check llamagen shards verify {shards.folder}"
+            f"below {manifest.vocab_size}; check llamagen shards verify {shards.location}"
         )
     return codes[0].astype(np.int64)
 

@@ -1,13 +1,16 @@
 """Token extraction: the same bytes on any number of ranks and after any interruption; wrong inputs refused."""
 
 import contextlib
+import http.server
 import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +301,18 @@ def test_shipped_configs_load(name):
         "quickstart": ("center", 32),
         "imagenet": ("ten_crop", 256),
     }[name]
+
+
+def test_images_from_a_web_server_give_the_same_codes(work, alone, tmp_path):
+    handler = partial(QuietHandler, directory=str(work / "small"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        images = f"images=http://127.0.0.1:{server.server_port}/validation"
+        extract(work, tmp_path / "out", images, f"data.cache={tmp_path / 'cache'}")
+        server.shutdown()
+    assert contents(tmp_path / "out") == contents(alone / "validation")
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words: object) -> None:
+        pass

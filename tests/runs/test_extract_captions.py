@@ -252,7 +252,7 @@ def test_nothing_is_written_where_one_of_two_sets_has_another_tokenizers_tokens(
 
 
 @pytest.mark.parametrize(("third", "sentence"), [
-    (None, "sample 3: no caption (.txt), as for 1 of the 6 samples"),
+    (None, "sample 3 has no .txt"),
     (b"caf\xe9", "sample 3: .txt is not UTF-8 (unexpected end of data at byte 3)"),
 ])  # fmt: skip
 def test_a_caption_that_cannot_be_read_is_named(work, tmp_path, third, sentence):
