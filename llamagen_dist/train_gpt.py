@@ -8,6 +8,7 @@ its rungs one after another in run_dir/NAME, in one process start.
 
 from llamagen_dist.config import GPTConfigFile, UserError, load
 from llamagen_dist.config.ladder import rungs
+from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.launch.entry import Stopped
@@ -109,7 +110,8 @@ def train_one(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
         )
-        return fit(task, stream, config, run)
+        with Prefetched(stream, config.train.global_batch, pin=topology.device.type == "cuda") as batches:
+            return fit(task, batches, config, run)
 
 
 if __name__ == "__main__":
