@@ -1,8 +1,8 @@
 """A captioned data set that package managers can install: the pictures of the emoji-datasource packages.
 
-Of its 3,786 pictures of 64 x 64 pixels (version 16) those that come in skin tones are kept: 323 people and hands, each in
-yellow and in five tones, couples also in pairs of them; 2,198 in all. Held out are *compositions*: of every second name
-one tone, so that name and tone are each in the training set, but the caption is not.
+Of its 3,786 pictures of 64 x 64 pixels (version 16) those that come in skin tones are kept: 323 people and hands, each
+in yellow and in five tones, couples also in pairs of them; 2,198 in all. Held out are *compositions*: of every second
+name one tone, so that name and tone are each in the training set, but the caption is not.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _LIMIT = 64 << 20  # bytes of one file of the package; the largest are sprite sh
 
 @dataclass(frozen=True)
 class Picture:
-    """file: name of the picture. short: its name and skin tone. text: that, and in a second sentence what kind of thing it is."""
+    """file: where its pixels are. short: name and skin tone. text: that, and a sentence with the kind of thing."""
 
     file: str
     short: str
