@@ -3,10 +3,11 @@
     torchrun --nproc-per-node=8 -m eval.sample CONFIG checkpoint=RUN tokenizer=RUN out=DIR
 
 also plain ``python -m`` for one rank, or ``srun``. The same command again goes on where it was cut off. Sample i has
-class i modulo the number of classes and its own noise, and is always computed at the same place of the same batch
-shape, so the files' bytes do not depend on the number of ranks.
+class (or caption, with ``captions=``) i modulo their number and its own noise, and is always computed at the same place
+of the same batch shape, so the files' bytes do not depend on the number of ranks.
 """
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -19,9 +20,11 @@ from llamagen_dist.checkpoint.store import identity
 from llamagen_dist.config import SampleConfig, UserError, load
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.files import write_text
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
 from llamagen_dist.sampling.parts import Parts, versions, write_npz
@@ -49,8 +52,9 @@ def main(argv: list[str]) -> None:
     group = "ema" if config.weights == "ema" else "weights"
     gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size, group)
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
+    wanted = conditions(gpt, tokenizer, config.captions, config.text_encoder, topology.device)
     checkpoint_sha256 = topology.agreed(lambda: identity(config.checkpoint, group))
-    Sampling(config, topology, gpt, tokenizer, tokens, checkpoint_sha256).run()
+    Sampling(config, topology, gpt, tokenizer, tokens, wanted, checkpoint_sha256).run()
 
 
 def training_tokens(config: SampleConfig, gpt: TrainedGPT, tokenizer: Tokenizer) -> Shards:
@@ -77,9 +81,11 @@ class Sampling:
         gpt: TrainedGPT,
         tokenizer: Tokenizer,
         tokens: Shards | None,
+        wanted: Conditions,
         checkpoint_sha256: str,
     ) -> None:
         self.config, self.topology, self.gpt, self.tokenizer, self.tokens = config, topology, gpt, tokenizer, tokens
+        self.conditions = wanted
         gpt.model.to(topology.device)
         tokenizer.model.to(topology.device)
         self.settings = pictures.Settings(
@@ -90,6 +96,7 @@ class Sampling:
             "checkpoint_sha256": checkpoint_sha256,
             "tokenizer_sha256": tokenizer.sha256,
             "tokens": tokens.manifest.fingerprint() if tokens else None,
+            "captions": wanted.identity,
             "image_size": gpt.image_size,
             "n": config.images,
             "sets": config.sets,
@@ -101,7 +108,8 @@ class Sampling:
             "seed": config.seed,
             "batch": config.batch,
         }
-        self.parts = Parts(config.out, made_from, [*(f"{name}.npz" for name in config.sets), "grid.png"])
+        results = [*(f"{name}.npz" for name in config.sets), "grid.png"]
+        self.parts = Parts(config.out, made_from, results + (["captions.json"] if wanted.kind == "caption" else []))
         self.chunks = -(-config.images // config.batch)
 
     def run(self) -> None:
@@ -144,7 +152,8 @@ class Sampling:
         seeds = pictures.sample_seeds(self.config.seed, numbers)
         shape = self.gpt.config.vocab_size, self.gpt.config.image_tokens
         if name.startswith("model"):
-            tokens = pictures.model_tokens(self.gpt.model, self._labels(numbers), seeds, self.settings)
+            condition = self.conditions.at(self._labels(numbers))
+            tokens = pictures.model_tokens(self.gpt.model, condition, seeds, self.settings)
         elif name.startswith("untrained"):
             tokens = pictures.untrained_tokens(*shape, seeds)
         else:
@@ -153,25 +162,29 @@ class Sampling:
         return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(kept)]
 
     def _labels(self, numbers: Tensor) -> Tensor:
-        return numbers % self.gpt.config.num_classes
+        return numbers % len(self.conditions)
 
     def _finish(self, seconds: float) -> None:
-        """The .npz files, the grid of the first set, the record. Rank 0 only."""
+        """The .npz files, the grid of the first set, the captions, the record. Rank 0 only."""
         labels = self._labels(torch.arange(self.config.images)).numpy()
-        shown = set(shown_classes(range(self.gpt.config.num_classes)))
-        first = np.array([label in shown for label in labels]) & (
-            np.arange(len(labels)) < PER_CLASS * self.gpt.config.num_classes
-        )
+        count = len(self.conditions)
+        shown = set(shown_classes(range(min(count, self.config.images))))
+        first = np.array([label in shown for label in labels]) & (np.arange(len(labels)) < PER_CLASS * count)
         kept: list[NDArray[np.uint8]] = []
         for name in self.config.sets:
             wanted = first if name == self.config.sets[0] else np.zeros_like(first)
             write_npz(self.config.out / f"{name}.npz", labels, self.config.images, self._blocks(name, wanted, kept))
-        save(self.config.out / "grid.png", np.concatenate(kept), labels[first], self.gpt.classes, PER_CLASS)
+        grid = self.config.out / "grid.png"
+        save(grid, np.concatenate(kept), labels[first], self.conditions.name, PER_CLASS, self._originals)
+        kind = self.conditions.kind
+        if kind == "caption":
+            used = [self.conditions.name(number) for number in range(min(count, self.config.images))]
+            write_text(self.config.out / "captions.json", json.dumps(used, ensure_ascii=False, indent=0) + "\n")
         self.parts.finish(
             {
                 "checkpoint": str(self.config.checkpoint),
                 "tokenizer": str(self.config.tokenizer),
-                "classes": f"sample i has class i modulo {self.gpt.config.num_classes}",
+                "conditions": f"sample i has {kind} i modulo {count}",
                 "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
                 "meaning": {name: MEANING[name] for name in self.config.sets},
                 "dtype": "float32",
@@ -181,6 +194,11 @@ class Sampling:
                 "versions": versions(),
             }
         )
+
+    def _originals(self, numbers: list[int]) -> NDArray[np.uint8] | None:
+        """The images that held-out captions belong to, as the tokenizer shows them."""
+        tokens = self.conditions.originals(numbers)
+        return None if tokens is None else pictures.decode_tokens(self.tokenizer.model, torch.from_numpy(tokens))
 
     def _blocks(
         self, name: str, wanted: NDArray[np.bool_], kept: list[NDArray[np.uint8]]

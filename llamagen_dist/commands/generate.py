@@ -1,4 +1,4 @@
-"""``llamagen generate CHECKPOINT --class NAME|INDEX … --out grid.png``: pictures of chosen classes."""
+"""``llamagen generate CHECKPOINT --class NAME|INDEX … --out grid.png``: pictures of chosen classes, or of captions."""
 
 import argparse
 from pathlib import Path
@@ -6,18 +6,24 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a GPT's run directory or step_… folder")
-    parser.add_argument(
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument(
         "--class",
         dest="classes",
         action="extend",
         nargs="+",
-        required=True,
         metavar="NAME|INDEX",
         help="classes by name or number; all means every one",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg: one row per class")
+    wanted.add_argument(
+        "--caption", dest="captions", action="extend", nargs="+", metavar="TEXT", help="for a text-conditional GPT"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg: one row per class or caption"
+    )
+    parser.add_argument("--text-encoder", type=Path, metavar="PATH", help="default: the one the checkpoint names")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one its token shards name")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="pictures per class (default: 8)")
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="pictures per row (default: 8)")
     parser.add_argument("--cfg-scale", type=float, default=2.0, metavar="S", help="guidance; 1 is none (default: 2)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
@@ -27,10 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
     from llamagen_dist.config import UserError
+    from llamagen_dist.sampling.conditions import Classes, Conditions, written
     from llamagen_dist.sampling.grid import save
     from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, tokenizer_of
-    from llamagen_dist.sampling.pictures import Settings, class_pictures
+    from llamagen_dist.sampling.pictures import Settings, rows_of_pictures
 
     for option, fits, wanted in (
         ("per_class", 1 <= args.per_class <= 1 << 16, "between 1 and 65536"),
@@ -44,11 +53,22 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(args.checkpoint), key="--tokenizer")
     gpt = load_gpt(args.checkpoint, tokenizer, group="ema" if args.ema else "weights")
-    if args.classes == ["all"]:
-        chosen = list(range(len(gpt.classes)))
+    wanted: Conditions
+    if args.captions:
+        if gpt.config.condition == "class":
+            raise UserError(f"--caption: {args.checkpoint} is conditioned on classes; use --class")
+        wanted = written(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
+        chosen = list(range(len(wanted)))
     else:
-        chosen = list(dict.fromkeys(class_number(name, gpt.classes) for name in args.classes))
+        if gpt.config.condition == "text":
+            raise UserError(f"--class: {args.checkpoint} is conditioned on text; use --caption TEXT")
+        wanted = Classes(gpt.classes)
+        everything = args.classes == ["all"]
+        chosen = [class_number(name, gpt.classes) for name in ([] if everything else args.classes)]
+        chosen = list(range(len(wanted))) if everything else list(dict.fromkeys(chosen))
     settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
-    images, labels = class_pictures(gpt.model, tokenizer.model, chosen, args.per_class, args.seed, settings)
-    save(args.out, images, labels, gpt.classes, args.per_class)
+    images, labels = rows_of_pictures(
+        gpt.model, tokenizer.model, wanted.at, chosen, args.per_class, args.seed, settings
+    )
+    save(args.out, images, labels, wanted.name, args.per_class)
     print(args.out)

@@ -34,6 +34,11 @@ class SampleConfig(Section):
     sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)
     """``model``: the trained GPT. To compare with: ``untrained``, the same GPT before its first step (its head is
     zero, so all codes are equally likely), and ``unigram``, codes drawn one by one from the training histogram."""
+    captions: Path | None = None
+    """What a text-conditional GPT draws from: token shards with caption features (a held-out set), or a text file with
+    one caption a line. Sample i has caption i modulo their number."""
+    text_encoder: Path | None = None
+    """The encoder for a text file; empty: the one that the checkpoint names."""
     tokens: Path | None = None
     """Training token shards, for ``unigram``. Empty: those named in the checkpoint."""
     cfg_scale: Annotated[float, Field(ge=1)] = 2.0
@@ -46,7 +51,7 @@ class SampleConfig(Section):
     """0: all codes may be drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    """Sample i's noise is a hash of (seed, i); its class is i modulo the number of classes."""
+    """Sample i's noise is a hash of (seed, i); its class (or caption) is i modulo their number."""
     batch: PositiveInt = 64
     """Pictures per forward pass and rank. The last digits of a picture may depend on it; they do not depend on the
     number of ranks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +16,48 @@ LARGEST_TILE = 256
 MOST_CLASSES = 20
 LARGEST_SHEET = 1600  # pixels across a contact sheet, unless four pictures need more
 TEXT_LINES = 5
+_WIDEST_NAME = 300  # pixels; longer names (captions) are broken into lines
 _GAP, _MARGIN = 4, 10
 _PAPER, _INK = (255, 255, 255), (24, 24, 27)
 
 
 def class_grid(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], per_class: int = 10
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    name: Callable[[int], str],
+    per_class: int = 10,
+    originals: Callable[[list[int]], NDArray[np.uint8] | None] = lambda labels: None,
 ) -> Image.Image:
-    """One row per class, in the order in which they first appear: its name, then its first ``per_class`` pictures.
+    """One row per class or caption, in the order in which they first appear: its name, then its first ``per_class``
+    pictures.
 
     At most MOST_CLASSES rows, evenly spread over the classes.
-    images: uint8 [n, S, S, 3]; labels: int64 [n]; classes: names by label.
+    images: uint8 [n, S, S, 3]; labels: int64 [n]; name: a label in words. originals: pictures (uint8 [rows, S, S, 3])
+    to compare with, in a column of their own before the others; None: there are none.
     """
     present = shown_classes(list(dict.fromkeys(labels.tolist())))
-    rows = [(classes[label], images[np.nonzero(labels == label)[0][:per_class]]) for label in present]
     tile = tile_side(images.shape[1])
     font = ImageFont.load_default(size=max(14, tile // 6))
-    gutter = max(int(font.getlength(name)) for name, _ in rows) + 2 * _MARGIN
+    rows = [(_lines(name(label), font), images[np.nonzero(labels == label)[0][:per_class]]) for label in present]
+    compared = originals(present)
+    gutter = max(int(font.getlength(line)) for lines, _ in rows for line in lines.split("\n")) + 2 * _MARGIN
+    aside = 0 if compared is None else tile + 3 * _GAP
+    header = 0 if compared is None else font.size + _MARGIN
     columns = max(len(members) for _, members in rows)
-    width = gutter + columns * (tile + _GAP) - _GAP + _MARGIN
-    height = len(rows) * (tile + _GAP) - _GAP + 2 * _MARGIN
+    width = int(gutter + aside + columns * (tile + _GAP) - _GAP + _MARGIN)
+    height = int(header + len(rows) * (tile + _GAP) - _GAP + 2 * _MARGIN)
     page = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(page)
-    for row, (name, members) in enumerate(rows):
-        top = _MARGIN + row * (tile + _GAP)
-        pen.text((gutter - _MARGIN, top + tile // 2), name, _INK, font, anchor="rm")
+    if compared is not None:
+        pen.text((gutter, _MARGIN), "original", _INK, font)
+        pen.text((gutter + aside, _MARGIN), "drawn", _INK, font)
+    for row, (lines, members) in enumerate(rows):
+        top = int(_MARGIN + header + row * (tile + _GAP))
+        pen.multiline_text((gutter - _MARGIN, top + tile // 2), lines, _INK, font, anchor="rm", align="right")
+        if compared is not None:
+            page.paste(enlarged(compared[row], tile), (gutter, top))
         for column, image in enumerate(members):
-            page.paste(enlarged(image, tile), (gutter + column * (tile + _GAP), top))
+            page.paste(enlarged(image, tile), (gutter + aside + column * (tile + _GAP), top))
     return page
 
 
@@ -97,11 +113,21 @@ def _shortened(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
     return f"{kept.rstrip()}…"
 
 
+def _lines(name: str, font: Any) -> str:
+    """The name, broken so that no line is wider than _WIDEST_NAME."""
+    return name if font.getlength(name) <= _WIDEST_NAME else "\n".join(_wrapped(f"\n{name}", font, _WIDEST_NAME)[1:])
+
+
 def save(
-    path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], per_class: int = 10
+    path: Path,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    name: Callable[[int], str],
+    per_class: int = 10,
+    originals: Callable[[list[int]], NDArray[np.uint8] | None] = lambda labels: None,
 ) -> None:
     """Write ``class_grid`` of these, aside and renamed. Raises UserError: another ending, or not writable."""
-    save_page(path, lambda: class_grid(images, labels, classes, per_class))
+    save_page(path, lambda: class_grid(images, labels, name, per_class, originals))
 
 
 def save_page(path: Path, draw: Callable[[], Image.Image]) -> None:

@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.released import CLASSES as _CLASSES
 from llamagen_dist.config import (
     GPTConfigFile,
     GPTModelSection,
@@ -37,13 +39,16 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TrainedGPT:
-    """model: in evaluation mode. seed: of its initial weights (0 where unknown). tokens: the folder of the token
-    shards it was trained on, if that is still there, with its manifest."""
+    """model: in evaluation mode. seed: of its initial weights (0 where unknown). classes: their names, none for a
+    text-conditional model. captions: which encoder made the caption features it was trained on (``encoder``,
+    ``encoder_sha256``), where that is known. tokens: the folder of the token shards it was trained on, if that is still
+    there, with its manifest."""
 
     path: Path
     model: GPT
     seed: int
     classes: list[str]
+    captions: dict[str, Any] | None
     image_size: int
     tokens: Path | None
     manifest: Manifest | None
@@ -89,7 +94,7 @@ def load_gpt(
     image_size: int | None = None,
     group: str = "weights",
 ) -> TrainedGPT:
-    """The class-conditional GPT at ``path``, which must have been trained on ``tokenizer``'s tokens.
+    """The GPT at ``path``, which must have been trained on ``tokenizer``'s tokens.
 
     group: ``weights`` or ``ema``, the moving average that a run may have kept.
 
@@ -107,11 +112,13 @@ def load_gpt(
         raise UserError(f"checkpoint: {path} is a bare weights file; say what it is, as in model.size=GPT-B")
     if "output.weight" not in weights:
         raise UserError(f"checkpoint: {path} holds no output.weight: these are not the weights of a GPT")
-    if "cls_embedding.embedding_table.weight" not in weights:
-        raise UserError(f"checkpoint: {path} is conditioned on text, and pictures of classes are asked for")
+    by_class = _CLASSES in weights
+    if by_class != (section.condition == "class"):
+        kind = "classes" if by_class else "text"
+        raise UserError(f"checkpoint: {path} is conditioned on {kind}; say so with model.condition")
     manifest = read_manifest(tokens) if tokens is not None and (tokens / MANIFEST).exists() else None
     _check_pair(path, weights, tokenizer, manifest)
-    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
+    num_classes = weights[_CLASSES].shape[0] - 1 if by_class else 0
     size = image_size or (manifest.image_size if manifest else None) or tokenizer.image_size
     factor = tokenizer.model.config.downsampling
     if size is None:
@@ -128,15 +135,16 @@ def load_gpt(
     )
     model = GPT(config)
     _fill(model, weights, "checkpoint", path)
-    classes = _class_names(path) or (manifest.classes if manifest else None)
+    folder = path if (path / "index.json").exists() else store.newest(path, warn=False) if path.is_dir() else None
+    classes = _class_names(folder) or (manifest.classes if manifest else None)
     if classes is None or len(classes) != num_classes:
         classes = [str(number) for number in range(num_classes)]
-    return TrainedGPT(path, model.eval(), seed, list(classes), size, tokens if manifest else None, manifest)
+    captions = None if folder is None or by_class else store.read_state(folder).get("captions")
+    return TrainedGPT(path, model.eval(), seed, list(classes), captions, size, tokens if manifest else None, manifest)
 
 
-def _class_names(path: Path) -> list[str] | None:
+def _class_names(folder: Path | None) -> list[str] | None:
     """From classes.json of the checkpoint, where there is one."""
-    folder = path if (path / "index.json").exists() else store.newest(path, warn=False) if path.is_dir() else None
     if folder is None or not (folder / "classes.json").exists():
         return None
     return [str(name) for name in json.loads((folder / "classes.json").read_text(encoding="utf-8"))]

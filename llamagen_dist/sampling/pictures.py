@@ -1,6 +1,6 @@
 """From labels or histograms to pictures: what the evaluation's sets are made of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.evaluation.image_quality import to_uint8
-from llamagen_dist.models.gpt import GPT
+from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.sampling.sampler import draw, generate, noise_streams
 from llamagen_dist.tracking.progress import Progress
@@ -35,11 +35,13 @@ def sample_seeds(seed: int, numbers: Tensor) -> Tensor:
     return (seed << 32) + numbers
 
 
-def model_tokens(model: GPT, labels: Tensor, seeds: Tensor, settings: Settings) -> Tensor:
-    """(B, N) int64 from the GPT. labels, seeds: (B,) int64."""
+def model_tokens(model: GPT, condition: Condition, seeds: Tensor, settings: Settings) -> Tensor:
+    """(B, N) int64 from the GPT. seeds: (B,) int64."""
+    device = model.rotary.device
+    moved = (condition[0].to(device), condition[1].to(device)) if isinstance(condition, tuple) else condition.to(device)
     return generate(
         model,
-        labels.to(model.rotary.device),
+        moved,
         cfg_scale=settings.cfg_scale,
         cfg_interval=settings.cfg_interval,
         temperature=settings.temperature,
@@ -91,20 +93,27 @@ def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def class_pictures(
-    model: GPT, tokenizer: VQModel, classes: Sequence[int], per_class: int, seed: int, settings: Settings
+def rows_of_pictures(
+    model: GPT,
+    tokenizer: VQModel,
+    condition: Callable[[Tensor], Condition],
+    chosen: Sequence[int],
+    per_row: int,
+    seed: int,
+    settings: Settings,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(pictures uint8 [n, S, S, 3], labels int64 [n]): ``per_class`` of each class in turn, shown with progress.
+    """(pictures uint8 [n, S, S, 3], numbers int64 [n]): ``per_row`` of each chosen class or caption in turn, shown with
+    progress. condition: from numbers (B,) int64 to what the model is conditioned on.
 
-    Picture j of class c has the noise of (seed, class, j), whichever other classes are asked for.
+    Picture j of class c has the noise of (seed, c, j), whichever other classes are asked for.
     """
-    labels = torch.tensor(list(classes)).repeat_interleave(per_class)
-    numbers = (labels << 16) + torch.arange(per_class).repeat(len(classes))
+    labels = torch.tensor(list(chosen)).repeat_interleave(per_row)
+    numbers = (labels << 16) + torch.arange(per_row).repeat(len(chosen))
     made = []
     with Progress("pictures", len(labels)) as progress:
         for start in range(0, len(labels), BATCH):
             span = slice(start, start + BATCH)
-            tokens = model_tokens(model, labels[span], sample_seeds(seed, numbers[span]), settings)
+            tokens = model_tokens(model, condition(labels[span]), sample_seeds(seed, numbers[span]), settings)
             made.append(decode_tokens(tokenizer, tokens))
             progress.advance(len(tokens))
     return np.concatenate(made), labels.numpy()

@@ -19,8 +19,16 @@ if TYPE_CHECKING:  # imported where models are built: their sizes can be known w
     from llamagen_dist.models.vq import VQConfig, VQModel
 
 
-def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, num_classes: int) -> GPTConfig:
-    """The model that ``section`` and the token shards' manifest describe together. Raises UserError."""
+def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, num_classes: int | None) -> GPTConfig:
+    """The model that ``section`` and the token shards' manifest describe together. Raises UserError.
+
+    num_classes: None where there are none, which only a text-conditional model can do without.
+    """
+    if num_classes is None and section.condition == "class":
+        raise UserError(
+            "model.condition: class needs labels, and the token shards have none; set condition: text if they hold "
+            "captions"
+        )
     if section.size is not None:
         if section.size not in GPT_SIZES:
             near = difflib.get_close_matches(section.size, GPT_SIZES, n=1, cutoff=0.3)
@@ -38,7 +46,7 @@ def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, 
             vocab_size=vocab_size,
             image_tokens=image_tokens,
             condition=section.condition,
-            num_classes=num_classes,
+            num_classes=num_classes or 0,
             prefix_tokens=section.prefix_tokens,
             caption_dim=section.caption_dim,
             multiple_of=section.multiple_of,

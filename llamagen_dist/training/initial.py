@@ -8,7 +8,7 @@ condition, other sizes.
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,8 @@ def note_origin(run: Run, initial: Initial | None, manifest: Manifest) -> None:
     """Let record.json and every checkpoint's state.json say where the weights and the tokens come from."""
     run.origin["tokenizer"] = {"path": manifest.tokenizer_path, "sha256": manifest.tokenizer_sha256}
     run.origin["grid"] = None if manifest.grid is None else list(manifest.grid)
+    if manifest.captions is not None:
+        run.origin["captions"] = asdict(manifest.captions)
     if run.topology.rank != 0:
         return
     path = run.directory / "record.json"

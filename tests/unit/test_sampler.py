@@ -282,7 +282,7 @@ def test_class_names_and_numbers():
 def test_the_grid_shows_each_class_in_its_row():
     images = np.zeros((6, 8, 8, 3), np.uint8)
     images[:] = (np.arange(6) * 40)[:, None, None, None]
-    grid = np.asarray(class_grid(images, np.array([0, 1, 0, 1, 0, 1]), ["left <b>", "right"], per_class=3))
+    grid = np.asarray(class_grid(images, np.array([0, 1, 0, 1, 0, 1]), ["left <b>", "right"].__getitem__, per_class=3))
     tile = tile_side(8)
     assert tile == 72
     found = [[int(value) for value in np.unique(grid[row, -3 * (tile + 4) :])] for row in (40, 40 + tile + 4)]
