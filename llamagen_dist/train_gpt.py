@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
 
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
-    """Open both sets of token shards; refuse pairs that were not made by one tokenizer for one set of classes."""
+    """Open both sets of token shards; refuse pairs that were not made by one tokenizer (and one text encoder) for one
+    set of classes."""
     train, validation = (
         open_shards(folder, access=config.data) for folder in (config.data.train, config.data.validation)
     )
@@ -58,23 +59,44 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
             raise UserError(
                 f"data.validation: its {what} differs from that of data.train; extract both with one tokenizer"
             )
+    if config.model.condition == "text":
+        _captions_fit(config, train, validation)
     return train, validation
+
+
+def _captions_fit(config: GPTConfigFile, train: Shards, validation: Shards) -> None:
+    for key, shards in (("data.train", train), ("data.validation", validation)):
+        found = shards.manifest.captions
+        if found is None:
+            raise UserError(
+                f"{key}: {shards.folder} holds no caption features, which model.condition: text needs; pack images with "
+                "captions and extract them with text_encoder=PATH, or use condition: class"
+            )
+        places = config.model.prefix_tokens or 120
+        if found.max_tokens > places:
+            raise UserError(
+                f"{key}: {shards.folder} has captions of up to {found.max_tokens} tokens, but model.prefix_tokens is "
+                f"{places}; make it {found.max_tokens}"
+            )
+        if found.dim != config.model.caption_dim:
+            raise UserError(
+                f"{key}: the features of {found.encoder} in {shards.folder} are {found.dim} numbers per token; set "
+                f"model.caption_dim: {found.dim}"
+            )
+    one, other = train.manifest.captions, validation.manifest.captions
+    if one is not None and other is not None and one.encoder_sha256 != other.encoder_sha256:
+        raise UserError("data.validation: its captions were encoded by another text encoder than those of data.train")
 
 
 def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfig:
     manifest = train.manifest
-    if config.model.condition == "text":
-        raise UserError(
-            f"model.condition: text needs captions, and {train.folder} holds classes; use condition: class, or train "
-            "on shards with captions"
-        )
     assert manifest.vocab_size is not None
     assert manifest.grid is not None
     model = gpt_config(
         config.model,
         vocab_size=manifest.vocab_size,
         image_tokens=manifest.grid[0] * manifest.grid[1],
-        num_classes=manifest.num_classes,
+        num_classes=None if manifest.classes is None else len(manifest.classes),
     )
     tensor_parallel.check(model, topology.tensor)
     micro_batches(config.train, topology)

@@ -1,6 +1,7 @@
 """What pictures are drawn from: the classes a GPT knows, or captions, by number."""
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import left_padded
-from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, features_in
+from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, features
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import CAPTION_MEMBER, Shards, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
@@ -117,7 +118,8 @@ class ShardCaptions:
 
     def at(self, numbers: Tensor) -> Condition:
         read = [self._shards.read(number, CAPTION_FEATURES_MEMBER) for number in numbers.tolist()]
-        return left_padded([features_in(data) for data in read], self._places)
+        arrays = [np.load(io.BytesIO(data), allow_pickle=False) for data in read]
+        return left_padded([features(array) for array in arrays], self._places)
 
     def originals(self, numbers: Sequence[int]) -> NDArray[np.int64] | None:
         if self._reader is None:

@@ -1,0 +1,159 @@
+"""Pictures from captions: held-out token shards, a text file, the command line; the wrong encoder is refused."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eval.sample as program
+from llamagen_dist import cli
+from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.entries import replicated
+from llamagen_dist.config import GPTConfigFile, UserError, dump
+from llamagen_dist.config.loader import build
+from llamagen_dist.data.manifest import CaptionEncoding, read_manifest, write_manifest
+from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.parallel.topology import Topology
+from tests.ranks.forked import run_ranks
+from tests.runs.caption_shards import DIM, PLACES, write_captions
+from tests.runs.test_sample import SIZES, tokenizer_run
+from tests.runs.token_shards import VOCABULARY
+from tests.tiny_t5 import write_tiny_t5
+
+COUNT, BATCH, HELD_OUT = 14, 4, 5
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A tiny text GPT with a head of its own, its tokenizer, its text encoder, and held-out captions."""
+    folder = tmp_path_factory.mktemp("sample-text")
+    tokenizer_run(folder / "tokenizer", 0)
+    write_tiny_t5(folder / "t5", dim=DIM, seed=0)
+    write_tiny_t5(folder / "t5-other", dim=DIM, seed=1)
+    encoder = CaptionEncoder(folder / "t5", torch.device("cpu"), PLACES)
+    encoding = CaptionEncoding(str(folder / "t5"), encoder.sha256, DIM, PLACES, "test", short=True)
+    for name, count, seed in (("train", 24, 0), ("held_out", HELD_OUT, 1)):
+        shards = write_captions(folder / name, count, seed)
+        found = replace(read_manifest(shards), captions=encoding, tokenizer_sha256=store.identity(folder / "tokenizer"))
+        write_manifest(shards, found)
+    trained = {
+        "kind": "gpt",
+        "run_dir": "x",
+        "model": SIZES | {"condition": "text", "caption_dim": DIM, "prefix_tokens": PLACES},
+        "data": {"train": str(folder / "train"), "validation": str(folder / "held_out")},
+        "train": {"images": 256},
+    }
+    config = build(GPTConfigFile, trained, "test")
+    sizes = {"condition": "text", "caption_dim": DIM, "prefix_tokens": PLACES}
+    model = GPT(GPTConfig(**SIZES, **sizes, vocab_size=VOCABULARY, image_tokens=16, num_classes=0)).initialize(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
+    (folder / "gpt").mkdir()
+    store.save(folder / "gpt", 1, entries, {"captions": asdict(encoding)}, Topology(), config_text=dump(config))
+    settings = {
+        "kind": "sample",
+        "checkpoint": str(folder / "gpt"),
+        "tokenizer": str(folder / "tokenizer"),
+        "captions": str(folder / "held_out"),
+        "out": str(folder / "unused"),
+        "images": COUNT,
+        "batch": BATCH,
+    }
+    (folder / "sample.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def sample(work: Path, out: str, *words: str, ranks: int = 1) -> dict[str, bytes]:
+    """The results' bytes."""
+    argv = [str(work / "sample.yaml"), f"out={work / out}", *words]
+    run_ranks(program.main, ranks, argv) if ranks > 1 else program.main(argv)
+    return {name: (work / out / name).read_bytes() for name in ("model.npz", "grid.png", "captions.json")}
+
+
+def pictures(results: dict[str, bytes]) -> np.ndarray:
+    return np.load(io.BytesIO(results["model.npz"]))["arr_0"]
+
+
+@pytest.fixture(scope="module")
+def once(work) -> dict[str, bytes]:
+    return sample(work, "once")
+
+
+def test_sample_i_has_caption_i_whatever_the_number_of_ranks(work, once):
+    assert json.loads(once["captions.json"])[:2] == ["red cup", "green hat"]
+    labels = np.load(io.BytesIO(once["model.npz"]))["labels"]
+    assert labels.tolist() == [number % HELD_OUT for number in range(COUNT)]
+    assert sample(work, "twice", ranks=2) == once
+    images = pictures(once)
+    assert len({image.tobytes() for image in images}) == COUNT  # one noise stream each
+    record = json.loads((work / "once" / "record.json").read_text())
+    assert record["captions"] == read_manifest(work / "held_out").fingerprint()
+
+
+def test_what_is_drawn_follows_from_the_caption(work, once):
+    """The same captions from a text file are encoded to other features than the shards': other pictures. Written twice,
+    in another order, they give the pictures of their own numbers."""
+    greedy = ("temperature=0", "images=4", f"text_encoder={work / 't5'}")
+    (work / "one.txt").write_text("red cup\ngreen old shoe\nred cup\n\ngreen old shoe\n")
+    one = pictures(sample(work, "greedy", f"captions={work / 'one.txt'}", *greedy))
+    assert np.array_equal(one[0], one[2])
+    assert np.array_equal(one[1], one[3])
+    assert not np.array_equal(one[0], one[1])
+    (work / "other.txt").write_text("green old shoe\nred cup\nblue cup\nred cup\n")
+    other = pictures(sample(work, "greedy2", f"captions={work / 'other.txt'}", *greedy))
+    assert np.array_equal(other[1], one[0])
+    assert np.array_equal(other[0], one[1])
+    assert not np.array_equal(other[2], one[0])
+
+
+def test_the_grid_shows_each_caption_beside_its_original(work, once):
+    grid = Image.open(io.BytesIO(once["grid.png"]))
+    (work / "five.txt").write_text("\n".join(json.loads(once["captions.json"])))
+    plain = Image.open(io.BytesIO(sample(work, "plain", f"captions={work / 'five.txt'}")["grid.png"]))
+    assert grid.width > plain.width + 70  # a column more
+    assert grid.height > plain.height  # and a line of headings
+
+
+def test_the_command_line_draws_captions(work, tmp_path):
+    out = tmp_path / "grid.png"
+    words = ["generate", str(work / "gpt"), "--tokenizer", str(work / "tokenizer"), "--out", str(out)]
+    with redirect_stdout(io.StringIO()):
+        cli.main([*words, "--caption", "red cup", "a very long caption " * 12, "--per-class", "2"])
+    grid = Image.open(out)
+    assert grid.width < 700  # the long caption is broken into lines
+    with pytest.raises(UserError, match="--class: .* is conditioned on text; use --caption"):
+        cli.main([*words, "--class", "0"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("captions=",), "name token shards with caption features, or a text file"),
+        (("captions=nowhere.txt",), "nowhere.txt cannot be read"),
+        (("captions={work}/empty.txt",), "holds no captions; write one a line"),
+        (("captions={work}/one.txt", "text_encoder={work}/t5-other"), "is not the one that .* was trained with"),
+        (("captions={work}/another",), "was encoded by .* which is not the text encoder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_captions_are_refused(work, tmp_path, words, message):
+    (work / "empty.txt").write_text("\n \n")
+    (work / "one.txt").write_text("red cup\n")
+    if not (work / "another").exists():
+        write_captions(work / "another", 4, 0)
+    said = [word.format(work=work) for word in words]
+    if said == ["captions="]:
+        said = ["captions=null"]
+    with pytest.raises(UserError, match=message):
+        program.main([str(work / "sample.yaml"), f"out={tmp_path / 'out'}", *said])
+    assert not (tmp_path / "out").exists()
