@@ -10,9 +10,10 @@ from llamagen_dist.config import GPTConfigFile, UserError, load
 from llamagen_dist.config.ladder import rungs
 from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import Shards, open_shards
-from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.data.tokens import TokenStream, check_captions
 from llamagen_dist.launch.entry import Stopped
 from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.models.condition import CaptionEmbedder
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> None:
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
     topology = start(config.parallel.tensor, config.parallel.threads, 60 * config.guard.start_minutes, config.run_dir)
     plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
-    models = [_model(rung, train, topology) for _, rung, train, _ in plan]  # every refusal comes before any training
+    # every refusal comes before any training
+    models = [_model(rung, train, validation, topology) for _, rung, train, validation in plan]
     starts = [
         initial_weights(rung, model, train.manifest, topology, name)
         for (name, rung, train, _), model in zip(plan, models, strict=True)
@@ -59,36 +61,13 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
             raise UserError(
                 f"data.validation: its {what} differs from that of data.train; extract both with one tokenizer"
             )
-    if config.model.condition == "text":
-        _captions_fit(config, train, validation)
-    return train, validation
-
-
-def _captions_fit(config: GPTConfigFile, train: Shards, validation: Shards) -> None:
-    for key, shards in (("data.train", train), ("data.validation", validation)):
-        found = shards.manifest.captions
-        if found is None:
-            raise UserError(
-                f"{key}: {shards.folder} holds no caption features, which model.condition: text needs; pack images with "
-                "captions and extract them with text_encoder=PATH, or use condition: class"
-            )
-        places = config.model.prefix_tokens or 120
-        if found.max_tokens > places:
-            raise UserError(
-                f"{key}: {shards.folder} has captions of up to {found.max_tokens} tokens, but model.prefix_tokens is "
-                f"{places}; make it {found.max_tokens}"
-            )
-        if found.dim != config.model.caption_dim:
-            raise UserError(
-                f"{key}: the features of {found.encoder} in {shards.folder} are {found.dim} numbers per token; set "
-                f"model.caption_dim: {found.dim}"
-            )
     one, other = train.manifest.captions, validation.manifest.captions
     if one is not None and other is not None and one.encoder_sha256 != other.encoder_sha256:
         raise UserError("data.validation: its captions were encoded by another text encoder than those of data.train")
+    return train, validation
 
 
-def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfig:
+def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: Topology) -> GPTConfig:
     manifest = train.manifest
     assert manifest.vocab_size is not None
     assert manifest.grid is not None
@@ -98,6 +77,9 @@ def _model(config: GPTConfigFile, train: Shards, topology: Topology) -> GPTConfi
         image_tokens=manifest.grid[0] * manifest.grid[1],
         num_classes=None if manifest.classes is None else len(manifest.classes),
     )
+    if model.condition == "text":
+        check_captions(train, model.prefix, model.caption_dim, config.data.short_captions)
+        check_captions(validation, model.prefix, model.caption_dim, 0.0)
     tensor_parallel.check(model, topology.tensor)
     micro_batches(config.train, topology)
     return model
@@ -115,10 +97,6 @@ def train_one(
 ) -> bool:
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
     with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
-        held_out = TokenStream(validation, topology, config.train.global_batch, config.train.seed, 0.0)
-        stream = TokenStream(
-            train, topology, config.train.global_batch, config.train.seed, config.model.class_dropout_p
-        )
         note_origin(run, initial, train.manifest)
         task = GPTTask(
             build_gpt_on_meta(model, config.train.seed),
@@ -128,12 +106,25 @@ def train_one(
             lambda: held_out.validation_batches(config.validation.images, config.validation.batch),
             fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
         )
+        stream = token_stream(train, config, topology, task, config.model.class_dropout_p)
+        held_out = token_stream(validation, config, topology, task)
         run.say(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
         )
         with Prefetched(stream, config.train.global_batch, pin=topology.device.type == "cuda") as batches:
             return fit(task, batches, config, run)
+
+
+def token_stream(
+    shards: Shards, config: GPTConfigFile, topology: Topology, task: GPTTask, dropout_p: float = 0.0
+) -> TokenStream:
+    """The batches of one set. Where a caption is dropped, the model's own null caption takes its place."""
+    embedding = task.model.cls_embedding
+    null = (lambda: embedding.uncond_embedding) if isinstance(embedding, CaptionEmbedder) else None
+    train, data = config.train, config.data
+    short = data.short_captions if dropout_p else 0.0
+    return TokenStream(shards, topology, train.global_batch, train.seed, dropout_p, null, short, data.window_shards)
 
 
 if __name__ == "__main__":

@@ -53,22 +53,20 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(args.checkpoint), key="--tokenizer")
     gpt = load_gpt(args.checkpoint, tokenizer, group="ema" if args.ema else "weights")
-    wanted: Conditions
+    asked: Conditions
     if args.captions:
         if gpt.config.condition == "class":
             raise UserError(f"--caption: {args.checkpoint} is conditioned on classes; use --class")
-        wanted = written(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
-        chosen = list(range(len(wanted)))
+        asked = written(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
+        chosen = list(range(len(asked)))
     else:
         if gpt.config.condition == "text":
             raise UserError(f"--class: {args.checkpoint} is conditioned on text; use --caption TEXT")
-        wanted = Classes(gpt.classes)
+        asked = Classes(gpt.classes)
         everything = args.classes == ["all"]
         chosen = [class_number(name, gpt.classes) for name in ([] if everything else args.classes)]
-        chosen = list(range(len(wanted))) if everything else list(dict.fromkeys(chosen))
+        chosen = list(range(len(asked))) if everything else list(dict.fromkeys(chosen))
     settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
-    images, labels = rows_of_pictures(
-        gpt.model, tokenizer.model, wanted.at, chosen, args.per_class, args.seed, settings
-    )
-    save(args.out, images, labels, wanted.name, args.per_class)
+    images, labels = rows_of_pictures(gpt.model, tokenizer.model, asked.at, chosen, args.per_class, args.seed, settings)
+    save(args.out, images, labels, asked.name, args.per_class)
     print(args.out)

@@ -2,7 +2,7 @@
 else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -31,9 +31,10 @@ class TokenStream:
     the short one are hashes of (seed, position).
 
     dropout_p: share of samples that get the null class or the null caption. null_caption: None for classes (the null
-    class is the number of classes); for captions float [places, dim], the model's, which also says how many places a
-    condition has. short_share: share of samples that get their short caption. window_shards: 0 takes
-    samples from everywhere, else see ``order.Windows``. Raises UserError where the shards have no
+    class is the number of classes); for captions it returns the model's, float [places, dim], which also says how many
+    places a condition has. It is asked again when the first batch is made, because a resumed run reads it from its
+    checkpoint. short_share: share of samples that get their short caption. window_shards: 0 takes samples
+    from everywhere, else see ``order.Windows``. Raises UserError where the shards have no
     labels or captions, or captions that do not fit.
     """
 
@@ -44,7 +45,7 @@ class TokenStream:
         global_batch: int,
         seed: int,
         dropout_p: float,
-        null_caption: Tensor | None = None,
+        null_caption: Callable[[], Tensor] | None = None,
         short_share: float = 0.0,
         window_shards: int = 0,
     ) -> None:
@@ -55,12 +56,13 @@ class TokenStream:
         self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
         self._short = Ahead(partial(prng.uniform, seed, "short-caption"))
         self._dropout, self._short_share = dropout_p, short_share
-        self._null_class, self._null_caption = 0, null_caption
+        self._null_class, self._places = 0, 0
         if null_caption is None:
             self._null_class = shards.manifest.num_classes
         else:
-            self._null_caption = null_caption.detach().to("cpu", torch.bfloat16)
-            _check_captions(shards, len(null_caption), null_caption.shape[1], short_share)
+            self._places, dim = null_caption().shape
+            check_captions(shards, self._places, dim, short_share)
+        self._find_null, self._null_caption = null_caption, torch.empty(0)
 
     def batch(self, images_seen: int) -> TokenBatch:
         """This rank's share of the global batch: tokens int64 [share, N], the condition, positions and samples int64
@@ -71,9 +73,11 @@ class TokenStream:
         dropped = self._drop.at(start, self._share) < self._dropout
         crop, numbers = self._crop.at(start, self._share).numpy(), samples.numpy()
         condition: Condition
-        if self._null_caption is None:
+        if self._find_null is None:
             condition = self._labels(numbers).masked_fill(dropped, self._null_class)
         else:
+            if not len(self._null_caption):
+                self._null_caption = self._find_null().detach().to("cpu", torch.bfloat16)
             short = self._short.at(start, self._share) < self._short_share
             features, present = self._captions(numbers, short.numpy())
             features[dropped] = self._null_caption
@@ -84,8 +88,7 @@ class TokenStream:
         return torch.from_numpy(self._reader.labels(samples))
 
     def _captions(self, samples: NDArray[np.int64], short: NDArray[np.bool_]) -> Caption:
-        assert self._null_caption is not None
-        return left_padded(self._reader.caption_features(samples, short), len(self._null_caption))
+        return left_padded(self._reader.caption_features(samples, short), self._places)
 
     def where(self, sample: int) -> str:
         """The shard and record of a sample, for messages."""
@@ -104,15 +107,15 @@ class TokenStream:
         for start in range(self._topology.dp_rank * batch, count, self._topology.dp * batch):
             samples = np.arange(start, min(start + batch, count))
             tokens = torch.from_numpy(self._reader.codes(samples, np.zeros_like(samples)))
-            if self._null_caption is None:
+            if self._find_null is None:
                 condition: Condition = self._labels(samples)
             else:
                 condition = self._captions(samples, np.zeros(len(samples), np.bool_))
             yield TokenBatch(tokens, condition, torch.from_numpy(samples))
 
 
-def _check_captions(shards: Shards, places: int, dim: int, short_share: float) -> None:
-    """Whether a model with so many places of this width can be trained on these captions."""
+def check_captions(shards: Shards, places: int, dim: int, short_share: float) -> None:
+    """Raises UserError unless a model with so many places of this width can be trained on the shards' captions."""
     captions = shards.manifest.captions
     if captions is None:
         raise UserError(

@@ -47,7 +47,8 @@ class Conditions(Protocol):
 class Classes:
     """The GPT's own classes."""
 
-    kind, identity = "class", None
+    kind = "class"
+    identity: str | None = None
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -66,7 +67,7 @@ class Classes:
 
 
 class WrittenCaptions:
-    """Captions that somebody typed, encoded here. Raises UserError for another encoder than the GPT was trained with."""
+    """Captions in words, encoded here. Raises UserError for another encoder than the GPT was trained with."""
 
     kind = "caption"
 
@@ -75,8 +76,8 @@ class WrittenCaptions:
         if encoder.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != encoder.sha256):
             was = "" if known is None else f" ({known['encoder']}, sha256 {known['encoder_sha256'][:12]}…)"
             raise UserError(
-                f"text_encoder: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is not "
-                f"the one that {gpt.path} was trained with{was}; its features mean other things"
+                f"text_encoder: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is "
+                f"not the one that {gpt.path} was trained with{was}; its features mean other things"
             )
         self._captions = list(captions)
         self._features = encoder.encode(self._captions)
@@ -135,12 +136,13 @@ def check_encoding(found: CaptionEncoding | None, gpt: TrainedGPT, where: str) -
     known: dict[str, Any] | None = gpt.captions
     if found.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != found.encoder_sha256):
         raise UserError(
-            f"{where} was encoded by {found.encoder} (sha256 {found.encoder_sha256[:12]}…), which is not the text encoder "
-            f"that {gpt.path} was trained with"
+            f"{where} was encoded by {found.encoder} (sha256 {found.encoder_sha256[:12]}…), which is not the text "
+            f"encoder that {gpt.path} was trained with"
         )
     if found.max_tokens > gpt.config.prefix:
         raise UserError(
-            f"{where} has captions of up to {found.max_tokens} tokens, and the GPT has {gpt.config.prefix} places for them"
+            f"{where} has captions of up to {found.max_tokens} tokens, and the GPT has {gpt.config.prefix} places for "
+            "them"
         )
 
 
@@ -155,8 +157,8 @@ def conditions(
         return Classes(gpt.classes)
     if captions is None:
         raise UserError(
-            f"captions: {gpt.path} is conditioned on text; name token shards with caption features, or a text file with "
-            "one caption a line beside text_encoder=PATH"
+            f"captions: {gpt.path} is conditioned on text; name token shards with caption features, or a text file "
+            "with one caption a line beside text_encoder=PATH"
         )
     if captions.is_dir():
         return ShardCaptions(open_shards(captions, "tokens"), gpt, tokenizer)

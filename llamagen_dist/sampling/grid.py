@@ -37,12 +37,13 @@ def class_grid(
     """
     present = shown_classes(list(dict.fromkeys(labels.tolist())))
     tile = tile_side(images.shape[1])
-    font = ImageFont.load_default(size=max(14, tile // 6))
+    letters = max(14, tile // 6)
+    font = ImageFont.load_default(size=letters)
     rows = [(_lines(name(label), font), images[np.nonzero(labels == label)[0][:per_class]]) for label in present]
     compared = originals(present)
     gutter = max(int(font.getlength(line)) for lines, _ in rows for line in lines.split("\n")) + 2 * _MARGIN
     aside = 0 if compared is None else tile + 3 * _GAP
-    header = 0 if compared is None else font.size + _MARGIN
+    header = 0 if compared is None else letters + _MARGIN
     columns = max(len(members) for _, members in rows)
     width = int(gutter + aside + columns * (tile + _GAP) - _GAP + _MARGIN)
     height = int(header + len(rows) * (tile + _GAP) - _GAP + 2 * _MARGIN)

@@ -26,9 +26,10 @@ from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.test_sample import SIZES, tokenizer_run
 from tests.runs.token_shards import VOCABULARY
-from tests.tiny_t5 import write_tiny_t5
+from tests.tiny_t5 import write_t5
 
 COUNT, BATCH, HELD_OUT = 14, 4, 5
+WORDS = ["red green blue grey cup hat old shoe"]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def work(tmp_path_factory) -> Path:
     """A tiny text GPT with a head of its own, its tokenizer, its text encoder, and held-out captions."""
     folder = tmp_path_factory.mktemp("sample-text")
     tokenizer_run(folder / "tokenizer", 0)
-    write_tiny_t5(folder / "t5", dim=DIM, seed=0)
-    write_tiny_t5(folder / "t5-other", dim=DIM, seed=1)
+    write_t5(folder / "t5", WORDS, DIM, 0)
+    write_t5(folder / "t5-other", WORDS, DIM, 1)
     encoder = CaptionEncoder(folder / "t5", torch.device("cpu"), PLACES)
     encoding = CaptionEncoding(str(folder / "t5"), encoder.sha256, DIM, PLACES, "test", short=True)
     for name, count, seed in (("train", 24, 0), ("held_out", HELD_OUT, 1)):
@@ -131,7 +132,7 @@ def test_the_command_line_draws_captions(work, tmp_path):
         cli.main([*words, "--caption", "red cup", "a very long caption " * 12, "--per-class", "2"])
     grid = Image.open(out)
     assert grid.width < 700  # the long caption is broken into lines
-    with pytest.raises(UserError, match="--class: .* is conditioned on text; use --caption"):
+    with pytest.raises(UserError, match=r"--class: .* is conditioned on text; use --caption"):
         cli.main([*words, "--class", "0"])
 
 

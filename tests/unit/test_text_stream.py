@@ -70,7 +70,13 @@ def shards(tmp_path_factory):
 
 def stream(shards, rank=0, ranks=1, batch=24, seed=3, dropout=0.2, short=0.3, null=NULL):
     return TokenStream(
-        shards, Topology(rank=rank, world=ranks), batch, seed, dropout, null_caption=null, short_share=short
+        shards,
+        Topology(rank=rank, world=ranks),
+        batch,
+        seed,
+        dropout,
+        null_caption=None if null is None else lambda: null,
+        short_share=short,
     )
 
 
@@ -148,6 +154,9 @@ def test_the_null_caption_is_the_one_that_the_model_knows(shards):
     assert torch.equal(batch.condition[1], present)
     model.eval()
     assert model.loss(batch.tokens, batch.condition).isfinite()
+    late = TokenStream(shards, Topology(), 24, 3, 1.0, null_caption=lambda: model.cls_embedding.uncond_embedding)
+    model.cls_embedding.uncond_embedding = torch.full((PLACES, DIM), 5.0)  # as a resume does, after the stream is built
+    assert (late.batch(0).condition[0] == 5).all()
 
 
 def test_what_does_not_fit_is_refused(shards, tmp_path):
