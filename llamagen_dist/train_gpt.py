@@ -106,8 +106,8 @@ def train_one(
             lambda: held_out.validation_batches(config.validation.images, config.validation.batch),
             fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
         )
-        stream = token_stream(train, config, topology, task, config.model.class_dropout_p)
-        held_out = token_stream(validation, config, topology, task)
+        stream = token_stream(train, config, topology, task, training=True)
+        held_out = token_stream(validation, config, topology, task, training=False)
         run.say(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
@@ -117,14 +117,20 @@ def train_one(
 
 
 def token_stream(
-    shards: Shards, config: GPTConfigFile, topology: Topology, task: GPTTask, dropout_p: float = 0.0
+    shards: Shards, config: GPTConfigFile, topology: Topology, task: GPTTask, training: bool
 ) -> TokenStream:
     """The batches of one set. Where a caption is dropped, the model's own null caption takes its place."""
     embedding = task.model.cls_embedding
-    null = (lambda: embedding.uncond_embedding) if isinstance(embedding, CaptionEmbedder) else None
-    train, data = config.train, config.data
-    short = data.short_captions if dropout_p else 0.0
-    return TokenStream(shards, topology, train.global_batch, train.seed, dropout_p, null, short, data.window_shards)
+    return TokenStream(
+        shards,
+        topology,
+        config.train.global_batch,
+        config.train.seed,
+        config.model.class_dropout_p if training else 0.0,
+        (lambda: embedding.uncond_embedding) if isinstance(embedding, CaptionEmbedder) else None,
+        config.data.short_captions if training else 0.0,
+        config.data.window_shards,
+    )
 
 
 if __name__ == "__main__":
