@@ -7,6 +7,7 @@ The naming rule is WebDataset's: the key is the path up to the first dot of the 
 import io
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,8 @@ def scan(path: Path) -> TarIndex:
     Raises UserError as ``entries`` does, and for the same member twice in a sample, a sample in two pieces, and a
     member whose ending is not UTF-8.
     """
-    rows: list[dict[str, tuple[int, int]]] = []
-    current, seen = None, set()
+    columns: dict[str, array[int]] = {}
+    rows, current, seen = 0, None, set[str]()
     for item in entries(path):
         key, member = _split(item.name)
         if key is None:
@@ -116,18 +117,19 @@ def scan(path: Path) -> TarIndex:
                     "to each other and no two samples may share a key; write the tar again"
                 )
             seen.add(key)
-            current = key
-            rows.append({})
-        if member in rows[-1]:
-            raise UserError(f"{path}: sample {shown(key)} has {member} twice")
-        if printable(member) != member:
+            current, rows = key, rows + 1
+        if member not in columns and printable(member) != member:
             raise UserError(f"{path}: the ending of {shown(item.name)} is not UTF-8; rename that member")
-        rows[-1][member] = (item.offset_data, item.size)
-    members = tuple(sorted({member for row in rows for member in row}))
-    spans = np.zeros((len(rows), len(members), 2), np.uint64)
-    for number, row in enumerate(rows):
-        for member, span in row.items():
-            spans[number, members.index(member)] = span
+        column = columns.setdefault(member, array("Q"))
+        if len(column) == 2 * rows:
+            raise UserError(f"{path}: sample {shown(key)} has {member} twice")
+        column.extend([0] * (2 * rows - 2 - len(column)))  # the samples since, which lack it
+        column.extend((item.offset_data, item.size))
+    members = tuple(sorted(columns))
+    spans = np.zeros((rows, len(members), 2), np.uint64)
+    for number, member in enumerate(members):
+        filled = np.array(columns[member], np.uint64).reshape(-1, 2)
+        spans[: len(filled), number] = filled
     return TarIndex(members, spans)
 
 

@@ -5,6 +5,7 @@ options.
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,7 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     others = ("train", "validation") if options.held_out is None else (".",)
     if taken := next((out / name for name in others if (out / name / MANIFEST).exists()), None):
         raise UserError(f"{taken}: already holds shards made with another --held-out; choose another --out")
+    _say_empty_classes(source)
     fit, picture_size = _how_to_fit(source, options)
     kept = options.format, options.quality, options.min_side, options.most_pixels
     recipe = ImageRecipe(options.size, fit, picture_size, *kept)
@@ -189,6 +191,16 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
         split = _Split(source, ShardJob(out / name, identity), shuffled, options, recipe)
         manifests[name] = split.job.completed() or _pack_split(split)
     return manifests
+
+
+def _say_empty_classes(source: Source) -> None:
+    """Labels that are numbers may leave some out: no reason to refuse, but a class that nothing can be learnt about."""
+    if source.labels is None or source.classes is None:
+        return
+    empty = np.nonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)[0]
+    if len(empty):
+        first = source.classes[empty[0]]
+        print(f"{source.name}: {len(empty)} of {len(source.classes)} classes have no images, the first is {first!r}")
 
 
 def _not_default(options: PackOptions, names: tuple[str, ...]) -> dict[str, object]:
@@ -284,5 +296,11 @@ def _each_shard(split: _Split, pending: list[int]) -> Iterator[tuple[int, Packed
             ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _begin_worker, (split,))
         )
         stack.callback(pool.shutdown, cancel_futures=True)
-        for future in as_completed([pool.submit(_pack_in_worker, shard) for shard in pending]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_pack_in_worker, shard) for shard in pending]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{split.job.folder}: one of the {jobs} packing processes was killed, perhaps for want of memory; run "
+                "the same command again with fewer --jobs (what is finished is kept)"
+            ) from None

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import struct
 import tarfile
 import zlib
@@ -17,7 +18,9 @@ from PIL import Image
 from llamagen_dist.cli import main
 from llamagen_dist.config import UserError
 from llamagen_dist.data.images import decode, load_images
+from llamagen_dist.data.index import scan
 from llamagen_dist.data.pack import PackOptions, pack
+from llamagen_dist.data.recipe import ImageRecipe
 from llamagen_dist.data.shards import open_shards, verify
 from llamagen_dist.data.sources import open_source
 from llamagen_dist.data.sources.source import caption_of
@@ -147,6 +150,7 @@ def test_missing_captions_and_files_are_named_and_left_out_when_asked(captioned,
         (b'{"image_path": "a.png", "text": ["x", 7]}', "must be strings"),
         (b'{"image_path": "a.png", "text": "\xff"}', "line 1"),
         (b"[" * 100_000, "line 1"),
+        (b'{"image_path": "a.png", "text": "\\ud800"}', "surrogates not allowed"),
         (b'{"image_path": "a.png", "class": 1.5}', "must be a number from 0 or a name"),
         (b'{"image_path": "a.png", "class": -1}', "must be a number from 0 or a name"),
         (b'{"image_path": "a.png", "class": true}', "must be a number from 0 or a name"),
@@ -178,6 +182,28 @@ def test_a_list_of_captions_gives_its_longest_and_its_shortest(texts, short):
     if short is not None:
         assert found.short == (short if short.strip() else None)
     assert caption_of({"text": found.text}).short is None
+
+
+@settings(max_examples=80)
+@given(
+    st.binary(max_size=60)
+    | st.dictionaries(
+        st.sampled_from(["image_path", "text", "short", "class", "caption"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.text(max_size=3)),
+        max_size=4,
+    ).map(lambda record: json.dumps({"image_path": "a.png"} | record).encode())
+)
+def test_any_line_is_read_or_refused_with_one_sentence(tmp_path_factory, line):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(line + b"\n")
+    try:
+        source = open_source(str(path))
+    except UserError:
+        return
+    for number in range(len(source)):
+        source.title(number).encode()
+        if source.captioned:
+            assert source.caption(number).text.strip()
 
 
 # --- WebDataset tars
@@ -255,6 +281,44 @@ def test_bad_tars_get_one_sentence(foreign, tmp_path):
     (foreign / "sub").mkdir()
     assert "both tar files and folders" in one_sentence(foreign, tmp_path / "never")
     assert "matches no file" in one_sentence(foreign / "*.tgz", tmp_path / "never")
+
+
+@pytest.fixture(scope="module")
+def small_tar(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tar") / "x.tar"
+    data = tar_bytes([(f"{n}.{end}", b"x" * (300 * n)) for n in range(4) for end in ("png", "cls", "txt")])
+    path.write_bytes(data)
+    return path, data, scan(path)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_damage_to_a_tars_structure_goes_unnoticed(small_tar, data):
+    """A flipped bit in a header or a cut anywhere is refused, or it does not change what is found."""
+    path, whole, index = small_tar
+    starts = (index.spans[:, :, 0].astype(int) - 512).ravel().tolist()
+    damaged = bytearray(whole)
+    if data.draw(st.booleans(), label="cut"):
+        del damaged[data.draw(st.integers(0, len(whole) - 1)) :]
+    else:
+        damaged[data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 511))] ^= 1 << data.draw(
+            st.integers(0, 7)
+        )
+    path.write_bytes(damaged)
+    try:
+        found = scan(path)
+    except UserError:
+        return
+    assert found.members == index.members
+    assert np.array_equal(found.spans, index.spans)
+
+
+def test_the_undamaged_tar_is_found(small_tar):
+    """The twin of the test above: it does not pass because everything is refused."""
+    path, whole, index = small_tar
+    path.write_bytes(whole)
+    assert np.array_equal(scan(path).spans, index.spans)
+    assert index.spans.shape == (4, 3, 2)
 
 
 # --- a tar of tars
@@ -422,6 +486,29 @@ def test_names_that_are_not_utf8(mixed, tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["count"] == 6
     os.rename(mixed / "thing", os.fsencode(mixed) + b"/th\xefng")
     assert "the class name 'th\\\\xefng' is not UTF-8" in one_sentence(mixed, tmp_path / "other")
+
+
+def test_a_packing_process_that_is_killed_is_said_and_the_next_run_goes_on(mixed, tmp_path, monkeypatch):
+    options = PackOptions(samples_per_shard=2, jobs=2)
+    victim, stored = os.getpid(), ImageRecipe.stored
+
+    def killed_at_the_jpeg(recipe, picture):
+        if picture == encoded(7) and os.getpid() != victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stored(recipe, picture)
+
+    monkeypatch.setattr(ImageRecipe, "stored", killed_at_the_jpeg)
+    assert "packing processes was killed" in one_sentence(mixed, tmp_path / "out", samples_per_shard=2, jobs=2)
+    monkeypatch.undo()
+    pack(str(mixed), tmp_path / "out", options)
+    pack(str(mixed), tmp_path / "whole", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_classes_without_images_are_said(tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 3]))
+    pack(str(tmp_path / "x.npz"), tmp_path / "out", PackOptions())
+    assert "2 of 4 classes have no images, the first is '1'" in capsys.readouterr().out
 
 
 # --- the library reads the same

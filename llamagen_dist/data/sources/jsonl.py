@@ -87,6 +87,8 @@ def _parsed(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], Capti
         image = record.get("image_path")
         if not isinstance(image, str) or not image or "\0" in image:
             raise ValueError(f'"image_path" must be the path of an image, not {image!r}')
+        if b"\\u" in line:
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can be written, but is no text
         return record, caption_of(record)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: line {number}: {error}; correct or delete that line") from None
