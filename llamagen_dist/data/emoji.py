@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -84,7 +85,7 @@ def _read(package: Path) -> dict[str, bytes]:
             parts = path.split("/")
             if path == "emoji.json" or (len(parts) == 4 and parts[0] == "img" and parts[2] == "64"):
                 files[parts[-1]] = data
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{package}: cannot be read ({error}); {WHERE}") from None
     if "emoji.json" not in files:
         raise UserError(f"{package}: is not an emoji-datasource package (no emoji.json in it); {WHERE}")

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llamagen_dist.cli import main
 from llamagen_dist.config import UserError
+from llamagen_dist.data.captions import clean
 from llamagen_dist.data.emoji import TONES, prepare_emoji
 from llamagen_dist.data.made_once import made_once
+from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
+from llamagen_dist.data.text_encoder import CaptionEncoder
+from tests.image_shards import write_images
 
 NAMES = ["BABY ANGEL", "CLAPPING HANDS", "NAIL POLISH", "NOSE"]  # come in skin tones
 
@@ -161,16 +164,32 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert (out / "file").exists()
 
 
-def test_commands_say_what_they_made(tmp_path):
+def test_from_the_download_to_a_text_encoder_that_knows_its_captions(tmp_path, capsys):
     as_tgz(package(), tmp_path / "package.tgz")
+    main(["emoji", str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out")])
+    assert "23 captioned pictures in train.jsonl, 3 with other captions in validation.jsonl" in capsys.readouterr().out
+    for name in ("train", "validation"):
+        source, shards = tmp_path / f"out/{name}.jsonl", tmp_path / name
+        main(["pack", str(source), "--size", "8", "--out", str(shards), "--jobs", "1"])
+    command = ["text-encoder", str(tmp_path / "train"), "--out", str(tmp_path / "t5"), "--dim", "16"]
+    main(command)
+    encoder = CaptionEncoder(tmp_path / "t5")
+    held_out = open_shards(tmp_path / "validation", "images")
+    for sample in range(len(held_out)):
+        for member in (CAPTION_MEMBER, SHORT_CAPTION_MEMBER):
+            ids = encoder.tokenizer(clean(held_out.read(sample, member).decode())).input_ids
+            assert encoder.tokenizer.unk_token_id not in ids
+            assert ids[-1] == encoder.tokenizer.eos_token_id
+    assert encoder.tokenizer.unk_token_id in encoder.tokenizer("a giraffe").input_ids
+    main(command)  # a pipeline may run it again
+    with pytest.raises(UserError, match="made from something else"):
+        main([*command[:-1], "24"])
+    with pytest.raises(UserError, match="multiple of 8"):
+        main([*command[:-1], "20"])
 
-    def llamagen(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llamagen_dist.cli", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    made = llamagen("emoji", str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out"))
-    assert made.stdout.strip().endswith(
-        "23 captioned pictures in train.jsonl, 3 with other captions in validation.jsonl"
-    )
-    refused = llamagen("text-encoder", str(tmp_path / "out"), "--out", str(tmp_path / "t5"))
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+def test_a_text_encoder_needs_captions(tmp_path):
+    shards = write_images(tmp_path / "images", 4, 8)
+    with pytest.raises(UserError, match="has no captions"):
+        main(["text-encoder", str(shards), "--out", str(tmp_path / "t5")])
+    assert not (tmp_path / "t5").exists()
