@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.fetch_ahead import FetchAhead
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.parallel.topology import Topology
@@ -143,6 +144,7 @@ class ImageStream:
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._shards = shards
         order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
+        self._ahead = FetchAhead(shards, order.windows, topology.rank)
         self._batches = _Batches(shards, order, share, seed, image_size, random_crop, horizontal_flip)
         self._workers = workers
         self._loader: Iterator[ImageBatch] | None = None
@@ -150,6 +152,7 @@ class ImageStream:
 
     def batch(self, images_seen: int) -> ImageBatch:
         """This rank's share of the global batch that starts at global position ``images_seen``."""
+        self._ahead.at(images_seen + self._offset)
         if self._workers == 0:
             return self._batches[images_seen + self._offset]
         if self._loader is None or self._next != images_seen:

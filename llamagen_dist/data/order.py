@@ -100,6 +100,17 @@ class Windows:
             found[chosen] = self._of_epoch(one, positions[chosen] - one * self._count)
         return found
 
+    def window(self, position: int) -> tuple[list[int], int, int]:
+        """The shards of the window that a position lies in, its first position and the one after its last."""
+        epoch, place = divmod(position, self._count)
+        starts, ends, firsts = self._shard_order(epoch)
+        first = int(torch.searchsorted(ends, place, right=True)) // self._shards * self._shards
+        last = min(first + self._shards, len(ends)) - 1
+        numbers = torch.searchsorted(self._sizes.cumsum(0), firsts[first : last + 1], right=True)
+        filled = ends[first : last + 1] > starts[first : last + 1]
+        begin = epoch * self._count
+        return numbers[filled].tolist(), begin + int(starts[first]), begin + int(ends[last])
+
     def _of_epoch(self, epoch: int, places: Tensor) -> Tensor:
         starts, ends, firsts = self._shard_order(epoch)
         window_of = torch.searchsorted(ends, places, right=True) // self._shards
@@ -172,10 +183,12 @@ class Order:
         window_shards: int = 0,
     ) -> None:
         self.at: Callable[[Tensor], Tensor] = partial(_samples, count, seed)  # picklable, for decoding processes
+        self.windows: Windows | None = None
         if window_shards:
             assert sizes is not None
             assert int(sizes.sum()) == count
-            self.at = Windows(sizes, window_shards, seed).samples
+            self.windows = Windows(sizes, window_shards, seed)
+            self.at = self.windows.samples
         self._ahead = Ahead(self.at, block)
 
     def samples(self, start: int, length: int) -> Tensor:

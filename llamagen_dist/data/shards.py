@@ -7,7 +7,6 @@ short, deleted on a network disk, or unreadable while it is in use then is an er
 
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ _OPEN_AT_ONCE = 256  # shards kept open; far below the usual limit of 1,024 file
 @dataclass(frozen=True)
 class _OpenShard:
     file: IO[bytes]  # closed when the last thread that reads it lets go
+    descriptor: int
     spans: NDArray[np.uint64] | None
 
 
@@ -56,7 +56,7 @@ class Shards:
         """int64 [shards]: the samples of each shard."""
         self.ends = np.cumsum(self.sizes)
         """int64 [shards]: the global number after each shard's last sample."""
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: dict[int, _OpenShard] = {}  # in the order in which they were opened
         self._tables: dict[str, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
@@ -133,7 +133,8 @@ class Shards:
         Raises UserError, naming the shard, where it cannot be read any more or ends before.
         """
         try:
-            found = os.preadv(self._shard(shard).file.fileno(), [buffer], offset)
+            opened = self._open.get(shard) or self._shard(shard)
+            found = os.preadv(opened.descriptor, [buffer], offset)
         except OSError as error:
             raise self._unreadable(shard, error.strerror) from None
         if found != len(buffer):
@@ -180,23 +181,22 @@ class Shards:
         )
 
     def _shard(self, number: int) -> _OpenShard:
-        opened = self._open.pop(number, None)  # single steps, which threads cannot interrupt
-        if opened is None:
+        opened = self._open.get(number)
+        if opened is None:  # two threads may both open it, which does no harm
             record = self.manifest.shards[number]
             file = self.source.open(record)
             if (found := os.fstat(file.fileno()).st_size) != record.bytes:
                 raise UserError(_other_size(str(file.name), found, record))
-            opened = _OpenShard(
-                file, self.source.index(record, self.manifest.members) if record.layout is None else None
-            )
+            spans = self.source.index(record, self.manifest.members) if record.layout is None else None
+            opened = _OpenShard(file, file.fileno(), spans)
             self._let_go()
-        self._open[number] = opened
+            self._open[number] = opened
         return opened
 
     def _let_go(self) -> None:
-        """Of the longest unused, and of files that the cache has dropped: they fill the disk until they are closed."""
+        """Of the longest open, and of files that the cache has dropped: they fill the disk until they are closed."""
         for number, opened in list(self._open.items()):
-            if len(self._open) >= _OPEN_AT_ONCE or os.fstat(opened.file.fileno()).st_nlink == 0:
+            if len(self._open) >= _OPEN_AT_ONCE or os.fstat(opened.descriptor).st_nlink == 0:
                 self._open.pop(number, None)
 
     def close(self) -> None:

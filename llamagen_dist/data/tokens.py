@@ -13,6 +13,7 @@ from torch import Tensor
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import TokenBatch, left_padded
+from llamagen_dist.data.fetch_ahead import FetchAhead
 from llamagen_dist.data.order import Ahead, Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.data.token_reader import CODES_MEMBER, TokenReader, codes_bytes
@@ -51,6 +52,7 @@ class TokenStream:
     ) -> None:
         self._reader = TokenReader(shards)
         self._order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
+        self._ahead = FetchAhead(shards, self._order.windows, topology.rank)
         self._topology, self._share = topology, topology.share(global_batch)
         self._crop = Ahead(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
         self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
@@ -69,6 +71,7 @@ class TokenStream:
         [share]. A caption's features are bfloat16."""
         start = images_seen + self._topology.dp_rank * self._share
         positions = torch.arange(start, start + self._share)
+        self._ahead.at(start)
         samples = self._order.samples(start, self._share)
         dropped = self._drop.at(start, self._share) < self._dropout
         crop, numbers = self._crop.at(start, self._share).numpy(), samples.numpy()
