@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data import text_encoder
@@ -92,6 +93,26 @@ def test_the_hash_names_the_files_that_decide_the_features(encoder, folder, tmp_
     weights["encoder.final_layer_norm.weight"][0] += 1e-3
     save_file(weights, copy / "model.safetensors")
     assert CaptionEncoder(copy).sha256 != encoder.sha256
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "pickled"])
+def test_a_whole_t5_as_published_is_read_for_its_encoder(encoder, folder, tmp_path, form):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    torch.manual_seed(4)
+    whole = T5ForConditionalGeneration(T5Config.from_pretrained(copy, num_decoder_layers=1))
+    whole.encoder.load_state_dict(encoder.model.encoder.state_dict())
+    if form == "pickled":
+        torch.save(whole.state_dict(), copy / "pytorch_model.bin")
+    else:
+        whole.save_pretrained(copy, max_shard_size="20KB" if form == "shards" else "1GB")
+    texts = captions(6, 20)
+    found = CaptionEncoder(copy, max_tokens=24).encode(texts, batch=8)
+    assert all(torch.equal(one, other) for one, other in zip(found, encoder.encode(texts, batch=8), strict=True))
+    if form == "shards":
+        sorted(copy.glob("*.safetensors"))[1].unlink()
+        with pytest.raises(UserError, match="cannot be loaded"):
+            CaptionEncoder(copy)
 
 
 def without(folder: Path, what: str) -> None:
