@@ -17,8 +17,10 @@ from llamagen_dist.data.emoji import TONES, prepare_emoji
 from llamagen_dist.data.made_once import made_once
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.launch.stages import plan
 from tests.image_shards import write_images
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 NAMES = ["BABY ANGEL", "CLAPPING HANDS", "NAIL POLISH", "NOSE"]  # come in skin tones
 
 
@@ -193,3 +195,22 @@ def test_a_text_encoder_needs_captions(tmp_path):
     with pytest.raises(UserError, match="has no captions"):
         main(["text-encoder", str(shards), "--out", str(tmp_path / "t5")])
     assert not (tmp_path / "t5").exists()
+
+
+def test_the_stages_of_the_recipe_fit_together(tmp_path):
+    made = plan(CONFIGS / "pipeline/text-to-image.yaml", tmp_path, {"package": "/somewhere.tgz"})
+    stages = {stage.name: stage for stage in made.stages}
+    extract, gpt, sample = (stages[name].config for name in ("tokens", "gpt", "sample"))
+    tokenizer = stages["tokenizer"].config
+    option = dict(zip(stages["text-encoder"].arguments, stages["text-encoder"].arguments[1:], strict=False))
+    assert gpt.model.caption_dim == int(option["--dim"])
+    assert gpt.model.prefix_tokens == extract.max_caption_tokens
+    assert gpt.data.short_captions == 0 or extract.short_captions
+    for name in ("pack", "pack-held-out"):
+        arguments = dict(zip(stages[name].arguments, stages[name].arguments[1:], strict=False))
+        assert int(arguments["--size"]) == extract.image_size == tokenizer.data.image_size
+    assert str(extract.text_encoder) == option["--out"]
+    assert sample.captions == gpt.data.validation == extract.out / "validation"
+    assert sample.checkpoint == gpt.run_dir
+    assert sample.tokenizer == extract.tokenizer == tokenizer.run_dir
+    assert stages["pictures"].arguments[1] == "/somewhere.tgz"
