@@ -1,7 +1,14 @@
 """``llamagen shards verify|stats|show|index|merge SHARDS``: look after a folder of shards."""
 
 import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamagen_dist.data.shards import Shards
 
 MOST_SHOWN = 1000
 
@@ -15,7 +22,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("index", "make manifest and index for tars of another program"),
     ):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("folder", type=Path, metavar="SHARDS")
+        if name == "index":
+            action.add_argument("folder", type=Path, metavar="SHARDS")
+            action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
+            continue
+        action.add_argument("folder", metavar="SHARDS", help="a folder, http(s)://, s3:// or pipe:COMMAND")
+        action.add_argument("--cache", type=Path, metavar="DIR", help="of remote shards (default: for this call only)")
+        action.add_argument("--cache-gb", type=float, default=50.0, metavar="GB", help="its limit (default: 50)")
+        action.add_argument("--allow-pipe", action="store_true", help="run the COMMAND of pipe:COMMAND")
         if name == "show":
             action.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg")
             action.add_argument("--n", type=int, default=40, metavar="N", help="how many samples (default: 40)")
@@ -23,8 +37,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--tokenizer", type=Path, metavar="PATH", help="of token shards (default: the one they name)"
             )
-        if name == "index":
-            action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
     merge = actions.add_parser(
         "merge",
         help="put several folders of shards into one",
@@ -40,21 +52,35 @@ def run(args: argparse.Namespace) -> None:
     actions[args.action](args)
 
 
+@contextmanager
+def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
+    from llamagen_dist.config import ShardAccess, UserError
+    from llamagen_dist.data.shards import open_shards
+
+    if args.cache_gb <= 0:
+        raise UserError(f"--cache-gb {args.cache_gb:g}: must be greater than 0")
+    with tempfile.TemporaryDirectory(prefix="llamagen-shards-") as folder:
+        cache = args.cache or Path(folder)
+        access = ShardAccess(cache=cache, cache_gb=args.cache_gb, allow_pipe=args.allow_pipe)
+        yield open_shards(args.folder, access=access)
+
+
 def _verify(args: argparse.Namespace) -> None:
-    from llamagen_dist.data.shards import open_shards, verify
+    from llamagen_dist.data.shards import verify
     from llamagen_dist.tracking.progress import Progress
 
-    shards = open_shards(args.folder)
-    with Progress("verifying", len(shards)) as progress:
+    with _opened(args) as shards, Progress("verifying", len(shards)) as progress:
         verify(shards, progress.advance)
     count = len(shards.manifest.shards)
     print(f"{args.folder}: {count} shards, {len(shards):,} samples, every byte as recorded")
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from llamagen_dist.data.shards import open_shards
+    with _opened(args) as shards:
+        _print_stats(shards)
 
-    shards = open_shards(args.folder)
+
+def _print_stats(shards: "Shards") -> None:
     manifest = shards.manifest
     size = sum(record.bytes for record in manifest.shards)
     lines = {
@@ -96,17 +122,16 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     from llamagen_dist.config import UserError
-    from llamagen_dist.data.shards import open_shards
     from llamagen_dist.sampling.grid import save_page
     from llamagen_dist.sampling.sheet import shard_sheet
 
-    shards = open_shards(args.folder)
     if not 1 <= args.n <= MOST_SHOWN:
         raise UserError(f"--n {args.n}: must be between 1 and {MOST_SHOWN}")
-    if not 0 <= args.start < len(shards):
-        raise UserError(f"--start {args.start}: {args.folder} holds samples 0 to {len(shards) - 1}")
-    samples = range(args.start, min(args.start + args.n, len(shards)))
-    save_page(args.out, lambda: shard_sheet(shards, samples, args.tokenizer))
+    with _opened(args) as shards:
+        if not 0 <= args.start < len(shards):
+            raise UserError(f"--start {args.start}: {args.folder} holds samples 0 to {len(shards) - 1}")
+        samples = range(args.start, min(args.start + args.n, len(shards)))
+        save_page(args.out, lambda: shard_sheet(shards, samples, args.tokenizer))
     print(args.out)
 
 

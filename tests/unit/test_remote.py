@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import threading
 import time
 
@@ -10,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from llamagen_dist.cli import main
 from llamagen_dist.config import ShardAccess, UserError, load
 from llamagen_dist.data import remote
 from llamagen_dist.data.cache import Cache
@@ -311,3 +313,24 @@ def test_another_users_folder_is_not_trusted(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match=r"data\.cache: .*belongs to another user"):
         Cache(tmp_path / "link", 10)
+
+
+# --- the command line ---
+
+
+def test_remote_shards_are_verified_and_described(tmp_path, server, capsys):
+    main(["shards", "verify", server.url])
+    assert f"{server.url}: 3 shards, 13 samples, every byte as recorded" in capsys.readouterr().out
+    main(["shards", "stats", server.url, "--cache", str(tmp_path / "cache")])
+    said = capsys.readouterr().out
+    assert "13 in 3 shards" in said
+    assert re.search(r"\b0 +2  class 0\n", said)
+    server.always[FIRST] = ("flip", 600)
+    main(["shards", "verify", server.url, "--cache", str(tmp_path / "cache")])  # what is kept was checked
+    with pytest.raises(UserError, match=rf"{FIRST}: could not be fetched in 5 tries.*sha256.*damaged: sample 0 of 5"):
+        main(["shards", "verify", server.url])
+    with pytest.raises(UserError, match="allow-pipe"):
+        main(["shards", "verify", f"pipe:cat {server.folder}/{{name}}"])
+    main(["shards", "verify", f"pipe:cat {server.folder}/{{name}}", "--allow-pipe"])
+    with pytest.raises(UserError, match="--cache-gb -1: must be greater than 0"):
+        main(["shards", "stats", server.url, "--cache-gb", "-1"])
