@@ -1,5 +1,6 @@
 """From stored images to codes: decode, cut, encode in batches of one fixed shape."""
 
+import ctypes
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,8 @@ class CropCoder:
         self._config, self._model = config, model
         self._device = model.quantize.embedding.weight.device
         if self._device.type == "cpu":
-            model.to(memory_format=torch.channels_last)  # a tenth faster there
+            model.to(memory_format=torch.channels_last)  # a sixth faster there
+            _keep_memory()
         self._ranges = config.crop_ranges if config.crops == "ten_crop" else ()
         self.crops = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(self._ranges)}[config.crops]
         self.side = config.image_size // model.config.downsampling
@@ -119,3 +121,14 @@ class CropCoder:
 
     def _arrived(self, codes: Tensor) -> list[NDArray[np.uint16]]:
         return list(codes.cpu().numpy().astype(np.uint16))
+
+
+def _keep_memory() -> None:
+    """Let glibc reuse large blocks: it returns those above 32 MiB to the system each time, and getting their pages
+    back, zeroed, is a sixth of the encoder's time at 256 px.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:  # other C libraries have no such function
+        no_maps, keep_at_the_end = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        set_option(no_maps, 0)
+        set_option(keep_at_the_end, (1 << 31) - 1)
