@@ -221,6 +221,11 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     access = ShardAccess() if access is None else access
     near = not is_remote(location)
     source = transport(location, access.allow_pipe)
+    if not near and access.cache is None and access.stage is None:
+        raise UserError(
+            f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
+            "(and data.cache_gb), or data.stage"
+        )
     manifest = manifest_of(location, access)
     if kind is not None and manifest.kind != kind:
         hint = "extract tokens from them first" if kind == "tokens" else "name the image shards instead"
@@ -236,11 +241,7 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
         return shards
     if near:
         return Shards(Path(location), manifest)
-    if access.cache is None:
-        raise UserError(
-            f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
-            "(and data.cache_gb), or data.stage"
-        )
+    assert access.cache is not None
     cache = Cache(access.cache, int(access.cache_gb * 1e9))
     return Shards(access.cache, manifest, RemoteFolder(source, cache, manifest.members))
 
