@@ -3,12 +3,15 @@ options.
 """
 
 import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -276,9 +279,17 @@ def _pack_split(split: _Split) -> Manifest:
 _split_of_worker: _Split | None = None
 
 
-def _begin_worker(split: _Split) -> None:
+def _begin_worker(split: _Split, parent: int) -> None:
     global _split_of_worker  # the source reaches forked workers without being pickled
     _split_of_worker = split
+    Thread(target=_leave_without, args=(parent,), daemon=True).start()
+
+
+def _leave_without(parent: int) -> None:
+    """End this worker when the main process was killed: it would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _pack_in_worker(shard: int) -> tuple[int, Packed]:
@@ -293,7 +304,7 @@ def _each_shard(split: _Split, pending: list[int]) -> Iterator[tuple[int, Packed
         return
     with ExitStack() as stack:
         pool: Any = stack.enter_context(
-            ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _begin_worker, (split,))
+            ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _begin_worker, (split, os.getpid()))
         )
         stack.callback(pool.shutdown, cancel_futures=True)
         try:

@@ -22,7 +22,7 @@ from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shard_writer import label_text, refused_when_full, shard_name, write_shard
 from llamagen_dist.data.shards import open_shards, verify
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
-from tests.unit.test_pack_sources import contents, encoded, tar_bytes
+from tests.unit.picture_sources import contents, encoded, tar_bytes
 
 TOKENS, CROPS, DIM, CLASSES = 16, 3, 8, 12
 ENCODING = CaptionEncoding("/a/t5", "ab" * 32, DIM, 120, captions.CLEANING, short=True)
