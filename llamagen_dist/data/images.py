@@ -105,7 +105,7 @@ def decode_sample(shards: Shards, sample: int, data: bytes) -> Image.Image:
     except DECODE_ERRORS as error:
         raise UserError(
             f"{shards.where(sample)}: the image cannot be decoded ({error}); pack the images again, or check "
-            f"the bytes with llamagen shards verify {shards.folder}"
+            f"the bytes with llamagen shards verify {shards.location}"
         ) from None
 
 
@@ -139,7 +139,7 @@ class ImageStream:
         window_shards: int = 0,
     ) -> None:
         if shards.manifest.kind != "images":
-            raise UserError(f"{shards.folder}: holds {shards.manifest.kind}, not images; name the image shards")
+            raise UserError(f"{shards.location}: holds {shards.manifest.kind}, not images; name the image shards")
         share = topology.share(global_batch)
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._shards = shards

@@ -30,7 +30,7 @@ class TokenReader:
     def __init__(self, shards: Shards) -> None:
         manifest = shards.manifest
         if manifest.kind != "tokens" or manifest.grid is None or manifest.crops is None or not manifest.vocab_size:
-            raise UserError(f"{shards.folder}: holds no tokens; make them with tokenizer_training.extract")
+            raise UserError(f"{shards.location}: holds no tokens; make them with tokenizer_training.extract")
         self.shards, self.crops, self.vocab_size = shards, manifest.crops, manifest.vocab_size
         self.tokens = manifest.grid[0] * manifest.grid[1]
         self.num_classes = None if manifest.classes is None else len(manifest.classes)
@@ -97,7 +97,7 @@ class TokenReader:
         ):
             raise UserError(
                 f"{self.shards.where(sample)}: {member} does not hold uint16 [1 to {self.captions.max_tokens}, "
-                f"{self.captions.dim}], as the manifest says; check llamagen shards verify {self.shards.folder}"
+                f"{self.captions.dim}], as the manifest says; check llamagen shards verify {self.shards.location}"
             )
         return torch.frombuffer(data, dtype=torch.bfloat16, offset=start).view(length, dim)
 
@@ -127,7 +127,7 @@ class TokenReader:
             classes = "" if self.num_classes is None else f" and {self.num_classes} classes"
             raise UserError(
                 f"{self.shards.where(first)}: a code or label lies outside the manifest's {self.vocab_size} "
-                f"codes{classes}; check llamagen shards verify {self.shards.folder}"
+                f"codes{classes}; check llamagen shards verify {self.shards.location}"
             )
 
 

@@ -122,20 +122,20 @@ def check_captions(shards: Shards, places: int, dim: int, short_share: float) ->
     captions = shards.manifest.captions
     if captions is None:
         raise UserError(
-            f"{shards.folder}: holds no caption features, and a text-conditional model needs them; extract the tokens "
+            f"{shards.location}: holds no caption features, and a text-conditional model needs them; extract the tokens "
             "with text_encoder=PATH, from image shards with captions"
         )
     if captions.dim != dim:
         raise UserError(
-            f"model.caption_dim: is {dim}, but the captions in {shards.folder} have {captions.dim} features; set it to "
+            f"model.caption_dim: is {dim}, but the captions in {shards.location} have {captions.dim} features; set it to "
             f"{captions.dim}"
         )
     if captions.max_tokens > places:
         raise UserError(
-            f"model.prefix_tokens: is {places}, but the captions in {shards.folder} have up to {captions.max_tokens} "
+            f"model.prefix_tokens: is {places}, but the captions in {shards.location} have up to {captions.max_tokens} "
             f"tokens; set it to {captions.max_tokens}"
         )
     if short_share > 0 and not captions.short:
         raise UserError(
-            f"data.short_captions: {shards.folder} holds no short captions; set it to 0, or extract them too"
+            f"data.short_captions: {shards.location} holds no short captions; set it to 0, or extract them too"
         )

@@ -105,7 +105,7 @@ class ShardCaptions:
 
     def __init__(self, shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> None:
         found = shards.manifest.captions
-        check_encoding(found, gpt, f"captions: {shards.folder}")
+        check_encoding(found, gpt, f"captions: {shards.location}")
         self._shards, self._places = shards, gpt.config.prefix
         same = shards.manifest.tokenizer_sha256 == tokenizer.sha256
         self._reader = TokenReader(shards) if same else None
