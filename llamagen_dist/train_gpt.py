@@ -54,7 +54,8 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
     for key, shards in (("data.train", train), ("data.validation", validation)):
         if shards.manifest.kind != "tokens":
             raise UserError(
-                f"{key}: {shards.location} holds {shards.manifest.kind}, not tokens; run tokenizer_training.extract on it"
+                f"{key}: {shards.location} holds {shards.manifest.kind}, not tokens; run tokenizer_training.extract "
+                "on it"
             )
     for what in ("tokenizer_sha256", "vocab_size", "grid", "classes"):
         if getattr(train.manifest, what) != getattr(validation.manifest, what):

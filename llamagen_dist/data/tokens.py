@@ -122,13 +122,13 @@ def check_captions(shards: Shards, places: int, dim: int, short_share: float) ->
     captions = shards.manifest.captions
     if captions is None:
         raise UserError(
-            f"{shards.location}: holds no caption features, and a text-conditional model needs them; extract the tokens "
-            "with text_encoder=PATH, from image shards with captions"
+            f"{shards.location}: holds no caption features, and a text-conditional model needs them; extract the "
+            "tokens with text_encoder=PATH, from image shards with captions"
         )
     if captions.dim != dim:
         raise UserError(
-            f"model.caption_dim: is {dim}, but the captions in {shards.location} have {captions.dim} features; set it to "
-            f"{captions.dim}"
+            f"model.caption_dim: is {dim}, but the captions in {shards.location} have {captions.dim} features; set it "
+            f"to {captions.dim}"
         )
     if captions.max_tokens > places:
         raise UserError(
