@@ -195,8 +195,9 @@ class Shards:
 
     def _let_go(self) -> None:
         """Of the longest open, and of files that the cache has dropped: they fill the disk until they are closed."""
-        for number, opened in list(self._open.items()):
-            if len(self._open) >= _OPEN_AT_ONCE or os.fstat(opened.descriptor).st_nlink == 0:
+        cached = isinstance(self.source, RemoteFolder)
+        for number, opened in list(self._open.items()) if cached or len(self._open) >= _OPEN_AT_ONCE else ():
+            if len(self._open) >= _OPEN_AT_ONCE or (cached and os.fstat(opened.descriptor).st_nlink == 0):
                 self._open.pop(number, None)
 
     def close(self) -> None:

@@ -17,50 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import label_text, shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
-from llamagen_dist.data.tokens import CODES_MEMBER, TokenStream, codes_bytes
+from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.train_gpt import main as train_gpt
+from tests.bench import token_sets
 
 BATCH, CLASSES, VOCABULARY = 16, 10, 1024
 CONFIG = Path(__file__).parent.parent.parent / "configs/gpt/quickstart.yaml"
 SIZES = {"g60k": (2, 4, 32), "g1m": (5, 16, 128)}  # layers, heads, width
-
-
-def codes_of(count: int, side: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(VOCABULARY, size=(count, 1, side * side)).astype(np.uint16)
-
-
-def write_ours(folder: Path, codes: np.ndarray, side: int) -> Path:
-    folder.mkdir()
-    members = (CODES_MEMBER, ".cls")
-    samples = (
-        (f"{i:08d}", {CODES_MEMBER: codes_bytes(one), ".cls": label_text(i % CLASSES, CLASSES)})
-        for i, one in enumerate(codes)
-    )
-    record = write_shard(folder, shard_name(0), samples, members)
-    write_manifest(
-        folder,
-        Manifest(
-            kind="tokens",
-            count=len(codes),
-            members=members,
-            shards=(record,),
-            classes=[f"class {c}" for c in range(CLASSES)],
-            image_size=256,
-            vocab_size=VOCABULARY,
-            grid=(side, side),
-            crops=1,
-            tokenizer_sha256="0" * 64,
-        ),
-    )
-    return folder
 
 
 def train(folder: Path, shards: Path, size: tuple[int, int, int], steps: int) -> None:
@@ -92,30 +60,6 @@ def report(folder: Path, name: str) -> None:
     print(f"{name:>6} {1e3 * wait:>12.3f} {1e3 * step:>10.2f} {statistics.median(shares):>9.2%}", flush=True)
 
 
-class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """One .npy file of codes and one of the label per image."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = np.load(self.folder / "codes" / f"{number}.npy")
-        label = np.load(self.folder / "labels" / f"{number}.npy")
-        return torch.from_numpy(codes[0].astype(np.int64)), torch.from_numpy(label)
-
-
-def write_files(folder: Path, codes: np.ndarray) -> Path:
-    for name in ("codes", "labels"):
-        (folder / name).mkdir(parents=True)
-    for number, one in enumerate(codes):
-        np.save(folder / "codes" / f"{number}.npy", one)
-        np.save(folder / "labels" / f"{number}.npy", np.array(number % CLASSES))
-    return folder
-
-
 def spent(read: Callable[[], Any], batches: int) -> tuple[float, float]:
     """(wall, CPU of this process) seconds per batch."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -138,7 +82,7 @@ def readers(ours: Path, files: Path, count: int, workers: int) -> dict[str, Call
 
     found: dict[str, Callable[[], Any]] = {"ours": read_ours}
     for number in {0, workers}:
-        loader = DataLoader(Files(files, count), BATCH, shuffle=True, num_workers=number, drop_last=True)
+        loader = DataLoader(token_sets.Files(files, count), BATCH, shuffle=True, num_workers=number, drop_last=True)
         batches = endless(loader)
         found[f"files, {number} workers"] = lambda batches=batches: next(batches)  # type: ignore[misc]
     return found
@@ -155,8 +99,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        codes = codes_of(args.samples, args.side)
-        ours, files = write_ours(folder / "shards", codes, args.side), write_files(folder / "files", codes)
+        sizes = (args.samples, 1, args.side, CLASSES, VOCABULARY)
+        ours = token_sets.write_ours(folder / "shards", *sizes)
+        files = token_sets.write_files(folder / "files", *sizes)
         for name, size in SIZES.items():
             train(folder / name, ours, size, args.steps)
         print(
