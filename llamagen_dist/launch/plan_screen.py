@@ -17,7 +17,7 @@ def show(found: dict[str, Any], title: str) -> None:
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     console.print(f"{title}: {_model(found)}")
-    console.print(f"tokens: {_tokens(found['tokens'])}")
+    console.print(f"tokens: {_tokens(found['tokens'], found['model']['condition'])}")
     console.print(_costs(found))
     console.print(f"FLOPs: {found['flops']['convention']}.", style="dim")
     for line in _run(found):
@@ -43,8 +43,9 @@ def _model(found: dict[str, Any]) -> str:
     )
 
 
-def _tokens(t: dict[str, Any]) -> str:
-    return f"vocabulary {t['vocab_size']:,}, {t['per_image']} per image, {t['classes']:,} classes ({t['source']})"
+def _tokens(t: dict[str, Any], condition: str) -> str:
+    classes = f", {t['classes']:,} classes" if condition == "class" else ""
+    return f"vocabulary {t['vocab_size']:,}, {t['per_image']} per image{classes} ({t['source']})"
 
 
 def _table(gap: int) -> Table:

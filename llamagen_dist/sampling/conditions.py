@@ -1,7 +1,6 @@
 """What pictures are drawn from: the classes a GPT knows, or captions, by number."""
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import left_padded
-from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, features
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import CAPTION_MEMBER, Shards, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
@@ -104,11 +102,9 @@ class ShardCaptions:
     kind = "caption"
 
     def __init__(self, shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> None:
-        found = shards.manifest.captions
-        check_encoding(found, gpt, f"captions: {shards.location}")
-        self._shards, self._places = shards, gpt.config.prefix
-        same = shards.manifest.tokenizer_sha256 == tokenizer.sha256
-        self._reader = TokenReader(shards) if same else None
+        check_encoding(shards.manifest.captions, gpt, f"captions: {shards.location}")
+        self._shards, self._reader, self._places = shards, TokenReader(shards), gpt.config.prefix
+        self._same_codes = shards.manifest.tokenizer_sha256 == tokenizer.sha256
         self.identity: str | None = shards.manifest.fingerprint()
 
     def __len__(self) -> int:
@@ -118,12 +114,11 @@ class ShardCaptions:
         return self._shards.read(number, CAPTION_MEMBER).decode()
 
     def at(self, numbers: Tensor) -> Condition:
-        read = [self._shards.read(number, CAPTION_FEATURES_MEMBER) for number in numbers.tolist()]
-        arrays = [np.load(io.BytesIO(data), allow_pickle=False) for data in read]
-        return left_padded([features(array) for array in arrays], self._places)
+        long = np.zeros(len(numbers), np.bool_)
+        return left_padded(self._reader.caption_features(numbers.numpy(), long), self._places)
 
     def originals(self, numbers: Sequence[int]) -> NDArray[np.int64] | None:
-        if self._reader is None:
+        if not self._same_codes:
             return None
         chosen = np.array(numbers, np.int64)
         return self._reader.codes(chosen, np.zeros_like(chosen))
