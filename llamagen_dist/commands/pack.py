@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--quality {args.quality}: must lie between 1 and 100")
     if not 1 <= args.max_pixels <= _PIL_LIMIT:
         raise UserError(f"--max-pixels {args.max_pixels}: must lie between 1 and {_PIL_LIMIT}")
+    if args.max_pixels > _MOST_PIXELS and args.size is None:
+        raise UserError(f"--max-pixels {args.max_pixels}: images larger than {_MOST_PIXELS:,} pixels need --size")
     options = PackOptions(
         size=args.size,
         held_out=args.held_out,

@@ -15,11 +15,10 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from llamagen_dist import prng
 from llamagen_dist.config import UserError
+from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.images import DECODE_ERRORS, MOST_PIXELS
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -54,28 +53,6 @@ class PackOptions:
     format: Format | None = None
     quality: int = 95
     most_pixels: int = MOST_PIXELS
-
-
-def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -> NDArray[np.bool_]:
-    """bool [count], ``held_out`` of them True: the same share of every class, chosen by a hash of the image
-    number.
-
-    labels: int64 [count], or None for one class. Where the shares are not whole numbers the largest
-    remainders are rounded up. Raises UserError when nothing would be left to train on.
-    """
-    if not 0 < held_out < count:
-        raise UserError(f"--held-out {held_out}: there are {count} images; hold out fewer, and at least one")
-    labels = np.zeros(count, np.int64) if labels is None else labels
-    sizes = np.bincount(labels)
-    exact = sizes * held_out / count
-    quota = np.floor(exact).astype(np.int64)
-    quota[np.argsort(quota - exact, kind="stable")[: held_out - int(quota.sum())]] += 1
-    rank = prng.bits(0, "held-out", torch.arange(count)).to(torch.int64).numpy()
-    mask = np.zeros(count, np.bool_)
-    for label, wanted in enumerate(quota):
-        members = np.nonzero(labels == label)[0]
-        mask[members[np.argsort(rank[members], kind="stable")[:wanted]]] = True
-    return mask
 
 
 @dataclass
@@ -170,6 +147,11 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     chosen = _not_default(options, ("format", "quality", "min_side", "most_pixels"))
     if class_map is not None:
         chosen["class_map"] = class_map.sha256
+    if options.held_out is not None and source.repeats:
+        raise UserError(
+            f"{source.name}: {source.repeats} lines name a picture that an earlier line names, so --held-out could put "
+            "one picture into both parts; write its captions into one line, as a list, or split the file yourself"
+        )
     if options.held_out is None:
         parts = {"": np.arange(len(source))}
     else:

@@ -241,6 +241,12 @@ def test_the_command_takes_all_options(foreign, tmp_path, capsys):
     more = ["--class-map", str(names), "--format", "jpeg", "--quality", "80", "--min-side", "8", "--max-pixels", "9999"]
     main(["pack", str(foreign), "--out", str(tmp_path / "out"), "--size", "16", "--jobs", "1", *more])
     assert "3 images in 1 shards, 2 classes, with captions" in capsys.readouterr().out
-    for wrong in (["--quality", "0"], ["--max-pixels", "0"], ["--max-pixels", "999999999"], ["--min-side", "-1"]):
+    for wrong in (
+        ["--quality", "0"],
+        ["--max-pixels", "0"],
+        ["--max-pixels", "999999999"],
+        ["--max-pixels", "90000000"],
+        ["--min-side", "-1"],
+    ):
         with pytest.raises(UserError, match=wrong[0]):
             main(["pack", str(foreign), "--out", str(tmp_path / "out"), *wrong])

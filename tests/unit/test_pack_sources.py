@@ -61,6 +61,14 @@ def test_captions_of_other_images_would_be_noticed(captioned, tmp_path):
     assert samples(tmp_path / "right") != samples(tmp_path / "wrong")
 
 
+def test_one_picture_does_not_get_into_both_parts(captioned, tmp_path):
+    pack(str(captioned), tmp_path / "fine", PackOptions(held_out=1))
+    with open(captioned, "a", encoding="utf-8") as file:
+        file.write('{"image_path": "img/0.bin", "text": "another caption"}\n')
+    assert "1 lines name a picture that an earlier line names" in one_sentence(captioned, tmp_path / "out", held_out=1)
+    assert pack(str(captioned), tmp_path / "out", PackOptions())[""].count == 5
+
+
 @pytest.mark.parametrize("jobs", [2, 3])
 def test_captioned_shards_do_not_depend_on_the_number_of_processes(captioned, tmp_path, jobs):
     pack(str(captioned), tmp_path / "one", PackOptions(samples_per_shard=1, jobs=1))

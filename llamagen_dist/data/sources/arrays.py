@@ -20,6 +20,7 @@ class ArraySource:
     """uint8 pixels: [n, H, W, 3] or [n, H, W] (grey)."""
 
     captioned = False
+    repeats = 0
 
     def __init__(
         self, name: str, fingerprint: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None,

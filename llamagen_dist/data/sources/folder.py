@@ -21,6 +21,7 @@ class FolderSource:
 
     uniform_size: tuple[int, int] | None = None
     captioned = False
+    repeats = 0
 
     def __init__(self, folder: Path, class_map: ClassMap | None = None) -> None:
         self.name, self._folder = str(folder), folder

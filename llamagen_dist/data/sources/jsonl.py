@@ -29,7 +29,7 @@ class JsonlSource:
     def __init__(self, path: Path, class_map: ClassMap | None = None) -> None:
         self.name, self._path, self.captioned = str(path), path, False
         lines, starts, sizes, found = array("q"), array("q"), array("q"), SampleClasses(str(path), class_map)
-        place = 0
+        pictures, place = array("q"), 0
         try:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -38,6 +38,7 @@ class JsonlSource:
                         self.captioned |= caption is not None
                         found.add(record.get("class"), f"line {number}")
                         lines.append(number)
+                        pictures.append(hash(record["image_path"]))
                         starts.append(place)
                         sizes.append(_size(path.parent / record["image_path"]))
                     place += len(line)
@@ -46,6 +47,7 @@ class JsonlSource:
         if not lines:
             raise UserError(f'{path}: no images found; write one JSON object a line, with "image_path" and "text"')
         self._lines, self._starts = np.array(lines), np.array(starts)
+        self.repeats = len(pictures) - len(np.unique(np.array(pictures)))
         labels, classes = found.finish()
         self.labels: NDArray[np.int64] | None = labels
         self.classes: list[str] | None = classes

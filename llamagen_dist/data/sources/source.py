@@ -29,6 +29,8 @@ class Source(Protocol):
     classes: list[str] | None
     labels: NDArray[np.int64] | None
     captioned: bool
+    repeats: int
+    """Samples whose picture another sample has too, as far as the source can tell."""
     uniform_size: tuple[int, int] | None
     """(width, height) where all images are known to share it."""
 

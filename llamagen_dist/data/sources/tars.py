@@ -27,6 +27,7 @@ class TarSource:
     """Samples as spans (offset, size) of files; (0, 0) = the sample lacks the part."""
 
     uniform_size: tuple[int, int] | None = None
+    repeats = 0
 
     def __init__(
         self,
