@@ -9,6 +9,7 @@ bytes do not depend on the number of ranks or on where an earlier process was cu
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -148,6 +149,8 @@ class Extraction:
             source["captions"] = {key: value for key, value in asdict(captions.encoding).items() if key != "encoder"}
         self.job = ShardJob(config.out / name, source)
         self.label = f"tokens {name}".strip()
+        self.stop = self.job.folder / ".stopped.tmp"
+        """There when a rank cannot go on: the others then end with their shard, not hours later."""
 
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""
@@ -162,7 +165,7 @@ class Extraction:
         with main_rank_progress(
             self.label, sum(len(self._samples(shard)) for shard in mine), self.topology.rank, self.topology.world
         ) as progress:
-            done |= self._gathered({shard: self._write(shard, progress) for shard in mine})
+            done |= self._gathered(*self._written(mine, progress))
         reports = [done[shard] for shard in range(count)]
         if self.captions is not None:
             for key in ("empty_captions", "captions_at_limit"):
@@ -178,6 +181,7 @@ class Extraction:
         if self.captions is not None and isinstance(self.config.images, Path):  # else it would fetch every shard
             self.captions.check(self.shards)
         self.job.begin()
+        self.stop.unlink(missing_ok=True)
         return False
 
     def _precision(self) -> dict[str, Any]:
@@ -194,13 +198,15 @@ class Extraction:
         found = {shard: self.job.finished(shard_name(shard)) for shard in shards}
         return {shard: finished for shard, finished in found.items() if finished is not None}
 
-    def _gathered(self, mine: Finished) -> Finished:
-        """Every rank's (collective)."""
-        if self.topology.world == 1:
-            return mine
-        reports: list[Finished] = [{} for _ in range(self.topology.world)]
-        dist.all_gather_object(reports, mine)
-        return {shard: finished for report in reports for shard, finished in report.items()}
+    def _gathered(self, mine: Finished, refusal: str = "") -> Finished:
+        """Every rank's (collective). Raises UserError on all of them where one was refused something."""
+        reports = [(mine, refusal)]
+        if self.topology.world > 1:
+            reports = reports * self.topology.world
+            dist.all_gather_object(reports, (mine, refusal))
+        if sentences := [sentence for _, sentence in reports if sentence]:
+            raise UserError(sentences[0])
+        return {shard: finished for report, _ in reports for shard, finished in report.items()}
 
     def _finish(self, records: Sequence[ShardRecord], noticed: dict[str, Any]) -> None:
         held = self.shards.manifest
@@ -237,6 +243,20 @@ class Extraction:
     def _samples(self, shard: int) -> range:
         first = shard * self.config.samples_per_shard
         return range(first, min(first + self.config.samples_per_shard, len(self.shards)))
+
+    def _written(self, shards: Sequence[int], progress: Progress | None) -> tuple[Finished, str]:
+        """These shards, or those before a rank was refused something, and the sentence if it was this one."""
+        written: Finished = {}
+        for shard in shards:
+            if self.stop.exists():
+                break
+            try:
+                written[shard] = self._write(shard, progress)
+            except UserError as error:
+                with suppress(OSError):  # a full disk, perhaps
+                    self.stop.touch()
+                return written, str(error)
+        return written, ""
 
     def _write(self, shard: int, progress: Progress | None) -> tuple[ShardRecord, dict[str, Any]]:
         counts = {} if self.captions is None else {"empty_captions": 0, "captions_at_limit": 0}

@@ -278,6 +278,24 @@ def test_every_rank_gets_the_main_ranks_sentence(work, alone):
     assert "made in another way" in sentences[0]
 
 
+def test_an_image_that_one_rank_cannot_read_ends_them_all_with_its_sentence(work, alone, tmp_path):
+    """Not with a broken connection; the others stop after their shard. With the image back, the same bytes."""
+    shutil.copytree(work / "small" / "train", tmp_path / "images")
+    shards = open_shards(tmp_path / "images")
+    _, (offset,), _ = shards.spans(np.array([8]), ".png")
+    path = tmp_path / "images" / "shard-000000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:offset] + b"not a PNG" + whole[offset + 9 :])
+    arguments = words(work, tmp_path / "out", f"images={tmp_path / 'images'}")
+    sentences = run_ranks(refused_rank, 2, arguments)
+    assert "shard-000000.tar: sample 8: the image cannot be decoded" in sentences[0]
+    assert sentences[1] == sentences[0]
+    assert len(list((tmp_path / "out").glob("*.tar"))) < 7
+    path.write_bytes(whole)
+    run_ranks(program.main, 2, arguments)
+    assert contents(tmp_path / "out") == contents(alone / "train")
+
+
 def test_the_program_from_outside(work, tmp_path):
     """Exit codes and streams of a real process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
