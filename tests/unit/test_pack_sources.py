@@ -63,6 +63,7 @@ def test_captions_of_other_images_would_be_noticed(captioned, tmp_path):
 
 def test_one_picture_does_not_get_into_both_parts(captioned, tmp_path):
     pack(str(captioned), tmp_path / "fine", PackOptions(held_out=1))
+    assert "holds folders of shards (train, validation)" in one_sentence(tmp_path / "fine", tmp_path / "out")
     with open(captioned, "a", encoding="utf-8") as file:
         file.write('{"image_path": "img/0.bin", "text": "another caption"}\n')
     assert "1 lines name a picture that an earlier line names" in one_sentence(captioned, tmp_path / "out", held_out=1)

@@ -7,6 +7,7 @@ import numpy as np
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data import fashion_mnist
+from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.sources.arrays import ArraySource, npz_source
 from llamagen_dist.data.sources.classes import ClassMap
 from llamagen_dist.data.sources.folder import FolderSource
@@ -33,6 +34,8 @@ def open_source(source: str, class_map: ClassMap | None = None) -> Source:
         return ArraySource(source, fashion_mnist.SHA256, pixels, labels, classes)
     path = Path(source)
     if path.is_dir():
+        if shards := sorted(found.parent.name for found in path.glob(f"*/{MANIFEST}")):
+            raise UserError(f"{source}: holds folders of shards ({', '.join(shards)}); name one of them")
         tars = sorted(path.glob("*.tar"))
         if tars and any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError(
