@@ -66,7 +66,7 @@ def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from llamagen_dist.data.shards import verify
+    from llamagen_dist.data.verify import verify
     from llamagen_dist.tracking.progress import Progress
 
     with _opened(args) as shards, Progress("verifying", len(shards)) as progress:

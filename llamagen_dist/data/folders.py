@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import tempfile
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -28,8 +29,8 @@ class ShardFolder(Protocol):
     def open(self, record: ShardRecord) -> IO[bytes]:
         """A shard, unbuffered. Raises UserError."""
 
-    def index(self, record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
-        """uint64 [samples, members, 2] of a shard without layout. Raises UserError."""
+    def index(self, record: ShardRecord, members: tuple[str, ...]) -> IO[bytes]:
+        """The (checked) index file of a shard without layout, unbuffered. Raises UserError."""
 
 
 class LocalFolder:
@@ -37,6 +38,7 @@ class LocalFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.location = folder, str(folder)
+        self._checked: set[str] = set()  # indexes whose bytes were compared already
 
     def shown(self, name: str) -> str:
         return str(self.folder / name)
@@ -48,12 +50,14 @@ class LocalFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); copy it here again") from None
 
-    def index(self, record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
+    def index(self, record: ShardRecord, members: tuple[str, ...]) -> IO[bytes]:
         path = self.folder / index_name(record.name)
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == record.index_sha256:
-                return spans_of(data, record, members)
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller's
+            if record.name in self._checked or hashlib.sha256(file.read()).hexdigest() == record.index_sha256:
+                self._checked.add(record.name)
+                return file
+            file.close()
             problem = "is damaged"
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
@@ -62,9 +66,11 @@ class LocalFolder:
             write_bytes(path, data)
             done = "and was made again"
         except OSError:
-            done = "and was made again, in memory only, because the folder cannot be written"
+            done = "and was made again, for this process only, because the folder cannot be written"
         print(f"{path}: {problem} {done}", flush=True)
-        return spans_of(data, record, members)
+        kept = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the caller's
+        kept.write(data)
+        return kept
 
 
 def rebuilt_index(tar: Path, shown: str, record: ShardRecord, members: tuple[str, ...]) -> bytes:
@@ -79,20 +85,30 @@ def rebuilt_index(tar: Path, shown: str, record: ShardRecord, members: tuple[str
     return data
 
 
-def spans_of(data: bytes, record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
-    """The index that a file's (checked) bytes hold. Raises UserError where it does not fit the manifest."""
+def spans_start(file: IO[bytes], record: ShardRecord, members: tuple[str, ...]) -> int:
+    """Where the numbers, uint64 [samples, members, 2], begin in an index file.
+
+    Raises UserError where it does not fit the manifest.
+    """
     try:
-        spans: NDArray[np.uint64] = np.load(io.BytesIO(data), allow_pickle=False)
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{index_name(record.name)}: not an index ({error}); run llamagen shards index") from None
-    if spans.dtype != np.uint64 or spans.shape != (record.samples, len(members), 2):
+    if version != (1, 0) or fortran or dtype != np.dtype("<u8") or shape != (record.samples, len(members), 2):
         raise UserError(
-            f"{index_name(record.name)}: holds {spans.dtype} {spans.shape}, not uint64 "
-            f"{(record.samples, len(members), 2)}; run llamagen shards index"
+            f"{index_name(record.name)}: holds {dtype} {shape}, not uint64 {(record.samples, len(members), 2)}; run "
+            "llamagen shards index"
         )
-    if len(spans) and int(spans.sum(axis=2).max()) > record.bytes:
-        raise UserError(f"{index_name(record.name)}: points outside {record.name}; run llamagen shards index")
-    return spans
+    return file.tell()
+
+
+def all_spans(file: IO[bytes], record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
+    """uint64 [samples, members, 2]: the whole index. Raises UserError."""
+    start = spans_start(file, record, members)
+    file.seek(start)
+    return np.frombuffer(file.read(), "<u8").reshape(record.samples, len(members), 2)
 
 
 class RemoteFolder:
@@ -109,7 +125,7 @@ class RemoteFolder:
             record.sha256, record.bytes, lambda file: fetch_shard(self.source, record, self._members, file)
         )
 
-    def index(self, record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
+    def index(self, record: ShardRecord, members: tuple[str, ...]) -> IO[bytes]:
         limit = index_limit(record, members)
 
         def fill(file: IO[bytes]) -> None:
@@ -121,8 +137,7 @@ class RemoteFolder:
                     file.write(rebuilt_index(path, self.shown(index_name(record.name)), record, members))
                 print(f"{self.shown(index_name(record.name))}: is missing and was made again in the cache", flush=True)
 
-        with self.cache.open(str(record.index_sha256), limit, fill) as file:
-            return spans_of(file.read(), record, members)
+        return self.cache.open(str(record.index_sha256), limit, fill)
 
 
 def index_limit(record: ShardRecord, members: tuple[str, ...]) -> int:
@@ -139,7 +154,7 @@ def fetch_shard(source: Transport, record: ShardRecord, members: tuple[str, ...]
             if record.layout is None:
                 index = io.BytesIO()
                 fetch(source, index_name(record.name), index, index_limit(record, members), sha256=record.index_sha256)
-                spans = spans_of(index.getvalue(), record, members)
+                spans = all_spans(index, record, members)
             sums = io.BytesIO()
             fetch(source, checksums.checksum_name(record.name), sums, 4 * record.samples)
             recorded = sums.getvalue()

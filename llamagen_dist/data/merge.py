@@ -10,6 +10,7 @@ from typing import Any
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.checksums import checksum_name
+from llamagen_dist.data.folders import all_spans
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name
@@ -146,7 +147,8 @@ def _place(
     if record.layout is not None:  # a layout cannot say that a member is absent
         index = scan(out / name)
     else:
-        index = TarIndex(held, part.source.index(record, held))
+        with part.source.index(record, held) as file:
+            index = TarIndex(held, all_spans(file, record, held))
     path = out / index_name(name)
     write_bytes(path, index_bytes(index.columns(members)))
     return replace(record, name=name, stride=None, layout=None, index_sha256=sha256_file(path))

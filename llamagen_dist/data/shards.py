@@ -1,13 +1,13 @@
 """Reading shards by global sample number: one pread per part, and no Python object per sample.
 
 A folder holds uncompressed WebDataset tars, manifest.json and, for shards whose records differ in length, offsets.
-``open_shards`` looks at every file's size; ``verify`` reads every byte. Nothing is memory-mapped: a file that is cut
+``open_shards`` looks at every file's size; verify.py reads every byte. Nothing is memory-mapped: a file that is cut
 short, deleted on a network disk, or unreadable while it is in use then is an error with a name, not a SIGBUS.
 """
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,29 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config import ShardAccess, UserError, is_remote
-from llamagen_dist.data import checksums
 from llamagen_dist.data.cache import Cache
-from llamagen_dist.data.folders import LocalFolder, RemoteFolder, ShardFolder
+from llamagen_dist.data.folders import LocalFolder, RemoteFolder, ShardFolder, spans_start
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
 from llamagen_dist.data.remote import fetch_manifest
 from llamagen_dist.data.staging import stage
 from llamagen_dist.data.transport import transport
-from llamagen_dist.files import sha256_file
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
 LABEL_MEMBER = ".cls"
 CAPTION_MEMBER = ".txt"
 """The caption, UTF-8; the long one where there are two."""
 SHORT_CAPTION_MEMBER = ".short.txt"
-_OPEN_AT_ONCE = 256  # shards kept open; far below the usual limit of 1,024 files per process
+_OPEN_FILES = 256  # kept open, indexes among them; two sets stay far below the usual limit of 1,024 per process
 
 
 @dataclass(frozen=True)
 class _OpenShard:
     file: IO[bytes]  # closed when the last thread that reads it lets go
     descriptor: int
-    spans: NDArray[np.uint64] | None
+    index: IO[bytes] | None
+    index_start: int
 
 
 class Shards:
@@ -57,6 +56,7 @@ class Shards:
         self.ends = np.cumsum(self.sizes)
         """int64 [shards]: the global number after each shard's last sample."""
         self._open: dict[int, _OpenShard] = {}  # in the order in which they were opened
+        self._most_open = _OPEN_FILES // (1 if all(shard.layout is not None for shard in manifest.shards) else 2)
         self._tables: dict[str, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
@@ -82,10 +82,11 @@ class Shards:
     def parts(self, sample: int) -> tuple[str, ...]:
         """The members that this sample has."""
         shard, row = self.locate(sample)
-        spans = self._shard(shard).spans
-        if spans is None:
+        if self.manifest.shards[shard].layout is not None:
             return self.manifest.members
-        return tuple(name for name, span in zip(self.manifest.members, spans[row], strict=True) if span[0])
+        width = 16 * len(self.manifest.members)
+        spans = np.frombuffer(self._index(shard, row * width, width), "<u8").reshape(-1, 2)
+        return tuple(name for name, span in zip(self.manifest.members, spans, strict=True) if span[0])
 
     def spans(
         self, samples: NDArray[np.int64], member: str
@@ -100,32 +101,56 @@ class Shards:
         table = self._table(member)
         rows = samples - table[0][shard_of]
         offsets, sizes = table[1][shard_of] + rows * table[2][shard_of], table[3][shard_of]
-        for shard in np.unique(shard_of[offsets < 0]).tolist():  # records that differ in length
-            spans, here = self._shard(shard).spans, np.nonzero(shard_of == shard)[0]
-            assert spans is not None
-            found = np.zeros((len(here), 2), np.int64)
+        indexed = np.nonzero(offsets < 0)[0]  # records that differ in length
+        if len(indexed):
+            offsets[indexed] = 0
             if member in self.manifest.members:
-                found = spans[rows[here], self.manifest.members.index(member)].astype(np.int64)
-            offsets[here], sizes[here] = found[:, 0], found[:, 1]
+                members = self.manifest.members
+                places = 16 * (rows[indexed] * len(members) + members.index(member))
+                pairs = zip(shard_of[indexed].tolist(), places.tolist(), strict=True)
+                found = np.frombuffer(b"".join([self._index(shard, place, 16) for shard, place in pairs]), "<u8")
+                offsets[indexed], sizes[indexed] = found.reshape(-1, 2).T.astype(np.int64)
         if len(samples) and offsets.min() <= 0:
             bad = int(samples[int(np.argmin(offsets))])
             raise UserError(f"{self.where(bad)} has no {member} (found: {self.parts(bad)})")
+        outside = offsets + sizes > table[4][shard_of]
+        if outside.any():
+            raise UserError(
+                f"{self.where(int(samples[int(np.argmax(outside))]))}: the index or manifest says that it lies outside "
+                "its file; run llamagen shards index"
+            )
         return shard_of, offsets, sizes
 
     def _table(self, member: str) -> NDArray[np.int64]:
-        """int64 [4, shards]: first sample, first offset (0: no such part, very negative: by index), stride, size."""
+        """int64 [5, shards]: first sample, first offset (0: no such part, very negative: by index), stride, size of
+        the part, size of the file.
+        """
         if member not in self._tables:
             column = self.manifest.members.index(member) if member in self.manifest.members else None
-            table = np.zeros((4, len(self.ends)), np.int64)
+            table = np.zeros((5, len(self.ends)), np.int64)
             table[0, 1:] = self.ends[:-1]
+            table[4] = [record.bytes for record in self.manifest.shards]
             for number, record in enumerate(self.manifest.shards):
                 if record.layout is None or record.stride is None:
                     table[1, number] = np.iinfo(np.int64).min
                 elif column is not None:
                     offset, size = record.layout[column]
-                    table[1:, number] = offset, record.stride, size
+                    table[1:4, number] = offset, record.stride, size
             self._tables[member] = table
         return self._tables[member]
+
+    def _index(self, shard: int, place: int, size: int) -> bytes:
+        """A piece of a shard's index, which is not kept in memory."""
+        opened = self._open.get(shard) or self._shard(shard)
+        assert opened.index is not None
+        data = os.pread(opened.index.fileno(), size, opened.index_start + place)
+        if len(data) != size:
+            name = index_name(self.manifest.shards[shard].name)
+            raise UserError(
+                f"{self.source.shown(name)}: was cut short while it was in use; run llamagen shards index "
+                f"{self.location}"
+            )
+        return data
 
     def read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
         """Fill a buffer of bytes from one place of a shard; about two microseconds.
@@ -187,18 +212,23 @@ class Shards:
             file = self.source.open(record)
             if (found := os.fstat(file.fileno()).st_size) != record.bytes:
                 raise UserError(_other_size(str(file.name), found, record))
-            spans = self.source.index(record, self.manifest.members) if record.layout is None else None
-            opened = _OpenShard(file, file.fileno(), spans)
+            index, start = None, 0
+            if record.layout is None:
+                index = self.source.index(record, self.manifest.members)
+                start = spans_start(index, record, self.manifest.members)
+            opened = _OpenShard(file, file.fileno(), index, start)
             self._let_go()
             self._open[number] = opened
         return opened
 
     def _let_go(self) -> None:
         """Of the longest open, and of files that the cache has dropped: they fill the disk until they are closed."""
-        cached = isinstance(self.source, RemoteFolder)
-        for number, opened in list(self._open.items()) if cached or len(self._open) >= _OPEN_AT_ONCE else ():
-            if len(self._open) >= _OPEN_AT_ONCE or (cached and os.fstat(opened.descriptor).st_nlink == 0):
-                self._open.pop(number, None)
+        if isinstance(self.source, RemoteFolder):
+            for number, opened in list(self._open.items()):
+                if os.fstat(opened.descriptor).st_nlink == 0:
+                    self._open.pop(number, None)
+        for number in list(self._open)[: max(len(self._open) - self._most_open + 1, 0)]:
+            self._open.pop(number, None)
 
     def close(self) -> None:
         """Close the files; the object opens them again when it is read."""
@@ -267,55 +297,3 @@ def _other_size(path: str, found: int, record: ShardRecord) -> str:
         f"{path}: {found} bytes, but {MANIFEST} records {record.bytes} (sha256 {record.sha256}): the shard "
         "was cut short or changed; copy or make it again"
     )
-
-
-def verify(shards: Shards, advance: Callable[[int, str], None] = lambda count, text: None) -> None:
-    """Read every byte and compare sha256 with the manifest. (Remote shards are compared as they arrive in the cache.)
-
-    advance: called with (samples, shard name) after each shard. Raises UserError with one line for each
-    damaged file, naming both hashes and, where the checksums beside it tell, the samples.
-    """
-    problems = []
-    for record in shards.manifest.shards:
-        if isinstance(shards.source, LocalFolder):
-            problems += _problems(shards, record)
-        else:
-            try:
-                shards.source.open(record).close()
-                if record.layout is None:
-                    shards.source.index(record, shards.manifest.members)
-            except UserError as error:
-                problems.append(str(error))
-        advance(record.samples, record.name)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _problems(shards: Shards, record: ShardRecord) -> list[str]:
-    """What is wrong with the files of one local shard, one sentence each."""
-    expected, problems = [(record.name, record.sha256)], []
-    if record.index_sha256 is not None:
-        expected.append((index_name(record.name), record.index_sha256))
-    for name, recorded in expected:
-        path = shards.folder / name
-        try:
-            found = sha256_file(path)
-        except OSError as error:
-            problems.append(f"{path}: cannot be read ({error.strerror})")
-            continue
-        if found != recorded:
-            which = _damage(shards, record) if name == record.name else ""
-            problems.append(
-                f"{path}: sha256 {found}, but {MANIFEST} records {recorded}: its bytes have changed{which}; copy or "
-                "make it again"
-            )
-    return problems
-
-
-def _damage(shards: Shards, record: ShardRecord) -> str:
-    try:
-        sums = (shards.folder / checksums.checksum_name(record.name)).read_bytes()
-        spans = None if record.layout is not None else shards.source.index(record, shards.manifest.members)
-    except (OSError, UserError):
-        return checksums.damage(shards.folder / record.name, record, np.zeros(0, np.int64), None)
-    return checksums.damage(shards.folder / record.name, record, checksums.starts(record, spans), sums)

@@ -27,8 +27,9 @@ from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, Use
 from llamagen_dist.config.loader import build
 from llamagen_dist.data import images
 from llamagen_dist.data.pack import PackOptions, pack
-from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.data.verify import verify
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.build import build_vq
 from tests.ranks.forked import run_ranks

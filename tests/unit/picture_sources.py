@@ -11,7 +11,8 @@ from PIL import Image
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.pack import PackOptions, pack
-from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.verify import verify
 
 
 def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:

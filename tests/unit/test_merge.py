@@ -20,8 +20,9 @@ from llamagen_dist.data.manifest import CaptionEncoding, Manifest, read_manifest
 from llamagen_dist.data.merge import merge
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shard_writer import label_text, refused_when_full, shard_name, write_shard
-from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.verify import verify
 from tests.unit.picture_sources import contents, encoded, tar_bytes
 
 TOKENS, CROPS, DIM, CLASSES = 16, 3, 8, 12

@@ -16,7 +16,8 @@ from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.images import center_crop, load_images
 from llamagen_dist.data.pack import PackOptions, pack
-from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.verify import verify
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:

@@ -1,5 +1,7 @@
 """Shards that change while they are read, lose their index or a bit: named, repaired where that is sure, no crash."""
 
+import dataclasses
+import hashlib
 import os
 import shutil
 
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data import checksums, folders
+from llamagen_dist.data import shards as shards_module
 from llamagen_dist.data.index import index_name
-from llamagen_dist.data.manifest import MANIFEST
+from llamagen_dist.data.manifest import MANIFEST, write_manifest
 from llamagen_dist.data.shard_writer import shard_name
-from llamagen_dist.data.shards import open_shards, verify
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.verify import verify
 from tests.unit.test_shards import payload, write_set
 
 FIRST, LAST = shard_name(0), shard_name(2)
@@ -75,7 +79,7 @@ def test_an_index_is_made_again_with_a_notice(tmp_path, monkeypatch, capsys, dam
     assert [shards.read(n, ".png") for n in range(13)] == [payload(n) for n in range(13)]
     said = capsys.readouterr().out
     assert said.count(f"{path}: ") == said.count("was made again") == 1
-    assert ("in memory only" in said) is not writable
+    assert ("for this process only" in said) is not writable
     assert (path.exists() and path.read_bytes() == good) is writable
     open_shards(tmp_path).read(0, ".png")
     assert (capsys.readouterr().out == "") is writable
@@ -138,3 +142,29 @@ def test_a_whole_shard_of_another_set_is_told_from_damage(tmp_path):
         shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
     with pytest.raises(UserError, match=rf"{FIRST}: .*no sample's checksum differs: the {MANIFEST[:-5]} belongs to"):
         verify(open_shards(tmp_path / "a"))
+
+
+def test_more_shards_than_are_kept_open_are_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_OPEN_FILES", 4)
+    write_set(tmp_path, sizes=(3,) * 5)
+    shards = open_shards(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (0, 14, 7, 3, 11, 0, 8, 14):
+        assert shards.read(number, ".png") == payload(number)
+        assert len(os.listdir("/proc/self/fd")) <= before + 4
+    shards.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_index_that_points_outside_its_shard_is_named(tmp_path):
+    manifest = write_set(tmp_path)
+    path = tmp_path / index_name(FIRST)
+    data = bytearray(path.read_bytes())
+    data[-8:] = (1 << 40).to_bytes(8, "little")  # the size of the last sample's last member
+    path.write_bytes(data)
+    record = dataclasses.replace(manifest.shards[0], index_sha256=hashlib.sha256(data).hexdigest())
+    write_manifest(tmp_path, dataclasses.replace(manifest, shards=(record, *manifest.shards[1:])))
+    shards = open_shards(tmp_path)
+    assert shards.read(3, ".png") == payload(3)
+    with pytest.raises(UserError, match=rf"{FIRST}: sample 4: .*lies outside its file"):
+        shards.read(4, ".png")
