@@ -189,6 +189,7 @@ class Order:
             assert int(sizes.sum()) == count
             self.windows = Windows(sizes, window_shards, seed)
             self.at = self.windows.samples
+            block = min(block, max(count, 64))  # every window takes a call, and a small set has many in a block
         self._ahead = Ahead(self.at, block)
 
     def samples(self, start: int, length: int) -> Tensor:

@@ -88,7 +88,7 @@ class TokenReader:
     def _features(self, sample: int, member: str, data: bytearray) -> Tensor:
         assert self.captions is not None
         start = _header_size(data)
-        shape = _uint16_shape(bytes(data[:start]))
+        shape = uint16_shape(bytes(data[:start]))
         length, dim = shape if shape is not None and len(shape) == 2 else (0, 0)
         if (
             dim != self.captions.dim
@@ -114,7 +114,7 @@ class TokenReader:
         """The codes of this record are what the manifest says. Once a shard: equal sizes mean equal shapes."""
         header = bytearray(max(size - 2 * self.crops * self.tokens, 0))
         self.shards.read_into(shard, memoryview(header), offset)
-        if _uint16_shape(bytes(header)) != (self.crops, self.tokens):
+        if uint16_shape(bytes(header)) != (self.crops, self.tokens):
             raise UserError(
                 f"{self.shards.where(sample)}: its codes are not uint16 {[self.crops, self.tokens]}, as the manifest "
                 "says; extract them again, with one tokenizer at one image size"
@@ -144,13 +144,17 @@ def _header_size(data: bytes | bytearray) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _uint16_shape(header: bytes) -> tuple[int, ...] | None:
+def uint16_shape(header: bytes) -> tuple[int, ...] | None:
     """The shape in the header of an .npy file; None where it is none of a plain uint16 array."""
-    if header[:8] != b"\x93NUMPY\x01\x00" or len(header) != _header_size(header):
+    if header[:8] != b"\x93NUMPY\x01\x00" or len(header) != _header_size(header) or len(header) > 1024:
         return None
     try:
-        found = ast.literal_eval(header[10:].decode("latin-1").strip())
-        shape = tuple(int(side) for side in found["shape"])
-    except (ValueError, SyntaxError, KeyError, TypeError):
+        found = ast.literal_eval(header[10:].decode("latin-1"))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return shape if found["descr"] == "<u2" and not found["fortran_order"] else None
+    if not isinstance(found, dict) or found.keys() != {"descr", "fortran_order", "shape"}:
+        return None
+    shape = found["shape"]
+    if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
+        return None
+    return shape if found["descr"] == "<u2" and found["fortran_order"] is False else None

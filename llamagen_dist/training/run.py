@@ -30,6 +30,10 @@ ELASTIC = (
     "log",
     "validation.batch",
     "data.workers",
+    "data.cache",
+    "data.cache_gb",
+    "data.stage",
+    "data.allow_pipe",
     "ladder",
 )
 LOCK_PATIENCE_S = 90.0

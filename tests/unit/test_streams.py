@@ -90,6 +90,29 @@ def test_global_batches_are_the_same_for_1_2_3_4_and_8_ranks(tokens, images_seen
     assert not torch.equal(alone[0], shifted[0])
 
 
+@settings(max_examples=25, deadline=None)
+@given(ranks=st.integers(1, 8), share=st.integers(1, 9), window=st.integers(0, 3), epoch=st.integers(0, 10**6))
+def test_each_sample_once_per_epoch_also_where_batches_do_not_divide_it(tokens, ranks, share, window, epoch):
+    """Shards of 20, 1 and 29 samples; batches run over the ends of shards, windows and epochs."""
+    batch = ranks * share
+    streams = [TokenStream(tokens, rank(r, ranks), batch, 1, 0.1, window_shards=window) for r in range(ranks)]
+    first = epoch * COUNT // batch * batch
+    shown = torch.cat(
+        [stream.batch(start).samples for start in range(first, (epoch + 1) * COUNT, batch) for stream in streams]
+    )
+    assert once_each(shown[epoch * COUNT - first :][:COUNT])
+
+
+def once_each(samples):
+    return sorted(samples.tolist()) == list(range(COUNT))
+
+
+def test_an_epoch_read_one_position_late_is_noticed(tokens):
+    stream = TokenStream(tokens, Topology(), COUNT, 1, 0.1, window_shards=1)
+    assert once_each(stream.batch(COUNT).samples)
+    assert not once_each(stream.batch(COUNT + 1).samples)
+
+
 def test_tensor_parallel_ranks_of_one_data_rank_read_the_same(tokens):
     batches = [
         TokenStream(tokens, Topology(rank=r, world=4, tensor=2), 24, 0, 0.1).batch(48).positions for r in range(4)
