@@ -152,11 +152,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: torch sees no GPU here; run it where there is one (make test needs none)", file=sys.stderr)
         return 2
-    from tests.gpu import parity
+    from tests.gpu import batches, parity
 
     ranks = min(torch.cuda.device_count(), 8) if args.device == "cuda" else 1
     chosen = cases(args.small, not args.no_compile)
     rows = list(parity.rows(torch.device(args.device), args.small))
+    rows += batches.rows(torch.device(args.device))
     rows += speed_rows(chosen, train(chosen, args.device, 1))
     if ranks > 1:
         rows += together(args.device, ranks, args.small)

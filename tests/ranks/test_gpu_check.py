@@ -6,7 +6,8 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import torch
 
-from tests.gpu import check, parity, speed
+from llamagen_dist.data.prefetch import Prefetched
+from tests.gpu import batches, check, parity, speed
 from tests.gpu.table import Row, below, lines
 from tests.ranks.forked import run_ranks
 
@@ -20,9 +21,16 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_the_whole_program_runs_on_a_cpu(capsys):
     assert check.main(["--device", "cpu", "--small", "--no-compile"]) == 0
     text = capsys.readouterr().out
-    for words in ("versions: Python", "device: CPU", "48 of 48 equal", "images/s", "all checks passed"):
+    for words in (
+        "versions: Python",
+        "device: CPU",
+        "48 of 48 equal",
+        "40 of 40 equal",
+        "images/s",
+        "all checks passed",
+    ):
         assert words in text
-    assert text.count("\nok ") == 14
+    assert text.count("\nok ") == 15
 
 
 def test_a_broken_model_fails_the_parity_rows(monkeypatch):
@@ -37,6 +45,14 @@ def test_a_broken_model_fails_the_parity_rows(monkeypatch):
     monkeypatch.setattr(parity, "ready", broken)
     rows = list(parity.of_classes(torch.device("cpu"), "fp32"))
     assert any(row.ok is False for row in rows)
+
+
+def test_batches_that_come_too_late_fail_their_row(monkeypatch):
+    """Sabotage twin: every batch is that of the next position."""
+    plain = Prefetched.batch
+    monkeypatch.setattr(Prefetched, "batch", lambda self, position: plain(self, position + 1))
+    (row,) = batches.rows(torch.device("cpu"))
+    assert row.ok is False
 
 
 CASES = [
