@@ -54,7 +54,7 @@ class Cache:
         return file
 
     def _fetched(self, sha256: str, size: int, fill: Callable[[IO[bytes]], None]) -> IO[bytes]:
-        part = self.folder / f"{sha256}.{size}.part"
+        part = locks.private_folder(self.folder, "data.cache") / f"{sha256}.{size}.part"  # or tidied away meanwhile
         with ExitStack() as stack:
             lock = locks.take(part)
             assert lock is not None

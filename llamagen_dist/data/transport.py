@@ -145,6 +145,7 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         self._url, self.location = url, _without_secrets(url)
         self._store: Any = None
+        self._process = 0  # whose connections these are: they do not survive a fork
 
     def shown(self, name: str) -> str:
         return _without_secrets(_joined(self._url, name))
@@ -152,9 +153,9 @@ class ObjectStore:
     def _opened(self, name: str) -> Any:
         import fsspec  # type: ignore[import-untyped]
 
-        if self._store is None:
+        if self._process != os.getpid():
             try:
-                self._store = fsspec.core.url_to_fs(self._url)
+                self._store, self._process = fsspec.core.url_to_fs(self._url), os.getpid()
             except (ImportError, ValueError) as error:
                 raise UserError(
                     f"{self.location}: cannot be reached ({error}); for s3:// install the extra: "
