@@ -25,6 +25,7 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, write_m
 from llamagen_dist.data.remote import NotThere, fetch
 from llamagen_dist.data.transport import Transport
 
+_SAID_EVERY_S = 30.0
 _AT_ONCE = 4  # shards copied at the same time: one stream does not fill a parallel file system
 
 
@@ -105,10 +106,13 @@ def _copy(source: Transport, manifest: Manifest, folder: Path) -> None:
         with open(folder / record.name, "w+b") as file:
             fetch_shard(source, record, manifest.members, file)
 
+    said = began
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         try:
-            for _ in threads.map(shard, manifest.shards):
-                pass
+            for done, _ in enumerate(threads.map(shard, manifest.shards), 1):
+                if time.monotonic() > said + _SAID_EVERY_S:
+                    said = time.monotonic()
+                    print(f"staging {source.location}: {done} of {len(manifest.shards)} shards", flush=True)
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise

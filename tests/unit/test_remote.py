@@ -221,6 +221,16 @@ def test_a_command_runs_only_with_permission(tmp_path):
         manifest_of("pipe:cat /nowhere", ShardAccess(allow_pipe=True))
 
 
+def test_a_manifest_names_files_and_nothing_to_run(tmp_path, server):
+    text = (server.folder / MANIFEST).read_text()
+    (server.folder / MANIFEST).write_text(text.replace(FIRST, f"pipe:touch {tmp_path.name};"))
+    shards = open_shards(server.url, access=access(tmp_path, allow_pipe=True))
+    with pytest.raises(UserError, match=r"pipe%3Atouch.*HTTP 404"):
+        shards.read(0, ".png")
+    with pytest.raises(UserError, match=r"made/pipe:touch.*No such file"):
+        open_shards(server.folder)
+
+
 def test_file_names_cannot_become_commands(tmp_path):
     way = transport("pipe:printf %s {name}", True)
     with way.stream("$(touch x); echo 'y", 0) as (_, blocks):
