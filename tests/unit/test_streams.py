@@ -241,6 +241,7 @@ def test_image_batches_are_the_same_for_any_ranks(pictures, window):
     assert not torch.equal(stream(pictures, batch=24, window=window).batch(25).images, alone)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine of two cores
 @pytest.mark.parametrize("workers", [1, 4])
 def test_decoding_processes_change_nothing_across_a_resume(pictures, workers):
     window = workers % 2
