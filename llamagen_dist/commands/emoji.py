@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.data.emoji import prepare_emoji
+    from llamagen_dist.data.demo.emoji import prepare_emoji
 
     train, held_out = prepare_emoji(args.package, args.out)
     print(

@@ -13,8 +13,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from llamagen_dist.config import UserError
+    from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
     from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
-    from llamagen_dist.data.small_text_encoder import make_small_text_encoder
 
     if args.dim < 8 or args.dim % 8:
         raise UserError(f"--dim {args.dim}: must be a multiple of 8")

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
+from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import ImageBatch
-from llamagen_dist.data.fetch_ahead import FetchAhead
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.parallel.topology import Topology

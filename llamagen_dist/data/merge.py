@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import UserError
+from llamagen_dist.data.access.folders import all_spans
 from llamagen_dist.data.checksums import checksum_name
-from llamagen_dist.data.folders import all_spans
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config import ShardAccess, UserError, is_remote
-from llamagen_dist.data.cache import Cache
-from llamagen_dist.data.folders import LocalFolder, RemoteFolder, ShardFolder, spans_start
+from llamagen_dist.data.access.cache import Cache
+from llamagen_dist.data.access.folders import LocalFolder, RemoteFolder, ShardFolder, spans_start
+from llamagen_dist.data.access.remote import fetch_manifest
+from llamagen_dist.data.access.staging import stage
+from llamagen_dist.data.access.transport import transport
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
-from llamagen_dist.data.remote import fetch_manifest
-from llamagen_dist.data.staging import stage
-from llamagen_dist.data.transport import transport
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
 LABEL_MEMBER = ".cls"

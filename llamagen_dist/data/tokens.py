@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llamagen_dist import prng
 from llamagen_dist.config import UserError
+from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import TokenBatch, left_padded
-from llamagen_dist.data.fetch_ahead import FetchAhead
 from llamagen_dist.data.order import Ahead, Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.data.token_reader import CODES_MEMBER, TokenReader, codes_bytes

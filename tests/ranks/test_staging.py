@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from llamagen_dist.config import ShardAccess, UserError
-from llamagen_dist.data import remote, staging
+from llamagen_dist.data.access import remote, staging
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data import remote
+from llamagen_dist.data.access import remote
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.train_gpt import main

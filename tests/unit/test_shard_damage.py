@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data import checksums, folders
+from llamagen_dist.data import checksums
 from llamagen_dist.data import shards as shards_module
+from llamagen_dist.data.access import folders
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, write_manifest
 from llamagen_dist.data.shard_writer import shard_name

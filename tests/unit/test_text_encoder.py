@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from llamagen_dist.config import UserError
 from llamagen_dist.data import text_encoder
 from llamagen_dist.data.captions import bits, features
-from llamagen_dist.data.small_text_encoder import make_small_text_encoder
+from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
 from llamagen_dist.data.text_encoder import CaptionEncoder
 
 TEXT = "a red blue cat dog on the mat sits runs in house of with big small"

@@ -12,7 +12,7 @@ from typing import Any
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import CLEANING, clean
-from llamagen_dist.data.made_once import made_once
+from llamagen_dist.data.demo.made_once import made_once
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # numbered as T5's
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data import checksums
-from llamagen_dist.data.cache import Cache
+from llamagen_dist.data.access.cache import Cache
+from llamagen_dist.data.access.remote import NotThere, fetch
+from llamagen_dist.data.access.transport import Transport
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import ShardRecord
-from llamagen_dist.data.remote import NotThere, fetch
-from llamagen_dist.data.transport import Transport
 from llamagen_dist.files import write_bytes
 
 

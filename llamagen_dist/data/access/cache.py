@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data import locks
+from llamagen_dist.data.access import locks
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}\.([0-9]+)\.part")

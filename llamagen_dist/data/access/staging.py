@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data import locks
-from llamagen_dist.data.folders import fetch_shard, index_limit
+from llamagen_dist.data.access import locks
+from llamagen_dist.data.access.folders import fetch_shard, index_limit
+from llamagen_dist.data.access.remote import NotThere, fetch
+from llamagen_dist.data.access.transport import Transport
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, write_manifest
-from llamagen_dist.data.remote import NotThere, fetch
-from llamagen_dist.data.transport import Transport
 
 _SAID_EVERY_S = 30.0
 _AT_ONCE = 4  # shards copied at the same time: one stream does not fill a parallel file system

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from llamagen_dist.config import UserError
-from llamagen_dist.data.folders import RemoteFolder
+from llamagen_dist.data.access.folders import RemoteFolder
 from llamagen_dist.data.order import Windows
 from llamagen_dist.data.shards import Shards
 

@@ -1,0 +1,1 @@
+"""A captioned set and a text encoder to try everything out with."""
