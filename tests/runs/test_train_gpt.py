@@ -270,7 +270,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(data, conf
             "did you mean GPT-",
         ),
         (["train.micro_batch=3"], "does not divide a rank's share of 8"),
-        (["model.condition=text"], "model.condition: text needs captions"),
         (["parallel.tensor=2", "model.n_head=3", "model.dim=36"], "does not divide this model's heads 3"),
     ],
 )
