@@ -22,17 +22,15 @@ from safetensors.torch import save_file
 
 import tokenizer_training.extract as program
 from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
-from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, UserError, dump, load
-from llamagen_dist.config.loader import build
+from llamagen_dist.config import TokenizerModelSection, UserError, load
 from llamagen_dist.data import images
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.data.verify import verify
-from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.build import build_vq
 from tests.ranks.forked import run_ranks
+from tests.tokenizer_run import save_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE, COUNT = 16, 40
@@ -56,19 +54,7 @@ def work(tmp_path_factory):
     section = TokenizerModelSection.model_validate(MODEL)
     model = build_vq(section)
     for number in (1, 2):
-        entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
-        trained = {
-            "kind": "tokenizer",
-            "run_dir": "x",
-            "model": MODEL,
-            "data": {"train": "x", "validation": "x"},
-            "loss": {"perceptual": "none"},
-            "train": {"images": 256},
-        }
-        config = build(TokenizerConfigFile, trained, "test")
-        run = folder / f"tokenizer{number}"
-        run.mkdir()
-        store.save(run, 1, entries, {}, Topology(), config_text=dump(config))
+        save_tokenizer(folder / f"tokenizer{number}", model, MODEL)
         if number == 1:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "bare.safetensors")
         torch.nn.init.normal_(model.quant_conv.weight)  # the second tokenizer is another one

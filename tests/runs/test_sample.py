@@ -23,7 +23,7 @@ import eval.sample as program
 from llamagen_dist import cli
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.entries import replicated
-from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, UserError, dump
+from llamagen_dist.config import GPTConfigFile, UserError, dump
 from llamagen_dist.config.loader import build
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import read_manifest, write_manifest
@@ -38,6 +38,7 @@ from llamagen_dist.training.build import build_vq
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import CLASSES, VOCABULARY, write_tokens
+from tests.tokenizer_run import random_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE, COUNT, BATCH = 16, 22, 6
@@ -53,20 +54,7 @@ TOKENIZER = {
 
 
 def tokenizer_run(folder: Path, seed: int, **changes: object) -> Path:
-    trained = {
-        "kind": "tokenizer",
-        "run_dir": "x",
-        "model": TOKENIZER | changes,
-        "data": {"train": "x", "validation": "x", "image_size": SIZE},
-        "loss": {"perceptual": "none"},
-        "train": {"images": 256},
-    }
-    config = build(TokenizerConfigFile, trained, "test")
-    torch.manual_seed(seed)
-    entries = [replicated("weights", name, tensor) for name, tensor in build_vq(config.model).state_dict().items()]
-    folder.mkdir()
-    store.save(folder, 1, entries, {}, Topology(), config_text=dump(config))
-    return folder
+    return random_tokenizer(folder, TOKENIZER | changes, seed, SIZE)
 
 
 @pytest.fixture(scope="module")

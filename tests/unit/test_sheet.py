@@ -7,23 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
 from llamagen_dist.cli import main
-from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, UserError, dump
-from llamagen_dist.config.loader import build
+from llamagen_dist.config import UserError
 from llamagen_dist.data.images import to_floats
 from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
-from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling import sheet
 from llamagen_dist.sampling.grid import TEXT_LINES, contact_sheet
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
 from llamagen_dist.sampling.pictures import decode_tokens
-from llamagen_dist.training.build import build_vq
 from tests.image_shards import write_images
+from tests.tokenizer_run import random_tokenizer
 
 SIDE, COUNT = 4, 11
 
@@ -38,27 +34,9 @@ MODEL = {
 }
 
 
-def write_tokenizer(run: Path, seed: int) -> Path:
-    """A run directory with an untrained tokenizer."""
-    torch.manual_seed(seed)
-    model = build_vq(TokenizerModelSection.model_validate(MODEL))
-    entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
-    trained = {
-        "kind": "tokenizer",
-        "run_dir": "x",
-        "model": MODEL,
-        "data": {"train": "x", "validation": "x"},
-        "loss": {"perceptual": "none"},
-        "train": {"images": 256},
-    }
-    run.mkdir()
-    store.save(run, 1, entries, {}, Topology(), config_text=dump(build(TokenizerConfigFile, trained, "test")))
-    return run
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "run", 0))
+    return load_tokenizer(random_tokenizer(tmp_path_factory.mktemp("tokenizer") / "run", MODEL, 0))
 
 
 def write_tokens(folder: Path, codes: np.ndarray, tokenizer: Tokenizer, path: Path | None = None) -> Path:
@@ -166,6 +144,6 @@ def test_another_tokenizer_and_bad_codes_are_refused(tokens, tokenizer, tmp_path
     with pytest.raises(UserError, match=r"nowhere.*is gone; say where it is with --tokenizer PATH"):
         sheet.shard_sheet(gone, range(2))
     sheet.shard_sheet(gone, range(2), tokenizer.path)
-    other = write_tokenizer(tmp_path / "other", 1)
+    other = random_tokenizer(tmp_path / "other", MODEL, 1)
     with pytest.raises(UserError, match=r"other .sha256 .*….* is not the one that made the tokens"):
         sheet.shard_sheet(open_shards(folder), range(2), other)

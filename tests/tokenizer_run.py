@@ -1,0 +1,36 @@
+"""The run directory of a tokenizer that was never trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.entries import replicated
+from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, dump
+from llamagen_dist.config.loader import build
+from llamagen_dist.models.vq import VQModel
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.build import build_vq
+
+
+def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_size: int = 256) -> Path:
+    """sizes: the config's model section, which ``model`` was built from."""
+    trained = {
+        "kind": "tokenizer",
+        "run_dir": "x",
+        "model": dict(sizes),
+        "data": {"train": "x", "validation": "x", "image_size": image_size},
+        "loss": {"perceptual": "none"},
+        "train": {"images": 256},
+    }
+    entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
+    run.mkdir()
+    store.save(run, 1, entries, {}, Topology(), config_text=dump(build(TokenizerConfigFile, trained, "test")))
+    return run
+
+
+def random_tokenizer(run: Path, sizes: Mapping[str, Any], seed: int, image_size: int = 256) -> Path:
+    torch.manual_seed(seed)
+    return save_tokenizer(run, build_vq(TokenizerModelSection.model_validate(dict(sizes))), sizes, image_size)
