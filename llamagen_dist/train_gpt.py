@@ -76,7 +76,7 @@ def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: T
         config.model,
         vocab_size=manifest.vocab_size,
         image_tokens=manifest.grid[0] * manifest.grid[1],
-        num_classes=None if manifest.classes is None else len(manifest.classes),
+        num_classes=manifest.class_count,
     )
     if model.condition == "text":
         check_captions(train, model.prefix, model.caption_dim, config.data.short_captions)

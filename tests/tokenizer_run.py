@@ -14,6 +14,16 @@ from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.build import build_vq
 
+TINY = {
+    "channels": 32,
+    "channel_multipliers": [1, 1],
+    "res_blocks": 1,
+    "z_channels": 16,
+    "codebook_size": 96,
+    "codebook_dim": 4,
+}
+"""A config's model section: two pixels a token, milliseconds an image."""
+
 
 def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_size: int = 256) -> Path:
     """sizes: the config's model section, which ``model`` was built from."""

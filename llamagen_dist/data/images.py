@@ -29,9 +29,12 @@ MOST_PIXELS = 89_478_485
 """A larger image is taken for a decompression bomb: 256 MiB as RGB, the size that PIL warns of."""
 
 
-def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Encoded bytes -> a loaded RGB image, white where it is transparent. Raises one of DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
+def decode(data: bytes, most_pixels: int = MOST_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Encoded bytes -> a loaded RGB image, white where it is transparent. Raises one of DECODE_ERRORS.
+
+    formats: the only ones that are taken, by PIL's names; None: all.
+    """
+    with Image.open(io.BytesIO(data), formats=formats) as image:
         if image.width * image.height > most_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {most_pixels:,}")
         if not image.has_transparency_data:

@@ -92,6 +92,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def class_count(self) -> int | None:
+        """How many classes the labels have; None where there are no labels."""
+        return None if self.classes is None else len(self.classes)
+
+    @property
     def num_classes(self) -> int:
         """How many classes the labels have. Raises UserError where there are no labels."""
         if self.classes is None:

@@ -33,7 +33,7 @@ class TokenReader:
             raise UserError(f"{shards.location}: holds no tokens; make them with tokenizer_training.extract")
         self.shards, self.crops, self.vocab_size = shards, manifest.crops, manifest.vocab_size
         self.tokens = manifest.grid[0] * manifest.grid[1]
-        self.num_classes = None if manifest.classes is None else len(manifest.classes)
+        self.num_classes = manifest.class_count
         self.captions: CaptionEncoding | None = manifest.captions
         self._checked: dict[int, int] = {}
 

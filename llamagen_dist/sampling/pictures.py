@@ -80,7 +80,7 @@ def code_counts(reader: TokenReader, shards: Iterable[int]) -> Tensor:
         for first in range(start, end, _BLOCK):
             samples = np.arange(first, min(first + _BLOCK, end))
             for crop in range(reader.crops):
-                tokens, _ = reader.gather(samples, np.full(len(samples), crop))
+                tokens = reader.codes(samples, np.full(len(samples), crop))
                 counts += np.bincount(tokens.ravel(), minlength=reader.vocab_size)
     return torch.from_numpy(counts)
 

@@ -94,7 +94,7 @@ def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, lis
         config.model,
         vocab_size=manifest.vocab_size,
         image_tokens=manifest.grid[0] * manifest.grid[1],
-        num_classes=None if manifest.classes is None else len(manifest.classes),
+        num_classes=manifest.class_count,
     )
     total = total_parameters(model)
     if summary.get("params") != total:

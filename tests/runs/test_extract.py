@@ -30,18 +30,10 @@ from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.data.verify import verify
 from llamagen_dist.training.build import build_vq
 from tests.ranks.forked import run_ranks
-from tests.tokenizer_run import save_tokenizer
+from tests.tokenizer_run import TINY, save_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE, COUNT = 16, 40
-MODEL = {
-    "channels": 32,
-    "channel_multipliers": [1, 1],
-    "res_blocks": 1,
-    "z_channels": 16,
-    "codebook_size": 96,
-    "codebook_dim": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +43,10 @@ def work(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("extract")
     torch.manual_seed(0)
-    section = TokenizerModelSection.model_validate(MODEL)
+    section = TokenizerModelSection.model_validate(TINY)
     model = build_vq(section)
     for number in (1, 2):
-        save_tokenizer(folder / f"tokenizer{number}", model, MODEL)
+        save_tokenizer(folder / f"tokenizer{number}", model, TINY)
         if number == 1:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "bare.safetensors")
         torch.nn.init.normal_(model.quant_conv.weight)  # the second tokenizer is another one
@@ -123,7 +115,7 @@ def test_codes_are_the_tokenizers_own(work, alone):
         assert manifest.classes == ["class0", "class1", "class2"]
         assert [record.samples for record in manifest.shards] == [5] * (count // 5) + [count % 5]
         verify(shards)
-        model = build_vq(TokenizerModelSection.model_validate(MODEL)).eval()
+        model = build_vq(TokenizerModelSection.model_validate(TINY)).eval()
         model.load_state_dict(store.read_weights(work / "tokenizer1"))
         pixels = images.load_images(pictures, range(count), SIZE)
         reader, numbers = TokenReader(shards), np.arange(count)
@@ -196,7 +188,7 @@ def test_ten_crops_from_the_originals(work, tmp_path):
     extract(work, tmp_path / "out", *settings)
     shards, pictures = open_shards(tmp_path / "out"), open_shards(work / "originals")
     assert (shards.manifest.crops, shards.manifest.count) == (20, COUNT)
-    model = build_vq(TokenizerModelSection.model_validate(MODEL)).eval()
+    model = build_vq(TokenizerModelSection.model_validate(TINY)).eval()
     model.load_state_dict(store.read_weights(work / "tokenizer1"))
     image = images.read_image(pictures, 7)
     views = np.stack([np.asarray(v) for r in (1.1, 1.5) for v in images.ten_crops(image, SIZE, r)])
@@ -210,7 +202,7 @@ def test_a_bare_weights_file_needs_its_sizes(work, alone, tmp_path):
     bare = f"tokenizer={work / 'bare.safetensors'}"
     with pytest.raises(UserError, match="say what it is"):
         extract(work, tmp_path / "out", bare)
-    sizes = [f"model.{key}={value}" for key, value in MODEL.items()]
+    sizes = [f"model.{key}={value}" for key, value in TINY.items()]
     extract(work, tmp_path / "out", bare, *sizes)
     tars = {name: data for name, data in contents(alone).items() if name.endswith(".tar")}
     assert {name: data for name, data in contents(tmp_path / "out").items() if name.endswith(".tar")} == tars
@@ -238,7 +230,7 @@ def test_wrong_inputs_get_one_sentence(work, alone, tmp_path, setting, sentence)
 
 
 def test_codes_beyond_16_bits_and_odd_sizes_are_refused(work, tmp_path):
-    sizes = [f"model.{key}={value}" for key, value in MODEL.items() if key != "codebook_size"]
+    sizes = [f"model.{key}={value}" for key, value in TINY.items() if key != "codebook_size"]
     bare = f"tokenizer={work / 'bare.safetensors'}"
     with pytest.raises(UserError, match="65537 codes do not fit into 16 bits"):
         extract(work, tmp_path / "out", bare, *sizes, "model.codebook_size=65537")

@@ -25,16 +25,9 @@ from llamagen_dist.data.verify import verify
 from llamagen_dist.training.build import build_vq
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.tiny_t5 import write_t5
+from tests.tokenizer_run import TINY
 
 SIZE, COUNT = 16, 23
-MODEL = {
-    "channels": 32,
-    "channel_multipliers": [1, 1],
-    "res_blocks": 1,
-    "z_channels": 16,
-    "codebook_size": 96,
-    "codebook_dim": 4,
-}
 EMPTY = (4, 17)
 WITH_SHORT = 5
 
@@ -73,7 +66,7 @@ def write_images(folder: Path, captions: list[bytes | None], classes: list[str] 
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
     torch.manual_seed(0)
-    model = build_vq(TokenizerModelSection.model_validate(MODEL))
+    model = build_vq(TokenizerModelSection.model_validate(TINY))
     for name in ("tokenizer", "other"):
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
         torch.nn.init.normal_(model.quant_conv.weight)
@@ -83,7 +76,7 @@ def work(tmp_path_factory):
     settings = {
         "kind": "extract",
         "tokenizer": str(folder / "tokenizer.safetensors"),
-        "model": MODEL,
+        "model": TINY,
         "images": str(folder / "images"),
         "out": str(folder / "unused"),
         "text_encoder": str(folder / "t5"),

@@ -23,21 +23,6 @@ from tests.unit.picture_sources import contents, encoded, one_sentence, samples
 
 
 @pytest.fixture
-def captioned(tmp_path):
-    return picture_sources.captioned(tmp_path / "pairs")
-
-
-@pytest.fixture
-def foreign(tmp_path):
-    return picture_sources.foreign(tmp_path / "foreign")
-
-
-@pytest.fixture
-def imagenet(tmp_path):
-    return picture_sources.imagenet(tmp_path)
-
-
-@pytest.fixture
 def mixed(tmp_path):
     return picture_sources.mixed(tmp_path / "photos")
 

@@ -13,24 +13,7 @@ from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.sources import open_source
 from llamagen_dist.data.sources.source import caption_of
-from tests.unit import picture_sources
 from tests.unit.picture_sources import contents, encoded, one_sentence, samples, tar_bytes
-
-
-@pytest.fixture
-def captioned(tmp_path):
-    return picture_sources.captioned(tmp_path / "pairs")
-
-
-@pytest.fixture
-def foreign(tmp_path):
-    return picture_sources.foreign(tmp_path / "foreign")
-
-
-@pytest.fixture
-def imagenet(tmp_path):
-    return picture_sources.imagenet(tmp_path)
-
 
 # --- jsonl
 

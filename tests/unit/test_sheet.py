@@ -19,19 +19,11 @@ from llamagen_dist.sampling.grid import TEXT_LINES, contact_sheet
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
 from llamagen_dist.sampling.pictures import decode_tokens
 from tests.image_shards import write_images
-from tests.tokenizer_run import random_tokenizer
+from tests.tokenizer_run import TINY, random_tokenizer
 
 SIDE, COUNT = 4, 11
 
-
-MODEL = {
-    "channels": 32,
-    "channel_multipliers": [1, 1],
-    "res_blocks": 1,
-    "z_channels": 8,
-    "codebook_size": 64,
-    "codebook_dim": 4,
-}
+MODEL = TINY | {"z_channels": 8, "codebook_size": 64}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ name one tone, so that name and tone are each in the training set, but the capti
 """
 
 import hashlib
-import io
 import json
 import tarfile
 import zlib
@@ -21,7 +20,7 @@ from PIL import Image
 
 from llamagen_dist.config import UserError
 from llamagen_dist.data.demo.made_once import made_once
-from llamagen_dist.data.images import DECODE_ERRORS
+from llamagen_dist.data.images import DECODE_ERRORS, decode
 
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 WHERE = "fetch it with: npm pack emoji-datasource-google@16.0.0"
@@ -69,12 +68,9 @@ def _line(picture: Picture) -> str:
 
 def _on_white(data: bytes, where: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            drawn = image.convert("RGBA")
+        return decode(data, formats=("PNG",))
     except DECODE_ERRORS as error:
         raise UserError(f"{where} cannot be decoded ({error}); {WHERE}") from None
-    white = Image.new("RGBA", drawn.size, "white")
-    return Image.alpha_composite(white, drawn).convert("RGB")
 
 
 def _read(package: Path) -> dict[str, bytes]:
