@@ -1,5 +1,6 @@
 """Typed configuration: YAML files plus ``key=value`` become one frozen, validated section."""
 
+from llamagen_dist.config.cluster import ClusterConfig, ElasticSection
 from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.evaluation import (
     ClassifierSection,
@@ -41,9 +42,11 @@ __all__ = [
     "KINDS",
     "CheckpointSection",
     "ClassifierSection",
+    "ClusterConfig",
     "ComputeSection",
     "DiscriminatorSection",
     "EMASection",
+    "ElasticSection",
     "EvaluateConfig",
     "ExtractConfig",
     "GPTConfigFile",

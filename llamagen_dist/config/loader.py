@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from llamagen_dist.config.cluster import ClusterConfig
 from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.evaluation import EvaluateConfig
 from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Section]] = {
     "sample": SampleConfig,
     "reconstruct": ReconstructConfig,
     "evaluate": EvaluateConfig,
+    "cluster": ClusterConfig,
 }
 S = TypeVar("S", bound=Section)
 

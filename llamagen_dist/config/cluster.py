@@ -1,0 +1,163 @@
+"""A cluster profile (``kind: cluster``, slurm/NAME.yaml): everything of a SLURM site that is not the training's."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llamagen_dist.config.locations import Location
+from llamagen_dist.config.training import CountInt, PositiveInt, Section
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OURS = {  # sbatch parameters that a key of its own, or the launcher, sets
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "nodes": "nodes",
+    "ntasks": "ranks_per_node",
+    "ntasks-per-node": "ranks_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory_gb",
+    "time": "time",
+    "signal": "signal_delay_s",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "exclusive": "exclusive",
+    "job-name": "the launcher",
+    "output": "the launcher",
+    "error": "the launcher",
+    "open-mode": "the launcher",
+    "comment": "the launcher",
+    "array": "llamagen sweep",
+    "dependency": "llamagen pipeline",
+    "kill-on-invalid-dep": "llamagen pipeline",
+    "begin": "elastic",
+}
+
+
+def minutes(time: str) -> float:
+    """SLURM's MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES[:SECONDS] in minutes.
+
+    Raises ValueError for anything else.
+    """
+    found = _TIME.fullmatch(time.strip())
+    if found is None:
+        raise ValueError(
+            "write a time as SLURM does: 90 (minutes), 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
+        )
+    days, *rest = (int(part or 0) for part in found.groups())
+    given = sum(part is not None for part in found.groups()[1:])
+    if found.group(1) is not None or given == 3:
+        hours, mins, seconds = rest
+    else:
+        hours, mins, seconds = 0, rest[0], rest[1]
+    return days * 1440 + hours * 60 + mins + seconds / 60
+
+
+class ElasticSection(Section):
+    """Going on with fewer nodes when the wanted ones do not come back, and growing again later."""
+
+    nodes: tuple[PositiveInt, ...] = ()
+    """Node counts to go on with, the largest first; empty: the run waits for all its nodes."""
+    after_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long the wanted nodes (then each smaller number) are waited for."""
+
+
+class ClusterConfig(Section):
+    """``kind: cluster``. Every rank is one task of one job step: one per GPU, or ``ranks_per_node`` without GPUs."""
+
+    kind: Literal["cluster"]
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: PositiveInt = 1
+    """Unless --nodes says otherwise."""
+    gpus_per_node: CountInt = 8
+    """0: CPU ranks (gloo)."""
+    ranks_per_node: PositiveInt | None = None
+    """Tasks per node; empty: one per GPU (one without GPUs)."""
+    cpus_per_rank: PositiveInt | None = None
+    """Empty: the partition's default. Threads of a rank follow it."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Per node; empty: the partition's default."""
+    exclusive: bool = False
+    time: str = "1-00:00:00"
+    """Of one time slice; a requeued run gets another."""
+    requeue: bool = True
+    """Let SLURM requeue after preemption and node failure, and requeue by itself after a time limit or a fault."""
+    signal_delay_s: PositiveInt = 300
+    """SIGUSR2 comes so long before the time limit: one step and one save must fit into it."""
+    max_faults: CountInt = 20
+    """Restarts after a fault (a killed or hung rank) in all; time limits and preemptions are not counted."""
+    max_stuck: PositiveInt = 2
+    """Restarts in a row without progress before the run is failed."""
+    exports: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the job."""
+    nccl: dict[str, str] = Field(default_factory=dict)
+    """NCCL_* variables, without their prefix: {SOCKET_IFNAME: ib0}."""
+    modules: tuple[str, ...] = ()
+    """``module load`` each."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the ranks start, on the first node."""
+    python: str | None = None
+    """The command that starts Python on a compute node, for a virtual environment or a container:
+    ``/shared/venv/bin/python`` or ``apptainer exec --nv /shared/image.sif python``. Empty: the one that launches."""
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further sbatch parameters, without their dashes: {reservation: maintenance}."""
+    srun: tuple[str, ...] = ()
+    """Further words for srun."""
+    stage: Location | None = None
+    """``data.stage`` of the runs launched here, unless their config says otherwise: /dev/shm, a local disk."""
+    elastic: ElasticSection = ElasticSection()
+
+    @property
+    def ranks(self) -> int:
+        """Tasks per node."""
+        return self.ranks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def time_minutes(self) -> float:
+        return minutes(self.time)
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        if minutes(value) < 1:
+            raise ValueError("SLURM counts in minutes: give at least one")
+        return value
+
+    @field_validator("exports", "nccl")
+    @classmethod
+    def _are_variables(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _are_extra(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name in value:
+            plain = name.replace("_", "-").lstrip("-")
+            if plain in _OURS:
+                raise ValueError(f"{name} is set by {_OURS[plain]}, not here")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClusterConfig":
+        if self.signal_delay_s >= 60 * self.time_minutes:
+            raise ValueError(
+                f"signal_delay_s: {self.signal_delay_s} s before the end of a time slice of {self.time} "
+                f"({60 * self.time_minutes:.0f} s) is before its start; lower it or ask for more time"
+            )
+        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
+            raise ValueError("ranks_per_node: with GPUs it is one rank per GPU; leave it out")
+        if any(n >= self.nodes for n in self.elastic.nodes) or list(self.elastic.nodes) != sorted(
+            set(self.elastic.nodes), reverse=True
+        ):
+            raise ValueError(f"elastic.nodes: node counts below nodes ({self.nodes}), the largest first")
+        return self

@@ -1,0 +1,123 @@
+"""What SLURM knows of our jobs, asked through its own commands; each has a deadline and no answer is an answer too."""
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llamagen_dist.config.errors import UserError
+
+ANSWER_S = 20.0
+LIVE = frozenset(
+    [
+        "PENDING",
+        "RUNNING",
+        "SUSPENDED",
+        "CONFIGURING",
+        "COMPLETING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESIZING",
+        "SIGNALING",
+        "STAGE_OUT",
+        "STOPPED",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+    ]
+)
+_FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%k", "%j")  # the name last: it may hold the separator
+
+
+class SilentError(UserError):
+    """SLURM gave no answer: nothing may be concluded about its jobs."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one item of an array (``123_4``), as squeue shows it."""
+
+    job: str
+    state: str
+    reason: str
+    nodes: int
+    where: str
+    left: str
+    comment: str
+    name: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, waits, or is just ending."""
+        return self.state in LIVE
+
+
+def need() -> None:
+    """Raises UserError where SLURM's commands are not on PATH."""
+    for command in ("sbatch", "squeue", "scontrol", "scancel"):
+        if shutil.which(command) is None:
+            raise UserError(
+                f"there is no {command} on PATH: this is no login node of a SLURM cluster; use --cluster local, or try "
+                "a cluster of this machine's own with slurm/local_cluster.sh up"
+            )
+
+
+def ask(words: Sequence[str], patience_s: float = ANSWER_S) -> str:
+    """stdout of one of SLURM's commands. Raises SilentError where it fails or gives no answer in time."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s, check=False)
+    except FileNotFoundError:
+        need()
+        raise SilentError(f"there is no {words[0]} on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise SilentError(
+            f"{words[0]} gave no answer within {patience_s:.0f} s; try again when SLURM answers"
+        ) from None
+    if done.returncode:
+        said = " ".join(done.stderr.split())[:300] or f"exit code {done.returncode}"
+        raise SilentError(f"{words[0]} failed ({said}); try again when SLURM answers")
+    return done.stdout
+
+
+def mine() -> dict[str, JobState]:
+    """This user's jobs that SLURM still remembers, ended ones too, by id; one call however many there are.
+
+    Raises SilentError.
+    """
+    text = ask(["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "|".join(_FIELDS)])
+    found = {}
+    for line in text.splitlines():
+        job, state, reason, nodes, where, left, comment, name = line.split("|", 7)
+        found[job] = JobState(job, state, reason, int(nodes or 0), where, left, comment, name)
+    return found
+
+
+def final(jobs: Iterable[str]) -> dict[str, str]:
+    """The last state of jobs that squeue has forgotten, where accounting knows it; empty where sacct is disabled."""
+    names = list(jobs)
+    if not names:
+        return {}
+    try:
+        text = ask(["sacct", "-n", "-X", "--parsable2", "-o", "JobID,State", "-j", ",".join(names)])
+    except UserError:
+        return {}
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 1)
+    return {job: state.split()[0] for job, state in rows if state}
+
+
+def signal(job: str, name: str = "USR2") -> None:
+    """Send a signal to all ranks of a job, not to its batch script. Raises SilentError."""
+    ask(["scancel", f"--signal={name}", job])
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Raises SilentError; jobs that have ended are no error."""
+    names = list(jobs)
+    if names:
+        ask(["scancel", "--quiet", *names])
+
+
+def requeue(job: str) -> None:
+    """Raises SilentError."""
+    ask(["scontrol", "requeue", job], patience_s=60.0)

@@ -1,0 +1,141 @@
+"""What the launcher keeps of a run in FOLDER/launch, for jobs on other machines to read; light to import.
+
+lock.json        whose the folder is (lock.py)
+work-TOKEN.json  what a submission runs, with its limits: read by the batch script and by every rank
+history.jsonl    one event per line: submitted, started, ended, requeued, failed, done …
+END.json         why nobody goes on by itself; the next launch removes it
+notes/JOB.RESTART/rank_K.json   how the ranks of one incarnation ended
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.files import sync_folder, write_text
+
+OWNER = "LLAMAGEN_OWNER"  # environment variable of a rank: JOB.RESTART, its incarnation
+LOCK = "LLAMAGEN_LOCK"  # and the lock file that names the incarnation which may write
+SIGNAL_DELAY = "LLAMAGEN_SIGNAL_DELAY_S"  # and how long before the time limit it is told
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of restarts: what the profile says."""
+
+    requeue: bool = True
+    max_faults: int = 20
+    max_stuck: int = 2
+    signal_delay_s: int = 300
+
+
+@dataclass(frozen=True)
+class Work:
+    """One program in one folder. Paths are absolute strings: this is written as JSON."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    folder: str
+    """The run directory, or the launch folder of a program without one."""
+    code: str
+    """The snapshot that the ranks run."""
+    limits: Limits = Limits()
+    produces: tuple[str, ...] = ()
+    """Files that must exist when it is done."""
+    done: str | None = None
+    """A file that is written when it has ended well (a pipeline's DONE.json) …"""
+    record: dict[str, Any] = field(default_factory=dict)
+    """… with this in it, besides seconds and peak_rss_gb."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """FOLDER/launch."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "Place":
+        return cls(Path(folder) / "launch")
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock.json"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def end(self) -> Path:
+        return self.path / "END.json"
+
+    @property
+    def beat(self) -> Path:
+        """Touched by the batch script of the running job."""
+        return self.path / "beat"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    def notes(self, owner: str) -> Path:
+        return self.path / "notes" / owner
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Append one event to history.jsonl: one write of one line, so that two writers never mix."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+        with open(self.history, "ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """history.jsonl, oldest first; a torn last line is left out."""
+        found = []
+        try:
+            text = self.history.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        for line in text.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+
+def write_works(file: Path, works: list[Work]) -> None:
+    write_text(file, json.dumps([asdict(work) for work in works], indent=1))
+    sync_folder(file.parent)
+
+
+def read_work(file: str | Path, index: int = 0) -> Work:
+    data = json.loads(Path(file).read_text(encoding="utf-8"))[index]
+    limits = Limits(**data.pop("limits"))
+    data |= {name: tuple(data[name]) for name in ("arguments", "produces")}
+    return Work(**data | {"limits": limits})
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A whole JSON object, or None where there is none (yet)."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def steps_done(folder: Path) -> float:
+    """How far a run is, for "has it moved since?": the newest complete checkpoints of the folder and of the folders in
+    it (a ladder's rungs), summed; for a program without checkpoints what its progress.json counts."""
+    newest: dict[Path, int] = {}
+    for pattern in ("checkpoints/step_*/COMPLETE", "*/checkpoints/step_*/COMPLETE"):
+        for mark in folder.glob(pattern):
+            step = int(mark.parent.name.removeprefix("step_"))
+            newest[mark.parents[1]] = max(step, newest.get(mark.parents[1], 0))
+    if newest:
+        return float(sum(newest.values()))
+    progress = read_json(Place.of(folder).progress) or {}
+    return float(progress.get("done", 0))
