@@ -1,13 +1,14 @@
 # Two commands do everything on a fresh machine with Python 3.10+:
 #   make quickstart    install, then train a tokenizer and a ladder of GPTs on real images; ends in a report
 #   make test          install, then run the tests
+# make slurm-test (after make slurm, once, as root) tries launches on a real SLURM of four nodes on this machine;
 # and where there is a GPU, make gpu-check prints one table of what only a GPU can tell.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 OUT ?= runs/quickstart
 
-.PHONY: venv quickstart test gpu-check lint format clean
+.PHONY: venv quickstart test slurm slurm-test faults gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -25,6 +26,20 @@ quickstart: venv
 
 test: venv
 	$(VENV)/bin/python -m pytest
+
+# SLURM itself, from the distribution: without it slurm-test fails, it does not skip.
+slurm:
+	@for name in munged slurmctld slurmd sbatch; do command -v $$name > /dev/null && continue; \
+	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	    || { echo "make slurm: there is no $$name; SLURM is installed with apt-get, by root (sudo make slurm)" >&2; exit 2; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client || exit 2; done
+
+slurm-test: venv
+	$(VENV)/bin/python -m pytest tests/slurm
+
+faults: venv
+	$(VENV)/bin/python -m tests.slurm.faults
 
 gpu-check: venv
 	$(VENV)/bin/python -m tests.gpu.check
