@@ -86,7 +86,6 @@ class Job:
             LOCAL_WORLD_SIZE=str(self.ranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(self.port),
-            PYTHONPATH=self.root,
         )
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.ranks)))
         os.environ[ERROR_FILE] = str(note.sentence)
@@ -96,8 +95,14 @@ class Job:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         if self.devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
-        os.chdir(self.root)
-        sys.path[:] = [self.root, *(p for p in sys.path if p not in ("", self.root))]
+        surround(self.root, {})
+
+
+def surround(root: str, environment: dict[str, str]) -> None:
+    """Set environment variables and make the code at ``root`` the one that is run and imported."""
+    os.environ.update(environment, PYTHONPATH=root)
+    os.chdir(root)
+    sys.path[:] = [root, *(p for p in sys.path if p not in ("", root))]
 
 
 class Note:

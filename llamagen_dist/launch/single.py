@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llamagen_dist.config import ExtractConfig, PipelineConfig, Section, StageSection, UserError, dump
+from llamagen_dist.config import PipelineConfig, Section, StageSection, UserError, dump
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.job import DONE
@@ -15,18 +15,12 @@ from llamagen_dist.launch.stages import Plan, Stage, absolute
 def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
     """Run ``module`` on ``ranks`` ranks of this machine and wait for it.
 
-    The folder is the config's run_dir; a program with ``out`` instead (extract) gets OUT.launch beside it,
-    since its output folder belongs to the shards alone. Raises as ``pipeline.run`` does.
+    The folder is the config's run_dir; a program with ``out`` instead gets OUT.launch beside it, since what is
+    there belongs to the results alone. Raises as ``pipeline.run`` does.
     """
     program_exists(module, snapshot.code_root())
     config = absolute(config)
-    if isinstance(config, PipelineConfig):
-        raise UserError("a pipeline file is run by: llamagen pipeline FILE --out DIR")
-    folder: Path
-    if isinstance(config, ExtractConfig):
-        folder = config.out.with_name(config.out.name + ".launch")
-    else:
-        folder = getattr(config, "run_dir")  # noqa: B009 - every other kind has it
+    folder = folder_of(config)
     stage = Stage(name=module.rpartition(".")[2], why="", module=module, ranks=ranks, config=config)
     if dry_run:
         from llamagen_dist.launch.estimate import show
@@ -51,3 +45,15 @@ def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
         if outcome.kind != DONE:
             raise explain_failure(module, outcome, screen)
         screen.say(f"done in {duration(job.seconds())}, peak {outcome.peak_rss_gb:.1f} GB per rank: {folder}")
+
+
+def folder_of(config: Section) -> Path:
+    """Where the launch of a program with this config keeps its files. Raises UserError for kinds that do not run."""
+    if isinstance(config, PipelineConfig):
+        raise UserError("a pipeline file is run by: llamagen pipeline FILE --out DIR")
+    out, run_dir = getattr(config, "out", None), getattr(config, "run_dir", None)
+    if out is not None:  # the folder, or the file, belongs to the results alone
+        return Path(out).with_name(Path(out).name + ".launch")
+    if run_dir is None:
+        raise UserError(f"kind {getattr(config, 'kind', '?')}: this is no config of a program that runs")
+    return Path(run_dir)

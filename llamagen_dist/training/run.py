@@ -13,29 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamagen_dist import __version__
-from llamagen_dist.config import Section, UserError, difference, dump, load
+from llamagen_dist.config import Section, UserError, dump
+from llamagen_dist.config.resume import same_config
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.parallel.topology import Topology
 
-# What may change between two launches of one run: how it is executed and watched, never what is computed.
-ELASTIC = (
-    "run_dir",
-    "parallel",
-    "train.micro_batch",
-    "compute.recompute_every",
-    "compute.compile",
-    "checkpoint",
-    "guard",
-    "log",
-    "validation.batch",
-    "data.workers",
-    "data.cache",
-    "data.cache_gb",
-    "data.stage",
-    "data.allow_pipe",
-    "ladder",
-)
 LOCK_PATIENCE_S = 90.0
 
 
@@ -153,7 +136,7 @@ def open_run(
         nonlocal lock
         _make_private(directory)
         lock = _lock(directory)
-        for line in _same_config(directory, config):
+        for line in same_config(directory, config):
             topology.say(line)
         write_text(directory / "config.yaml", dump(config))
         if not (directory / "record.json").exists():
@@ -168,22 +151,6 @@ def open_run(
             run._metrics.close()
         if lock is not None:
             lock.close()
-
-
-def _same_config(directory: Path, config: Section) -> list[str]:
-    """What differs from the run's config and may, for people. Raises UserError for what may not."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        return []
-    before = load(path)
-    changed = difference(before, config, ignore=ELASTIC)
-    if changed:
-        raise UserError(
-            f"{directory}: holds a run with another config ({'; '.join(changed)}); "
-            "choose another run_dir, or use the old values to go on with it"
-        )
-    allowed = difference(before, config, ignore=("run_dir", "ladder"))
-    return [f"{directory}: changed since the last start, which is allowed: {'; '.join(allowed)}"] if allowed else []
 
 
 def _record() -> dict[str, Any]:

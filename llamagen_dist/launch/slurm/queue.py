@@ -1,16 +1,18 @@
 """What SLURM knows of our jobs, asked through its own commands; each has a deadline and no answer is an answer too."""
 
 import getpass
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llamagen_dist.config.cluster import minutes
 from llamagen_dist.config.errors import UserError
 
 ANSWER_S = 20.0
 LIVE = frozenset(
-    [
+    (
         "PENDING",
         "RUNNING",
         "SUSPENDED",
@@ -25,7 +27,7 @@ LIVE = frozenset(
         "STOPPED",
         "SPECIAL_EXIT",
         "RESV_DEL_HOLD",
-    ]
+    )
 )
 _FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%k", "%j")  # the name last: it may hold the separator
 
@@ -121,3 +123,40 @@ def cancel(jobs: Iterable[str]) -> None:
 def requeue(job: str) -> None:
     """Raises SilentError."""
     ask(["scontrol", "requeue", job], patience_s=60.0)
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of a partition that are alike. minutes: its time limit; None: none."""
+
+    nodes: int
+    idle: int
+    cpus: int
+    gpus: int
+    minutes: float | None
+
+
+def partition(name: str | None) -> list[NodeKind]:
+    """What a partition (None: the default one) has; empty where SLURM does not say, or there is none here.
+
+    Raises UserError where there is no such partition.
+    """
+    if shutil.which("sinfo") is None:
+        return []
+    try:
+        text = ask(["sinfo", "-h", "-e", "-o", "%P|%F|%c|%G|%l"])
+    except SilentError:
+        return []
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
+    found = [row for row in rows if (row[0].endswith("*") if name is None else row[0].rstrip("*") == name)]
+    if not found and name is not None:
+        known = ", ".join(sorted({row[0].rstrip("*") for row in rows})) or "none"
+        raise UserError(f"partition {name}: this cluster has no such partition, but {known}")
+    kinds = []
+    for _, nodes, cpus, gres, limit in found:
+        _, idle, _, total = (int(part) for part in nodes.split("/"))
+        gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)(?=[,(]|$)", gres))
+        kinds.append(
+            NodeKind(total, idle, int(cpus.rstrip("+")), gpus, None if limit == "infinite" else minutes(limit))
+        )
+    return kinds

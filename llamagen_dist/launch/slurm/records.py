@@ -17,7 +17,8 @@ from typing import Any
 from llamagen_dist.files import sync_folder, write_text
 
 OWNER = "LLAMAGEN_OWNER"  # environment variable of a rank: JOB.RESTART, its incarnation
-LOCK = "LLAMAGEN_LOCK"  # and the lock file that names the incarnation which may write
+LOCK = "LLAMAGEN_LOCK"  # and the file (owner.json) that names the incarnation which may write
+STAGE = "LLAMAGEN_STAGE"  # data.stage of the cluster profile
 SIGNAL_DELAY = "LLAMAGEN_SIGNAL_DELAY_S"  # and how long before the time limit it is told
 
 
@@ -42,6 +43,9 @@ class Work:
     """The run directory, or the launch folder of a program without one."""
     code: str
     """The snapshot that the ranks run."""
+    token: str = ""
+    """Of the launch that submitted it."""
+    ranks_per_node: int = 1
     limits: Limits = Limits()
     produces: tuple[str, ...] = ()
     """Files that must exist when it is done."""
@@ -64,6 +68,10 @@ class Place:
     @property
     def lock(self) -> Path:
         return self.path / "lock.json"
+
+    @property
+    def owner(self) -> Path:
+        return self.path / "owner.json"
 
     @property
     def history(self) -> Path:

@@ -1,0 +1,78 @@
+"""How a job's end is judged by its batch script: done, failed for good, or once more. A pure function."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llamagen_dist.launch.slurm.records import Limits
+
+DONE, USER_ERROR, STOPPED, INTERRUPTED, CRASHED = "done", "user_error", "stopped", "interrupted", "crashed"
+HOPELESS = ("NonFiniteError",)  # the same positions give the same numbers: it would only happen again
+BY_SIGNAL = (130, 128 + 15, 128 + 12)  # exit codes of a rank that was told to stop before it listened
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows. fault: it counts against ``max_faults``. reason: one line for people."""
+
+    action: Literal["done", "failed", "requeue"]
+    outcome: str
+    reason: str = ""
+    fault: bool = False
+
+
+def decide(
+    rc: int, notes: Sequence[Mapping[str, Any]], limits: Limits, events: Sequence[Mapping[str, Any]], steps: float
+) -> Verdict:
+    """rc: srun's exit status. notes: of the ranks of this incarnation. events: history of this submission.
+    steps: how far the run is on disk."""
+    verdict = _end(rc, notes)
+    if verdict.action != "requeue":
+        return verdict
+    if not limits.requeue:
+        return Verdict("failed", verdict.outcome, f"{verdict.reason}; requeue is off in the cluster profile")
+    requeues = [event for event in events if event["event"] == "requeued"]
+    faults = sum(bool(event.get("fault")) for event in requeues)
+    if verdict.fault and faults >= limits.max_faults:
+        return Verdict("failed", verdict.outcome, f"{faults} restarts after faults used up; the last: {verdict.reason}")
+    stuck = 0
+    for event in reversed(requeues):
+        if event["steps"] < steps:
+            break
+        stuck += 1
+    if stuck >= limits.max_stuck:
+        return Verdict("failed", verdict.outcome, f"no progress in {stuck} restarts; the last: {verdict.reason}")
+    return verdict
+
+
+def _end(rc: int, notes: Sequence[Mapping[str, Any]]) -> Verdict:
+    def of(*outcomes: str) -> list[Mapping[str, Any]]:
+        found = [note for note in notes if note.get("outcome") in outcomes]
+        return sorted(found, key=lambda note: note["ended"])
+
+    refused = of(USER_ERROR)
+    if refused:
+        return Verdict("failed", USER_ERROR, _line(refused[0], whole=True))
+    crashed = of(CRASHED)
+    hopeless = [note for note in crashed if note.get("error") in HOPELESS]
+    if hopeless:
+        return Verdict("failed", CRASHED, _line(hopeless[0]))
+    first = next((note for note in notes if note["rank"] == 0), None)
+    if rc == 0 and first is not None and first.get("outcome") == DONE:
+        return Verdict("done", DONE)
+    if rc == 0 and of(STOPPED):
+        return Verdict("requeue", STOPPED, "told to stop, everything is saved")
+    if rc in BY_SIGNAL and not crashed:
+        return Verdict("requeue", INTERRUPTED, "told to stop before it had begun to train")
+    if crashed:
+        return Verdict("requeue", CRASHED, _line(crashed[0]), fault=True)
+    told = next((note["sentence"] for note in notes if note.get("sentence")), "")
+    if told:
+        return Verdict("requeue", CRASHED, str(told).splitlines()[0], fault=True)
+    how = f"killed by signal {rc - 128}" if rc > 128 else f"exit code {rc}"
+    return Verdict("requeue", CRASHED, f"a rank died without a word ({how})", fault=True)
+
+
+def _line(note: Mapping[str, Any], whole: bool = False) -> str:
+    lines = [line for line in str(note.get("message", "")).splitlines() if line.strip()] or ["no message"]
+    return f"rank {note['rank']}: {lines[0] if whole else lines[-1]}"

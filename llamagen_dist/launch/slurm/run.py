@@ -1,0 +1,194 @@
+"""``llamagen launch … --cluster FILE``: submit, attach to what runs already, or go on with what has ended."""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, UserError, dump
+from llamagen_dist.config.resume import same_config
+from llamagen_dist.files import write_text
+from llamagen_dist.launch import snapshot
+from llamagen_dist.launch.pipeline import command, program_exists, take_code
+from llamagen_dist.launch.process import own_folder
+from llamagen_dist.launch.screen import Screen
+from llamagen_dist.launch.single import folder_of
+from llamagen_dist.launch.slurm import lock, queue
+from llamagen_dist.launch.slurm.records import Place, Work, read_json
+from llamagen_dist.launch.slurm.submission import Size, limits_of, masked, script, size_of, submit
+from llamagen_dist.launch.stages import absolute
+
+POLL_S = 2.0
+ENDING_PATIENCE_S = 120.0  # for a job that is just ending, or a launch that is just submitting
+
+
+@dataclass(frozen=True)
+class Found:
+    """What goes on in a folder. job: the one that runs, waits, or ran last."""
+
+    kind: Literal["free", "submitting", "running", "finished", "failed", "stopped"]
+    job: str | None = None
+    state: queue.JobState | None = None
+    lock: lock.Lock | None = None
+    reason: str = ""
+
+
+def find(folder: Path, jobs: dict[str, queue.JobState] | None = None) -> Found:
+    """jobs: ``queue.mine()`` where it was asked already. Raises queue.SilentError where SLURM does not answer."""
+    place = Place.of(folder)
+    held = lock.read(place)
+    if held is None:
+        return Found("free")
+    jobs = queue.mine() if jobs is None else jobs
+    # by the comment too: a launch that died after sbatch has written down no id
+    ours = [j for j in jobs.values() if j.job in held.jobs or (j.comment == held.token and not held.jobs)]
+    alive = sorted((j for j in ours if j.alive), key=lambda j: (j.state != "RUNNING", j.job))
+    if alive:
+        return Found("running", alive[0].job, alive[0], held)
+    if not held.jobs and lock.age(place) < lock.SUBMITTING_S:
+        return Found("submitting", None, None, held)
+    last = next((e for e in reversed(place.events()) if e["event"] in ("done", "failed", "submitted")), None)
+    job = held.jobs[0] if held.jobs else None
+    if last is not None and last["event"] == "done":
+        return Found("finished", job, None, held)
+    end = read_json(place.end)
+    if end is not None:
+        return Found("failed", job, None, held, str(end["reason"]))
+    return Found("stopped", job, next((j for j in ours), None), held)
+
+
+def launch(
+    module: str,
+    config: Section,
+    profile: ClusterConfig,
+    *,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    dry_run: bool = False,
+    follow: bool = False,
+) -> None:
+    """One program as one job in the config's run directory.
+
+    The same again attaches to the job that runs or waits; where none does, the run goes on from its last checkpoint.
+    Raises UserError; SystemExit(1) from --follow when the run has failed.
+    """
+    program_exists(module, snapshot.code_root())
+    config = absolute(config)
+    folder = folder_of(config)
+    size = size_of(profile, nodes, gpus_per_node)
+    fits(config, size.ranks)
+    for line in same_config(folder, config):
+        print(line)
+    arguments = (str(folder / "launch/config.yaml"),)
+    work = Work(
+        name=folder.name,
+        module=module,
+        arguments=arguments,
+        folder=str(folder),
+        code=str(folder / "code/SNAPSHOT"),
+        ranks_per_node=size.ranks_per_node,
+        limits=limits_of(profile),
+    )
+    if dry_run:
+        print(masked(script([work], profile, size)), end="")
+        return
+    queue.need()
+    screen = Screen()
+    found = settled(folder, screen)
+    if found.kind == "finished":
+        screen.say(f"{folder}: finished (job {found.job})")
+        return
+    if found.kind == "running":
+        assert found.state is not None
+        screen.say(f"{folder}: job {found.job} is {found.state.state.lower()} already; attached")
+    else:
+        if found.kind == "failed":
+            screen.say(f"{folder}: job {found.job} failed ({found.reason}); going on from the last checkpoint")
+        own_folder(folder)
+        (folder / "launch").mkdir(mode=0o700, exist_ok=True)
+        code = take_code(folder, screen)
+        write_text(folder / "launch/config.yaml", dump(config))
+        work = replace(work, code=str(code))
+        try:
+            (job,) = submit([work], profile, size, stale=[found.lock])
+        except lock.TakenError:
+            found = settled(folder, screen)
+            if found.kind != "running":
+                raise UserError(f"{folder}: another launch came between; try again") from None
+            screen.say(f"{folder}: another launch was quicker; attached to its job {found.job}")
+        else:
+            screen.say(f"{folder}: job {job}, {size.ranks} ranks on {size.nodes} node{'s' * (size.nodes > 1)}")
+    screen.say(f"logs: {folder / 'log'}; state: llamagen status {folder}")
+    if follow:
+        raise SystemExit(watch(folder, screen))
+
+
+def settled(folder: Path, screen: Screen) -> Found:
+    """What goes on in the folder, once a job that is just ending has ended and a launch has submitted."""
+    deadline, told = time.monotonic() + ENDING_PATIENCE_S, False
+    while True:
+        found = find(folder)
+        ending = found.state is not None and found.kind == "running" and found.state.state == "COMPLETING"
+        if found.kind != "submitting" and not ending:
+            return found
+        if time.monotonic() > deadline:
+            what = f"job {found.job} is still ending" if ending else "another launch is submitting"
+            raise UserError(f"{folder}: {what} for {ENDING_PATIENCE_S:.0f} s; try again later")
+        if not told:
+            screen.say(f"{folder}: {'waiting for job ' + str(found.job) if ending else 'waiting for another launch'}")
+            told = True
+        time.sleep(0.5)
+
+
+def fits(config: Section, ranks: int) -> None:
+    """Refuse before the queue what the ranks would refuse after it. Raises UserError."""
+    if not isinstance(config, (GPTConfigFile, TokenizerConfigFile)):
+        return
+    tensor = config.parallel.tensor if isinstance(config, GPTConfigFile) else 1
+    batch = config.train.global_batch
+    if ranks % tensor:
+        raise UserError(f"parallel.tensor: {tensor} does not divide {ranks} ranks; change it, or the number of nodes")
+    if batch % (ranks // tensor):
+        raise UserError(
+            f"train.global_batch: {batch} images cannot be shared equally by {ranks // tensor} data-parallel ranks; "
+            "change it, or the number of nodes"
+        )
+
+
+def watch(folder: Path, screen: Screen) -> int:
+    """Follow the run to its end, through requeues. Returns the exit code: 0 when it is done. Ctrl-C only stops
+    following."""
+    place, seen = Place.of(folder), len(Place.of(folder).events())
+    asked = 0.0
+    with screen.follow(place.progress) as tick:
+        try:
+            while True:
+                events = place.events()
+                for event in events[seen:]:
+                    screen.say(describe(event))
+                seen = len(events)
+                if events and events[-1]["event"] in ("done", "failed"):
+                    return 0 if events[-1]["event"] == "done" else 1
+                if time.monotonic() - asked > 15:
+                    asked, found = time.monotonic(), find(folder)
+                    if found.kind not in ("running", "submitting") and len(place.events()) == seen:
+                        screen.say(f"{folder}: no job runs or waits any more; the same command goes on")
+                        return 1
+                tick()
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            screen.say(f"the job goes on; follow it again with:\n  {command()}")
+            sys.exit(130)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One event of history.jsonl for people."""
+    when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    steps = f" at step {event['steps']:.0f}" if "steps" in event else ""
+    more = ", ".join(str(event[key]) for key in ("reason", "why", "to") if event.get(key))
+    what = event["event"].replace("_", " ")
+    return f"{when} job {event.get('job')} {what}{steps}{': ' if more else ''}{more}"
+
+
+__all__ = ["Found", "Size", "find", "launch", "watch"]

@@ -1,0 +1,151 @@
+"""What every rank of a SLURM job runs: set the surroundings that programs expect, run the program, say how it ended.
+
+submitit pickles ``Task`` and calls it in every task of the job step. It has no ``checkpoint`` method and replaces
+submitit's signal handlers first thing: those would requeue from rank 0 alone, at once. Here the program's own flag
+stops all ranks together, and the batch script requeues (batch.py).
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamagen_dist.launch import job
+from llamagen_dist.launch.entry import ERROR_FILE
+from llamagen_dist.launch.slurm.records import LOCK, OWNER, SIGNAL_DELAY, Place, Work, read_work
+from llamagen_dist.tracking.progress import PROGRESS_FILE
+
+_EXIT = {job.USER_ERROR: 2, job.INTERRUPTED: 130, job.CRASHED: 1}
+
+
+@dataclass(frozen=True)
+class Task:
+    """works: the file of what the job (or each item of the array) runs."""
+
+    works: str
+
+    def __call__(self) -> None:
+        for number in job.STOP_SIGNALS:
+            signal.signal(number, job._interrupt)
+        work = read_work(self.works, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))
+        run_rank(work)
+
+
+def run_rank(work: Work) -> None:
+    """Run the program; returns where it is done, else ends the process: 0 after a stop that has saved everything."""
+    place, me = Place.of(work.folder), owner(os.environ)
+    rank = int(os.environ["SLURM_PROCID"])
+    notes = place.notes(me)
+    notes.mkdir(parents=True, exist_ok=True)
+    note = job.Note(notes, rank)
+    began = time.time()
+
+    def prepare() -> None:
+        job.surround(work.code, surroundings(work.ranks_per_node))
+        os.environ.update(
+            {
+                ERROR_FILE: str(note.sentence),
+                OWNER: me,
+                LOCK: str(place.owner),
+                SIGNAL_DELAY: str(work.limits.signal_delay_s),
+            }
+        )
+        os.environ.pop(PROGRESS_FILE, None)
+        if rank == 0:
+            os.environ[PROGRESS_FILE] = str(place.progress)
+
+    outcome, message, failure = job.run_program(work.module, work.arguments, prepare)
+    for number in job.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if not message and note.sentence.exists():
+        message = note.sentence.read_text(encoding="utf-8")
+    # of thousands of ranks that end well or stop together, one need say so
+    if rank == 0 or outcome not in (job.DONE, job.STOPPED):
+        error = type(failure).__name__ if failure is not None else ""
+        note.write(
+            began=began,
+            outcome=outcome,
+            message=message,
+            error=error,
+            ended=time.time(),
+            seconds=time.time() - began,
+            peak_rss_gb=job.peak_rss_gb(),
+        )
+    if outcome == job.DONE:
+        return
+    if failure is not None and not isinstance(failure, SystemExit):
+        traceback.print_exception(failure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: taking torch down takes a second of the time that is left, and an exception would be pickled as
+    # submitit's result. A rank that has stopped ends well, since srun kills the others at the first that does not.
+    os._exit(_EXIT.get(outcome, 0))
+
+
+def owner(environment: Mapping[str, str]) -> str:
+    """This incarnation of the job: JOB.RESTART."""
+    return f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
+
+
+def surroundings(ranks_per_node: int | None = None) -> dict[str, str]:
+    """What torch and our programs read, from what srun has set.
+
+    ranks_per_node: where srun was told otherwise than by --ntasks-per-node.
+    """
+    env = os.environ
+    local = ranks_per_node or int(env.get("SLURM_NTASKS_PER_NODE") or env["SLURM_NTASKS"])
+    cores = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, job.cores() // local)
+    found = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]),
+        "MASTER_PORT": str(port(owner(env))),
+    }
+    if "OMP_NUM_THREADS" not in env:
+        found["OMP_NUM_THREADS"] = str(cores)
+    return found
+
+
+def port(owner: str) -> int:
+    """The same on all ranks, another for every restart, and below 32768, where Linux gives ports to anybody."""
+    return 15000 + zlib.crc32(owner.encode()) % 17000
+
+
+def first_host(nodelist: str) -> str:
+    """``n[03-5,9],m1`` -> ``n03``; SLURM's node lists may have several brackets and anything after them."""
+    depth, end = 0, len(nodelist)
+    for place, letter in enumerate(nodelist):
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            end = place
+            break
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodelist[:end])
+
+
+def main(argv: list[str]) -> None:
+    """``srun … python -m llamagen_dist.launch.slurm.task MODULE CONFIG [key=value …]``, in a script of one's own."""
+    from llamagen_dist.config.errors import UserError
+
+    if not argv:
+        raise UserError("usage: srun … python -m llamagen_dist.launch.slurm.task MODULE [ARGUMENTS …]")
+    if "SLURM_PROCID" not in os.environ:
+        raise UserError("there is no SLURM_PROCID: start this with srun, once per rank")
+    import runpy
+
+    job.surround(str(Path.cwd()), surroundings())
+    sys.argv = argv
+    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    from llamagen_dist.launch.entry import run
+
+    run(main)
