@@ -30,7 +30,7 @@ class Found:
     kind: Literal["free", "submitting", "running", "finished", "failed", "stopped"]
     job: str | None = None
     state: queue.JobState | None = None
-    lock: lock.Lock | None = None
+    held: lock.Lock | None = None
     reason: str = ""
 
 
@@ -111,7 +111,7 @@ def launch(
         write_text(folder / "launch/config.yaml", dump(config))
         work = replace(work, code=str(code))
         try:
-            (job,) = submit([work], profile, size, stale=[found.lock])
+            (job,) = submit([work], profile, size, stale=[found.held])
         except lock.TakenError:
             found = settled(folder, screen)
             if found.kind != "running":
