@@ -32,6 +32,15 @@ def identify(pid: int | None = None) -> Identity:
     return Identity(pid, _proc_stat(pid)[1])
 
 
+def started_at(pid: int) -> float | None:
+    """When a process of this machine began, in seconds since the epoch; None where it has ended, or without /proc."""
+    ticks = _proc_stat(pid)[1]
+    if not ticks:
+        return None
+    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return int(booted.split()[1]) + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)

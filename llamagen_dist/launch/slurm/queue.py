@@ -82,12 +82,13 @@ def ask(words: Sequence[str], patience_s: float = ANSWER_S) -> str:
     return done.stdout
 
 
-def mine() -> dict[str, JobState]:
+def mine(patience_s: float = ANSWER_S) -> dict[str, JobState]:
     """This user's jobs that SLURM still remembers, ended ones too, by id; one call however many there are.
 
     Raises SilentError.
     """
-    text = ask(["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "|".join(_FIELDS)])
+    words = ["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "|".join(_FIELDS)]
+    text = ask(words, patience_s)
     found = {}
     for line in text.splitlines():
         job, state, reason, nodes, where, left, comment, name = line.split("|", 7)

@@ -1,0 +1,36 @@
+"""``llamagen status [FOLDER …]``: what runs, how far it is, and why something does not."""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="runs, sweeps, pipelines, or folders of them (default: ./runs)",
+    )
+    parser.add_argument("--watch", action="store_true", help="show it again every 5 s until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.config.errors import UserError
+    from llamagen_dist.launch.status.survey import look
+
+    if args.watch and args.json:
+        raise UserError("--watch and --json: give one of the two; a program calls llamagen status --json again")
+    folders = args.folders or [Path("runs")]
+    if args.json:
+        import json
+
+        print(json.dumps(look(folders).as_json(), indent=1, allow_nan=False))
+        return
+    from llamagen_dist.launch.status import screen
+
+    if args.watch:
+        screen.watch(lambda: look(folders))
+    else:
+        screen.show(look(folders))

@@ -1,0 +1,216 @@
+"""From folders to rows: what each run in them is doing. SLURM is asked once, whatever the number of runs."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config.errors import UserError
+from llamagen_dist.launch.slurm import queue
+from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.launch.status import files
+from llamagen_dist.launch.status.files import Clock, Progress
+from llamagen_dist.launch.status.state import FINISHED, RUNNING, WAITING, Jobs, State, of_cluster, of_this_machine
+
+DEPTH = 3  # folders below the one that was named, in which runs are looked for
+READERS = 16  # a network disk takes a millisecond per file
+SLURM_PATIENCE_S = 10.0
+QUIET_S = 600.0
+_MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch", "launch.lock"}
+_INSIDE = {"code", "checkpoints", "log", "launch", "report", "stages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``depth`` 1: a rung of the ladder, or a stage of the pipeline, above it.
+
+    Ages and ``eta_s`` in seconds, counts in images; what is unknown is None. ``eta_s``: of the steps that are left,
+    at the speed of the last lines.
+    """
+
+    name: str
+    folder: Path
+    depth: int
+    state: State
+    progress: Progress
+    eta_s: float | None = None
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        said = asdict(self.progress)
+        said.pop("finished")
+        state = asdict(self.state)
+        name = state.pop("name")
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "depth": self.depth,
+            "state": name,
+            **state,
+            "restarts": dict(self.state.restarts),
+            **said,
+            "eta_s": self.eta_s,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Survey:
+    """``slurm``: why it could not be asked, or empty. ``clock_ahead_s``: how far files are dated in the future."""
+
+    rows: tuple[Row, ...]
+    slurm: str
+    clock_ahead_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "runs": [row.as_json() for row in self.rows],
+            "slurm": self.slurm or None,
+            "clock_ahead_s": round(self.clock_ahead_s, 3),
+        }
+
+
+def look(paths: Iterable[Path]) -> Survey:
+    """What goes on in these folders and up to three levels below. Raises UserError for one that is not there."""
+    named = list(paths)
+    for path in named:
+        if not path.is_dir():
+            raise UserError(
+                f"{path}: there is no such folder; name a run, a sweep or a pipeline's --out, or a folder of them"
+            )
+    found = [(root, folder) for root in named for folder in _units(root, DEPTH)]
+    clock = Clock()
+    jobs, silent = _ask(folder for _, folder in found)
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = pool.map(lambda unit: _rows(_name(*unit), unit[1], jobs, clock), found)
+        return Survey(tuple(row for part in rows for row in part), silent, clock.ahead_s)
+
+
+def _name(root: Path, folder: Path) -> str:
+    inner = folder.relative_to(root)
+    return str(inner) if inner.parts else root.resolve().name
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
+def _units(folder: Path, depth: int) -> list[Path]:
+    """Runs and pipelines in ``folder``, itself included; nothing is looked for inside of one."""
+    names = _names(folder)
+    if names & _MARKS or "stages" in names:
+        return [folder]
+    if not depth:
+        return []
+    inner = sorted(n for n in names - _INSIDE if not n.startswith("."))
+    return [unit for name in inner if (folder / name).is_dir() for unit in _units(folder / name, depth - 1)]
+
+
+def _ask(folders: Iterable[Path]) -> tuple[Jobs, str]:
+    """SLURM's view of this user's jobs, if any folder has a job at all."""
+    locks = (lock for f in folders for lock in (Place.of(f).lock, *f.glob("stages/*/launch/lock.json")))
+    if not any(lock.exists() for lock in locks):
+        return {}, ""
+    try:
+        return queue.mine(SLURM_PATIENCE_S), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _rows(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+    names = _names(folder)
+    if "stages" in names:
+        return _pipeline(name, folder, jobs, clock)
+    progress = files.progress(folder, clock)
+    rungs = [] if progress.kind else _rungs(folder, names)
+    parts = [files.progress(rung, clock) for rung in rungs]
+    finished = progress.finished or (bool(parts) and not _launched(names) and all(part.finished for part in parts))
+    log = folder / "log"
+    if not progress.kind and not rungs:
+        counted = Place.of(folder).progress if "launch" in names else log / "progress.json"
+        progress = files.counted(counted, clock)
+    if "launch" in names:
+        state = of_cluster(folder, finished, jobs)
+    else:
+        state = of_this_machine(folder, log, finished, clock)
+    rows = [_row(name, folder, 0, state, progress)]
+    return rows + _ladder_rows(rungs, parts, state, clock, depth=1)
+
+
+def _launched(names: set[str]) -> bool:
+    """Then the launcher knows better whether the whole ladder is done than the rungs that have begun."""
+    return bool(names & {"launch", "launch.lock"})
+
+
+def _rungs(folder: Path, names: set[str]) -> list[Path]:
+    """The runs of a ladder: run directories right below."""
+    inner = [folder / n for n in sorted(names - _INSIDE) if not n.startswith(".")]
+    return [path for path in inner if (path / "record.json").exists() and (path / "config.yaml").exists()]
+
+
+def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, clock: Clock, depth: int) -> list[Row]:
+    """One row per rung; while the ladder runs, the rung that gave the last sign of life is the one that is trained."""
+    open_ones = [i for i, part in enumerate(parts) if not part.finished]
+    ages = {i: quiet for i in open_ones if (quiet := parts[i].quiet_s) is not None}
+    latest = min(ages, key=lambda i: ages[i], default=None)
+    rows = []
+    for i, (rung, part) in enumerate(zip(rungs, parts, strict=True)):
+        if part.finished:
+            state = State(FINISHED)
+        elif whole.name == RUNNING:
+            state = State(RUNNING if i == latest else WAITING, "" if i == latest else "for its turn")
+        else:
+            state = State(whole.name)
+        rows.append(_row(rung.name, rung, depth, state, part))
+    return rows
+
+
+def _pipeline(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+    """A row for the pipeline, one for each stage that has begun or is to come."""
+    declared = files.stage_names(out / "config.yaml")
+    there = sorted(_names(out / "stages"))
+    rows = []
+    for stage in declared or there:
+        rows += _stage(stage, out / "stages" / stage, jobs, clock)
+    stages = [row for row in rows if row.depth == 1]
+    now = next((row for row in stages if row.state.name != FINISHED), None)
+    done = sum(row.state.name == FINISHED for row in stages)
+    state = State(FINISHED) if now is None else State(now.state.name, f"{done} of {len(stages)} stages are done")
+    return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
+
+
+def _stage(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+    names = _names(folder)
+    done = "DONE.json" in names
+    trained = files.trained_in(folder / "config.yaml") if "config.yaml" in names else None
+    progress, rungs = Progress(), []
+    if trained is not None and trained.is_dir():
+        progress = files.progress(trained, clock)
+        rungs = [] if progress.kind else _rungs(trained, _names(trained))
+    if not progress.kind and not rungs:
+        inner = Place.of(folder).progress
+        progress = files.counted(inner if "launch" in names else folder / "progress.json", clock)
+    if done or "launch" in names:
+        state = State(FINISHED) if done else of_cluster(folder, False, jobs)
+    elif "log" in names:
+        state = of_this_machine(trained or folder, folder / "log", False, clock)
+    else:
+        state = State(WAITING, "for the stages before it")
+    parts = [files.progress(rung, clock) for rung in rungs]
+    return [_row(name, folder, 1, state, progress), *_ladder_rows(rungs, parts, state, clock, depth=2)]
+
+
+def _row(name: str, folder: Path, depth: int, state: State, progress: Progress) -> Row:
+    eta = None
+    if state.name == RUNNING and progress.images_per_s and progress.total and progress.done is not None:
+        eta = max(progress.total - progress.done, 0) / progress.images_per_s
+    if state.name == FINISHED:
+        progress = replace(progress, quiet_s=None)
+    quiet = progress.quiet_s
+    note = f"no sign of life for {quiet / 60:.0f} min" if state.name == RUNNING and quiet and quiet > QUIET_S else ""
+    return Row(name, folder, depth, state, progress, eta, note)

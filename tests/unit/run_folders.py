@@ -1,0 +1,95 @@
+"""Run directories as trainings, launchers and SLURM jobs leave them, for tests of what reads them."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config import dump, load
+from llamagen_dist.launch.process import identify
+from llamagen_dist.launch.slurm.records import Place
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def metrics(lines: int, batch: int, speed: float = 100.0) -> str:
+    """metrics.jsonl with a line per step, as fit writes it."""
+    return "".join(
+        json.dumps(
+            {
+                "step": step,
+                "images_seen": step * batch,
+                "loss": 9.0 - step / lines,
+                "lr": 1e-4,
+                "grad_norm": 1.0,
+                "images_per_s": speed,
+                **{f"{part}_s": 0.012345 for part in ("data", "compute", "optimizer", "communication")},
+                "peak_memory_gb": 20.0,
+                "slowest_rank": 3,
+                "slowest_rank_s": 0.5,
+                "samples": "0123456789abcdef",
+            }
+        )
+        + "\n"
+        for step in range(1, lines + 1)
+    )
+
+
+def training(folder: Path, lines: int = 10, images: int = 2560, saved: tuple[int, ...] = (5,)) -> Path:
+    """A GPT run of batches of 64 that has got so far."""
+    settings = [f"train.images={images}", "train.global_batch=64", "data.train=t", "data.validation=v"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = load(CONFIGS / "gpt/quickstart.yaml", [*settings, f"run_dir={folder}", "ladder={}"])
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "record.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text(metrics(lines, 64))
+    for step in saved:
+        (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (folder / f"checkpoints/step_{step:08d}/COMPLETE").write_text("x")
+    return folder
+
+
+def summarise(folder: Path, images: int = 2560) -> None:
+    (folder / "summary.json").write_text(json.dumps({"images_seen": images, "step": images // 64}))
+
+
+def beat(folder: Path, rank: int = 0, **changes: Any) -> Path:
+    """A heartbeat of a rank: of this very process, unless ``changes`` say otherwise."""
+    me = identify()
+    facts = {"rank": rank, "host": platform.node(), "pid": me.pid, "started": me.started, "step": 3, "phase": "train"}
+    facts |= {"part": "compute", "since": 0.0, "time": 0.0, "ended": ""}
+    (folder / "log").mkdir(exist_ok=True)
+    file = folder / f"log/heartbeat-rank-{rank}.json"
+    file.write_text(json.dumps(facts | changes))
+    return file
+
+
+def note(log: Path, rank: int = 0, **facts: Any) -> None:
+    """What the local launcher's rank says of itself; of a process that has ended, unless ``facts`` say otherwise."""
+    log.mkdir(parents=True, exist_ok=True)
+    (log / f"rank_{rank}.json").write_text(json.dumps({"rank": rank, "pid": 2**22 + 1, "started": "1", **facts}))
+
+
+def lock(folder: Path, *jobs: str, state: str = "submitted") -> None:
+    place = Place.of(folder)
+    place.path.mkdir(parents=True, exist_ok=True)
+    facts = {"token": "t", "jobs": list(jobs), "owner": None, "user": "me", "host": "login", "since": 0, "state": state}
+    place.lock.write_text(json.dumps(facts))
+
+
+def history(folder: Path, *events: tuple[str, dict[str, Any]]) -> None:
+    place = Place.of(folder)
+    place.path.mkdir(parents=True, exist_ok=True)
+    place.history.write_text(
+        "".join(json.dumps({"time": 0.0, "event": name, **facts}) + "\n" for name, facts in events)
+    )
+
+
+def end(folder: Path, reason: str) -> None:
+    Place.of(folder).path.mkdir(parents=True, exist_ok=True)
+    Place.of(folder).end.write_text(json.dumps({"reason": reason}))
+
+
+def dated(file: Path, time: float) -> None:
+    os.utime(file, (time, time))
