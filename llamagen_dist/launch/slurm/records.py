@@ -94,9 +94,13 @@ class Place:
         return self.path / "notes" / owner
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Append one event to history.jsonl: one write of one line, so that two writers never mix."""
+        """Append one event to history.jsonl: one write of whole lines, so that two writers never mix."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
-        with open(self.history, "ab", buffering=0) as file:
+        with open(self.history, "ab+", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a writer was killed in the middle of its line
+                    line = "\n" + line
             file.write(line.encode())
             os.fsync(file.fileno())
 
