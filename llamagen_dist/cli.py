@@ -16,6 +16,7 @@ COMMANDS = {
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
     "status": "what runs, how far it is, and why something does not",
+    "sweep": "run one program with many configs, skipping what is finished",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
     "convert": "turn LlamaGen's weight files into safetensors, and back",
     "plan": "parameters, memory, FLOPs and time of a GPT run for every layout, before anything is launched",

@@ -25,6 +25,7 @@ from llamagen_dist.config.sections import (
     TokenizerLossSection,
     TokenizerModelSection,
 )
+from llamagen_dist.config.sweep import SweepConfig
 from llamagen_dist.config.training import (
     CheckpointSection,
     ComputeSection,
@@ -66,6 +67,7 @@ __all__ = [
     "Section",
     "ShardAccess",
     "StageSection",
+    "SweepConfig",
     "TokenDataSection",
     "TokenizerConfigFile",
     "TokenizerLossSection",

@@ -20,6 +20,7 @@ from llamagen_dist.config.sections import (
     PipelineConfig,
     TokenizerConfigFile,
 )
+from llamagen_dist.config.sweep import SweepConfig
 from llamagen_dist.config.training import Section
 
 KINDS: dict[str, type[Section]] = {
@@ -31,6 +32,7 @@ KINDS: dict[str, type[Section]] = {
     "reconstruct": ReconstructConfig,
     "evaluate": EvaluateConfig,
     "cluster": ClusterConfig,
+    "sweep": SweepConfig,
 }
 S = TypeVar("S", bound=Section)
 
@@ -105,7 +107,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file laid on its ``base``, unchecked: for whoever makes many configs of it. Raises UserError."""
     path = path.resolve()
     if path in chain:
         raise UserError(f"{chain[-1]}: base: {path} inherits from itself")
@@ -113,7 +116,7 @@ def _with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = data.pop("base", None)
     if base is None:
         return data
-    return merge(_with_base(path.parent / str(base), (*chain, path)), data)
+    return merge(read(path.parent / str(base), (*chain, path)), data)
 
 
 def parse(overrides: Iterable[str]) -> dict[str, Any]:
@@ -220,9 +223,13 @@ def load(
     paths = [Path(files)] if isinstance(files, (str, Path)) else [Path(f) for f in files]
     data: dict[str, Any] = {}
     for path in paths:
-        data = merge(data, _with_base(path))
+        data = merge(data, read(path))
     data = merge(data, overrides if isinstance(overrides, Mapping) else parse(overrides))
-    source = str(paths[-1])
+    return resolve(data, str(paths[-1]), kind)
+
+
+def resolve(data: Mapping[str, Any], source: str, kind: str | None = None) -> Any:
+    """A whole file's content as the section its kind names; see ``load``."""
     found = data.get("kind")
     if found not in KINDS:
         near = difflib.get_close_matches(str(found), KINDS, n=1)

@@ -16,7 +16,7 @@ from llamagen_dist.config import UserError, dump, load
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.entry import EXIT_INTERRUPTED
-from llamagen_dist.launch.job import DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
+from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
 from llamagen_dist.launch.process import only_launcher, own_folder
 from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage
@@ -82,10 +82,10 @@ def check(plan: Plan) -> None:
     problems = []
     for stage in plan.stages:
         folder = folder_of(out, stage)
-        identity = _read(folder.started)
+        identity = read_started(folder)
         if identity is None:
             continue
-        changed = stage.differs_from(identity["identity"], folder.config)
+        changed = stage.differs_from(identity, folder.config)
         if changed:
             wrote = "".join(f" and {path}" for path in written_by(stage, out))
             problems.append(
@@ -135,7 +135,7 @@ def run(plan: Plan) -> None:
             # From the first stage that runs, all run: each finds by itself that there is nothing left to do.
             code = code or take_code(plan.out, screen)
             if stop.count:
-                raise _stopped(screen, f"stopped before stage {stage.name}")
+                raise stopped(screen, f"stopped before stage {stage.name}")
             ranks = f"{stage.ranks} ranks" if stage.ranks > 1 else "1 rank"
             screen.say(f"{place} — {stage.why} ({ranks})")
             run_stage(stage, folder_of(plan.out, stage), code, screen, stop)
@@ -152,46 +152,61 @@ def take_code(out: Path, screen: Screen) -> Path:
 
 def run_stage(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cluster.StopRequest) -> None:
     """Start one stage, wait for its end, and write DONE.json or say what happened (see ``run``)."""
+    outcome = attempt(stage, folder, code, screen, stop)
+    if outcome.kind != DONE:
+        raise explain_failure(f"stage {stage.name}", outcome, screen)
+
+
+def attempt(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cluster.StopRequest) -> cluster.Outcome:
+    """Start one stage here and wait for its end; DONE.json is written where that is a good one."""
+    arguments, spent = prepare(stage, folder)
+    began = time.time()
+    launch = cluster.submit(stage.module, arguments, stage.ranks, code, folder.log, folder.progress)
+    with screen.follow(folder.progress) as tick:
+        outcome = launch.watch(stop, tick)
+    spent += time.time() - began
+    missing = [path for path in stage.produces if not path.exists()]
+    if outcome.kind == DONE and missing:
+        message = f"it ended without writing {missing[0]}"
+        outcome = cluster.Outcome(CRASHED, message, 0, launch.log_of(0), outcome.peak_rss_gb)
+    if outcome.kind != DONE:
+        write_text(folder.started, json.dumps({"identity": stage.identity(), "spent_s": spent}, indent=1))
+        return outcome
+    done = {
+        **record_of(stage, code),
+        "seconds": round(spent, 2),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+        "peak_rss_gb": round(outcome.peak_rss_gb, 3),
+        "ranks": stage.ranks,
+    }
+    write_text(folder.done, json.dumps(done, indent=1))
+    screen.say(f"      done in {duration(time.time() - began)}, peak {outcome.peak_rss_gb:.1f} GB per rank")
+    return outcome
+
+
+def prepare(stage: Stage, folder: Folder) -> tuple[tuple[str, ...], float]:
+    """Write down what the stage is started with, and forget an earlier end. Returns the program's arguments and the
+    seconds that earlier attempts took."""
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.done.unlink(missing_ok=True)
     arguments = stage.arguments
     if stage.config is not None:
         write_text(folder.config, dump(stage.config))
         arguments = (str(folder.config), *arguments)
-    earlier = _read(folder.started) or {}
-    record = {"identity": stage.identity(), "spent_s": earlier.get("spent_s", 0.0)}
-    write_text(folder.started, json.dumps(record, indent=1))
+    spent = (_read(folder.started) or {}).get("spent_s", 0.0)
+    write_text(folder.started, json.dumps({"identity": stage.identity(), "spent_s": spent}, indent=1))
+    return arguments, spent
 
-    began = time.time()
-    launch = cluster.submit(stage.module, arguments, stage.ranks, code, folder.log, folder.progress)
-    with screen.follow(folder.progress) as tick:
-        outcome = launch.watch(stop, tick)
-    record["spent_s"] += time.time() - began
-    if outcome.kind != DONE:
-        write_text(folder.started, json.dumps(record, indent=1))
-        raise explain_failure(f"stage {stage.name}", outcome, screen)
-    missing = [path for path in stage.produces if not path.exists()]
-    if missing:
-        screen.say(f"stage {stage.name} ended without writing {missing[0]}; its log: {launch.log_of(0)}")
-        raise SystemExit(1)
-    write_text(
-        folder.done,
-        json.dumps(
-            {
-                "name": stage.name,
-                "why": stage.why,
-                "seconds": round(record["spent_s"], 2),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
-                "peak_rss_gb": round(outcome.peak_rss_gb, 3),
-                "ranks": stage.ranks,
-                "module": stage.module,
-                "config_sha256": stage.sha256(),
-                "code": code.name,
-            },
-            indent=1,
-        ),
-    )
-    screen.say(f"      done in {duration(time.time() - began)}, peak {outcome.peak_rss_gb:.1f} GB per rank")
+
+def record_of(stage: Stage, code: Path) -> dict[str, Any]:
+    """What DONE.json says of a stage besides how long it took."""
+    return {
+        "name": stage.name,
+        "why": stage.why,
+        "module": stage.module,
+        "config_sha256": stage.sha256(),
+        "code": code.name,
+    }
 
 
 def explain_failure(what: str, outcome: cluster.Outcome, screen: Screen) -> BaseException:
@@ -199,9 +214,9 @@ def explain_failure(what: str, outcome: cluster.Outcome, screen: Screen) -> Base
     if outcome.kind == USER_ERROR:
         return UserError(f"{what}: {outcome.message}")
     if outcome.kind == STOPPED:
-        return _stopped(screen, f"{what} was stopped, its progress is saved")
+        return stopped(screen, f"{what} was stopped, its progress is saved")
     if outcome.kind == INTERRUPTED:
-        return _stopped(screen, f"{what} was stopped; it goes on from what it last saved")
+        return stopped(screen, f"{what} was stopped; it goes on from what it last saved")
     how = "died without a word (killed? out of memory?); its last lines" if outcome.kind == DIED else "failed"
     print(
         f"{what}: rank {outcome.rank} {how}:\n\n{outcome.message}\n\nfull log: {outcome.log}",
@@ -211,7 +226,8 @@ def explain_failure(what: str, outcome: cluster.Outcome, screen: Screen) -> Base
     return SystemExit(1)
 
 
-def _stopped(screen: Screen, what: str) -> SystemExit:
+def stopped(screen: Screen, what: str) -> SystemExit:
+    """Say how to go on; returns the exception that ends the launcher."""
     screen.say(f"{what}. Go on with:\n  {command()}")
     return SystemExit(EXIT_INTERRUPTED)
 
@@ -221,6 +237,12 @@ def command() -> str:
     name = Path(sys.argv[0]).name
     words = ["llamagen"] if name == "llamagen" else [Path(sys.executable).name, "-m", "llamagen_dist.cli"]
     return shlex.join([*words, *sys.argv[1:]])
+
+
+def read_started(folder: Folder) -> dict[str, Any] | None:
+    """The identity (``Stage.identity``) a stage was started with, or None."""
+    started = _read(folder.started)
+    return None if started is None else dict(started["identity"])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,66 @@
+"""``llamagen sweep SWEEP.yaml --out DIR [key=value …]``: one program with many configs, finished ones skipped."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamagen_dist.launch.points import Sweep
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a YAML file of kind: sweep")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="laid on the config of every point")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all points; the same again goes on with it")
+    parser.add_argument(
+        "--cluster",
+        default="local",
+        metavar="FILE",
+        help="a cluster profile (slurm/NAME.yaml): all points are one job array; default: one after another here",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="what every point needs, and all together; start nothing"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="start points again that have failed")
+    parser.add_argument("--follow", action="store_true", help="on a cluster: stay, and say what becomes of the points")
+    parser.add_argument(
+        "--gpu",
+        default="A100-80",
+        metavar="NAME",
+        help="of --dry-run: A100-40, A100-80, H100, H200 or custom:MEMORY_GIB:PEAK_TFLOPS (default: %(default)s)",
+    )
+    parser.add_argument("--mfu", type=float, help="of --dry-run: share of the peak that is reached (default: 0.4)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.config import UserError
+    from llamagen_dist.launch.points import sweep
+
+    made = sweep(args.file, args.out.absolute(), args.settings)
+    if args.cluster == "local":
+        from llamagen_dist.launch import sweep as local
+
+        if args.dry_run:
+            local.check(made)
+            _show(args, made, (made.config.ranks, made.config.ranks, 1), [local.state_of(p).kind for p in made.points])
+        else:
+            local.run(made, args.retry_failed)
+        return
+    raise UserError(f"--cluster {args.cluster}: only local so far")
+
+
+def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], states: list[str]) -> None:
+    """sizes: ranks of a point, of them on a node, points at the same time."""
+    from llamagen_dist.config import UserError
+    from llamagen_dist.launch import sweep_plan
+    from llamagen_dist.launch.plan import MFU, Machine
+    from llamagen_dist.launch.screen import Screen
+    from llamagen_dist.tracking.devices import named
+
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu {args.mfu}: a share of the peak rate, above 0 and at most 1 (0.4 = 40 %)")
+    ranks, per_node, beside = sizes
+    machine = Machine(named(args.gpu), ranks, per_node, args.mfu or MFU, args.mfu is not None)
+    screen = Screen()
+    sweep_plan.show(made, sweep_plan.needs(made, machine), states, machine, beside, screen)
+    screen.say("Nothing was started.")

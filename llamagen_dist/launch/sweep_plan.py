@@ -1,0 +1,158 @@
+"""``llamagen sweep --dry-run``: what each point needs and what all of them cost. Needs no torch for GPTs."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from llamagen_dist.config import GPTConfigFile, SampleConfig, TokenizerConfigFile
+from llamagen_dist.config.ladder import rungs
+from llamagen_dist.launch import layouts as lay
+from llamagen_dist.launch.plan import Machine, Tokens, tokens_of
+from llamagen_dist.launch.points import Point, Sweep
+from llamagen_dist.launch.screen import Screen
+from llamagen_dist.models import cost, memory
+from llamagen_dist.tracking.devices import GIB
+from llamagen_dist.training.build import gpt_config
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one point; None where it is not known. gpu_hours: at the machine's MFU. rank_bytes: at the fullest moment of a
+    rank (the largest rung's, of a ladder). refused: why it cannot run on this many ranks at all."""
+
+    name: str
+    parameters: int | None = None
+    images: int | None = None
+    gpu_hours: float | None = None
+    rank_bytes: int | None = None
+    fits: bool | None = None
+    disk_bytes: int | None = None
+    refused: str | None = None
+
+
+def needs(sweep: Sweep, machine: Machine) -> list[Need]:
+    """Of every point, in order. Raises UserError for token shards whose manifest cannot be read."""
+    return [need(point, machine) for point in sweep.points]
+
+
+def need(point: Point, machine: Machine) -> Need:
+    config = point.stage.config
+    if isinstance(config, TokenizerConfigFile):
+        from llamagen_dist.launch.estimate import autoencoder_cost
+
+        parameters, _, _ = autoencoder_cost(config.model, config.data.image_size)
+        batch = config.train.global_batch
+        odd = f"train.global_batch {batch} cannot be shared by {machine.gpus} ranks" if batch % machine.gpus else None
+        return Need(point.name, parameters, config.train.images, refused=odd)
+    if not isinstance(config, GPTConfigFile):
+        return Need(point.name, images=config.images if isinstance(config, SampleConfig) else None)
+    tokens = tokens_of(config, None, None, None)
+    found = [_gpt(point.name, rung, tokens, machine) for _, rung in rungs(config)]
+    largest = max(found, key=lambda one: one.parameters or 0)
+    return Need(
+        point.name,
+        largest.parameters,
+        sum(one.images or 0 for one in found),
+        sum(one.gpu_hours or 0.0 for one in found),
+        max((one.rank_bytes for one in found if one.rank_bytes is not None), default=None),
+        None if any(one.fits is None for one in found) else all(one.fits for one in found),
+        sum(one.disk_bytes or 0 for one in found),
+        next((one.refused for one in found if one.refused), None),
+    )
+
+
+def _gpt(name: str, config: GPTConfigFile, tokens: Tokens, machine: Machine) -> Need:
+    model = gpt_config(
+        config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
+    )
+    layout, why = lay.configured(config, machine.gpus)
+    if layout is not None and (problem := lay.why_not_tensor(model, layout.tensor)) is not None:
+        layout, why = None, f"parallel.tensor {problem}"
+    flops = cost.training_flops_per_image(model) * config.train.images
+    size = None if layout is None else lay.total(model, layout)
+    return Need(
+        name,
+        cost.total_parameters(model),
+        config.train.images,
+        flops / (machine.mfu * machine.device.peaks[config.compute.precision]) / 3600,
+        size,
+        None if layout is None else lay.fits(model, layout, machine.device.memory),
+        memory.checkpoint_bytes(model, config.ema.decay > 0) * config.checkpoint.keep_last,
+        None if layout is not None else why,
+    )
+
+
+def elapsed(hours: Sequence[float], at_once: int) -> float:
+    """Hours until the last point ends when so many run side by side, in order, each as soon as one before it ends."""
+    running: list[float] = [0.0] * at_once
+    for one in hours:
+        heapq.heappush(running, heapq.heappop(running) + one)
+    return max(running)
+
+
+def show(
+    sweep: Sweep, found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int, screen: Screen
+) -> None:
+    """The table and its totals. states: a word per point. beside: how many run at the same time."""
+    table = Table(title=f"{sweep.config.title} -> {sweep.out}")
+    table.add_column("point", overflow="fold")
+    for heading in ("parameters", "images", "GPU-hours", "GiB/rank"):
+        table.add_column(heading, justify="right")
+    table.add_column("fits")
+    table.add_column("state", overflow="fold")
+    for one, state in zip(found, states, strict=True):
+        verdict = "" if one.fits is None else "yes" if one.fits else "NO"
+        table.add_row(
+            one.name,
+            "" if one.parameters is None else _count(one.parameters),
+            "" if one.images is None else f"{one.images:,}",
+            "" if one.gpu_hours is None else _hours(one.gpu_hours),
+            "" if one.rank_bytes is None else f"{one.rank_bytes / GIB:.1f}",
+            "refused" if one.refused else verdict,
+            state,
+        )
+    screen.console.print(table, soft_wrap=False)
+    for line in totals(found, states, machine, beside):
+        screen.say(line)
+
+
+def totals(found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int) -> list[str]:
+    """What the table comes to, as sentences."""
+    left = [one for one, state in zip(found, states, strict=True) if state != "finished"]
+    lines = [f"{len(found)} points, {len(found) - len(left)} of them finished"]
+    hours = [one.gpu_hours for one in left if one.gpu_hours is not None]
+    if hours:
+        beside = min(beside, len(hours))
+        took = elapsed([one / machine.gpus for one in hours], beside)
+        each = f"{beside} point{'s' if beside > 1 else ''} of {machine.gpus} rank{'s' if machine.gpus > 1 else ''}"
+        origin = "given" if machine.mfu_given else "assumed, not measured"
+        lines.append(
+            f"left: {_hours(sum(hours))} GPU-hours at {100 * machine.mfu:.0f} % MFU ({origin}) on "
+            f"{machine.device.name}; {_hours(took)} hours with {each} at a time, without waiting in the queue"
+        )
+    disk = sum(one.disk_bytes for one in found if one.disk_bytes is not None)
+    if disk:
+        lines.append(f"checkpoints: up to {disk / 1e9:,.1f} GB on disk in the end")
+    refused = [one for one in found if one.refused]
+    if refused:
+        lines.append(f"{len(refused)} cannot run on {machine.gpus} ranks; {refused[0].name}: {refused[0].refused}")
+    tight = [one for one in found if one.fits is False]
+    if tight:
+        lines.append(
+            f"{len(tight)} do not fit on {machine.device.name} as they are (10 % left free); llamagen plan says what "
+            f"would make {tight[0].name} fit"
+        )
+    return lines
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

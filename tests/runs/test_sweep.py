@@ -1,0 +1,69 @@
+"""A sweep on this machine through its real command line: failures, going on, retries."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in small: the library, and the toy as its only program."""
+    folder = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__", "embedded")
+    shutil.copytree(REPOSITORY / "llamagen_dist", folder / "llamagen_dist", ignore=ignore)
+    (folder / "tokenizer_training").mkdir()
+    (folder / "tokenizer_training/__init__.py").touch()
+    shutil.copy(REPOSITORY / "tests/runs/toy_run.py", folder / "tokenizer_training/toy.py")
+    return folder
+
+
+def command(root: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    file = out.parent / "sweep.yaml"
+    base = REPOSITORY / "configs/gpt/GPT-B.yaml"
+    points = {
+        "good": {"train.seed": 1},
+        "bad": {"train.seed": 13},
+        "bug": {"train.seed": 14},
+        "last": {"train.seed": 2},
+    }
+    content = {"kind": "sweep", "title": "toy", "module": "tokenizer_training.toy", "config": str(base), "list": points}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return subprocess.run(
+        [sys.executable, "-m", "llamagen_dist.cli", "sweep", str(file), "--out", str(out), *more],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = command(root, out)
+    assert first.returncode == 1, first.stderr
+    assert "2 of 4 points are finished; failed: bad, bug" in first.stdout
+    assert "failed: toy.yaml: thirteen is nonsense; give it sense" in first.stdout
+    assert "failed: IndexError: list index out of range" in first.stdout
+    assert [(out / name / "launch/DONE.json").exists() for name in ("good", "bad", "bug", "last")] == [1, 0, 0, 1]
+    assert json.loads((out / "bad/launch/END.json").read_text())["reason"].startswith("toy.yaml")
+    again = command(root, out)
+    assert again.returncode == 1
+    assert again.stdout.count("finished earlier") == 2
+    assert "bug — failed earlier: IndexError" in again.stdout
+    (out / "mended").touch()
+    mended = command(root, out, "--retry-failed")
+    assert mended.returncode == 0, mended.stdout
+    assert "all 4 points are finished" in mended.stdout
+    tries = {name: len((out / name / "rate_0.txt").read_text().split()) for name in ("good", "bad", "bug", "last")}
+    assert tries == {"good": 1, "bad": 2, "bug": 2, "last": 1}
+    assert not list(out.glob("*/launch/END.json"))
