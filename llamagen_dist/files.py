@@ -1,5 +1,6 @@
 """Files that are the old one or the new one, never half, and their hashes. Imports nothing heavy."""
 
+import errno
 import hashlib
 import os
 import socket
@@ -38,10 +39,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
+    """Make renames in ``folder`` survive a power cut, where its disk can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # what disks say that sync files only
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,12 +4,12 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamagen_dist.checkpoint.plan import Plan
-from llamagen_dist.files import sha256_file, write_text
+from llamagen_dist.files import sha256_file, sync_folder, write_text
 
 FORMAT = 1
 POLL_S = 0.05
@@ -124,8 +124,9 @@ def commit(
     state: Mapping[str, Any],
     config_text: str,
     classes: Sequence[str] | None,
+    allowed: Callable[[], None],
 ) -> None:
-    """Write what describes the files, and COMPLETE as the very last."""
+    """Write what describes the files, and COMPLETE as the very last, unless ``allowed()`` raises just before it."""
     texts = {"state.json": json.dumps(dict(state), indent=1, sort_keys=True), "config.yaml": config_text}
     if classes is not None:
         texts["classes.json"] = json.dumps(list(classes), ensure_ascii=False)
@@ -136,4 +137,6 @@ def commit(
     write_text(folder / "index.json", json.dumps(index, indent=1, sort_keys=True))
     for report in folder.glob("report-*.json"):
         report.unlink()
+    sync_folder(folder.parent)  # the folder itself must survive what the older ones, which prune removes, do not
+    allowed()
     write_text(folder / "COMPLETE", sha256_file(folder / "index.json") + "\n")

@@ -17,6 +17,7 @@ from llamagen_dist.checkpoint.folder import Abandoned, Patience
 from llamagen_dist.checkpoint.plan import Plan, make_plan
 from llamagen_dist.checkpoint.staging import LocalCopy, Staging, stage, write_file
 from llamagen_dist.config import UserError
+from llamagen_dist.launch.entry import Superseded
 from llamagen_dist.parallel.topology import Topology
 
 PATIENCE_S = 600.0
@@ -32,6 +33,7 @@ class _Flight:
     state: Mapping[str, Any]
     config_text: str
     classes: Sequence[str] | None
+    begun: float
     sums: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     copy: LocalCopy | None = None
@@ -48,7 +50,8 @@ class Saver:
     the ranks that write them afterwards, over a gloo group of their own. False: until all is on disk, with one
     SHARD_BYTES buffer and one tensor of extra memory whatever the model's size. keep_last, keep_every_images: see
     ``folder.prune``. pace(bytes) is called from the writing thread after each block. patience_s: for a rank that writes
-    nothing.
+    nothing. fence() is asked before anything in the run directory changes, COMPLETE above all; it raises Superseded
+    where the run has gone on in another process, which then finds its checkpoints untouched.
 
     A failure to write reaches all ranks as one UserError from the next ``wait`` or ``save``; the half-written folder
     is gone by then and the checkpoint before it untouched.
@@ -64,8 +67,10 @@ class Saver:
         keep_every_images: int = 0,
         pace: Callable[[int], None] | None = None,
         patience_s: float = PATIENCE_S,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._run_dir, self._topology = run_dir, topology
+        self._fence = fence
         self._background, self._pace = background, pace
         self._keep = (keep_last, keep_every_images)
         self._patience = Patience(patience_s)
@@ -75,7 +80,10 @@ class Saver:
         self._flight: _Flight | None = None
         self.blocked_s = 0.0
         """Seconds that the last ``save`` took from its caller."""
+        self.committed_s: float | None = None
+        """Seconds from the beginning of the last committed ``save`` to its COMPLETE; only rank 0 knows."""
         if topology.rank == 0:
+            fence()
             for left in folders.remove_leftovers(run_dir):
                 topology.say(f"removed {left}: its writing was interrupted")
 
@@ -96,11 +104,12 @@ class Saver:
         """Save ``run_dir/checkpoints/step_…`` (collective), after the one before is on disk. Returns its path."""
         begin = time.monotonic()
         self.wait()
+        begun = time.monotonic()
         folder = folders.step_folder(self._run_dir, step)
         self._topology.agreed(lambda: self._begin(folder))
         plan = make_plan(entries, self._topology.world)
         state = {**state, "step": step, "images_seen": images_seen}
-        flight = _Flight(folder, plan, state, config_text, classes)
+        flight = _Flight(folder, plan, state, config_text, classes, begun)
         if self._background:
             if all(entry.pieces is None for entry in entries):
                 for number in range(len(plan.rounds)):
@@ -130,6 +139,7 @@ class Saver:
 
     def wait(self) -> None:
         """Until the save under way is committed (collective). Raises UserError on all ranks if it failed on any."""
+        self._fence()
         flight = self._flight
         if flight is not None:
             thread = flight.thread
@@ -153,6 +163,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is Superseded and self._flight is not None:
+            self._flight.given_up.set()
         self.close()
         if kind is None and self._group is not None:
             dist.destroy_process_group(self._group)
@@ -198,6 +210,7 @@ class Saver:
         flight.given_up.set()
         if flight.thread is not None:
             flight.thread.join()
+        self._fence()  # else the folder may be another process's by now
         try:
             folders.remove(flight.folder)
             left = ""
@@ -225,7 +238,10 @@ class Saver:
         if flight.error is not None:
             return
         try:
+            self._fence()
             work()
+        except Superseded as lost:
+            flight.error = str(lost)
         except Abandoned as reason:
             flight.error = str(reason)
         except OSError as error:
@@ -253,7 +269,9 @@ class Saver:
         sums = folders.collect_reports(
             flight.folder, flight.plan, self._topology.world, self._patience, flight.given_up
         )
-        folders.commit(flight.folder, flight.plan, sums, flight.state, flight.config_text, flight.classes)
+        self._fence()  # the reports may have come late
+        folders.commit(flight.folder, flight.plan, sums, flight.state, flight.config_text, flight.classes, self._fence)
+        self.committed_s = time.monotonic() - flight.begun
         try:
             folders.prune(self._run_dir, *self._keep)
         except OSError as error:  # the new one counts all the same

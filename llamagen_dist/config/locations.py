@@ -1,5 +1,6 @@
 """Where shards may lie, and how they are brought near: the keys that every program that reads shards shares."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ def _location(value: Any) -> Any:
 Location = Annotated[Path | str, BeforeValidator(_location)]
 """A folder as a Path, or a URL as a str, because a Path would turn ``https://`` into ``https:/``."""
 
+STAGE = "LLAMAGEN_STAGE"
+"""Environment variable: the ``stage`` of a cluster's profile, for the runs launched there."""
+
 
 class ShardAccess(Section):
     """How shards are reached that do not lie on a fast local disk."""
@@ -39,3 +43,10 @@ class ShardAccess(Section):
     """Copy the shards here once per node before anything starts (/dev/shm, or a local disk), checked against their
     sha256, shared by the node's ranks and removed at the end. /dev/shm counts as memory of the job. The nodes wait for
     each other afterwards, at most guard.start_minutes."""
+
+    @property
+    def staged_in(self) -> Path | None:
+        """``stage``, or the cluster profile's where these keys say nothing of how to bring shards near."""
+        if self.stage is not None or self.cache is not None:
+            return self.stage
+        return Path(os.environ[STAGE]) if os.environ.get(STAGE) else None

@@ -249,10 +249,11 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     kind: ``images`` or ``tokens`` where only that will do. Raises UserError: no manifest, another kind, no samples, a
     shard missing, cut short or grown (named with both sizes and the recorded sha256), a source that cannot be reached.
     """
+    stage_in = None if access is None else access.staged_in
     access = ShardAccess() if access is None else access
     near = not is_remote(location)
     source = transport(location, access.allow_pipe)
-    if not near and access.cache is None and access.stage is None:
+    if not near and access.cache is None and stage_in is None:
         raise UserError(
             f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
             "(and data.cache_gb), or data.stage"
@@ -265,8 +266,8 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
         raise UserError(f"{source.location}: the shards hold no samples")
     if near:
         _check_sizes(Path(location), manifest)
-    if access.stage is not None:
-        staged = stage(source, manifest, access.stage)
+    if stage_in is not None:
+        staged = stage(source, manifest, stage_in)
         shards = Shards(staged.folder, manifest)
         weakref.finalize(shards, staged.release)
         return shards

@@ -18,12 +18,16 @@ class Stopped(Exception):
     """The program was told to stop, has saved, and is not finished; the same command goes on."""
 
 
+class Superseded(Exception):
+    """The run goes on elsewhere, in another incarnation of its job: this process may not write there any more."""
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(sys.argv[1:])`` and end the process as the house rules say.
 
-    UserError: its sentence on stderr, exit 2. Stopped: its message, exit 75. Ctrl-C: one line, exit 130. Any
-    other exception is a bug: it keeps its traceback, exit 1 (and the process group is left, since taking it
-    down properly can wait for ranks that will never answer; the closing sockets tell them).
+    UserError: its sentence on stderr, exit 2. Stopped, Superseded: the message, exit 75. Ctrl-C: one line, exit 130.
+    Any other exception is a bug: it keeps its traceback, exit 1 (and the process group is left, as after Superseded,
+    since taking it down properly can wait for ranks that will never answer; the closing sockets tell them).
     """
     code = 0
     try:
@@ -36,6 +40,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"llamagen: {stopped}", file=sys.stderr, flush=True)
         leave_sentence(str(stopped))
         code = EXIT_STOPPED
+    except Superseded as lost:
+        print(f"llamagen: {lost}", file=sys.stderr, flush=True)
+        leave_sentence(str(lost))
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("llamagen: interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED

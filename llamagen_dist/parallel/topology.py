@@ -117,6 +117,21 @@ def record_collectives(log: Path) -> None:
         os.environ.setdefault(name, value)
 
 
+def device_index(local: int, visible: int) -> int:
+    """Which of the devices that this process sees is its own: the only one where the launcher bound one to each rank.
+
+    Raises UserError where there are fewer than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise UserError(
+            f"rank {local} of this machine has no GPU of its own: {visible} are visible to it; start at most {visible} "
+            "ranks per machine, or check CUDA_VISIBLE_DEVICES and gpus_per_node"
+        )
+    return local
+
+
 def start(
     tensor: int = 1, threads: int | None = None, timeout_s: float = 1800, run_dir: Path | None = None
 ) -> Topology:
@@ -137,7 +152,7 @@ def start(
             f"start a multiple of {tensor} ranks or set parallel.tensor=1"
         )
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
         # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic

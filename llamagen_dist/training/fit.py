@@ -20,6 +20,7 @@ from llamagen_dist.training.out_of_memory import explained
 from llamagen_dist.training.run import Run
 from llamagen_dist.training.spikes import Spikes
 from llamagen_dist.training.task import Stream, Task
+from llamagen_dist.training.timing import Stopwatch
 from llamagen_dist.training.watchdog import Watchdog
 
 
@@ -51,6 +52,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         background=keep.background,
         keep_last=keep.keep_last,
         keep_every_images=keep.keep_every_images,
+        fence=run.ownership.check,
     )
 
     def save() -> None:
@@ -65,14 +67,24 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         }
         saver.save(step, images_seen, task.entries(), state, run.config_text, run.classes)
 
+    def stopped() -> Stopped:
+        return Stopped(
+            f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the same command "
+            "goes on from here"
+        )
+
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
-    watchdog = Watchdog(log, topology, task.clock, 60 * limits.hang_minutes, 60 * limits.start_minutes)
+    hang_s, start_s = 60 * limits.hang_minutes, 60 * limits.start_minutes
+    watchdog = Watchdog(log, topology, task.clock, hang_s, start_s, run.ownership.lost)
+    stopwatch = Stopwatch(log, run.say)
     profiler = StepProfiler(log, topology, config.log.profile_steps)
     with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler:
         guard.stop, guard.where = lambda: stop.up or saver.failed, stream.where
+        if images_seen < train.images and stop.agreed():  # while ranks waited for each other: all is on disk
+            raise stopped()
         window.restart()
         while images_seen < train.images:
-            with explained(task), profiler.step(step + 1):
+            with explained(task), profiler.step(step + 1), stopwatch.timing("step", counts=step > first_step):
                 with task.clock.part("data"):
                     batch = stream.batch(images_seen)
                 with task.clock.part("compute"):
@@ -92,11 +104,12 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                     line["spike"] = round(spike, 2)
                     run.say(f"{run.label}: step {step}: the loss {line['loss']:.4f} is a spike: {spike:.1f} deviations")
                 run.metrics(step=step, images_seen=images_seen, **line)
+                stopwatch.saved(saver.committed_s)
                 if progress:
                     loss = f"loss {line['loss']:.4f}, " if "loss" in line else ""
                     progress.set(images_seen, f"{loss}{line['images_per_s']:.0f} images/s")
             if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
-                with watchdog.phase("validation"):
+                with watchdog.phase("validation"), stopwatch.timing("validation"):
                     held_out = task.validate()
                     asked = stop.agreed(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **held_out)
@@ -108,12 +121,10 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
                     save()
                     if done or asked:
                         saver.wait()
+                        stopwatch.saved(saver.committed_s)
                 window.restart()
             if asked and not done:
-                raise Stopped(
-                    f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the "
-                    "same command goes on from here"
-                )
+                raise stopped()
     peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)

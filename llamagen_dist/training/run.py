@@ -1,12 +1,13 @@
 """The run directory: the same command again means the same run goes on; another config in it is refused."""
 
+import errno
 import fcntl
 import json
 import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ from llamagen_dist.config.resume import same_config
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.ownership import Ownership
 
 LOCK_PATIENCE_S = 90.0
+UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network disks without locks say
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Run:
     label: str = ""
     origin: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint's state.json says besides progress: the tokenizer, and what the run was started from."""
+    ownership: Ownership = field(default_factory=Ownership.of_environment)
+    """Asked before anything in the directory changes."""
     _metrics: IO[str] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
@@ -42,6 +47,7 @@ class Run:
     def metrics(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.topology.rank == 0:
+            self.ownership.check()
             if self._metrics is None:
                 self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by open_run
             self._metrics.write(json.dumps(values) + "\n")
@@ -58,6 +64,7 @@ class Run:
                         kept.append(line + "\n")
                 except json.JSONDecodeError:
                     break  # the last line of a killed process
+            self.ownership.check()
             write_text(path, "".join(kept))
         self.topology.barrier()
 
@@ -72,6 +79,7 @@ class Run:
 
     def summary(self, **values: Any) -> None:
         if self.topology.rank == 0:
+            self.ownership.check()
             write_text(self.directory / "summary.json", json.dumps(values, indent=1))
 
     def finished(self) -> bool:
@@ -92,22 +100,41 @@ def _make_private(directory: Path) -> None:
         raise UserError(f"run_dir: {directory} is not writable; choose another folder")
 
 
-def _lock(directory: Path) -> IO[str]:
-    """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping."""
+def _lock(directory: Path, ownership: Ownership, say: Callable[[str], None]) -> IO[str]:
+    """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping.
+
+    In a cluster's job the launcher's lock decides, and a process that still holds this one is on a machine that SLURM
+    has lost: after the wait it is named, and the run goes on. Raises UserError elsewhere, Superseded.
+    """
     file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
     deadline = time.monotonic() + LOCK_PATIENCE_S
+    told = False
     while True:
+        ownership.check()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
             if time.monotonic() > deadline:
-                file.seek(0)
+                if ownership.fenced:
+                    say(f"{directory}: {holder}, which this job replaces, still has the run open; it may not write")
+                    break
                 raise UserError(
-                    f"{directory}: another process ({file.read().strip() or 'unknown'}) is running in this "
-                    "run directory; stop it or choose another run_dir"
+                    f"{directory}: another process ({holder}) is running in this run directory; stop it or choose "
+                    "another run_dir"
                 ) from None
+            if not told:
+                say(f"{directory}: waiting for another process ({holder}) that is running in this run directory")
+                told = True
             time.sleep(0.5)
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+            if not ownership.fenced:
+                say(f"{directory}: this disk knows no locks ({error.strerror}): never start this run twice at once")
+            break
     file.seek(0)
     file.truncate()
     file.write(f"pid {os.getpid()} on {platform.node()}")
@@ -135,7 +162,7 @@ def open_run(
     def claim() -> None:
         nonlocal lock
         _make_private(directory)
-        lock = _lock(directory)
+        lock = _lock(directory, run.ownership, topology.say)
         for line in same_config(directory, config):
             topology.say(line)
         write_text(directory / "config.yaml", dump(config))

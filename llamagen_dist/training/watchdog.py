@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,12 +34,24 @@ class Watchdog:
     Python itself is stuck in C code no thread of it can run: then faulthandler's timer, which needs no Python and
     which the thread sets anew at every tick, writes the stacks and ends the process with exit code 1.
 
+    lost(): looked at in every tick; once it is not empty the run goes on in another process, and this one says so and
+    ends at once with exit code 75, without another heartbeat, which would be taken for the other process's.
+
     ``hang_s`` 0: heartbeats only. An exception that comes from a collective is turned into LostRankError once it is
     known which rank caused it. On CUDA the host runs ahead of the device, so a rank's part says less there; NCCL's
     flight recorder (topology.start) knows more.
     """
 
-    def __init__(self, log: Path, topology: Topology, clock: Clock, hang_s: float, start_s: float) -> None:
+    def __init__(
+        self,
+        log: Path,
+        topology: Topology,
+        clock: Clock,
+        hang_s: float,
+        start_s: float,
+        lost: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._lost = lost
         self._log, self._topology, self._clock = log, topology, clock
         self._hang, self._limit = hang_s, max(hang_s, start_s) if hang_s else 0.0
         self._tick = min(LONGEST_TICK_S, max(0.05, hang_s / 20)) if hang_s else LONGEST_TICK_S
@@ -105,6 +117,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick):
+            if sentence := self._lost():
+                print(f"llamagen: {sentence}", file=sys.stderr, flush=True)
+                leave_sentence(sentence)
+                os._exit(EXIT_STOPPED)
             if self._clock.changes != self._changes:
                 self._changes = self._clock.changes
                 with self._lock:
@@ -144,6 +160,8 @@ class Watchdog:
         return 3 * self._tick + 1
 
     def _write(self, **changes: object) -> None:
+        if self._lost():  # the file is another process's now
+            return
         with self._lock:
             self._beat = heartbeat.refreshed(self._beat, **changes)
             with suppress(OSError):  # a full disk must not end the watch

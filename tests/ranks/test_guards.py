@@ -245,8 +245,9 @@ def test_out_of_memory_shows_what_was_expected_and_what_is_held(tmp_path):
 
 def test_a_trace_has_the_steps_that_were_asked_for(tmp_path):
     run_ranks(plain_run, 3, tmp_path, Layout(3), "log.profile_steps=[3,4]")
-    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["trace-rank-0.json.gz", "trace-rank-2.json.gz"]
-    for file in (tmp_path / "log").iterdir():
+    traces = sorted((tmp_path / "log").glob("trace-*"))
+    assert [p.name for p in traces] == ["trace-rank-0.json.gz", "trace-rank-2.json.gz"]
+    for file in traces:
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
         names = {event.get("name") for event in events}
         assert {name for name in names if str(name).startswith("step ")} == {"step 3", "step 4"}
