@@ -18,6 +18,7 @@ from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.records import Place, Work, read_json
 from llamagen_dist.launch.slurm.submission import Size, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
+from llamagen_dist.training import timing
 
 POLL_S = 2.0
 ENDING_PATIENCE_S = 120.0  # for a job that is just ending, or a launch that is just submitting
@@ -95,6 +96,8 @@ def launch(
         return
     queue.need()
     screen = Screen()
+    if late := timing.warning(folder, profile.signal_delay_s):
+        screen.say(late)
     found = settled(folder, screen)
     if found.kind == "finished":
         screen.say(f"{folder}: finished (job {found.job})")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import ClusterConfig, UserError
+from llamagen_dist.config.locations import STAGE
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.batch import REQUEUE
-from llamagen_dist.launch.slurm.records import STAGE, Limits, Place, Work, write_works
+from llamagen_dist.launch.slurm.records import Limits, Place, Work, write_works
 from llamagen_dist.launch.slurm.task import Task
 
 _SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN", re.IGNORECASE)
