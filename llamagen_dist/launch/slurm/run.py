@@ -108,6 +108,9 @@ def launch(
     else:
         if found.kind == "failed":
             screen.say(f"{folder}: job {found.job} failed ({found.reason}); going on from the last checkpoint")
+        elif found.kind == "stopped":
+            how = f" ended as {found.state.state}" if found.state else " is over"
+            screen.say(f"{folder}: job {found.job}{how}; going on from the last checkpoint")
         own_folder(folder)
         (folder / "launch").mkdir(mode=0o700, exist_ok=True)
         code = take_code(folder, screen)
