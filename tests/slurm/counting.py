@@ -6,13 +6,16 @@ incarnation, ``dies=N`` in every one, ``refuse=N`` and ``nan=N`` end rank 0 ther
 not finite.
 """
 
-import os
-import signal
 import time
-from pathlib import Path
 
-from llamagen_dist.config import UserError, load
-from llamagen_dist.launch.entry import Stopped, run
+STARTED = time.time()
+
+import os  # noqa: E402 - what is imported is not the launcher's time
+import signal  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from llamagen_dist.config import UserError, load  # noqa: E402
+from llamagen_dist.launch.entry import Stopped, run  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 
@@ -23,6 +26,9 @@ class NonFiniteError(Exception):
 
 def main(argv: list[str]) -> None:
     folder: Path = load(argv[0], kind="gpt").run_dir
+    if RANK == 0:
+        with open(folder / "started.txt", "a") as file:
+            file.write(f"{STARTED}\n")
     steps, pause, every, *fault = os.environ["COUNT"].split()
     what, _, at = (fault or ["none=0"])[0].partition("=")
     if what == "deaf":

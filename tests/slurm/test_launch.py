@@ -1,85 +1,22 @@
 """``llamagen launch --cluster`` on a real SLURM: one job per run, whatever ends it, and no more restarts than help."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.records import Place
 from llamagen_dist.launch.slurm.task import first_host
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Toy:
-    """A small checkout whose only program counts, and the launches of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.root = folder / "checkout"
-        shutil.copytree(
-            ROOT / "llamagen_dist",
-            self.root / "llamagen_dist",
-            ignore=shutil.ignore_patterns("__pycache__", "embedded"),
-        )
-        (self.root / "tokenizer_training").mkdir()
-        (self.root / "tokenizer_training/__init__.py").touch()
-        shutil.copy(ROOT / "tests/slurm/counting.py", self.root / "tokenizer_training/counting.py")
-
-    def launch(self, name: str, count: str, *more: str, **profile: Any) -> subprocess.CompletedProcess[str]:
-        file = self.folder / f"{name}.cluster.yaml"
-        base = yaml.safe_load((ROOT / "slurm/local.yaml").read_text())
-        file.write_text(yaml.safe_dump({**base, "exports": {"COUNT": count}, **profile}))
-        config = ROOT / "configs/gpt/quickstart.yaml"
-        words = ["-m", "llamagen_dist.cli", "launch", "tokenizer_training.counting", str(config)]
-        return subprocess.run(
-            [sys.executable, *words, f"run_dir={self.run(name)}", "--cluster", str(file), *more],
-            cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def run(self, name: str) -> Path:
-        return self.folder / name
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return Place.of(self.run(name)).events()
-
-    def job(self, name: str) -> str:
-        held = lock.read(Place.of(self.run(name)))
-        assert held is not None
-        return held.jobs[0]
-
-    def steps(self, name: str) -> list[int]:
-        file = self.run(name) / "steps.txt"
-        return [int(line) for line in file.read_text().split()] if file.exists() else []
-
-    def last(self, name: str) -> dict[str, Any]:
-        return (self.events(name) or [{"event": "none"}])[-1]
+from tests.slurm.toy import Toy, wait_for
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return Toy(tmp_path_factory.mktemp("toy"))
-
-
-def wait_for(condition: Callable[[], object], patience_s: float = 60.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {patience_s:.0f} s for {condition}"
-        time.sleep(0.1)
 
 
 def ended(toy: Toy, name: str) -> Callable[[], bool]:
