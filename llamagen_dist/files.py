@@ -27,6 +27,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove_asides(folder: Path) -> None:
+    """Delete what killed writers of files in ``folder`` left. Only while nobody else writes there."""
+    for left in folder.glob(".*.tmp*"):
+        left.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """A whole small file; see ``written_aside``."""
     with written_aside(path) as aside:

@@ -56,6 +56,14 @@ def read(log: Path, ranks: int) -> list[Heartbeat]:
     return found
 
 
+def forget(log: Path, ranks: int) -> None:
+    """Remove what an earlier start with more ranks has left; theirs would be taken for a sign of life."""
+    for file in log.glob("heartbeat-rank-*"):
+        number = file.stem.removeprefix("heartbeat-rank-")
+        if number.isdecimal() and int(number) >= ranks:
+            file.unlink(missing_ok=True)
+
+
 def first(rank: int) -> Heartbeat:
     me, now = identify(), time.time()
     return Heartbeat(rank, platform.node(), me.pid, me.started, 0, "start", "", now, now)

@@ -16,7 +16,7 @@ from typing import IO, Any
 from llamagen_dist import __version__
 from llamagen_dist.config import Section, UserError, dump
 from llamagen_dist.config.resume import same_config
-from llamagen_dist.files import write_text
+from llamagen_dist.files import remove_asides, write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.ownership import Ownership
@@ -163,6 +163,7 @@ def open_run(
         nonlocal lock
         _make_private(directory)
         lock = _lock(directory, run.ownership, topology.say)
+        remove_asides(directory)
         for line in same_config(directory, config):
             topology.say(line)
         write_text(directory / "config.yaml", dump(config))

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from llamagen_dist.files import remove_asides
 from llamagen_dist.launch.entry import EXIT_STOPPED, Stopped, leave_sentence
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.throughput import Clock
@@ -66,6 +67,9 @@ class Watchdog:
         if (dump := os.environ.get("TORCH_FR_DUMP_TEMP_FILE")) is not None:
             Path(dump).parent.mkdir(parents=True, exist_ok=True)  # NCCL makes no folders
         self._stacks = open(self._log / f"stacks-rank-{self._topology.rank}.txt", "w", encoding="utf-8")
+        if self._topology.rank == 0:
+            heartbeat.forget(self._log, self._topology.world)
+            remove_asides(self._log)
         self._write()
         self._topology.barrier()  # no rank may judge another by the file of an earlier start
         self._alive = time.monotonic()

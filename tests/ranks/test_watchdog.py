@@ -82,12 +82,17 @@ def slow_but_alive(folder: Path) -> None:
 
 def test_a_slow_run_is_left_alone(tmp_path):
     """Sabotage twin: ten steps of 0.4 s take far longer than the limit, none of them does."""
+    (tmp_path / "log").mkdir()
+    for left in ("heartbeat-rank-7.json", "heartbeat-rank-0.tmp", ".timing.n1.7.tmp.json"):  # a killed, larger start's
+        (tmp_path / "log" / left).touch()
+    (tmp_path / ".config.n1.7.tmp.yaml").touch()
     began = time.monotonic()
     run_ranks(slow_but_alive, WORLD, tmp_path)
     assert time.monotonic() - began > 2 * HANG_S
     assert (tmp_path / "summary.json").exists()
     left = [p.name for p in (tmp_path / "log").iterdir()]
     assert left == ["timing.json"], "a run that ends well leaves nothing to look at"
+    assert list(tmp_path.glob(".*")) == []
 
 
 def kill_myself() -> None:
