@@ -3,9 +3,9 @@
     python -m tests.bench.launch [--repeats 5]
 
 Submission to the program's first line, in parts that are ours: the launch command (snapshot, lock, sbatch), ``batch
-begin`` in the batch script, and a rank from submitit's call to the program's first line; SLURM's queueing is not in them,
-and how much of them is Python starting and importing is shown beside. Then a signal to the requeue, for a program that
-saves in no time and whose steps take 10 ms. Medians; both are wanted below 2 s.
+begin`` in the batch script, and a rank from submitit's call to the program's first line; SLURM's queueing is not in
+them, and how much of them is Python starting and importing is shown beside. Then a signal to the requeue, for a program
+that saves in no time and whose steps take 10 ms. Medians; both are wanted below 2 s.
 """
 
 import argparse
