@@ -60,10 +60,13 @@ def take(root: Path, destination: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target)
         (scratch / "record.json").write_text(json.dumps(record(root), indent=1) + "\n", encoding="utf-8")
-        scratch.rename(folder)
-    except BaseException:
+        try:
+            scratch.rename(folder)
+        except OSError:  # not empty: another launch of this moment was quicker, and its name says that it is the same
+            if not folder.exists():
+                raise
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return folder
 
 
