@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llamagen_dist.config.errors import UserError
@@ -57,8 +58,9 @@ def leave_sentence(sentence: str) -> None:
     target = os.environ.get(ERROR_FILE)
     if target:
         scratch = Path(f"{target}.tmp")
-        scratch.write_text(sentence, encoding="utf-8")
-        scratch.replace(target)
+        with suppress(OSError):  # a full disk must not change how the process ends
+            scratch.write_text(sentence, encoding="utf-8")
+            scratch.replace(target)
 
 
 def leave_group() -> None:

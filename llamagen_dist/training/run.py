@@ -39,19 +39,27 @@ class Run:
     """What every checkpoint's state.json says besides progress: the tokenizer, and what the run was started from."""
     ownership: Ownership = field(default_factory=Ownership.of_environment)
     """Asked before anything in the directory changes."""
-    _metrics: IO[str] | None = field(default=None, repr=False)
+    _metrics: IO[bytes] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
         self.topology.say(text)
 
     def metrics(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. Raises UserError where the disk does not take it."""
         if self.topology.rank == 0:
             self.ownership.check()
-            if self._metrics is None:
-                self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by open_run
-            self._metrics.write(json.dumps(values) + "\n")
-            self._metrics.flush()
+            path = self.directory / "metrics.jsonl"
+            try:
+                if self._metrics is None:
+                    self._metrics = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by open_run
+                line = (json.dumps(values) + "\n").encode()
+                if self._metrics.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be written ({error.strerror}); once it can, the same command goes on from the "
+                    "last checkpoint"
+                ) from None
 
     def cut_metrics(self, images_seen: int) -> None:
         """Forget lines after the checkpoint that is resumed, so that no step appears twice."""

@@ -150,13 +150,13 @@ class Watchdog:
         clauses = heartbeat.gone(beats, self._stale) + heartbeat.told(beats) or heartbeat.behind(beats)
         cause = "; ".join(dict.fromkeys(clauses)) or "all ranks are equally far and wait for each other"
         text = f"no step for {quiet:.1f} s after step {self._beat.step}: {cause}"
-        (self._log / f"hang-rank-{self._topology.rank}.txt").write_text(text + "\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk must not keep a hanging rank alive
+            (self._log / f"hang-rank-{self._topology.rank}.txt").write_text(text + "\n", encoding="utf-8")
         print(f"llamagen: rank {self._topology.rank}: {text}", file=sys.stderr, flush=True)
         leave_sentence(text)
         # a rank that leaves now would end the others' collectives before they have written their stacks
         self._over.wait(2 * self._tick + 0.5)
-        with suppress(OSError):
-            self._write(ended=heartbeat.GAVE_UP + text)
+        self._write(ended=heartbeat.GAVE_UP + text)
         os._exit(EXIT_STOPPED)
 
     @property

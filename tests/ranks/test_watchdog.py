@@ -4,17 +4,21 @@ import ctypes
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from llamagen_dist.checkpoint import store
+from llamagen_dist.launch.process import Identity
 from llamagen_dist.parallel.topology import start
+from llamagen_dist.training import heartbeat
 from llamagen_dist.training.gpt_task import GPTTask
-from tests.ranks.fit_run import Fault, run
+from tests.ranks.fit_run import Fault, lines, run
 from tests.ranks.forked import end_ranks, run_ranks
-from tests.ranks.layouts import Layout
+from tests.ranks.layouts import BATCH, Layout
 
 HANG_S = 1.5
 GUARD = (f"guard.hang_minutes={HANG_S / 60}", f"guard.start_minutes={HANG_S / 60}")
@@ -74,6 +78,38 @@ def test_a_rank_stuck_in_c_code_writes_its_stack_and_ends_too(tmp_path):
         assert "gives no sign of life" in text
         assert "rank 0 (" not in text
     assert sorted(texts(tmp_path, "hang-rank-*.txt")) == [0, 2]
+
+
+def stopped_by_a_signal(folder: Path) -> None:
+    """Until the others have ended; then it is woken, as SLURM does with a stopped process before it kills it."""
+    me = os.getpid()
+    beats = heartbeat.read(folder / "log", WORLD)
+    others = [Identity(beat.pid, beat.started) for beat in beats if beat.pid != me]
+    assert len(others) == WORLD - 1
+    if os.fork() == 0:
+        while any(other.alive() for other in others):
+            time.sleep(0.02)
+        os.kill(me, signal.SIGCONT)
+        os._exit(0)
+    os.kill(me, signal.SIGSTOP)
+
+
+def test_a_stopped_rank_is_named_and_once_it_is_woken_it_ends_without_a_step_or_a_save(tmp_path):
+    settings = (*GUARD, "log.every_steps=1", f"checkpoint.every_images={BATCH}")
+    ends = end_ranks(start_run, WORLD, tmp_path, partial(stopped_by_a_signal, tmp_path), "compute", *settings)
+    codes = [code for code, _ in ends]
+    assert codes[0] == codes[2] == 75
+    assert codes[1] in (75, 1), "its own watchdog was overdue, or the broken connection was quicker"
+    for rank in (0, 2):
+        text = texts(tmp_path, "hang-rank-*.txt")[rank]
+        assert "after step 3" in text
+        assert "rank 1 (process" in text
+        assert "gives no sign of life" in text
+    assert lines(tmp_path)[-1]["step"] == 3
+    kept = store.complete(tmp_path)  # that of step 3 was under way
+    assert [f.name for f in kept] in (["step_00000001", "step_00000002"], ["step_00000002", "step_00000003"])
+    for folder in kept:
+        store.verify(folder)
 
 
 def slow_but_alive(folder: Path) -> None:

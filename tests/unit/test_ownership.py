@@ -1,9 +1,10 @@
-"""Who may write in a run directory, how long a stop takes, and what a disk without locks means."""
+"""Who may write in a run directory, how long a stop takes, and what disks without room or locks mean."""
 
 import errno
 import fcntl
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -104,6 +105,42 @@ def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, monkey
     assert end.value.code == 75
     assert capsys.readouterr().err == "llamagen: this run went on as job 12.1\n"
     assert (tmp_path / "error.txt").read_text() == "this run went on as job 12.1"
+
+
+# --- a full disk ---
+
+
+def test_metrics_on_a_full_disk_are_one_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); once it can"):
+        Run(tmp_path, Topology(), "").metrics(images_seen=16)
+
+
+def test_a_line_that_a_nearly_full_disk_cuts_is_told_too(tmp_path):
+    """Else the next line would be appended to it."""
+    here = Run(tmp_path, Topology(), "")
+    here.metrics(images_seen=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        with pytest.raises(UserError, match="No space left on device"):
+            here.metrics(images_seen=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 30
+    here.cut_metrics(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"images_seen": 1}\n'
+
+
+def test_a_sentence_that_cannot_be_left_changes_no_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv(entry.ERROR_FILE, str(tmp_path / "gone" / "error.txt"))
+
+    def main(argv: list[str]) -> None:
+        raise UserError("no room")
+
+    with pytest.raises(SystemExit) as end:
+        entry.run(main)
+    assert end.value.code == 2
 
 
 # --- the run directory's own lock ---
