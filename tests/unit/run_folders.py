@@ -71,10 +71,10 @@ def note(log: Path, rank: int = 0, **facts: Any) -> None:
     (log / f"rank_{rank}.json").write_text(json.dumps({"rank": rank, "pid": 2**22 + 1, "started": "1", **facts}))
 
 
-def lock(folder: Path, *jobs: str, state: str = "submitted") -> None:
+def lock(folder: Path, *jobs: str) -> None:
     place = Place.of(folder)
     place.path.mkdir(parents=True, exist_ok=True)
-    facts = {"token": "t", "jobs": list(jobs), "owner": None, "user": "me", "host": "login", "since": 0, "state": state}
+    facts = {"token": "t", "jobs": list(jobs), "user": "me", "host": "login", "since": 0.0}
     place.lock.write_text(json.dumps(facts))
 
 

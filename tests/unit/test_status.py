@@ -247,15 +247,40 @@ def test_requeued_is_told_from_waiting_for_the_first_time(tmp_path: Path, monkey
     made.history(run, ("submitted", {"job": "7"}), ("started", {"job": "7", "restart": 0}))
     answers(monkeypatch, job("7", "PENDING", "BeginTime"))
     assert only(run).state.reason == "requeued, waits for BeginTime"
+    made.history(run, ("started", {"job": "7"}), ("requeued", {"job": "7", "fault": True, "why": "rank 1: disk full"}))
+    assert only(run).state.reason == "requeued, waits for BeginTime, after: rank 1: disk full"
 
 
 def test_failed_runs_say_why_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made.training(tmp_path / "a")
     made.lock(run, "7")
+    made.history(run, ("submitted", {"job": "7"}), ("failed", {"job": "7"}))
     made.end(run, "no progress in 2 restarts\nlook into the logs")
     answers(monkeypatch, job("7", "FAILED"))
     row = only(run)
     assert (row.state.name, row.state.reason) == ("failed", "no progress in 2 restarts")
+
+
+def test_a_launch_between_lock_and_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made.training(tmp_path / "a")
+    made.lock(run)
+    answers(monkeypatch)
+    assert (only(run).state.name, only(run).state.reason) == ("submitting", "by me on login")
+    made.dated(run / "launch/lock.json", time.time() - 3600)
+    assert only(run).state.name == "stopped"
+    answers(monkeypatch, job("7"))  # it carries the lock's token
+    assert (only(run).state.name, only(run).state.job) == ("running", "7")
+
+
+def test_a_run_is_as_long_as_its_launch_says_before_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "a"
+    made.lock(run, "7")
+    (run / "launch/config.yaml").write_text((made.training(tmp_path / "b") / "config.yaml").read_text())
+    answers(monkeypatch, job("7", "PENDING", "Priority", ""))
+    row = only(run)
+    assert (row.state.name, row.progress.kind, row.progress.total) == ("waiting", "gpt", 2560)
 
 
 def test_a_program_without_a_summary_is_finished_when_its_job_says_so(
@@ -289,11 +314,11 @@ def test_restarts_by_kind() -> None:
     events = [
         event("submitted"),
         event("started", restart=0),
-        event("ended", rc=137, outcome="fault"),
-        event("requeued", why="fault"),
+        event("ended", rc=137, outcome="crashed"),
+        event("requeued", why="a rank died", fault=True),
         event("started", restart=1),
         event("ended", rc=0, outcome="stopped"),
-        event("requeued", why="stopped"),
+        event("requeued", why="told to stop", fault=False),
         event("started", restart=2),
         event("started", restart=3),  # SLURM's own
         {"event": "started", "job": "8", "restart": 0},

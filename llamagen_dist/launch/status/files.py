@@ -14,6 +14,7 @@ TAIL_BYTES = 16 << 10
 RATES = 8  # lines whose middle value is the speed: one slow step says little
 LEEWAY_S = 2.0  # between this machine's clock and the one that dates files, before it is worth a word
 _KIND = re.compile(r"^kind: (\w+)$", re.MULTILINE)
+_LADDER = re.compile(r"^ladder:$", re.MULTILINE)  # an empty one is written as {}
 _IMAGES = re.compile(r"^train:\n(?:[ \t].*\n)*?  images: (\d+)$", re.MULTILINE)
 
 
@@ -78,10 +79,14 @@ def progress(folder: Path, clock: Clock) -> Progress:
 
 
 def described(folder: Path) -> tuple[str, int | None]:
-    """(kind, images to train on) of FOLDER/config.yaml as our programs write it; ("", None) where there is none."""
-    text = read_text(folder / "config.yaml")
-    kind, images = _KIND.search(text), _IMAGES.search(text)
-    return kind[1] if kind else "", int(images[1]) if images else None
+    """(kind, images to train on) of FOLDER/config.yaml as our programs write it, or, before the run has begun, of the
+    config that it was launched with; ("", None) where there is none, and for a ladder, whose rungs are the runs."""
+    for name in ("config.yaml", "launch/config.yaml", "log/config.yaml"):
+        text = read_text(folder / name)
+        kind, images = _KIND.search(text), _IMAGES.search(text)
+        if kind:
+            return ("", None) if _LADDER.search(text) else (kind[1], int(images[1]) if images else None)
+    return "", None
 
 
 def trained_in(config: Path) -> Path | None:

@@ -14,6 +14,7 @@ from llamagen_dist.launch.status.files import Clock, read_text
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
 FINISHED, FAILED, STOPPED, UNKNOWN = "finished", "failed", "stopped", "unknown"
+SUBMITTING_S = 90.0  # as lock.py has it: a launch that holds the lock for so long without a job has died
 FRESH_S = 60.0  # a heartbeat is written every ten seconds
 Jobs = Mapping[str, JobState] | None
 """What squeue knows; None: it gave no answer."""
@@ -30,42 +31,50 @@ class State:
     restarts: tuple[tuple[str, int], ...] = ()
 
 
-def of_cluster(folder: Path, finished: bool, jobs: Jobs) -> State:
+def of_cluster(folder: Path, finished: bool, jobs: Jobs, clock: Clock) -> State:
     """Of a folder that has been launched on a cluster (FOLDER/launch). ``finished``: its own files say so."""
     place = Place.of(folder)
     events = place.events()
     lock = read_json(place.lock) or {}
     restarts = tuple(count_restarts(events).items())
     names = [str(job) for job in lock.get("jobs", [])]
+    if not names and jobs:  # a launch that died after sbatch has written down no id, but its jobs carry its token
+        names = [job.job for job in jobs.values() if job.comment and job.comment == lock.get("token")]
     last = names[0] if names else next((str(e["job"]) for e in reversed(events) if e.get("job")), "")
 
     def state(name: str, reason: str = "", job: str = last, where: str = "") -> State:
         return State(name, one_line(reason), job, where, restarts)
 
-    if finished or (events and events[-1]["event"] == "done"):
+    alive = [jobs[name] for name in names if name in jobs and jobs[name].alive] if jobs else []
+    ended = next((e["event"] for e in reversed(events) if e.get("event") in ("done", "failed", "submitted")), "")
+    if finished or ended == "done":
         return state(FINISHED)
-    if (end := read_json(place.end)) is not None:
+    if ended == "failed" or (not alive and place.end.exists()):
+        end = read_json(place.end) or {}
         return state(FAILED, str(end.get("reason", "it says no reason")))
-    if not names:
-        if lock.get("state") == "submitting":
-            return state(SUBMITTING, f"by {lock.get('user', 'somebody')} on {lock.get('host', 'another machine')}")
-        return state(STOPPED, "no job is left; the same launch goes on")
+    if not names and (clock.age(place.lock) or SUBMITTING_S) < SUBMITTING_S:
+        return state(SUBMITTING, f"by {lock.get('user', 'somebody')} on {lock.get('host', 'another machine')}")
     if jobs is None:
         return state(UNKNOWN, "SLURM does not answer")
-    alive = [jobs[name] for name in names if name in jobs and jobs[name].alive]
     if not alive:
-        ended = jobs[last].state if last in jobs else "forgotten by SLURM"
-        return state(STOPPED, f"job {last} is over ({ended}) and nothing of it goes on; the same launch does")
+        how = jobs[last].state if last in jobs else "forgotten by SLURM"
+        gone = f"job {last} is over ({how})" if last else "nothing runs or waits"
+        return state(STOPPED, f"{gone}; the same launch goes on")
     now = min(alive, key=lambda one: (one.state != "RUNNING", one.state == "PENDING"))
     if now.state == "RUNNING":
         return state(RUNNING, "", now.job, now.where)
-    if now.state == "PENDING":
-        begun = any(event["event"] == "started" for event in events)
-        reason = f"{'requeued, waits ' if begun else ''}for {now.reason}"
-        if now.reason == "DependencyNeverSatisfied":
-            reason += ": it will never start"
-        return state(WAITING, reason, now.job)
-    return state(RUNNING, now.state.lower(), now.job, now.where)
+    if now.state != "PENDING":
+        return state(RUNNING, now.state.lower(), now.job, now.where)
+    begun = any(event["event"] == "started" for event in events)
+    reason = f"{'requeued, waits ' if begun else ''}for {now.reason}"
+    if now.reason == "DependencyNeverSatisfied":
+        reason += ": it will never start"
+    again: dict[str, Any] = next(
+        (e for e in reversed(events) if e["event"] in ("requeued", "started", "submitted")), {}
+    )
+    if again.get("fault"):
+        reason += f", after: {again.get('why')}"
+    return state(WAITING, reason, now.job)
 
 
 def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:
@@ -74,23 +83,20 @@ def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:
     (``launch``: by hand or with other nodes)."""
     found: Counter[str] = Counter()
     before: dict[str, Any] | None = None
-    ended: dict[str, Any] = {}
-    requeued = False
+    requeued: dict[str, Any] | None = None
     for event in events:
         kind = event.get("event")
         if kind == "started":
             if before is not None:
                 if before.get("job") != event.get("job"):
                     found["launch"] += 1
-                elif not requeued:
+                elif requeued is None:
                     found["slurm"] += 1
                 else:
-                    found["signal" if ended.get("outcome") == "stopped" else "fault"] += 1
-            before, ended, requeued = event, {}, False
-        elif kind == "ended":
-            ended = event
+                    found["fault" if requeued.get("fault") else "signal"] += 1
+            before, requeued = event, None
         elif kind == "requeued":
-            requeued = True
+            requeued = event
     return found
 
 

@@ -135,7 +135,7 @@ def _rows(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
         counted = Place.of(folder).progress if "launch" in names else log / "progress.json"
         progress = files.counted(counted, clock)
     if "launch" in names:
-        state = of_cluster(folder, finished, jobs)
+        state = of_cluster(folder, finished, jobs, clock)
     else:
         state = of_this_machine(folder, log, finished, clock)
     rows = [_row(name, folder, 0, state, progress)]
@@ -196,7 +196,7 @@ def _stage(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
         inner = Place.of(folder).progress
         progress = files.counted(inner if "launch" in names else folder / "progress.json", clock)
     if done or "launch" in names:
-        state = State(FINISHED) if done else of_cluster(folder, False, jobs)
+        state = State(FINISHED) if done else of_cluster(folder, False, jobs, clock)
     elif "log" in names:
         state = of_this_machine(trained or folder, folder / "log", False, clock)
     else:
