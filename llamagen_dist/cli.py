@@ -15,6 +15,7 @@ COMMANDS = {
     "text-encoder": "make a small, untrained T5 for the captions of image shards",
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
+    "check": "try out a cluster's nodes with a short job, before anything long is launched",
     "status": "what runs, how far it is, and why something does not",
     "sweep": "run one program with many configs, skipping what is finished",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM_FOLDERS = ("tokenizer_training", "eval", "llamagen_dist.commands")
-PROGRAMS = {"llamagen_dist.train_gpt", "llamagen_dist.cli"}
+PROGRAMS = {"llamagen_dist.train_gpt", "llamagen_dist.preflight", "llamagen_dist.cli"}
 
 
 def module_name(path: Path) -> str:

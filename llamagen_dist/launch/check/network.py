@@ -1,0 +1,84 @@
+"""Between the ranks: how far their clocks are apart, and how fast they add up."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llamagen_dist.parallel.topology import Topology
+
+ROUNDS = 10
+BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+
+
+def gathered(topology: Topology, value: Any) -> list[Any]:
+    """Everyone's value, by rank (collective)."""
+    if topology.world == 1:
+        return [value]
+    values: list[Any] = [None] * topology.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def clock(topology: Topology) -> dict[str, float]:
+    """offset_s: this rank's clock minus rank 0's; error_s: at most so wrong (half of the quickest of ten round trips).
+
+    Collective: rank 0 asks one rank after the other."""
+    best = {"offset_s": 0.0, "error_s": 0.0}
+    answer = torch.zeros(3, dtype=torch.float64)
+    for other in range(1, topology.world):
+        if topology.rank == 0:
+            shortest = float("inf")
+            for _ in range(ROUNDS):
+                sent = time.time()
+                dist.send(torch.zeros(1, dtype=torch.float64), other)
+                dist.recv(answer, other)
+                came = time.time()
+                if came - sent < shortest:
+                    shortest = came - sent
+                    result = torch.tensor([float(answer[0]) - (sent + came) / 2, shortest / 2], dtype=torch.float64)
+            dist.send(result, other)
+        elif topology.rank == other:
+            for _ in range(ROUNDS):
+                dist.recv(torch.zeros(1, dtype=torch.float64), 0)
+                dist.send(torch.tensor([time.time(), 0, 0], dtype=torch.float64), 0)
+            result = torch.zeros(2, dtype=torch.float64)
+            dist.recv(result, 0)
+            best = {"offset_s": round(float(result[0]), 6), "error_s": round(float(result[1]), 6)}
+    return best
+
+
+def all_reduce(topology: Topology) -> dict[str, Any]:
+    """Of all ranks together (collective). bus_gb_s: 2 (n - 1) / n x bytes / seconds, in 10^9 bytes, which is what the
+    slowest link carries; latency_us: of eight bytes. Medians of ten."""
+    kind, n = topology.device.type, topology.world
+    size = BYTES[kind]
+    large = torch.ones(size // 4, dtype=torch.float32, device=topology.device)
+    seconds = _median(topology, large)
+    if large.isnan().any() or not bool((large == large[0]).all()):
+        raise RuntimeError("an all-reduce of equal numbers gave unequal ones")
+    small = _median(topology, torch.ones(2, dtype=torch.float32, device=topology.device))
+    return {
+        "backend": "nccl" if kind == "cuda" else "gloo",
+        "bytes": size,
+        "bus_gb_s": round(2 * (n - 1) / n * size / seconds / 1e9, 3),
+        "latency_us": round(small * 1e6, 1),
+    }
+
+
+def _median(topology: Topology, values: torch.Tensor) -> float:
+    """Seconds; the mean is taken each time, so that the numbers stay as they are."""
+    times = []
+    for number in range(ROUNDS + 2):
+        dist.barrier()
+        if topology.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        values /= topology.world
+        if topology.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:  # the first ones make the connections
+            times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,97 @@
+"""What one rank sees of its node: versions, devices, memory and room. Imports torch only for the devices."""
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import llamagen_dist
+from llamagen_dist.launch.job import cores
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "pydantic")
+ABSENT = "absent"
+
+
+def name() -> str:
+    """SLURM's name of this node, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def facts(shared: Path) -> dict[str, Any]:
+    """Of this rank; sizes in GB (10^9 bytes). shared: a folder on the disk that all nodes see."""
+    places = {"shared": shared, "tmp": Path(os.environ.get("TMPDIR", "/tmp")), "shm": Path("/dev/shm")}
+    if stage := os.environ.get("LLAMAGEN_STAGE"):
+        places["stage"] = Path(stage)
+    return {
+        "host": platform.node(),
+        "kernel": platform.release(),
+        "versions": versions(),
+        "cores": cores(),
+        "memory_gb": memory_gb(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "space": {what: space(path) for what, path in places.items()},
+        **devices(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same on all nodes, and the GPU driver's, which had better be."""
+    found = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ABSENT
+    return found
+
+
+def memory_gb() -> float:
+    """Memory that is free for new processes, within the job's control group where there is one."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return round(free / 1e9, 3)
+
+
+def space(path: Path) -> dict[str, Any]:
+    """free_gb, and inodes that are left (absent where the file system does not count them)."""
+    try:
+        found = os.statvfs(path)
+    except OSError as error:
+        return {"path": str(path), "error": error.strerror}
+    room: dict[str, Any] = {"path": str(path), "free_gb": round(found.f_bavail * found.f_frsize / 1e9, 3)}
+    if found.f_files:
+        room["inodes"] = found.f_favail
+    return room
+
+
+def devices() -> dict[str, Any]:
+    """visible: GPUs that this rank can use; gpu: the one it will use; driver."""
+    import torch
+
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found: dict[str, Any] = {"visible": visible}
+    if visible:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        mine = local if local < visible else 0
+        about = torch.cuda.get_device_properties(mine)
+        free, total = torch.cuda.mem_get_info(mine)
+        found["gpu"] = {
+            "name": about.name,
+            "uuid": str(getattr(about, "uuid", "")),
+            "memory_gb": round(total / 1e9, 2),
+            "free_gb": round(free / 1e9, 2),
+        }
+    if shutil.which("nvidia-smi"):
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+        if done.returncode == 0 and done.stdout.strip():
+            found["driver"] = done.stdout.split()[0]
+    return found

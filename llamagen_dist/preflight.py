@@ -1,0 +1,98 @@
+"""PROGRAM: try out the node this rank runs on, and what the ranks do together; ``llamagen check`` launches it.
+
+    srun … python -m llamagen_dist.preflight FOLDER
+
+FOLDER lies on the disk that all nodes share. Every rank leaves rank_K.json there, written anew after each part, so
+that a rank which hangs or dies has said how far it came. It never fails by itself: who reads the files judges.
+"""
+
+import os
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from llamagen_dist.config import UserError
+from llamagen_dist.files import write_text
+from llamagen_dist.launch.check import node
+from llamagen_dist.launch.check.verdict import PARTS, dumped, report_of
+from llamagen_dist.launch.entry import run as run_program
+
+JOIN_S = 90.0
+COLLECTIVE_S = 90.0
+
+
+class Trials:
+    """``part(name, try)`` keeps what ``try()`` returns in this rank's report, or why it failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        self._file = report_of(folder, self.rank)
+        self.facts: dict[str, Any] = {
+            "rank": self.rank,
+            "local_rank": self.local,
+            "ranks_on_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            "where": node.name(),
+            "seconds": {},
+        }
+
+    def part(self, name: str, attempt: Any) -> Any:
+        """What attempt() returned, or None where it failed, which ends the trials of this rank."""
+        assert name in PARTS
+        if "problem" in self.facts:
+            return None
+        self.facts["doing"] = name
+        self._write()
+        began = time.perf_counter()
+        try:
+            found = attempt()
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).splitlines() or [""]
+            self.facts["problem"] = {"part": name, "error": f"{type(error).__name__}: {lines[0]}"[:500]}
+            found = None
+        self.facts["seconds"][name] = round(time.perf_counter() - began, 3)
+        if isinstance(found, dict):
+            self.facts[name] = found
+        self.facts.pop("doing")
+        self._write()
+        return found
+
+    def _write(self) -> None:
+        write_text(self._file, dumped(self.facts))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise UserError("usage: python -m llamagen_dist.preflight FOLDER (on the disk that all nodes share)")
+    folder = Path(argv[0])
+    trials = Trials(folder)
+    scratch = folder / f"trials-{os.environ.get('SLURM_JOB_ID', 'local')}"
+    scratch.mkdir(exist_ok=True)
+    trials.part("node", lambda: node.facts(folder))
+    from llamagen_dist.launch.check import disk, network
+    from llamagen_dist.parallel.topology import start
+
+    if trials.local == 0:
+        trials.part("disk", lambda: disk.alone(scratch))
+    topology = trials.part("join", lambda: start(timeout_s=JOIN_S))
+    if topology is not None and topology.world > 1:
+        topology.set_timeouts(COLLECTIVE_S)
+        first = trials.local == 0
+        trials.part("clock", lambda: network.clock(topology))
+        trials.part(
+            "shared", lambda: disk.together(scratch, trials.rank, first, lambda one: network.gathered(topology, one))
+        )
+        trials.part("all_reduce", lambda: network.all_reduce(topology))
+    if topology is not None:
+        from llamagen_dist.launch.check import step
+
+        trials.part("step", lambda: step.train(topology, folder))
+    if trials.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
