@@ -1,4 +1,4 @@
-"""Six of the twelve faults on the real cluster, three by a GPT and three by a tokenizer; ``make faults`` has them all."""
+"""Six of the twelve faults on the real cluster, three for a GPT and three for a tokenizer; make faults has all."""
 
 from collections.abc import Iterator
 

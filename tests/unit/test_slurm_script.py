@@ -185,6 +185,8 @@ def test_progress_is_that_of_checkpoints_that_count(tmp_path):
     Place.of(other).path.mkdir(parents=True)
     Place.of(other).progress.write_text('{"done": 7}')
     assert steps_done(other) == 7
+    (other / "record.json").touch()  # a training run that has shown 7 images and saved none of it
+    assert steps_done(other) == 0
 
 
 def test_a_torn_history_is_read_up_to_the_tear(tmp_path):

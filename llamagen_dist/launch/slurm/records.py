@@ -140,13 +140,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def steps_done(folder: Path) -> float:
     """How far a run is, for "has it moved since?": the newest complete checkpoints of the folder and of the folders in
-    it (a ladder's rungs), summed; for a program without checkpoints what its progress.json counts."""
+    it (a ladder's rungs), summed; for a program without run directories what its progress.json counts.
+
+    Of a training run only what is saved counts: dying again and again before the first save is no progress.
+    """
     newest: dict[Path, int] = {}
     for pattern in ("checkpoints/step_*/COMPLETE", "*/checkpoints/step_*/COMPLETE"):
         for mark in folder.glob(pattern):
             step = int(mark.parent.name.removeprefix("step_"))
             newest[mark.parents[1]] = max(step, newest.get(mark.parents[1], 0))
-    if newest:
+    if newest or any((place / "record.json").exists() for place in (folder, *folder.glob("*/"))):
         return float(sum(newest.values()))
     progress = read_json(Place.of(folder).progress) or {}
     return float(progress.get("done", 0))

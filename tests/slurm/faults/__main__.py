@@ -16,7 +16,7 @@ from tests.slurm.faults.injections import FAULTS, NODES
 from tests.slurm.faults.programs import PROGRAMS, SAVE_EVERY, STEPS
 from tests.slurm.local_cluster import ROOT, another_cluster
 
-HEAD = ("fault", "program", "restarts", "steps redone", "allowed", "requeued after s", "steps again after s", "result")
+HEAD = ("fault", "program", "restarts", "redone", "allowed", "s to requeue", "s to next step", "result")
 
 
 def row(result: Result) -> list[str]:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     only = [int(word) for word in args.only.split(",")] if args.only else None
     programs = [args.program] if args.program else [*PROGRAMS]
-    console, began = Console(), time.monotonic()
+    console, began = Console(width=None if sys.stdout.isatty() else 160), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llamagen-faults-") as scratch, another_cluster(NODES):
         campaign = Campaign(args.keep or Path(scratch), programs, args.at_once, console.print)
         try:

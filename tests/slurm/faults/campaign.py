@@ -80,7 +80,7 @@ class Campaign:
                 end = trial.finish()
                 problems = [f"it failed: {end}"] if end != "done" else judge(trial, fault, self._whole[name].result())
             except Exception as error:
-                problems = [f"{type(error).__name__}: {error}"]
+                problems = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"]
                 (trial.folder.with_name(trial.folder.name + "-error.txt")).write_text(traceback.format_exc())
                 if trial.events("submitted"):
                     slurm("scancel", "--quiet", *{str(event["job"]) for event in trial.events("submitted")})

@@ -104,10 +104,11 @@ POINTS = (
 
 
 def kill_in_save(trial: Trial) -> None:
-    """All ranks die (rank 0 first) at each of the POINTS, in one run one after the other."""
-    hit = []
+    """All ranks die (rank 0 first) at each of the POINTS, in one run one after the other, with a save between."""
+    hit: list[str] = []
     for point in POINTS:
-        trial.at_step(1 + (trial.steps()[-1].number if trial.steps() else 0))
+        saved = complete(trial.folder)[-1:]
+        wait_for(lambda saved=saved: complete(trial.folder)[-1:] not in ([], saved), "the next save")  # type: ignore[misc]
         before = trial.owner
         pids = [pid for _, pid in sorted(trial.pids().items())]
         left = _kill_at(trial, point, pids)
