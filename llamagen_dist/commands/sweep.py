@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llamagen_dist.launch.points import Sweep
+    from llamagen_dist.launch.sweep import State
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
+    from llamagen_dist.config import load
     from llamagen_dist.launch.points import sweep
 
     made = sweep(args.file, args.out.absolute(), args.settings)
@@ -42,14 +43,24 @@ def run(args: argparse.Namespace) -> None:
 
         if args.dry_run:
             local.check(made)
-            _show(args, made, (made.config.ranks, made.config.ranks, 1), [local.state_of(p).kind for p in made.points])
+            _show(args, made, (made.config.ranks, made.config.ranks, 1), [local.state_of(p) for p in made.points])
+            print("Nothing was started.")
         else:
             local.run(made, args.retry_failed)
         return
-    raise UserError(f"--cluster {args.cluster}: only local so far")
+    from llamagen_dist.launch.slurm import sweep as cluster
+
+    profile = load(args.cluster, kind="cluster")
+    if not args.dry_run:
+        cluster.launch(made, profile, retry_failed=args.retry_failed, follow=args.follow)
+        return
+    cluster.check(made)
+    size, states = cluster.size_for(made, profile), cluster.states(made)
+    _show(args, made, (size.ranks, size.ranks_per_node, made.config.at_once or len(made.points)), states)
+    print(f"\n{cluster.text(made, profile, size, states)}\nNothing was started.")
 
 
-def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], states: list[str]) -> None:
+def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], states: list["State"]) -> None:
     """sizes: ranks of a point, of them on a node, points at the same time."""
     from llamagen_dist.config import UserError
     from llamagen_dist.launch import sweep_plan
@@ -61,6 +72,5 @@ def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], 
         raise UserError(f"--mfu {args.mfu}: a share of the peak rate, above 0 and at most 1 (0.4 = 40 %)")
     ranks, per_node, beside = sizes
     machine = Machine(named(args.gpu), ranks, per_node, args.mfu or MFU, args.mfu is not None)
-    screen = Screen()
-    sweep_plan.show(made, sweep_plan.needs(made, machine), states, machine, beside, screen)
-    screen.say("Nothing was started.")
+    said = [f"{state.kind}: {state.reason}" if state.reason else state.kind for state in states]
+    sweep_plan.show(made, sweep_plan.needs(made, machine), said, machine, beside, Screen())

@@ -279,6 +279,11 @@ class StageSection(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the stage's config; strings may hold {out} and the pipeline's variables."""
     ranks: PositiveInt = 1
+    """Processes on one machine. On a cluster: 1 is one CPU rank on one node, more are the profile's nodes …"""
+    nodes: PositiveInt | None = None
+    """… unless the stage says how many nodes it gets there …"""
+    gpus_per_node: CountInt | None = None
+    """… and how many GPUs (and ranks) on each."""
     images: str | None = None
     """How many images a stage without ``train`` goes through, for the time estimate; usually a {count}."""
     produces: tuple[str, ...] = ()

@@ -173,11 +173,9 @@ def attempt(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: clus
         write_text(folder.started, json.dumps({"identity": stage.identity(), "spent_s": spent}, indent=1))
         return outcome
     done = {
-        **record_of(stage, code),
+        **record_of(stage, code, stage.ranks, began),
         "seconds": round(spent, 2),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
         "peak_rss_gb": round(outcome.peak_rss_gb, 3),
-        "ranks": stage.ranks,
     }
     write_text(folder.done, json.dumps(done, indent=1))
     screen.say(f"      done in {duration(time.time() - began)}, peak {outcome.peak_rss_gb:.1f} GB per rank")
@@ -198,11 +196,13 @@ def prepare(stage: Stage, folder: Folder) -> tuple[tuple[str, ...], float]:
     return arguments, spent
 
 
-def record_of(stage: Stage, code: Path) -> dict[str, Any]:
-    """What DONE.json says of a stage besides how long it took."""
+def record_of(stage: Stage, code: Path, ranks: int, began: float | None = None) -> dict[str, Any]:
+    """What DONE.json says of a stage besides what it took. began: seconds since 1970, now by default."""
     return {
         "name": stage.name,
         "why": stage.why,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+        "ranks": ranks,
         "module": stage.module,
         "config_sha256": stage.sha256(),
         "code": code.name,

@@ -26,6 +26,8 @@ class Stage:
     config: Section | None = None
     produces: tuple[Path, ...] = ()
     images: int | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
 
     def identity(self) -> dict[str, Any]:
         """What decides the stage's result; the number of ranks does not (runs resume on any layout)."""
@@ -108,6 +110,8 @@ def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: flo
         why=stage.why,
         module=stage.module,
         ranks=stage.ranks,
+        nodes=stage.nodes,
+        gpus_per_node=stage.gpus_per_node,
         config=config,
         arguments=tuple(_substitute(stage.arguments, values, where)),
         images=None if images is None else int(images),

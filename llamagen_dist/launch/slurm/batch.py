@@ -20,7 +20,7 @@ from typing import Any
 from llamagen_dist.files import write_text
 from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.slurm.decide import DONE, Verdict, decide
-from llamagen_dist.launch.slurm.records import Place, Work, read_json, read_work, steps_done
+from llamagen_dist.launch.slurm.records import Place, Work, read_json, read_work, steps_of
 from llamagen_dist.launch.slurm.task import owner
 
 REQUEUE = 99
@@ -40,7 +40,7 @@ def begin(work: Work, works: str, index: int) -> int:
     shutil.rmtree(place.notes(me), ignore_errors=True)
     lock.own(place, me, host=platform.node())
     where = os.environ.get("SLURM_JOB_NODELIST", "")
-    place.tell("started", job=job, restart=int(restart), steps=steps_done(Path(work.folder)), nodes=nodes, where=where)
+    place.tell("started", job=job, restart=int(restart), steps=steps_of(work), nodes=nodes, where=where)
     return 0
 
 
@@ -48,7 +48,7 @@ def end(work: Work, rc: int) -> int:
     """Judge srun's status ``rc``, write down what follows. Returns the exit code: REQUEUE, 0 or rc."""
     place, me = Place.of(work.folder), owner(os.environ)
     job, restart = me.split(".")
-    facts: dict[str, Any] = {"job": job, "restart": int(restart), "steps": steps_done(Path(work.folder))}
+    facts: dict[str, Any] = {"job": job, "restart": int(restart), "steps": steps_of(work)}
     holder = lock.owner(place)
     if holder != me:
         place.tell("handed_over", to=holder, **facts)
@@ -79,7 +79,7 @@ def end(work: Work, rc: int) -> int:
 def refused(work: Work) -> int:
     """SLURM did not take the requeue back: say so, or the run would look as if it went on."""
     job, restart = owner(os.environ).split(".")
-    facts = {"job": job, "restart": int(restart), "steps": steps_done(Path(work.folder))}
+    facts = {"job": job, "restart": int(restart), "steps": steps_of(work)}
     give_up(Place.of(work.folder), "scontrol requeue failed; the same command goes on", facts)
     return 1
 

@@ -45,6 +45,8 @@ class Work:
     token: str = ""
     """Of the launch that submitted it."""
     ranks_per_node: int = 1
+    run_dir: str | None = None
+    """Where its checkpoints are, if not in the folder (a stage of a pipeline)."""
     limits: Limits = Limits()
     produces: tuple[str, ...] = ()
     """Files that must exist when it is done."""
@@ -153,3 +155,8 @@ def steps_done(folder: Path) -> float:
         return float(sum(newest.values()))
     progress = read_json(Place.of(folder).progress) or {}
     return float(progress.get("done", 0))
+
+
+def steps_of(work: Work) -> float:
+    """``steps_done`` of the folder that has the checkpoints."""
+    return steps_done(Path(work.run_dir or work.folder))
