@@ -60,6 +60,9 @@ def main(argv: list[str]) -> None:
     elif what == "touch":
         with open(folder / "touched.txt", "a") as file:
             file.write("x")
+    elif what == "mend":
+        if not (folder / "mended").exists():
+            raise UserError("toy.yaml: nonsense was given; mend it")
     elif int(rest[0]) != RANK:
         time.sleep(600)  # deaf: it would wait for the other rank for ever
     elif what == "refuse":

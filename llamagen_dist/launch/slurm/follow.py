@@ -48,7 +48,11 @@ def settled(parts: Sequence[Part], screen: Screen) -> dict[str, Found]:
 def _ending(found: Found) -> bool:
     """Whether its job will be gone in a moment."""
     state = found.state
-    return state is not None and (state.state == "COMPLETING" or state.reason == "DependencyNeverSatisfied")
+    return (
+        state is not None
+        and state.alive
+        and (state.state == "COMPLETING" or state.reason == "DependencyNeverSatisfied")
+    )
 
 
 def watch(parts: Sequence[Part], screen: Screen) -> Mapping[str, str]:

@@ -1,0 +1,108 @@
+"""A pipeline as a chain of real jobs: a stage that fails, is mended and gone on with; a stage that is requeued."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llamagen_dist.launch.slurm import queue
+from llamagen_dist.launch.slurm.records import Place, read_json
+from llamagen_dist.launch.slurm.run import find
+from tests.slurm.checkout import checkout, llamagen, profile
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkout(tmp_path_factory.mktemp("pipeline"), "toy_program.py")
+
+
+def stage(name: str, *arguments: str, **more: object) -> dict[str, object]:
+    words = [arguments[0], "{out}/work", *arguments[1:]]
+    return {"name": name, "why": "a test", "module": "tokenizer_training.toy", "arguments": words, **more}
+
+
+def command(folder: Path, *stages: dict[str, object]) -> tuple[object, ...]:
+    file = folder / "toy.yaml"
+    file.write_text(yaml.safe_dump({"kind": "pipeline", "title": "toy", "stages": list(stages)}, sort_keys=False))
+    return ("pipeline", file, "--out", folder / "out", "--cluster", profile(folder))
+
+
+def wait_for(what: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)
+
+
+def kinds(out: Path, name: str) -> list[str]:
+    return [event["event"] for event in Place.of(out / "stages" / name).events()]
+
+
+def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(
+        tmp_path,
+        stage("once", "touch", produces=["{out}/work/touched.txt"]),
+        stage("count", "work", "120", "0.05", ranks=2, nodes=2, produces=["{out}/work/steps_3.txt"]),
+        stage("fragile", "mend"),
+        stage("last", "touch", produces=["{out}/work/touched.txt"]),
+    )
+    shown = llamagen(root, *words, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "4 ranks on 2 nodes" in shown.stdout
+    assert not out.exists()
+
+    first = llamagen(root, *words)
+    assert first.returncode == 0, first.stderr
+    jobs = {name: Place.of(out / "stages" / name).events()[0]["job"] for name in ("once", "count", "fragile", "last")}
+    assert f"after job {jobs['once']}" in first.stdout
+    again = llamagen(root, *words)
+    assert f"last — job {jobs['last']} is pending already" in again.stdout, "the same command attaches"
+
+    # a stage that is told to stop, saves and is requeued is not over: what waits for it goes on waiting
+    wait_for(lambda: (Place.of(out / "stages/count").progress).exists())
+    queue.signal(jobs["count"])
+    failed = llamagen(root, *words, "--follow")
+    assert failed.returncode == 1
+    assert "stage fragile has not ended well" in failed.stdout
+    assert "toy.yaml: nonsense was given; mend it" in failed.stdout
+    assert kinds(out, "count") == ["submitted", "started", "ended", "requeued", "started", "ended", "done"]
+    for rank in range(4):
+        assert (out / f"work/steps_{rank}.txt").read_text().split() == [str(n) for n in range(120)]
+    done = json.loads((out / "stages/count/DONE.json").read_text())
+    assert (done["name"], done["ranks"]) == ("count", 4)
+    wait_for(lambda: find(out / "stages/last").kind != "running", 10)
+    assert kinds(out, "last") == ["submitted"], "cancelled before it began"
+
+    (out / "work/mended").touch()
+    mended = llamagen(root, *words, "--follow")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert mended.stdout.count("finished earlier") == 2
+    assert "all 4 stages are finished" in mended.stdout
+    assert (out / "work/touched.txt").read_text() == "xx", "once by the first stage, once by the last"
+    assert read_json(Place.of(out / "stages/fragile").end) is None
+    assert json.loads((out / "stages/last/DONE.json").read_text())["ranks"] == 1
+
+
+def test_without_kill_on_invalid_dep_the_stages_after_a_failure_would_wait_for_ever(root: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "sabotaged"
+    shutil.copytree(root, broken)
+    file = broken / "llamagen_dist/launch/slurm/submission.py"
+    text = file.read_text()
+    good = ', "kill-on-invalid-dep": "yes"'
+    assert text.count(good) == 1
+    file.write_text(text.replace(good, ""))
+    out = tmp_path / "out"
+    started = llamagen(broken, *command(tmp_path, stage("fragile", "mend"), stage("last", "touch")))
+    assert started.returncode == 0, started.stderr
+    wait_for(Place.of(out / "stages/fragile").end.exists)
+    time.sleep(5)
+    found = find(out / "stages/last")
+    assert found.kind == "running"
+    assert found.state is not None
+    assert (found.state.state, found.state.reason) == ("PENDING", "DependencyNeverSatisfied")
+    queue.cancel([str(found.job)])
