@@ -372,6 +372,37 @@ def test_a_ladder_shows_its_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows[2].folder == large
 
 
+def test_a_sweep_shows_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "lr"
+    for number in range(4):
+        made.lock(made.training(out / f"lr={number}"), f"9_{number}")
+    (out / "config.yaml").write_text("kind: sweep\nmodule: llamagen_dist.train_gpt\n")
+    made.history(out / "lr=0", ("submitted", {"job": "9_0"}), ("done", {"job": "9_0"}))
+    made.history(out / "lr=1", ("submitted", {"job": "9_1"}), ("failed", {"job": "9_1"}))
+    made.end(out / "lr=1", "rank 0: the loss is not finite")
+    asked = answers(monkeypatch, job("9_2"), job("9_3", "PENDING", "JobArrayTaskLimit", ""))
+    rows = look([tmp_path]).rows
+    assert asked == [1]
+    assert [(row.name, row.depth, row.state.name) for row in rows] == [
+        ("lr", 0, "running"),
+        ("lr=0", 1, "finished"),
+        ("lr=1", 1, "failed"),
+        ("lr=2", 1, "running"),
+        ("lr=3", 1, "waiting"),
+    ]
+    assert rows[0].state.reason == "4 points: 1 failed, 1 running, 1 waiting, 1 finished"
+    assert rows[2].state.reason == "rank 0: the loss is not finite"
+
+
+def test_a_point_run_on_this_machine(tmp_path: Path) -> None:
+    run = made.training(tmp_path / "a")
+    made.note(run / "launch/log", 0, outcome="crashed", message="OSError: disk", ended=1.0)
+    assert (only(run).state.name, only(run).state.reason) == ("failed", "OSError: disk")
+    (run / "launch/DONE.json").write_text("{}")
+    made.note(run / "launch/log", 0, outcome="done", ended=1.0)
+    assert only(run).state.name == "finished"
+
+
 def test_runs_are_found_below_and_nothing_inside_of_them(tmp_path: Path) -> None:
     made.training(tmp_path / "sweep/a")
     made.training(tmp_path / "sweep/b/code/c")

@@ -12,12 +12,24 @@ from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place
 from llamagen_dist.launch.status import files
 from llamagen_dist.launch.status.files import Clock, Progress
-from llamagen_dist.launch.status.state import FINISHED, RUNNING, WAITING, Jobs, State, of_cluster, of_this_machine
+from llamagen_dist.launch.status.state import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    UNKNOWN,
+    WAITING,
+    Jobs,
+    State,
+    of_cluster,
+    of_this_machine,
+)
 
 DEPTH = 3  # folders below the one that was named, in which runs are looked for
 READERS = 16  # a network disk takes a millisecond per file
 SLURM_PATIENCE_S = 10.0
 QUIET_S = 600.0
+SWEEP = "sweep"
 _MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch", "launch.lock"}
 _INSIDE = {"code", "checkpoints", "log", "launch", "report", "stages", "__pycache__"}
 
@@ -103,18 +115,23 @@ def _names(folder: Path) -> set[str]:
 def _units(folder: Path, depth: int) -> list[Path]:
     """Runs and pipelines in ``folder``, itself included; nothing is looked for inside of one."""
     names = _names(folder)
-    if names & _MARKS or "stages" in names:
+    if names & _MARKS or "stages" in names or ("config.yaml" in names and files.described(folder)[0] == SWEEP):
         return [folder]
     if not depth:
         return []
-    inner = sorted(n for n in names - _INSIDE if not n.startswith("."))
-    return [unit for name in inner if (folder / name).is_dir() for unit in _units(folder / name, depth - 1)]
+    return [unit for inner in _inner(folder, names) if inner.is_dir() for unit in _units(inner, depth - 1)]
+
+
+def _inner(folder: Path, names: set[str]) -> list[Path]:
+    """What may be a run in it."""
+    return [folder / name for name in sorted(names - _INSIDE) if not name.startswith(".")]
 
 
 def _ask(folders: Iterable[Path]) -> tuple[Jobs, str]:
     """SLURM's view of this user's jobs, if any folder has a job at all."""
-    locks = (lock for f in folders for lock in (Place.of(f).lock, *f.glob("stages/*/launch/lock.json")))
-    if not any(lock.exists() for lock in locks):
+    # of the folder itself, of a sweep's points, of a pipeline's stages
+    inner = ("*/launch/lock.json", "stages/*/launch/lock.json")
+    if not any(Place.of(f).lock.exists() or any(next(f.glob(p), None) for p in inner) for f in folders):
         return {}, ""
     try:
         return queue.mine(SLURM_PATIENCE_S), ""
@@ -126,20 +143,40 @@ def _rows(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
     names = _names(folder)
     if "stages" in names:
         return _pipeline(name, folder, jobs, clock)
+    if not names & _MARKS:
+        return _sweep(name, folder, jobs, clock)
+    return _run(name, folder, 0, jobs, clock)
+
+
+def _sweep(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+    """A row for the sweep, one for each point that has been launched."""
+    points = [unit for inner in _inner(out, _names(out)) for unit in _units(inner, 0)]
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = list(pool.map(lambda point: _run(point.name, point, 1, jobs, clock), points))
+    states = [part[0].state.name for part in parts]
+    counts = {one: states.count(one) for one in (FAILED, RUNNING, WAITING, UNKNOWN, STOPPED, FINISHED)}
+    whole = next((one for one in (RUNNING, WAITING, UNKNOWN, FAILED, STOPPED) if counts.get(one)), FINISHED)
+    said = ", ".join(f"{number} {one}" for one, number in counts.items() if number)
+    state = State(whole, f"{len(points)} point{'s' * (len(points) != 1)}: {said}" if points else "no point has begun")
+    return [Row(name, out, 0, state, Progress(kind=SWEEP)), *(row for part in parts for row in part)]
+
+
+def _run(name: str, folder: Path, depth: int, jobs: Jobs, clock: Clock) -> list[Row]:
+    names = _names(folder)
     progress = files.progress(folder, clock)
     rungs = [] if progress.kind else _rungs(folder, names)
     parts = [files.progress(rung, clock) for rung in rungs]
     finished = progress.finished or (bool(parts) and not _launched(names) and all(part.finished for part in parts))
-    log = folder / "log"
+    launch = _names(folder / "launch") if "launch" in names else set()
+    inside = bool(launch & {"progress.json", "log", "lock.json", "history.jsonl"})  # else single.py's folder
+    log = folder / ("launch/log" if "log" in launch else "log")
     if not progress.kind and not rungs:
-        counted = Place.of(folder).progress if "launch" in names else log / "progress.json"
-        progress = files.counted(counted, clock)
-    if "launch" in names:
+        progress = files.counted(Place.of(folder).progress if inside else log / "progress.json", clock)
+    if launch & {"lock.json", "history.jsonl"}:
         state = of_cluster(folder, finished, jobs, clock)
     else:
-        state = of_this_machine(folder, log, finished, clock)
-    rows = [_row(name, folder, 0, state, progress)]
-    return rows + _ladder_rows(rungs, parts, state, clock, depth=1)
+        state = of_this_machine(folder, log, finished or "DONE.json" in launch, clock)
+    return [_row(name, folder, depth, state, progress), *_ladder_rows(rungs, parts, state, depth + 1)]
 
 
 def _launched(names: set[str]) -> bool:
@@ -149,11 +186,12 @@ def _launched(names: set[str]) -> bool:
 
 def _rungs(folder: Path, names: set[str]) -> list[Path]:
     """The runs of a ladder: run directories right below."""
-    inner = [folder / n for n in sorted(names - _INSIDE) if not n.startswith(".")]
-    return [path for path in inner if (path / "record.json").exists() and (path / "config.yaml").exists()]
+    return [
+        path for path in _inner(folder, names) if (path / "record.json").exists() and (path / "config.yaml").exists()
+    ]
 
 
-def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, clock: Clock, depth: int) -> list[Row]:
+def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, depth: int) -> list[Row]:
     """One row per rung; while the ladder runs, the rung that gave the last sign of life is the one that is trained."""
     open_ones = [i for i, part in enumerate(parts) if not part.finished]
     ages = {i: quiet for i in open_ones if (quiet := parts[i].quiet_s) is not None}
@@ -202,7 +240,7 @@ def _stage(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
     else:
         state = State(WAITING, "for the stages before it")
     parts = [files.progress(rung, clock) for rung in rungs]
-    return [_row(name, folder, 1, state, progress), *_ladder_rows(rungs, parts, state, clock, depth=2)]
+    return [_row(name, folder, 1, state, progress), *_ladder_rows(rungs, parts, state, depth=2)]
 
 
 def _row(name: str, folder: Path, depth: int, state: State, progress: Progress) -> Row:
