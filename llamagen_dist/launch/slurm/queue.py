@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llamagen_dist.config.cluster import minutes
 from llamagen_dist.config.errors import UserError
 
 ANSWER_S = 20.0
@@ -142,6 +141,8 @@ def partition(name: str | None) -> list[NodeKind]:
 
     Raises UserError where there is no such partition.
     """
+    from llamagen_dist.config.cluster import minutes  # pydantic, which nothing else here needs
+
     if shutil.which("sinfo") is None:
         return []
     try:
