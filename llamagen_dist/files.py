@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -54,6 +55,19 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def seconds_old(path: Path) -> float:
+    """Since a file was last written, by the clock of its disk, as the clocks of hosts differ; infinite where it is
+    missing. The folder must be writable."""
+    now = path.with_name(f".now.{socket.gethostname()}.{os.getpid()}")
+    try:
+        now.touch()
+        return now.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+    finally:
+        now.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -160,4 +160,6 @@ class ClusterConfig(Section):
             set(self.elastic.nodes), reverse=True
         ):
             raise ValueError(f"elastic.nodes: node counts below nodes ({self.nodes}), the largest first")
+        if self.elastic.nodes and not self.requeue:
+            raise ValueError("elastic.nodes: jobs that take turns go back into the queue; it needs requeue: true")
         return self

@@ -1,6 +1,6 @@
 """The two ends of a batch script, before srun and after it: claim the folder, then judge how it ended.
 
-    python -m llamagen_dist.launch.slurm.batch begin WORKS
+    python -m llamagen_dist.launch.slurm.batch begin WORKS PID      (of the script itself)
     python -m llamagen_dist.launch.slurm.batch end WORKS STATUS
 
 The script asks SLURM to requeue where ``end`` exits with ``REQUEUE``, since in a container SLURM's commands may be
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.files import write_text
-from llamagen_dist.launch.slurm import lock
+from llamagen_dist.launch.slurm import elastic, lock
 from llamagen_dist.launch.slurm.decide import DONE, Verdict, decide
 from llamagen_dist.launch.slurm.records import Place, Work, read_json, read_work, steps_of
 from llamagen_dist.launch.slurm.task import owner
@@ -33,6 +33,8 @@ def begin(work: Work, works: str, index: int) -> int:
     held = lock.read(place)
     if held is None or held.token != work.token:
         print(f"{work.folder} belongs to another launch by now; this job ends", file=sys.stderr, flush=True)
+        return NOT_OURS
+    if not elastic.claim(work, me):
         return NOT_OURS
     job, restart = me.split(".")
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
@@ -52,7 +54,9 @@ def end(work: Work, rc: int) -> int:
     holder = lock.owner(place)
     if holder != me:
         place.tell("handed_over", to=holder, **facts)
-        return 0
+        held = lock.read(place)
+        others = {other for other in held.jobs if other != job} if held and held.token == work.token else ()
+        return REQUEUE if (holder or "").partition(".")[0] in others else 0  # it may still grow back
     events = place.events()
     since = max((n for n, event in enumerate(events) if event["event"] == "submitted"), default=-1) + 1
     notes = read_notes(place.notes(me))
@@ -61,6 +65,11 @@ def end(work: Work, rc: int) -> int:
     if verdict.action == "done" and missing:
         verdict = Verdict("failed", DONE, f"it ended without writing {missing[0]}")
     place.tell("ended", rc=rc, outcome=verdict.outcome, reason=verdict.reason, **facts)
+    larger = elastic.makes_room(place, job)
+    if verdict.action == "requeue" and not verdict.fault and larger is not None:
+        print(f"job {larger} goes on; this one stands by", flush=True)
+        place.tell("handed_over", to=larger, **facts)
+        return REQUEUE
     if verdict.action == "requeue":
         print(f"requeueing: {verdict.reason}", flush=True)
         place.tell("requeued", why=verdict.reason, fault=verdict.fault, **facts)
@@ -73,6 +82,7 @@ def end(work: Work, rc: int) -> int:
         record = {**work.record, "seconds": round(spent, 2), "peak_rss_gb": round(peak, 3)}
         write_text(Path(work.done), json.dumps(record, indent=1))
     place.tell("done", **facts)
+    elastic.cancel_others(place, job)
     return 0
 
 
@@ -88,6 +98,7 @@ def give_up(place: Place, reason: str, facts: dict[str, Any]) -> None:
     print(f"failed: {reason}", file=sys.stderr, flush=True)
     write_text(place.end, json.dumps({"outcome": "failed", "reason": reason, "time": time.time(), **facts}, indent=1))
     place.tell("failed", reason=reason, **facts)
+    elastic.cancel_others(place, facts["job"])
 
 
 def read_notes(folder: Path) -> list[dict[str, Any]]:
@@ -117,7 +128,7 @@ def main(argv: list[str]) -> int:
     if what == "begin":
         code = begin(work, works, index)
         if code == 0:
-            keeper = [sys.executable, "-m", "llamagen_dist.launch.slurm.keeper", works, str(index), str(os.getppid())]
+            keeper = [sys.executable, "-m", "llamagen_dist.launch.slurm.keeper", works, str(index), rest[0]]
             subprocess.Popen(keeper, stdin=subprocess.DEVNULL)
         return code
     return end(work, int(rest[0])) if what == "end" else refused(work)

@@ -11,9 +11,8 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from llamagen_dist.files import sync_folder, write_text
+from llamagen_dist.files import seconds_old, sync_folder, write_text
 from llamagen_dist.launch.slurm.records import Place, read_json
 
 SUBMITTING_S = 90.0
@@ -79,15 +78,8 @@ def release(place: Place, token: str) -> None:
 
 
 def age(place: Place) -> float:
-    """Seconds since the lock was last written, by the clock of its disk: hosts disagree."""
-    now = place.path / f".now.{platform.node()}.{os.getpid()}"
-    now.touch()
-    try:
-        return now.stat().st_mtime - place.lock.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-    finally:
-        now.unlink(missing_ok=True)
+    """Seconds since the lock was last written; 0 where there is none."""
+    return seconds_old(place.lock) if place.lock.exists() else 0.0
 
 
 def own(place: Place, owner: str, **facts: object) -> None:
@@ -110,7 +102,7 @@ def _claim(place: Place, stale: Lock) -> None:
             now = read(place)
             if now is None or now.token != stale.token:
                 raise TakenError(now) from None
-            if not _old(claim):
+            if seconds_old(claim) < SUBMITTING_S:
                 raise TakenError(None) from None
             continue
         now = read(place)
@@ -118,17 +110,6 @@ def _claim(place: Place, stale: Lock) -> None:
             raise TakenError(now)
         return
     raise TakenError(None)
-
-
-def _old(claim: Path) -> bool:
-    fresh = claim.with_name(f".now.{platform.node()}.{os.getpid()}")
-    fresh.touch()
-    try:
-        return fresh.stat().st_mtime - claim.stat().st_mtime > SUBMITTING_S
-    except FileNotFoundError:
-        return False
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _text(lock: Lock) -> str:

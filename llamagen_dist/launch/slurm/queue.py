@@ -120,6 +120,11 @@ def cancel(jobs: Iterable[str]) -> None:
         ask(["scancel", "--quiet", *names])
 
 
+def postpone(job: str, seconds: int) -> None:
+    """Let a waiting job begin in so many seconds at the earliest. Raises SilentError, for a job that runs too."""
+    ask(["scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}"])
+
+
 def requeue(job: str) -> None:
     """Raises SilentError."""
     ask(["scontrol", "requeue", job], patience_s=60.0)

@@ -29,6 +29,8 @@ class Limits:
     max_faults: int = 20
     max_stuck: int = 2
     signal_delay_s: int = 300
+    after_s: float = 0.0
+    """How long the running job may be silent before its stand-by begins (elastic.py); 0: it has none."""
 
 
 @dataclass(frozen=True)

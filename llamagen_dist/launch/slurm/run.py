@@ -14,7 +14,7 @@ from llamagen_dist.launch.pipeline import command, program_exists, take_code
 from llamagen_dist.launch.process import own_folder
 from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.single import folder_of
-from llamagen_dist.launch.slurm import lock, queue
+from llamagen_dist.launch.slurm import elastic, lock, queue, standby
 from llamagen_dist.launch.slurm.records import Place, Work, read_json
 from llamagen_dist.launch.slurm.submission import Size, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
@@ -44,7 +44,8 @@ def find(folder: Path, jobs: dict[str, queue.JobState] | None = None) -> Found:
     jobs = queue.mine() if jobs is None else jobs
     # by the comment too: a launch that died after sbatch has written down no id
     ours = [j for j in jobs.values() if j.job in held.jobs or (j.comment == held.token and not held.jobs)]
-    alive = sorted((j for j in ours if j.alive), key=lambda j: (j.state != "RUNNING", j.job))
+    idle = elastic.left_over(place, held, jobs)
+    alive = sorted((j for j in ours if j.alive and j.job not in idle), key=lambda j: (j.state != "RUNNING", j.job))
     if alive:
         return Found("running", alive[0].job, alive[0], held)
     if not held.jobs and lock.age(place) < lock.SUBMITTING_S:
@@ -79,6 +80,14 @@ def launch(
     folder = folder_of(config)
     size = size_of(profile, nodes, gpus_per_node)
     fits(config, size.ranks)
+    smaller = standby.sizes(profile, size)
+    for less in smaller:
+        try:
+            fits(config, less.ranks)
+        except UserError as error:
+            raise UserError(f"elastic.nodes: {less.nodes}: {error}") from None
+    if smaller:
+        config = standby.fixed_micro_batch(config, size.ranks)
     for line in same_config(folder, config):
         print(line)
     arguments = (str(folder / "launch/config.yaml"),)
@@ -93,6 +102,8 @@ def launch(
     )
     if dry_run:
         print(masked(script([work], profile, size)), end="")
+        for number, less in enumerate(smaller, start=1):
+            print(f"# and the same with --nodes={less.nodes} --begin={standby.begins_after(profile, number)}")
         return
     queue.need()
     screen = Screen()
@@ -111,6 +122,8 @@ def launch(
         elif found.kind == "stopped":
             how = f" ended as {found.state.state}" if found.state else " is over"
             screen.say(f"{folder}: job {found.job}{how}; going on from the last checkpoint")
+        if found.held is not None:
+            elastic.cancel_left_over(Place.of(folder), found.held)
         own_folder(folder)
         (folder / "launch").mkdir(mode=0o700, exist_ok=True)
         code = take_code(folder, screen)
@@ -125,6 +138,10 @@ def launch(
             screen.say(f"{folder}: another launch was quicker; attached to its job {found.job}")
         else:
             screen.say(f"{folder}: job {job}, {size.ranks} ranks on {size.nodes} node{'s' * (size.nodes > 1)}")
+            held = lock.read(Place.of(folder))
+            if smaller and held is not None:
+                work = replace(work, token=held.token)
+                standby.submit_all(work, profile, smaller, job, held.token, screen.say)
     screen.say(f"logs: {folder / 'log'}; state: llamagen status {folder}")
     if follow:
         raise SystemExit(watch(folder, screen))

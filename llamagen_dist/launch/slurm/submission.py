@@ -63,7 +63,8 @@ def size_of(profile: ClusterConfig, nodes: int | None = None, gpus_per_node: int
 
 
 def limits_of(profile: ClusterConfig) -> Limits:
-    return Limits(profile.requeue, profile.max_faults, profile.max_stuck, profile.signal_delay_s)
+    after_s = 60 * profile.elastic.after_minutes if profile.elastic.nodes else 0.0
+    return Limits(profile.requeue, profile.max_faults, profile.max_stuck, profile.signal_delay_s, after_s)
 
 
 def job_name(name: str) -> str:
@@ -231,7 +232,7 @@ def _executor(
         f"export PYTHONPATH={shlex.quote(first.code)} PYTHONUNBUFFERED=1",
         f"cd {shlex.quote(first.code)} || exit $?",
         f"mkdir -p {shlex.quote(str(log))}/{jobs}",
-        f"{ours} begin {words} || exit $?",
+        f"{ours} begin {words} $$ || exit $?",
     ]
     teardown = [
         "status=$?",

@@ -1,0 +1,145 @@
+"""Beside the ranks of a running job, on its first node: shows that it lives, and holds its stand-bys back.
+
+    python -m llamagen_dist.launch.slurm.keeper WORKS INDEX PID
+
+Started by ``batch begin``; ends with the batch script, whose process id is PID. Nothing here may end a run: what SLURM
+does not answer is said once and tried again.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from llamagen_dist.config.errors import UserError
+from llamagen_dist.launch.process import Identity, identify
+from llamagen_dist.launch.slurm import lock, queue
+from llamagen_dist.launch.slurm.queue import JobState, NodeKind
+from llamagen_dist.launch.slurm.records import Place, Work, read_work
+
+TICK_S = 1.0
+BEAT_S = 5.0
+LONGEST_PERIOD_S = 120.0
+
+
+def period_s(after_s: float) -> float:
+    """How often the stand-bys are pushed: often enough that one silent call to SLURM wakes none of them."""
+    return min(LONGEST_PERIOD_S, max(1.0, after_s / 4))
+
+
+def begins(me: str, jobs: Sequence[str], states: Mapping[str, JobState], after_s: float) -> dict[str, int]:
+    """In how many seconds each waiting smaller job may begin at the earliest: the smaller, the later."""
+    if me not in jobs:
+        return {}
+    smaller = jobs[jobs.index(me) + 1 :]
+    return {
+        job: round(number * after_s + period_s(after_s))
+        for number, job in enumerate(smaller, start=1)
+        if job in states and states[job].state == "PENDING"
+    }
+
+
+def room_for(
+    me: str,
+    jobs: Sequence[str],
+    states: Mapping[str, JobState],
+    kinds: Sequence[NodeKind],
+    events: Sequence[Mapping[str, Any]],
+    after_s: float,
+    now: float,
+) -> str | None:
+    """The larger job that could run if this one gave its nodes back, where it is time to try; else None.
+
+    One that fits beside this one needs no such help. After a try that only cost time the next one waits twice as long.
+    events: of this launch, the oldest first. now: seconds since the epoch.
+    """
+    if me not in jobs or me not in states:
+        return None
+    tries: list[float] = []
+    for event in events:
+        if event["event"] == "started" and event["job"] in jobs[: jobs.index(me)]:
+            tries = []
+        elif event["event"] == "makes_room":
+            tries.append(event["time"])
+    if tries and now - tries[-1] < after_s * 2 ** len(tries):
+        return None
+    idle, mine = sum(kind.idle for kind in kinds), states[me].nodes
+    for job in jobs[: jobs.index(me)]:
+        state = states.get(job)
+        if state is not None and state.state == "PENDING" and idle < state.nodes <= idle + mine:
+            return job
+    return None
+
+
+class Keeper:
+    def __init__(self, work: Work, me: str, partition: str | None) -> None:
+        """me: this incarnation, JOB.RESTART."""
+        self.place, self.after_s, self.partition = Place.of(work.folder), work.limits.after_s, partition
+        self.me = me
+        self.job = me.split(".")[0]
+        self._said: set[str] = set()
+
+    def beat(self) -> None:
+        """Only for the owner: a zombie on a lost node is no sign of life."""
+        with suppress(OSError):  # a full disk; the next one may come through
+            if lock.owner(self.place) == self.me:
+                self.place.beat.touch()
+
+    def look(self) -> None:
+        """Push the stand-bys, make room for a larger job."""
+        with self._saying():
+            held = lock.read(self.place)
+            if held is None or len(held.jobs) < 2 or lock.owner(self.place) != self.me:
+                return
+            states = queue.mine()
+            for job, seconds in begins(self.job, held.jobs, states, self.after_s).items():
+                with self._saying():
+                    queue.postpone(job, seconds)
+            if self.job == held.jobs[0]:
+                return
+            kinds = queue.partition(self.partition)
+            events = self.place.events()
+            larger = room_for(self.job, held.jobs, states, kinds, events, self.after_s, time.time())
+            if larger is not None:
+                self.place.tell("makes_room", job=self.job, **{"for": larger})
+                queue.signal(self.job)
+
+    @contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if str(error) not in self._said:
+                print(f"llamagen: stand-by jobs are not held back: {error}", file=sys.stderr, flush=True)
+                self._said.add(str(error))
+
+    def run(self, script: Identity) -> None:
+        """Until the batch script has ended. SLURM may be slow to answer, the beat is not."""
+
+        def watch() -> None:
+            while True:
+                self.look()
+                time.sleep(period_s(self.after_s))
+
+        if self.after_s:
+            threading.Thread(target=watch, name="stand-bys", daemon=True).start()
+        beaten = -BEAT_S
+        while script.alive():
+            if time.monotonic() - beaten >= BEAT_S:
+                self.beat()
+                beaten = time.monotonic()
+            time.sleep(TICK_S)
+
+
+def main(argv: list[str]) -> None:
+    works, index, pid = argv
+    restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    me = f"{os.environ['SLURM_JOB_ID']}.{restart}"
+    Keeper(read_work(works, int(index)), me, os.environ.get("SLURM_JOB_PARTITION")).run(identify(int(pid)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
