@@ -156,7 +156,7 @@ def _end_of(place: Place, others: Sequence[str], save_s: float) -> None:
             forced = True
         elif running and not forced and time.monotonic() - told > REMIND_S:
             for job in running:
-                _quietly(lambda job=job: queue.signal(job))  # type: ignore[misc]
+                _quietly(lambda job=job: queue.signal(job, patience_s=REMIND_S))  # type: ignore[misc]
             told = time.monotonic()
         if waited > save_s + UNSEEN_S:
             return  # fenced off from here on

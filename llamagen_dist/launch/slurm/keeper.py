@@ -53,7 +53,9 @@ def room_for(
 ) -> str | None:
     """The larger job that could run if this one gave its nodes back, where it is time to try; else None.
 
-    One that fits beside this one needs no such help. After a try that only cost time the next one waits twice as long.
+    SLURM's reason tells jobs that lack room (Resources) from those whose nodes are down or that wait for others; how
+    much room there is, is a guess (its nodes may have to be of a kind), so after a try that only cost time the next one
+    waits twice as long.
     events: of this launch, the oldest first. now: seconds since the epoch.
     """
     if me not in jobs or me not in states:
@@ -69,8 +71,8 @@ def room_for(
     idle, mine = sum(kind.idle for kind in kinds), states[me].nodes
     for job in jobs[: jobs.index(me)]:
         state = states.get(job)
-        if state is not None and state.state == "PENDING" and idle < state.nodes <= idle + mine:
-            return job
+        if state is not None and (state.state, state.reason) == ("PENDING", "Resources"):
+            return job if state.nodes <= idle + mine else None
     return None
 
 
@@ -80,6 +82,7 @@ class Keeper:
         self.place, self.after_s, self.partition = Place.of(work.folder), work.limits.after_s, partition
         self.me = me
         self.job = me.split(".")[0]
+        self._larger: str | None = None
         self._said: set[str] = set()
 
     def beat(self) -> None:
@@ -102,8 +105,11 @@ class Keeper:
                 return
             kinds = queue.partition(self.partition)
             events = self.place.events()
+            before, self._larger = self._larger, None
             larger = room_for(self.job, held.jobs, states, kinds, events, self.after_s, time.time())
-            if larger is not None:
+            if larger is None or larger != before:  # seen twice: SLURM has had the time to start it beside this one
+                self._larger = larger
+            else:
                 self.place.tell("makes_room", job=self.job, **{"for": larger})
                 queue.signal(self.job)
 

@@ -108,9 +108,10 @@ def final(jobs: Iterable[str]) -> dict[str, str]:
     return {job: state.split()[0] for job, state in rows if state}
 
 
-def signal(job: str, name: str = "USR2") -> None:
-    """Send a signal to all ranks of a job, not to its batch script. Raises SilentError."""
-    ask(["scancel", f"--signal={name}", job])
+def signal(job: str, name: str = "USR2", patience_s: float = ANSWER_S) -> None:
+    """Send a signal to all ranks of a job, not to its batch script. Raises SilentError, after a long while for a job
+    that is back in the queue, since scancel waits for it to run."""
+    ask(["scancel", f"--signal={name}", job], patience_s)
 
 
 def cancel(jobs: Iterable[str]) -> None:

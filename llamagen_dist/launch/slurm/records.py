@@ -3,6 +3,7 @@
 lock.json        whose the folder is (lock.py)
 work-TOKEN.json  what a submission runs, with its limits: read by the batch script and by every rank
 history.jsonl    one event per line: submitted, started, ended, requeued, failed, done …
+                 (of stand-bys, elastic.py: stands_by, waits, takes_over, makes_room, handed_over, gave_up)
 END.json         why nobody goes on by itself; the next launch removes it
 notes/JOB.RESTART/rank_K.json   how the ranks of one incarnation ended
 """
