@@ -77,7 +77,10 @@ def test_of_two_running_jobs_never_both_go_on(states, owner, quiet_s):
 
 
 def test_a_rule_that_looks_at_nobody_is_caught():
-    assert both_go_on(lambda *_: Turn("go"), ("RUNNING", "RUNNING", "PENDING"), None, 0.0) == [("40", "20"), ("20", "40")]
+    assert both_go_on(lambda *_: Turn("go"), ("RUNNING", "RUNNING", "PENDING"), None, 0.0) == [
+        ("40", "20"),
+        ("20", "40"),
+    ]
 
 
 def both_go_on(

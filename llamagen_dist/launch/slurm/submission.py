@@ -223,15 +223,15 @@ def _executor(
     if profile.stage is not None:
         exports[STAGE] = str(profile.stage)
     exports |= profile.exports
-    # submitit keeps its files per job, where the job's own id is in no name that the array shares
-    jobs = "$SLURM_JOB_ID" if len(works) == 1 else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    # an array's item by both numbers: SLURM_JOB_ID of the last item is the whole array's, and would requeue all of it
+    job = "$SLURM_JOB_ID" if len(works) == 1 else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
     setup = [
         *(f"module load {shlex.quote(name)}" for name in profile.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *profile.setup,
         f"export PYTHONPATH={shlex.quote(first.code)} PYTHONUNBUFFERED=1",
         f"cd {shlex.quote(first.code)} || exit $?",
-        f"mkdir -p {shlex.quote(str(log))}/{jobs}",
+        f"mkdir -p {shlex.quote(str(log))}/{job}",
         f"{ours} begin {words} $$ || exit $?",
     ]
     teardown = [
@@ -239,7 +239,7 @@ def _executor(
         f"{ours} end {words} $status",
         "verdict=$?",
         f"[ $verdict -eq {REQUEUE} ] || exit $verdict",
-        f"scontrol requeue $SLURM_JOB_ID || exec {ours} refused {words}",
+        f"scontrol requeue {job} || exec {ours} refused {words}",
         "exit 0",
     ]
     extra: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
