@@ -87,6 +87,10 @@ class TorchEngine:
                 process_group=topology.dp_group,
                 broadcast_buffers=sync_buffers,
                 gradient_as_bucket_view=True,
+                # Not that any is unused: it keeps the buckets of the first step. DDP would lay them out anew after it,
+                # and where a gradient lies decides in which order more than two ranks' shares of it are added up, so
+                # the first step after a resume would differ from the same step of a run that went on.
+                find_unused_parameters=True,
             )
         self.optimizer = optimizers.build(self.plain, optim)
         for p in self.plain.parameters():

@@ -14,6 +14,7 @@ from tests.slurm import local_cluster
 from tests.slurm.faults.programs import SAVE_EVERY, STEPS
 from tests.slurm.faults.trial import TooLateError, Trial, slurm, wait_for
 
+BESIDE = 3  # steps that are done while a checkpoint is being written
 MIDDLE = STEPS // 3 + SAVE_EVERY // 2  # between two saves
 # Nodes: faults that need certain ones free have them to themselves; one of the others is a spare.
 NODES, COMMON, ELASTIC = 10, "n[1-7]", "n[8-10]"
@@ -226,9 +227,9 @@ FAULTS = (
     Fault(4, "scontrol requeue", scontrol_requeue, SAVE_EVERY),
     Fault(5, "kill -9 of a rank", kill_rank, SAVE_EVERY),
     Fault(6, "node down", node_failure, SAVE_EVERY),
-    Fault(7, "kill during a save", kill_in_save, SAVE_EVERY),
+    Fault(7, "kill during a save", kill_in_save, SAVE_EVERY + BESIDE),
     Fault(8, "newest checkpoint corrupted", corrupted, 2 * SAVE_EVERY),
-    Fault(9, "disk full during a save", disk_full, SAVE_EVERY, small_disk=True),
+    Fault(9, "disk full during a save", disk_full, SAVE_EVERY + BESIDE, small_disk=True),
     Fault(
         10,
         "half of the nodes",
