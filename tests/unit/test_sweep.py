@@ -209,14 +209,18 @@ def test_hours_of_points_side_by_side() -> None:
     assert sweep_plan.elapsed([1, 2, 3], 1) == 6
 
 
+@pytest.mark.parametrize("cluster", ["local", str(ROOT / "slurm/local.yaml")])
 def test_five_hundred_points_are_planned_in_less_than_three_seconds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # where there is no SLURM to ask
     grid = {"optim.lr": [n * 1e-5 for n in range(1, 26)], "train.seed": list(range(20))}
     began = time.monotonic()
-    cli.main(["sweep", str(file(tmp_path, grid=grid)), "--out", str(tmp_path / "out"), "--dry-run"])
+    words = ["sweep", str(file(tmp_path, grid=grid)), "--out", str(tmp_path / "out"), "--dry-run"]
+    cli.main([*words, "--cluster", cluster])
     assert time.monotonic() - began < 3
     shown = capsys.readouterr().out
     assert "500 points, 0 of them finished" in shown
     assert "lr-2.5e-4_seed-19" in shown
+    assert ("#SBATCH --array=0-499" in shown) == (cluster != "local")
     assert not (tmp_path / "out").exists()

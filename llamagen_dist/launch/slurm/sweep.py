@@ -130,7 +130,7 @@ def text(sweep: Sweep, profile: ClusterConfig, size: Size, known: Sequence[State
     """The sbatch script for the points that are open, as ``launch`` would hand it over; empty where none is."""
     code = sweep.out / "code/SNAPSHOT"
     chosen = [point for point, state in zip(sweep.points, known, strict=True) if state.kind == "open"]
-    works = [work_of(point, profile, size, code) for point in chosen]
-    if not works:
+    if not chosen:
         return ""
+    works = [work_of(chosen[0], profile, size, code)] * len(chosen)  # the script names the first and says how many
     return masked(script(works, profile, size, at_once=sweep.config.at_once, log=sweep.out / "log"))
