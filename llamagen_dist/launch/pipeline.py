@@ -115,6 +115,8 @@ def run(plan: Plan) -> None:
     Raises UserError (a refusal, or a stage's own sentence), SystemExit(1) after showing a bug's traceback and
     SystemExit(130) after a stop, when everything that can be saved is saved.
     """
+    from llamagen_dist.launch.slurm.run import nothing_runs  # which itself uses this module
+
     screen = Screen()
     if plan.out.exists():
         own_folder(plan.out)
@@ -122,6 +124,7 @@ def run(plan: Plan) -> None:
     own_folder(plan.out)
     with only_launcher(plan.out / "lock"), cluster.StopRequest() as stop:
         check(plan)  # again: nobody else can change it now
+        nothing_runs([folder_of(plan.out, stage).path for stage in plan.stages])
         for stage in plan.stages:
             cluster.wait_for_orphans(folder_of(plan.out, stage).log, screen.say)
         write_text(plan.out / "config.yaml", dump(plan.config))

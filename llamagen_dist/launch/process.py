@@ -1,5 +1,6 @@
 """Which process is which (a pid alone is reused), and one launcher per folder."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamagen_dist.config import UserError
+
+UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network disks without locks say
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def own_folder(folder: Path) -> None:
 def only_launcher(lock: Path) -> Iterator[None]:
     """Hold the lock file of a folder; the kernel lets go of it when this process ends, however it ends.
 
-    Raises UserError, naming the pid, while another launcher holds it.
+    Raises UserError, naming the pid, while another launcher holds it. On a disk without locks nobody is kept out.
     """
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -92,6 +95,9 @@ def only_launcher(lock: Path) -> Iterator[None]:
             raise UserError(
                 f"{lock.parent} is in use by another launcher ({who}); wait until it has ended, or stop it"
             ) from None
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
         os.ftruncate(handle, 0)
         me = identify()
         os.pwrite(handle, json.dumps({"pid": me.pid, "started": me.started}).encode(), 0)

@@ -29,10 +29,13 @@ def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
         whole = PipelineConfig(kind="pipeline", title=module, stages=(section,))
         show(Plan(module, folder, whole, (stage,)))
         return
+    from llamagen_dist.launch.slurm.run import nothing_runs  # which asks this module where a config's folder is
+
     screen = Screen()
     own_folder(folder)
     log = folder / "log"
     with only_launcher(folder / "launch.lock"), cluster.StopRequest() as stop:
+        nothing_runs([folder])
         cluster.wait_for_orphans(log, screen.say)
         log.mkdir(exist_ok=True)
         write_text(log / "config.yaml", dump(config))

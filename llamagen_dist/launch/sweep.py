@@ -101,6 +101,8 @@ def run(sweep: Sweep, retry_failed: bool) -> None:
 
     Raises UserError (a refusal), SystemExit(1) at the end where points have failed, SystemExit(130) after a stop.
     """
+    from llamagen_dist.launch.slurm.run import nothing_runs  # which itself uses the pipeline's module
+
     screen = Screen()
     if sweep.out.exists():
         own_folder(sweep.out)
@@ -109,6 +111,7 @@ def run(sweep: Sweep, retry_failed: bool) -> None:
     failed: list[str] = []
     with only_launcher(sweep.out / "lock"), cluster.StopRequest() as stop:
         check(sweep)  # again: nobody else can change it now
+        nothing_runs([point.folder for point in sweep.points])
         for point in sweep.points:
             cluster.wait_for_orphans(folder_of(point).log, screen.say)
         begin(sweep)

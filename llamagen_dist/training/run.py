@@ -18,11 +18,11 @@ from llamagen_dist.config import Section, UserError, dump
 from llamagen_dist.config.resume import same_config
 from llamagen_dist.files import remove_asides, write_text
 from llamagen_dist.launch import snapshot
+from llamagen_dist.launch.process import UNLOCKABLE
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.ownership import Ownership
 
 LOCK_PATIENCE_S = 90.0
-UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network disks without locks say
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,24 @@ def find(folder: Path, jobs: dict[str, queue.JobState] | None = None) -> Found:
     if end is not None:
         return Found("failed", job, None, held, str(end["reason"]))
     return Found("stopped", job, next((j for j in ours), None), held)
+
+
+def nothing_runs(folders: Sequence[Path]) -> None:
+    """Before a launch on this machine: raises UserError where a cluster's job runs or waits in one of the folders."""
+    held = [folder for folder in folders if Place.of(folder).lock.exists()]
+    if not held:
+        return
+    try:
+        jobs = queue.mine()
+    except UserError as error:
+        raise UserError(
+            f"{held[0]} was launched on a cluster, and whether its job still runs cannot be asked ({error}); if it "
+            f"does not, delete {Place.of(held[0]).lock}"
+        ) from None
+    for folder in held:
+        found = find(folder, jobs)
+        if found.kind in ("running", "submitting"):
+            raise UserError(f"{folder}: job {found.job or '(just submitted)'} runs there; wait for it, or scancel it")
 
 
 def launch(

@@ -1,0 +1,197 @@
+"""What sweeps and pipelines hand to a cluster, as far as it can be known without one."""
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamagen_dist import cli
+from llamagen_dist.config import ClusterConfig, UserError, load
+from llamagen_dist.launch import points, stages, sweep
+from llamagen_dist.launch.slurm import follow, lock
+from llamagen_dist.launch.slurm import pipeline as chain
+from llamagen_dist.launch.slurm import sweep as array
+from llamagen_dist.launch.slurm.records import Place, Work, read_work, steps_of, write_works
+from llamagen_dist.launch.slurm.run import find, nothing_runs
+from llamagen_dist.launch.slurm.submission import Size
+from llamagen_dist.launch.slurm.task import owner
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "slurm/local.yaml"
+QUICKSTART = ROOT / "configs/pipeline/quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def profile(**keys: Any) -> ClusterConfig:
+    found: ClusterConfig = load(PROFILE, keys, kind="cluster")
+    return found
+
+
+def sweep_file(folder: Path, **keys: Any) -> Path:
+    content: dict[str, Any] = {"kind": "sweep", "title": "t", "module": "llamagen_dist.train_gpt", "at_once": 2, **keys}
+    content["config"] = str(ROOT / "configs/gpt/GPT-B.yaml")
+    content.setdefault("grid", {"optim.lr": [1e-4, 2e-4, 4e-4]})
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return folder / "sweep.yaml"
+
+
+def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """A squeue that knows these jobs."""
+    program = folder / "bin/squeue"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+
+
+def test_a_sweep_is_one_array_of_what_is_open(tmp_path: Path) -> None:
+    made = points.sweep(sweep_file(tmp_path), tmp_path / "out")
+    size = array.size_for(made, profile())
+    assert size == Size(2, 2, 0)
+    states = [sweep.State("open"), sweep.State("finished"), sweep.State("open")]
+    text = array.text(made, profile(), size, states)
+    assert "#SBATCH --array=0-1%2" in text
+    assert f"--output={tmp_path}/out/log/" in text
+    assert array.text(made, profile(), size, [sweep.State("finished")] * 3) == ""
+    work = array.work_of(made.points[1], profile(), size, tmp_path / "code")
+    assert work.folder == str(tmp_path / "out/lr-2e-4")
+    assert work.arguments == (f"{work.folder}/launch/config.yaml",)
+    assert work.done == f"{work.folder}/launch/DONE.json"
+
+
+def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp_path: Path) -> None:
+    batches = {"set": {"train.images": 64000}, "grid": {"train.global_batch": [256, 250]}, "nodes": 2}
+    made = points.sweep(sweep_file(tmp_path, **batches), tmp_path / "out")
+    with pytest.raises(UserError, match=r"point global_batch-250: train\.global_batch: 250 images cannot be shared"):
+        array.size_for(made, profile())
+    with pytest.raises(UserError, match="there is no sbatch on PATH"):
+        cli.main(["sweep", str(sweep_file(tmp_path)), "--out", str(tmp_path / "out"), "--cluster", str(PROFILE)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_size_of_a_stage(tmp_path: Path) -> None:
+    made = stages.plan(QUICKSTART, tmp_path / "out")
+    sizes = {stage.name: chain.size_for(stage, profile(nodes=2)) for stage in made.stages}
+    assert sizes["pack"] == sizes["report"] == Size(1, 1, 0), "a program of one process needs no GPU"
+    assert sizes["ladder"] == Size(2, 2, 0)
+    gpus = profile(nodes=2, gpus_per_node=8, ranks_per_node=None)
+    by_name = {stage.name: stage for stage in made.stages}
+    assert chain.size_for(by_name["tokenizer"], gpus) == Size(2, 8, 8)
+    with pytest.raises(UserError, match=r"stage tokenizer: train.global_batch: \d+ images cannot be shared"):
+        chain.size_for(by_name["tokenizer"], profile(nodes=7, gpus_per_node=8, ranks_per_node=None))
+
+
+def test_a_stage_says_how_many_nodes_it_gets(tmp_path: Path) -> None:
+    data = yaml.safe_load(QUICKSTART.read_text())
+    wanted = next(stage for stage in data["stages"] if stage["name"] == "sample")
+    wanted |= {"nodes": 1, "gpus_per_node": 4, "config": str(ROOT / "configs/eval/quickstart-sample.yaml")}
+    data["stages"] = [wanted]
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(data))
+    (stage,) = stages.plan(tmp_path / "p.yaml", tmp_path / "out").stages
+    assert chain.size_for(stage, profile(nodes=2)) == Size(1, 4, 4)
+
+
+def test_a_stages_progress_is_that_of_the_run_it_trains(tmp_path: Path) -> None:
+    made = stages.plan(QUICKSTART, tmp_path / "out")
+    works = [chain.work_of(made, stage, profile(), Size(2, 2, 0), tmp_path / "code") for stage in made.stages]
+    ladder = next(work for work in works if work.name == "out-ladder")
+    assert ladder.folder == str(tmp_path / "out/stages/ladder")
+    assert ladder.produces == (str(tmp_path / "out/ladder/g1m/summary.json"),)
+    for rung, step in (("g30k", 8), ("g45k", 4)):
+        (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}/COMPLETE").touch()
+    assert steps_of(ladder) == 12
+    assert steps_of(Work("x", "m", (), ladder.folder, "")) == 0, "the stage's own folder has none"
+    write_works(tmp_path / "w.json", [ladder])
+    assert read_work(tmp_path / "w.json") == ladder
+
+
+def test_a_dry_run_of_a_pipeline_shows_sizes_and_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    cli.main(["pipeline", str(QUICKSTART), "--out", str(out), "--cluster", str(PROFILE), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "4 ranks on 2 nodes" in shown
+    assert "#SBATCH --job-name=out-pack" in shown
+    assert "Nothing was started" in shown
+    assert not out.exists()
+
+
+def test_an_items_incarnation_is_named_as_its_lock_and_log() -> None:
+    assert owner({"SLURM_JOB_ID": "12"}) == "12.0"
+    array = {"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "2"}
+    assert owner(array) == "11_4.2"
+
+
+def held(folder: Path, job: str) -> None:
+    place = Place.of(folder)
+    place.path.mkdir(parents=True)
+    lock.take(place, "abc")
+    lock.name_jobs(place, "abc", (job,))
+
+
+def test_this_machine_leaves_folders_alone_in_which_a_clusters_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = points.sweep(sweep_file(tmp_path), tmp_path / "out")
+    folder = made.points[1].folder
+    nothing_runs([folder])  # never launched on a cluster: nobody is asked
+    held(folder, "7_1")
+    with pytest.raises(UserError, match=r"whether its job still runs cannot be asked .* delete .*lock\.json"):
+        nothing_runs([folder])
+    fake_squeue(tmp_path, monkeypatch, "7_1|RUNNING|None|1|n1|10:00|abc|x")
+    with pytest.raises(UserError, match="job 7_1 runs there"):
+        nothing_runs([folder])
+    sweep.begin(made)
+    with pytest.raises(UserError, match="job 7_1 runs there"):
+        sweep.run(made, False)
+    assert array.states(made)[1] == sweep.State("running", "job 7_1")
+    fake_squeue(tmp_path, monkeypatch, "7_1|CANCELLED|None|1||10:00|abc|x")
+    nothing_runs([folder])
+    assert [state.kind for state in array.states(made)] == ["open"] * 3
+
+
+def test_a_job_that_will_never_begin_is_as_good_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held(tmp_path / "stage", "8")
+    part = follow.Part("last", tmp_path / "stage", tmp_path / "DONE.json")
+    fake_squeue(tmp_path, monkeypatch, "8|PENDING|DependencyNeverSatisfied|1||1:00|abc|x")
+    assert follow._ending(find(part.folder))
+    fake_squeue(tmp_path, monkeypatch, "8|PENDING|Dependency|1||1:00|abc|x")
+    assert not follow._ending(find(part.folder))
+    fake_squeue(tmp_path, monkeypatch, "8|CANCELLED|DependencyNeverSatisfied|1||1:00|abc|x")
+    assert not follow._ending(find(part.folder)), "it has gone: nothing to wait for"
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    monkeypatch.setattr(follow, "ASK_EVERY_S", 0.02)
+
+    class Quiet:
+        said: list[str] = []  # noqa: RUF012 - one test's
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+    began = time.monotonic()
+    assert follow.watch([part], Quiet()) == {"last": "no job runs or waits for it any more"}  # type: ignore[arg-type]
+    assert time.monotonic() - began < 5
+    assert any("last: no job runs" in line for line in Quiet.said)
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import fcntl
+
+    from llamagen_dist.launch.process import only_launcher
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_launcher(tmp_path / "lock"):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
