@@ -19,6 +19,7 @@ from llamagen_dist.launch.process import Identity, identify
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.queue import JobState, NodeKind
 from llamagen_dist.launch.slurm.records import Place, Work, read_work
+from llamagen_dist.launch.slurm.task import owner
 
 TICK_S = 1.0
 BEAT_S = 5.0
@@ -142,9 +143,9 @@ class Keeper:
 
 def main(argv: list[str]) -> None:
     works, index, pid = argv
-    restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
-    me = f"{os.environ['SLURM_JOB_ID']}.{restart}"
-    Keeper(read_work(works, int(index)), me, os.environ.get("SLURM_JOB_PARTITION")).run(identify(int(pid)))
+    Keeper(read_work(works, int(index)), owner(os.environ), os.environ.get("SLURM_JOB_PARTITION")).run(
+        identify(int(pid))
+    )
 
 
 if __name__ == "__main__":
