@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamagen_dist.config.errors import UserError
 from llamagen_dist.launch import job
-from llamagen_dist.launch.entry import ERROR_FILE
+from llamagen_dist.launch.entry import ERROR_FILE, EXIT_STOPPED
 from llamagen_dist.launch.slurm.records import LOCK, OWNER, SIGNAL_DELAY, Place, Work, read_work
 from llamagen_dist.tracking.progress import PROGRESS_FILE
 
+MARKS = "LLAMAGEN_MARKS"  # environment variable of slurm/plain.sbatch: a folder
 _EXIT = {job.USER_ERROR: 2, job.INTERRUPTED: 130, job.CRASHED: 1}
 
 
@@ -134,18 +136,32 @@ def first_host(nodelist: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """``srun … python -m llamagen_dist.launch.slurm.task MODULE CONFIG [key=value …]``, in a script of one's own."""
-    from llamagen_dist.config.errors import UserError
+    """``srun … python -m llamagen_dist.launch.slurm.task MODULE CONFIG [key=value …]``, in a script of one's own
+    (slurm/plain.sbatch).
 
+    How it ended is a file in the folder that LLAMAGEN_MARKS names, since srun's status is the highest of all ranks', so
+    that of those it has killed. There a rank that stopped after saving ends with 0 (75 without the folder): srun kills
+    the others at the first that does not end well.
+    """
     if not argv:
         raise UserError("usage: srun … python -m llamagen_dist.launch.slurm.task MODULE [ARGUMENTS …]")
     if "SLURM_PROCID" not in os.environ:
         raise UserError("there is no SLURM_PROCID: start this with srun, once per rank")
-    import runpy
-
-    job.surround(str(Path.cwd()), surroundings())
-    sys.argv = argv
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    outcome, message, failure = job.run_program(
+        argv[0], tuple(argv[1:]), lambda: job.surround(str(Path.cwd()), surroundings())
+    )
+    marks = os.environ.get(MARKS)
+    if marks is not None and outcome in (job.STOPPED, job.USER_ERROR):
+        Path(marks, outcome).touch()
+    if outcome == job.STOPPED:
+        if marks is None:
+            sys.exit(EXIT_STOPPED)
+    elif failure is not None:
+        raise failure
+    elif message:
+        raise UserError(message)
+    elif outcome != job.DONE:
+        sys.exit(_EXIT[outcome])
 
 
 if __name__ == "__main__":
