@@ -239,6 +239,12 @@ def test_of_several_jobs_the_running_one_counts(tmp_path: Path, monkeypatch: pyt
     made.lock(run, "7", "8")
     answers(monkeypatch, job("7", "PENDING", "Resources"), job("8", where="n4"))
     assert (only(run).state.job, only(run).state.where) == ("8", "n4")
+    assert only(run).state.reason == "with fewer nodes, while job 7 waits for Resources"
+    answers(monkeypatch, job("7"), job("8", "PENDING", "BeginTime", ""))
+    assert (only(run).state.job, only(run).state.reason) == ("7", "")
+    answers(monkeypatch, job("7", "COMPLETED"))
+    made.history(run, ("started", {"job": "7"}), ("gave_up", {"job": "7", "reason": "job 8 runs already"}))
+    assert only(run).state.reason == "job 7 is over (COMPLETED): job 8 runs already; the same launch goes on"
 
 
 def test_requeued_is_told_from_waiting_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

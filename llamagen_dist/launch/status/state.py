@@ -59,10 +59,14 @@ def of_cluster(folder: Path, finished: bool, jobs: Jobs, clock: Clock) -> State:
     if not alive:
         how = jobs[last].state if last in jobs else "forgotten by SLURM"
         gone = f"job {last} is over ({how})" if last else "nothing runs or waits"
+        if events and events[-1]["event"] == "gave_up":
+            gone += f": {events[-1].get('reason')}"
         return state(STOPPED, f"{gone}; the same launch goes on")
     now = min(alive, key=lambda one: (one.state != "RUNNING", one.state == "PENDING"))
     if now.state == "RUNNING":
-        return state(RUNNING, "", now.job, now.where)
+        wanted = next((one for one in alive if one.job == names[0] != now.job), None)
+        fewer = f"with fewer nodes, while job {wanted.job} waits for {wanted.reason}" if wanted else ""
+        return state(RUNNING, fewer, now.job, now.where)
     if now.state != "PENDING":
         return state(RUNNING, now.state.lower(), now.job, now.where)
     begun = any(event["event"] == "started" for event in events)
