@@ -34,6 +34,8 @@ def begin(work: Work, works: str, index: int) -> int:
     if held is None or held.token != work.token:
         print(f"{work.folder} belongs to another launch by now; this job ends", file=sys.stderr, flush=True)
         return NOT_OURS
+    if not held.jobs and "SLURM_ARRAY_JOB_ID" not in os.environ:  # its launch was killed right after sbatch
+        lock.name_jobs(place, work.token, (me.split(".")[0],))
     if not elastic.claim(work, me):
         return NOT_OURS
     job, restart = me.split(".")

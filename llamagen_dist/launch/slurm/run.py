@@ -49,7 +49,7 @@ def find(folder: Path, jobs: dict[str, queue.JobState] | None = None) -> Found:
     alive = sorted((j for j in ours if j.alive and j.job not in idle), key=lambda j: (j.state != "RUNNING", j.job))
     if alive:
         return Found("running", alive[0].job, alive[0], held)
-    if not held.jobs and lock.age(place) < lock.SUBMITTING_S:
+    if not held.jobs and not ours and lock.age(place) < lock.SUBMITTING_S:
         return Found("submitting", None, None, held)
     last = next((e for e in reversed(place.events()) if e["event"] in ("done", "failed", "submitted")), None)
     job = held.jobs[0] if held.jobs else None
@@ -139,8 +139,9 @@ def launch(
         if found.kind == "failed":
             screen.say(f"{folder}: job {found.job} failed ({found.reason}); going on from the last checkpoint")
         elif found.kind == "stopped":
-            how = f" ended as {found.state.state}" if found.state else " is over"
-            screen.say(f"{folder}: job {found.job}{how}; going on from the last checkpoint")
+            how = f"job {found.job}" if found.job else "an earlier launch"
+            how += f" ended as {found.state.state}" if found.state else " is over"
+            screen.say(f"{folder}: {how}; going on from the last checkpoint")
         if found.held is not None:
             elastic.cancel_left_over(Place.of(folder), found.held)
         own_folder(folder)

@@ -6,7 +6,9 @@ import secrets
 import shlex
 import subprocess
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,7 @@ def submit(
     except BaseException:
         for place in taken:
             lock.release(place, token)
+        _works_file(works, token).unlink(missing_ok=True)
         raise
     for place, job in zip(places, jobs, strict=True):
         lock.name_jobs(place, token, (job,))
@@ -167,8 +170,9 @@ def enqueue(
     file = _works_file(works, token)
     log = log or Path(works[0].folder) / "log"
     executor = _executor(works, profile, size, at_once, after, begin, token, log, file)
+    before = set(log.iterdir())
     try:
-        with _outside_of_jobs():
+        with _outside_of_jobs(), redirect_stderr(StringIO()):  # submitit prints what it raises
             if len(works) == 1:
                 return [str(executor.submit(Task(str(file))).job_id)]
             with executor.batch():
@@ -177,6 +181,9 @@ def enqueue(
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())
         said = said.partition("sbatch: error: ")[2] or said
+        for left in set(log.iterdir()) - before:  # submitit's script and pickle
+            if left.is_file():
+                left.unlink(missing_ok=True)
         raise UserError(f"SLURM refused the job: {said[:400]}") from None
 
 
