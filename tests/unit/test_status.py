@@ -2,6 +2,9 @@
 
 import json
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -453,6 +456,41 @@ def test_nothing_heavy_is_imported_for_it(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "status", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_watch_shows_it_again_and_ends_well_at_ctrl_c(tmp_path: Path) -> None:
+    run = made.training(tmp_path / "a")
+    made.beat(run)
+    screen_side, program_side = pty.openpty()
+    code = (
+        "import sys; from llamagen_dist import cli; from llamagen_dist.launch.status import screen; "
+        "screen.EVERY_S = 0.5; cli.main(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "status", "--watch", str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "20"}
+    watching = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=program_side, stderr=program_side)
+    os.close(program_side)
+    shown = b""
+
+    def seen(text: bytes) -> bool:
+        nonlocal shown
+        if select.select([screen_side], [], [], 0.2)[0]:
+            shown += os.read(screen_side, 1 << 16)
+        return text in shown
+
+    try:
+        deadline = time.monotonic() + 30
+        while not seen(b"640") and time.monotonic() < deadline:
+            pass
+        (run / "metrics.jsonl").write_text(made.metrics(11, 64))
+        while not seen(b"704") and time.monotonic() < deadline:
+            pass
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 0
+        assert b"704" in shown
+    finally:
+        watching.kill()
+        os.close(screen_side)
 
 
 @pytest.mark.parametrize(
