@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamagen_dist.config import UserError, dump, load
+from llamagen_dist.launch.process import identify
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.queue import JobState
 from llamagen_dist.launch.status import files, screen, survey
@@ -366,6 +367,18 @@ def test_a_pipeline_shows_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["out"].state.reason == "1 of 3 stages are done"
 
 
+def test_a_pipeline_between_two_stages_runs_while_its_launcher_does(tmp_path: Path) -> None:
+    stages = [{"name": name, "why": "w", "module": "m"} for name in ("a", "b")]
+    (tmp_path / "stages/a").mkdir(parents=True)
+    (tmp_path / "stages/a/DONE.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"kind": "pipeline", "stages": stages}))
+    me = identify()
+    (tmp_path / "lock").write_text(json.dumps({"pid": me.pid, "started": me.started}))
+    assert look([tmp_path]).rows[0].state.name == "running"
+    (tmp_path / "lock").write_text(json.dumps({"pid": me.pid, "started": "1"}))
+    assert (look([tmp_path]).rows[0].state.name, look([tmp_path]).rows[2].state.name) == ("stopped", "waiting")
+
+
 def test_a_ladder_shows_its_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tmp_path / "ladder"
     small, large = made.training(whole / "1small", lines=40), made.training(whole / "2large")
@@ -523,7 +536,7 @@ def test_without_the_identity_a_dead_run_would_be_running(tmp_path: Path, monkey
 
     run = made.training(tmp_path / "a")
     made.beat(run, started="1")
-    monkeypatch.setattr(state, "_lives", lambda note: os.path.exists(f"/proc/{note['pid']}"))
+    monkeypatch.setattr(state, "lives", lambda note: os.path.exists(f"/proc/{note['pid']}"))
     assert only(run).state.name == "running"
 
 

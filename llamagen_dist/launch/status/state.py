@@ -115,9 +115,9 @@ def of_this_machine(folder: Path, log: Path, finished: bool, clock: Clock) -> St
         beats.append(beat)
         # of a rank on another machine: by the age of its file, since its clock may be another
         fresh = (clock.age(path) or 0.0) < FRESH_S
-        if not beat.get("ended") and (_lives(beat) if beat.get("host") == here else fresh):
+        if not beat.get("ended") and (lives(beat) if beat.get("host") == here else fresh):
             beating.append(beat)
-    living = [note for note in notes if "outcome" not in note and _lives(note)]
+    living = [note for note in notes if "outcome" not in note and lives(note)]
     if living or beating:
         return State(RUNNING, where=str((beating or [{}])[0].get("host", here)))
     if finished or (notes and all(note.get("outcome") == "done" for note in notes)):
@@ -139,7 +139,8 @@ def of_this_machine(folder: Path, log: Path, finished: bool, clock: Clock) -> St
     return State(STOPPED)
 
 
-def _lives(note: Mapping[str, Any]) -> bool:
+def lives(note: Mapping[str, Any]) -> bool:
+    """Whether the process of this machine that a note names by pid and start still runs."""
     try:
         return Identity(int(note["pid"]), str(note["started"])).alive()
     except (KeyError, ValueError):

@@ -21,6 +21,7 @@ from llamagen_dist.launch.status.state import (
     WAITING,
     Jobs,
     State,
+    lives,
     of_cluster,
     of_this_machine,
 )
@@ -217,8 +218,11 @@ def _pipeline(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
         rows += _stage(stage, out / "stages" / stage, jobs, clock)
     stages = [row for row in rows if row.depth == 1]
     now = next((row for row in stages if row.state.name != FINISHED), None)
-    done = sum(row.state.name == FINISHED for row in stages)
-    state = State(FINISHED) if now is None else State(now.state.name, f"{done} of {len(stages)} stages are done")
+    done = f"{sum(row.state.name == FINISHED for row in stages)} of {len(stages)} stages are done"
+    state = State(FINISHED) if now is None else State(now.state.name, done)
+    if state.name == WAITING and not any((row.folder / "launch").exists() for row in stages):
+        # on this machine the launcher starts one stage after another; lock names it
+        state = State(RUNNING, done) if lives(files.read_json(out / "lock") or {}) else State(STOPPED, done)
     return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
 
 
