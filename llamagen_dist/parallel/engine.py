@@ -51,6 +51,17 @@ class Engine(Protocol):
         ...
 
 
+class _WithIdle(nn.Module):
+    """A module and a parameter that nothing uses, without which DDP advises at every start to tell it of none."""
+
+    def __init__(self, called: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.called, self.idle = called, nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, *inputs: object, **named: object) -> object:
+        return self.called(*inputs, **named)
+
+
 class TorchEngine:
     """One process, or DDP when the topology has several data-parallel ranks; fp32, tensor parallelism allowed.
 
@@ -82,14 +93,14 @@ class TorchEngine:
         self.module: nn.Module = called if called is not None else self.plain
         if topology.dp > 1:
             self.module = DistributedDataParallel(
-                self.module,
+                _WithIdle(self.module, topology.device),
                 device_ids=[topology.device] if topology.device.type == "cuda" else None,
                 process_group=topology.dp_group,
                 broadcast_buffers=sync_buffers,
                 gradient_as_bucket_view=True,
-                # Not that any is unused: it keeps the buckets of the first step. DDP would lay them out anew after it,
-                # and where a gradient lies decides in which order more than two ranks' shares of it are added up, so
-                # the first step after a resume would differ from the same step of a run that went on.
+                # It keeps the buckets of the first step. DDP would lay them out anew after it, and where a gradient
+                # lies decides in which order more than two ranks' shares of it are added up: the first step after a
+                # resume would not be bit-equal to the same step of a run that went on.
                 find_unused_parameters=True,
             )
         self.optimizer = optimizers.build(self.plain, optim)
