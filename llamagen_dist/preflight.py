@@ -7,6 +7,7 @@ that a rank which hangs or dies has said how far it came. It never fails by itse
 """
 
 import os
+import re
 import shutil
 import time
 import traceback
@@ -50,8 +51,8 @@ class Trials:
             found = attempt()
         except Exception as error:
             traceback.print_exc()
-            lines = str(error).splitlines() or [""]
-            self.facts["problem"] = {"part": name, "error": f"{type(error).__name__}: {lines[0]}"[:500]}
+            line = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0])  # without gloo's file
+            self.facts["problem"] = {"part": name, "error": f"{type(error).__name__}: {line}"[:200]}
             found = None
         self.facts["seconds"][name] = round(time.perf_counter() - began, 3)
         if isinstance(found, dict):

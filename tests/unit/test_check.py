@@ -124,7 +124,7 @@ def put(reports: Reports, rank: int, dotted: str, value: Any) -> None:
         (2, "step.losses.1", 5.6, "problem", ["and fall"]),
         (1, "step.equal", False, "problem", ["weights are not the same"]),
         (1, "problem", {"part": "all_reduce", "error": "x"}, "problem", ["rank 1 on n1: all_reduce: x", "NCCL_DEBUG"]),
-        (1, "doing", "step", "problem", ["rank 1 on n1: step: it did not come to an end"]),
+        (1, "doing", "step", "problem", ["rank 1 on n1 did not come to the end of step"]),
         (3, "where", "n1", "problem", ["n1 has 3 ranks instead of 2"]),
     ],
 )
@@ -159,6 +159,20 @@ def test_the_part_that_failed_first_comes_first_and_equal_failures_are_one() -> 
     texts = [finding.text for finding in judged(reports).findings]
     assert texts[0].startswith("rank 3 on n2: join: no route")
     assert texts[1].startswith("ranks 0, 1, 2 on n1, n2: all_reduce")
+
+
+def test_a_rank_that_died_is_named_and_not_those_that_lost_it() -> None:
+    reports = good()
+    reports[1]["doing"] = "all_reduce"
+    for rank in (0, 2, 3):
+        reports[rank]["problem"] = {"part": "all_reduce", "error": f"RuntimeError: Connection reset by peer {rank}"}
+    (finding,) = judged(reports, ended="killed by signal 9").findings
+    assert finding.text.startswith("rank 1 on n1 did not come to the end of all_reduce (killed by signal 9)")
+    reports[3]["problem"]["error"] = "ValueError: of its own"
+    assert len(judged(reports).findings) == 2
+    for report in reports:  # nobody died: then it is the network
+        report.pop("doing", None)
+    assert "ranks 0, 2 on n1, n2: all_reduce: RuntimeError: Connection reset" in judged(reports).findings[0].text
 
 
 def test_a_thousand_ranks_do_not_fill_the_screen() -> None:

@@ -1,5 +1,6 @@
 """What the ranks' reports are searched for, and what to do about each. Pure functions; light to import."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ OPEN_FILES_WARN = 1024
 BUS_WARN_GB_S = {"nccl": 5.0, "gloo": 0.01}
 GPU_TAKEN_WARN = 0.1
 Report = Mapping[str, Any]
+# what gloo, NCCL and the store say when another rank has gone
+_COMMUNICATION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def silent(reports: Sequence[Report], ranks: int, ended: str) -> Iterator[Findin
         yield problem(f"{who} left no report{why}: does the profile's python start there, and is the folder shared?")
 
 
-def failed(reports: Sequence[Report]) -> Iterator[Finding]:
+def failed(reports: Sequence[Report], ended: str) -> Iterator[Finding]:
     advice = {
         "node": "python there cannot use what it needs",
         "disk": "the run folder is not to be written there: choose one on the disk that all nodes share",
@@ -52,15 +55,23 @@ def failed(reports: Sequence[Report]) -> Iterator[Finding]:
         "all_reduce": "collectives fail: NCCL_DEBUG=INFO in exports says which network NCCL has chosen",
         "step": "a training step fails where everything before it works: the log has the traceback",
     }
+    died: dict[str, list[Report]] = defaultdict(list)
+    for report in reports:
+        if "doing" in report:
+            died[report["doing"]].append(report)
     by_cause: dict[tuple[str, str], list[Report]] = defaultdict(list)
     for report in reports:
         if "problem" in report:
-            by_cause[report["problem"]["part"], report["problem"]["error"]].append(report)
-        elif "doing" in report:
-            by_cause[report["doing"], "it did not come to an end"].append(report)
+            part, error = report["problem"]["part"], report["problem"]["error"]
+            if not (part in died and _COMMUNICATION.search(error)):  # then it only lost those that died
+                by_cause[part, re.sub(r"\d+", "#", error)].append(report)
     # the part that failed first explains the others
-    for (part, error), those in sorted(by_cause.items(), key=lambda item: PARTS.index(item[0][0])):
-        yield problem(f"{_who(those)}: {part}: {error}: {advice[part]}")
+    for part in PARTS:
+        if part in died:
+            how = f" ({ended})" if ended else ""
+            yield problem(f"{_who(died[part])} did not come to the end of {part}{how}: {advice[part]}")
+        for those in (those for (where, _), those in by_cause.items() if where == part):
+            yield problem(f"{_who(those)}: {part}: {those[0]['problem']['error']}: {advice[part]}")
 
 
 def layout(reports: Sequence[Report], nodes: int, ranks_per_node: int) -> Iterator[Finding]:
@@ -234,11 +245,13 @@ def speed(reports: Sequence[Report]) -> Iterator[Finding]:
 
 def steps(reports: Sequence[Report], gpus_per_node: int) -> Iterator[Finding]:
     known = [report for report in reports if "step" in report]
+    # where torch sees none, that has been said
+    slow = [r for r in known if gpus_per_node and r["node"]["visible"] and not r["step"]["device"].startswith("cuda")]
+    if slow:
+        yield problem(f"{_who(slow)} trained on {slow[0]['step']['device']}, not on a GPU: is torch a build for CUDA?")
     for report in known:
         step = report["step"]
         first, second = step["losses"]
-        if gpus_per_node and not step["device"].startswith("cuda"):
-            yield problem(f"{_who([report])} trained on {step['device']}, not on a GPU: is torch a build for CUDA?")
         falls = first is not None and second is not None and second < first
         if not falls or abs(first - step["expected"]) > 0.2:
             yield problem(

@@ -42,7 +42,7 @@ def judge(reports: Sequence[Report], nodes: int, ranks_per_node: int, gpus_per_n
     """ended: how the job came to its end where that was not well, for ranks that did not report."""
     findings = [
         *rules.silent(reports, nodes * ranks_per_node, ended),
-        *rules.failed(reports),
+        *rules.failed(reports, ended),
         *rules.layout(reports, nodes, ranks_per_node),
         *rules.versions(reports),
         *rules.devices(reports, gpus_per_node),
