@@ -41,6 +41,7 @@ def begin(work: Work, works: str, index: int) -> int:
     job, restart = me.split(".")
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     place.progress.unlink(missing_ok=True)
+    place.end.unlink(missing_ok=True)  # written on a lost node, by an incarnation that knew of no restart
     shutil.rmtree(place.notes(me), ignore_errors=True)
     lock.own(place, me, host=platform.node())
     where = os.environ.get("SLURM_JOB_NODELIST", "")

@@ -69,6 +69,8 @@ def _end(rc: int, notes: Sequence[Mapping[str, Any]]) -> Verdict:
     told = next((note["sentence"] for note in notes if note.get("sentence")), "")
     if told:
         return Verdict("requeue", CRASHED, str(told).splitlines()[0], fault=True)
+    if rc == 0:  # as srun ends when SLURM has lost a node of the job
+        return Verdict("requeue", CRASHED, "srun ended before its ranks: SLURM has lost a node", fault=True)
     how = f"killed by signal {rc - 128}" if rc > 128 else f"exit code {rc}"
     return Verdict("requeue", CRASHED, f"a rank died without a word ({how})", fault=True)
 

@@ -246,7 +246,11 @@ def _executor(
         f"{ours} end {words} $status",
         "verdict=$?",
         f"[ $verdict -eq {REQUEUE} ] || exit $verdict",
-        f"scontrol requeue {job} || exec {ours} refused {words}",
+        f"scontrol requeue {job} && exit 0",
+        "# refused: SLURM requeues by itself when it has lost this node; the end of this script is not the job's then",
+        "lost=",
+        f"while scontrol show job {job} | grep -q JobState=PENDING; do lost=yes; sleep 5; done",
+        f'[ -n "$lost" ] || exec {ours} refused {words}',
         "exit 0",
     ]
     extra: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
