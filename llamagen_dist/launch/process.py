@@ -64,17 +64,27 @@ def _proc_stat(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
+def not_anothers(folder: Path) -> None:
+    """Raises UserError for a folder that belongs to another user; one that does not exist is nobody's."""
+    try:
+        owner = folder.stat().st_uid
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        raise UserError(f"{folder}: you may not look into it; choose another folder") from None
+    if owner != os.getuid():
+        raise UserError(f"{folder} belongs to another user (uid {owner}); choose another folder")
+
+
 def own_folder(folder: Path) -> None:
     """Make the folder with mode 0700, or check that the one there is ours. Raises UserError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: this path, or one above it, is a file; choose another folder") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
-    if owner != os.getuid():
-        raise UserError(f"{folder} belongs to another user (uid {owner}); choose another folder")
+    not_anothers(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} is not writable; choose another folder or change its permissions")
 

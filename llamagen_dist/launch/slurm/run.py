@@ -12,12 +12,12 @@ from llamagen_dist.config.resume import same_config
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.launch.pipeline import command, program_exists, take_code
-from llamagen_dist.launch.process import own_folder
+from llamagen_dist.launch.process import not_anothers, own_folder
 from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.single import folder_of
 from llamagen_dist.launch.slurm import elastic, lock, queue, standby
 from llamagen_dist.launch.slurm.records import Place, Work, read_json
-from llamagen_dist.launch.slurm.submission import Size, limits_of, masked, script, size_of, submit
+from llamagen_dist.launch.slurm.submission import Size, check_path, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
 from llamagen_dist.training import timing
 
@@ -97,6 +97,8 @@ def launch(
     program_exists(module, snapshot.code_root())
     config = absolute(config)
     folder = folder_of(config)
+    not_anothers(folder)
+    check_path(folder)
     size = size_of(profile, nodes, gpus_per_node)
     fits(config, size.ranks)
     smaller = standby.sizes(profile, size)

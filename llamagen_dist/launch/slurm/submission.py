@@ -69,6 +69,12 @@ def limits_of(profile: ClusterConfig) -> Limits:
     return Limits(profile.requeue, profile.max_faults, profile.max_stuck, profile.signal_delay_s, after_s)
 
 
+def check_path(folder: Path) -> None:
+    """Raises UserError where SLURM would read something else in the path of a log."""
+    if "%" in str(folder) or "\n" in str(folder):
+        raise UserError(f"{folder}: SLURM reads % in the path of a log; choose a folder without it")
+
+
 def job_name(name: str) -> str:
     """A name without the characters that SLURM, file names and tables stumble over."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")[:100] or "llamagen"
@@ -124,8 +130,7 @@ def submit(
     token = secrets.token_hex(6)
     log = log or Path(works[0].folder) / "log"
     for path in [log, *(Path(work.folder) for work in works)]:
-        if "%" in str(path) or "\n" in str(path):
-            raise UserError(f"{path}: SLURM reads % in the path of a log; choose a folder without it")
+        check_path(path)
         path.mkdir(parents=True, exist_ok=True)
     works = [replace(work, token=token) for work in works]
     places = [Place.of(work.folder) for work in works]
