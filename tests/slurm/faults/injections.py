@@ -21,7 +21,7 @@ NODES, COMMON, ELASTIC = 10, "n[1-7]", "n[8-10]"
 
 
 def time_limit(trial: Trial) -> None:
-    """SLURM's own signal before the end of a two-minute slice, which is between 45 and 75 s after its start."""
+    """SLURM's own signal before the end of a two-minute slice: it looks twice a minute, so 60 to 90 s after the start."""
     trial.at_step(1)
     first = trial.owner
     trial.goes_on(first)
@@ -221,7 +221,7 @@ class Fault:
 
 
 FAULTS = (
-    Fault(1, "time limit", time_limit, 0, {"time": "2", "signal_delay_s": 45}, pace_s=0.7),
+    Fault(1, "time limit", time_limit, 0, {"time": "2", "signal_delay_s": 30, "max_stuck": 4}, pace_s=0.8),
     Fault(2, "preemption", preemption, 0),
     Fault(3, "scancel --signal=USR2", usr2, 0),
     Fault(4, "scontrol requeue", scontrol_requeue, SAVE_EVERY),
