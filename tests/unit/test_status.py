@@ -317,6 +317,28 @@ def test_slurm_is_asked_once_and_not_at_all_for_local_runs(tmp_path: Path, monke
     assert asked == [1]
 
 
+def test_slurm_is_not_asked_about_what_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, failed = made.training(tmp_path / "done"), made.training(tmp_path / "failed")
+    for run, event in ((done, "done"), (failed, "failed")):
+        made.lock(run, "7")
+        made.history(run, ("submitted", {"job": "7"}), (event, {"job": "7"}))
+    asked = answers(monkeypatch)
+    assert [row.state.name for row in look([tmp_path]).rows] == ["finished", "failed"]
+    assert not asked
+
+
+def test_a_damaged_folder_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = made.training(tmp_path / "broken")
+    for name in ("launch/lock.json", "launch/history.jsonl", "summary.json", "log/heartbeat-rank-0.json"):
+        (broken / name).mkdir(parents=True)  # as unreadable as another user's
+    torn = made.training(tmp_path / "torn")
+    made.lock(torn, "7")
+    (torn / "launch/history.jsonl").write_bytes(b"\xff\x00\n")
+    answers(monkeypatch, job("7"))
+    found = {row.name: row for row in look([tmp_path]).rows}
+    assert (found["broken"].progress.done, found["torn"].state.name) == (640, "running")
+
+
 def test_restarts_by_kind() -> None:
     def event(name: str, **facts: Any) -> dict[str, Any]:
         return {"event": name, "job": "7", **facts}

@@ -1,20 +1,24 @@
 """Whether a folder's program runs, waits, has ended or has failed, and why."""
 
 import platform
+import threading
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llamagen_dist.config.errors import UserError
 from llamagen_dist.launch.process import Identity, started_at
+from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.queue import JobState
-from llamagen_dist.launch.slurm.records import Place, read_json
-from llamagen_dist.launch.status.files import Clock, read_text
+from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.launch.status.files import Clock, read_json, read_text
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
 FINISHED, FAILED, STOPPED, UNKNOWN = "finished", "failed", "stopped", "unknown"
 SUBMITTING_S = 90.0  # as lock.py has it: a launch that holds the lock for so long without a job has died
+SLURM_PATIENCE_S = 10.0
 FRESH_S = 60.0  # a heartbeat is written every ten seconds
 Jobs = Mapping[str, JobState] | None
 """What squeue knows; None: it gave no answer."""
@@ -31,54 +35,88 @@ class State:
     restarts: tuple[tuple[str, int], ...] = ()
 
 
-def of_cluster(folder: Path, finished: bool, jobs: Jobs, clock: Clock) -> State:
+class Slurm:
+    """What squeue knows of this user's jobs: asked once, at the first need, however many runs there are."""
+
+    def __init__(self, patience_s: float = SLURM_PATIENCE_S) -> None:
+        self._patience, self._once = patience_s, threading.Lock()
+        self._jobs: Jobs = None
+        self._asked = False
+        self.silent = ""
+        """Why there was no answer."""
+
+    def jobs(self) -> Jobs:
+        with self._once:
+            if not self._asked:
+                self._asked = True
+                try:
+                    self._jobs = queue.mine(self._patience)
+                except UserError as error:
+                    self.silent = str(error)
+        return self._jobs
+
+
+def of_cluster(folder: Path, finished: bool, slurm: Slurm, clock: Clock) -> State:
     """Of a folder that has been launched on a cluster (FOLDER/launch). ``finished``: its own files say so."""
     place = Place.of(folder)
-    events = place.events()
+    try:
+        events = place.events()
+    except (OSError, ValueError):  # somebody else's, or damaged: the other files may tell
+        events = []
     lock = read_json(place.lock) or {}
-    restarts = tuple(count_restarts(events).items())
+    known = State("", "", restarts=tuple(count_restarts(events).items()))
     names = [str(job) for job in lock.get("jobs", [])]
-    if not names and jobs:  # a launch that died after sbatch has written down no id, but its jobs carry its token
-        names = [job.job for job in jobs.values() if job.comment and job.comment == lock.get("token")]
-    last = names[0] if names else next((str(e["job"]) for e in reversed(events) if e.get("job")), "")
-
-    def state(name: str, reason: str = "", job: str = last, where: str = "") -> State:
-        return State(name, one_line(reason), job, where, restarts)
-
-    alive = [jobs[name] for name in names if name in jobs and jobs[name].alive] if jobs else []
+    if names or events:
+        known = replace(known, job=names[0] if names else str(events[-1].get("job") or ""))
     ended = next((e["event"] for e in reversed(events) if e.get("event") in ("done", "failed", "submitted")), "")
     if finished or ended == "done":
-        return state(FINISHED)
-    if ended == "failed" or (not alive and place.end.exists()):
+        return replace(known, name=FINISHED)
+    if ended == "failed" or (not names and place.end.exists()):
         end = read_json(place.end) or {}
-        return state(FAILED, str(end.get("reason", "it says no reason")))
-    if not names and (clock.age(place.lock) or SUBMITTING_S) < SUBMITTING_S:
-        return state(SUBMITTING, f"by {lock.get('user', 'somebody')} on {lock.get('host', 'another machine')}")
+        return replace(known, name=FAILED, reason=one_line(end.get("reason", "it says no reason")))
+    if lock and not names and (clock.age(place.lock) or 0.0) < SUBMITTING_S:
+        by = f"by {lock.get('user', 'somebody')} on {lock.get('host', 'another machine')}"
+        return replace(known, name=SUBMITTING, reason=by)
+    if not lock:
+        return replace(known, name=STOPPED, reason="nothing runs or waits; the same launch goes on")
+    jobs = slurm.jobs()
     if jobs is None:
-        return state(UNKNOWN, "SLURM does not answer")
+        return replace(known, name=UNKNOWN, reason="SLURM does not answer")
+    if not names:  # a launch that died after sbatch has written down no id, but its jobs carry its token
+        names = [job.job for job in jobs.values() if job.comment and job.comment == lock.get("token")]
+    state = of_jobs(names, jobs, events)
+    if state.name == STOPPED and place.end.exists():
+        state = replace(state, name=FAILED, reason=one_line((read_json(place.end) or {}).get("reason", "")))
+    return replace(state, restarts=known.restarts)
+
+
+def of_jobs(names: Sequence[str], jobs: Mapping[str, JobState], events: Sequence[Mapping[str, Any]]) -> State:
+    """Of the jobs under one lock, the wanted one first and then its smaller stand-bys; events: of the folder."""
+    last = names[0] if names else ""
+    alive = [jobs[name] for name in names if name in jobs and jobs[name].alive]
     if not alive:
         how = jobs[last].state if last in jobs else "forgotten by SLURM"
         gone = f"job {last} is over ({how})" if last else "nothing runs or waits"
         if events and events[-1]["event"] == "gave_up":
             gone += f": {events[-1].get('reason')}"
-        return state(STOPPED, f"{gone}; the same launch goes on")
+        return State(STOPPED, one_line(f"{gone}; the same launch goes on"), last)
     now = min(alive, key=lambda one: (one.state != "RUNNING", one.state == "PENDING"))
     if now.state == "RUNNING":
-        wanted = next((one for one in alive if one.job == names[0] != now.job), None)
-        fewer = f"with fewer nodes, while job {wanted.job} waits for {wanted.reason}" if wanted else ""
-        return state(RUNNING, fewer, now.job, now.where)
+        wanted = next((one for one in alive if one.job == last != now.job), None)
+        fewer = f"with fewer nodes, while job {last} waits for {wanted.reason}" if wanted else ""
+        return State(RUNNING, fewer, now.job, now.where)
     if now.state != "PENDING":
-        return state(RUNNING, now.state.lower(), now.job, now.where)
+        return State(RUNNING, now.state.lower(), now.job, now.where)
     begun = any(event["event"] == "started" for event in events)
     reason = f"{'requeued, waits ' if begun else ''}for {now.reason}"
     if now.reason == "DependencyNeverSatisfied":
         reason += ": it will never start"
-    again: dict[str, Any] = next(
+    again: Mapping[str, Any] = next(
         (e for e in reversed(events) if e["event"] in ("requeued", "started", "submitted")), {}
     )
     if again.get("fault"):
         reason += f", after: {again.get('why')}"
-    return state(WAITING, reason, now.job)
+    return State(WAITING, one_line(reason), now.job)
 
 
 def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:

@@ -1,14 +1,13 @@
 """From folders to rows: what each run in them is doing. SLURM is asked once, whatever the number of runs."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config.errors import UserError
-from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place
 from llamagen_dist.launch.status import files
 from llamagen_dist.launch.status.files import Clock, Progress
@@ -19,7 +18,7 @@ from llamagen_dist.launch.status.state import (
     STOPPED,
     UNKNOWN,
     WAITING,
-    Jobs,
+    Slurm,
     State,
     lives,
     of_cluster,
@@ -28,7 +27,6 @@ from llamagen_dist.launch.status.state import (
 
 DEPTH = 3  # folders below the one that was named, in which runs are looked for
 READERS = 16  # a network disk takes a millisecond per file
-SLURM_PATIENCE_S = 10.0
 QUIET_S = 600.0
 SWEEP = "sweep"
 _MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch", "launch.lock"}
@@ -93,12 +91,11 @@ def look(paths: Iterable[Path]) -> Survey:
             raise UserError(
                 f"{path}: there is no such folder; name a run, a sweep or a pipeline's --out, or a folder of them"
             )
-    found = [(root, folder) for root in named for folder in _units(root, DEPTH)]
-    clock = Clock()
-    jobs, silent = _ask(folder for _, folder in found)
+    clock, slurm = Clock(), Slurm()
     with ThreadPoolExecutor(READERS) as pool:
-        rows = pool.map(lambda unit: _rows(_name(*unit), unit[1], jobs, clock), found)
-        return Survey(tuple(row for part in rows for row in part), silent, clock.ahead_s)
+        found = [(root, folder) for root in named for folder in _units(root, DEPTH, pool.map)]
+        rows = list(pool.map(lambda unit: _rows(_name(*unit), unit[1], slurm, clock), found))
+    return Survey(tuple(row for part in rows for row in part), slurm.silent, clock.ahead_s)
 
 
 def _name(root: Path, folder: Path) -> str:
@@ -113,14 +110,17 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def _units(folder: Path, depth: int) -> list[Path]:
-    """Runs and pipelines in ``folder``, itself included; nothing is looked for inside of one."""
+def _units(folder: Path, depth: int, each: Callable[..., Iterable[list[Path]]] = map) -> list[Path]:
+    """Runs, sweeps and pipelines in ``folder``, itself included; nothing is looked for inside of one.
+
+    each: maps over the folders right below, perhaps side by side."""
     names = _names(folder)
     if names & _MARKS or "stages" in names or ("config.yaml" in names and files.described(folder)[0] == SWEEP):
         return [folder]
     if not depth:
         return []
-    return [unit for inner in _inner(folder, names) if inner.is_dir() for unit in _units(inner, depth - 1)]
+    below = each(lambda inner: _units(inner, depth - 1), _inner(folder, names))  # a file holds no names
+    return [unit for units in below for unit in units]
 
 
 def _inner(folder: Path, names: set[str]) -> list[Path]:
@@ -128,32 +128,20 @@ def _inner(folder: Path, names: set[str]) -> list[Path]:
     return [folder / name for name in sorted(names - _INSIDE) if not name.startswith(".")]
 
 
-def _ask(folders: Iterable[Path]) -> tuple[Jobs, str]:
-    """SLURM's view of this user's jobs, if any folder has a job at all."""
-    # of the folder itself, of a sweep's points, of a pipeline's stages
-    inner = ("*/launch/lock.json", "stages/*/launch/lock.json")
-    if not any(Place.of(f).lock.exists() or any(next(f.glob(p), None) for p in inner) for f in folders):
-        return {}, ""
-    try:
-        return queue.mine(SLURM_PATIENCE_S), ""
-    except UserError as error:
-        return None, str(error)
-
-
-def _rows(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+def _rows(name: str, folder: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     names = _names(folder)
     if "stages" in names:
-        return _pipeline(name, folder, jobs, clock)
+        return _pipeline(name, folder, slurm, clock)
     if not names & _MARKS:
-        return _sweep(name, folder, jobs, clock)
-    return _run(name, folder, 0, jobs, clock)
+        return _sweep(name, folder, slurm, clock)
+    return _run(name, folder, 0, slurm, clock)
 
 
-def _sweep(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+def _sweep(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     """A row for the sweep, one for each point that has been launched."""
     points = [unit for inner in _inner(out, _names(out)) for unit in _units(inner, 0)]
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda point: _run(point.name, point, 1, jobs, clock), points))
+        parts = list(pool.map(lambda point: _run(point.name, point, 1, slurm, clock), points))
     states = [part[0].state.name for part in parts]
     counts = {one: states.count(one) for one in (FAILED, RUNNING, WAITING, UNKNOWN, STOPPED, FINISHED)}
     whole = next((one for one in (RUNNING, WAITING, UNKNOWN, FAILED, STOPPED) if counts.get(one)), FINISHED)
@@ -162,7 +150,7 @@ def _sweep(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
     return [Row(name, out, 0, state, Progress(kind=SWEEP)), *(row for part in parts for row in part)]
 
 
-def _run(name: str, folder: Path, depth: int, jobs: Jobs, clock: Clock) -> list[Row]:
+def _run(name: str, folder: Path, depth: int, slurm: Slurm, clock: Clock) -> list[Row]:
     names = _names(folder)
     progress = files.progress(folder, clock)
     rungs = [] if progress.kind else _rungs(folder, names)
@@ -174,7 +162,7 @@ def _run(name: str, folder: Path, depth: int, jobs: Jobs, clock: Clock) -> list[
     if not progress.kind and not rungs:
         progress = files.counted(Place.of(folder).progress if inside else log / "progress.json", clock)
     if launch & {"lock.json", "history.jsonl"}:
-        state = of_cluster(folder, finished, jobs, clock)
+        state = of_cluster(folder, finished, slurm, clock)
     else:
         state = of_this_machine(folder, log, finished or "DONE.json" in launch, clock)
     return [_row(name, folder, depth, state, progress), *_ladder_rows(rungs, parts, state, depth + 1)]
@@ -209,13 +197,13 @@ def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, depth: 
     return rows
 
 
-def _pipeline(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+def _pipeline(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     """A row for the pipeline, one for each stage that has begun or is to come."""
     declared = files.stage_names(out / "config.yaml")
     there = sorted(_names(out / "stages"))
     rows = []
     for stage in declared or there:
-        rows += _stage(stage, out / "stages" / stage, jobs, clock)
+        rows += _stage(stage, out / "stages" / stage, slurm, clock)
     stages = [row for row in rows if row.depth == 1]
     now = next((row for row in stages if row.state.name != FINISHED), None)
     done = f"{sum(row.state.name == FINISHED for row in stages)} of {len(stages)} stages are done"
@@ -226,7 +214,7 @@ def _pipeline(name: str, out: Path, jobs: Jobs, clock: Clock) -> list[Row]:
     return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
 
 
-def _stage(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
+def _stage(name: str, folder: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     names = _names(folder)
     done = "DONE.json" in names
     trained = files.trained_in(folder / "config.yaml") if "config.yaml" in names else None
@@ -238,7 +226,7 @@ def _stage(name: str, folder: Path, jobs: Jobs, clock: Clock) -> list[Row]:
         inner = Place.of(folder).progress
         progress = files.counted(inner if "launch" in names else folder / "progress.json", clock)
     if done or "launch" in names:
-        state = State(FINISHED) if done else of_cluster(folder, False, jobs, clock)
+        state = State(FINISHED) if done else of_cluster(folder, False, slurm, clock)
     elif "log" in names:
         state = of_this_machine(trained or folder, folder / "log", False, clock)
     else:
