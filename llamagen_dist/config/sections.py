@@ -273,9 +273,12 @@ class StageSection(Section):
     module: str
     """For example ``tokenizer_training.train``."""
     config: Path | None = None
-    """A YAML file, relative to the pipeline file; resolved and saved with the stage."""
+    """A YAML file, relative to the pipeline file; resolved and saved with the stage. With a sweep the stage is all of
+    its points: one after another here, one job array on a cluster."""
     arguments: tuple[str, ...] = ()
     """Words of the command line (for a stage without config), after substitution of {out} and friends."""
+    out: str | None = None
+    """For a config of kind sweep: the folder of its points. ``set`` then goes to every point."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the stage's config; strings may hold {out} and the pipeline's variables."""
     ranks: PositiveInt = 1

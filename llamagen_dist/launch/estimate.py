@@ -68,10 +68,15 @@ class Estimator:
     def __init__(self, plan: Plan) -> None:
         self.rate = matmul_rate()
         self._tokenizer = next((s.config for s in plan.stages if isinstance(s.config, TokenizerConfigFile)), None)
-        ladders = [s.config for s in plan.stages if isinstance(s.config, GPTConfigFile)]
+        points = [point.stage for s in plan.stages if s.sweep for point in s.sweep.points]
+        ladders = [s.config for s in (*plan.stages, *points) if isinstance(s.config, GPTConfigFile)]
         self._gpts = {rung.run_dir: rung for config in ladders for _, rung in rungs(config)}
 
     def stage(self, stage: Stage) -> Estimate:
+        if stage.sweep is not None:
+            seconds = [self.stage(point.stage).seconds for point in stage.sweep.points]
+            known = [one for one in seconds if one is not None]
+            return Estimate(f"{len(seconds)} points", sum(known) if len(known) == len(seconds) else None)
         if isinstance(stage.config, GPTConfigFile):
             return self._gpt(stage.config)
         if isinstance(stage.config, TokenizerConfigFile):

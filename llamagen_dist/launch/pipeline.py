@@ -65,9 +65,13 @@ def check(plan: Plan) -> None:
     A folder that holds something else, another pipeline, or stages that were started with another config;
     programs that are not there.
     """
+    from llamagen_dist.launch import sweep  # which runs its points as stages
+
     root = snapshot.code_root()
     for stage in plan.stages:
         program_exists(stage.module, root, f"stage {stage.name}: ")
+        if stage.sweep is not None:
+            sweep.check(stage.sweep)
     out = plan.out
     if not out.is_dir():
         return
@@ -115,7 +119,8 @@ def run(plan: Plan) -> None:
     Raises UserError (a refusal, or a stage's own sentence), SystemExit(1) after showing a bug's traceback and
     SystemExit(130) after a stop, when everything that can be saved is saved.
     """
-    from llamagen_dist.launch.slurm.run import nothing_runs  # which itself uses this module
+    from llamagen_dist.launch import sweep  # these two use this module
+    from llamagen_dist.launch.slurm.run import nothing_runs
 
     screen = Screen()
     if plan.out.exists():
@@ -124,9 +129,10 @@ def run(plan: Plan) -> None:
     own_folder(plan.out)
     with only_launcher(plan.out / "lock"), cluster.StopRequest() as stop:
         check(plan)  # again: nobody else can change it now
-        nothing_runs([folder_of(plan.out, stage).path for stage in plan.stages])
-        for stage in plan.stages:
-            cluster.wait_for_orphans(folder_of(plan.out, stage).log, screen.say)
+        points = [point for stage in plan.stages if stage.sweep for point in stage.sweep.points]
+        nothing_runs([folder_of(plan.out, stage).path for stage in plan.stages] + [point.folder for point in points])
+        for folder in [folder_of(plan.out, stage) for stage in plan.stages] + [sweep.folder_of(p) for p in points]:
+            cluster.wait_for_orphans(folder.log, screen.say)
         write_text(plan.out / "config.yaml", dump(plan.config))
         code: Path | None = None
         for number, stage in enumerate(plan.stages, start=1):
@@ -140,8 +146,11 @@ def run(plan: Plan) -> None:
             if stop.count:
                 raise stopped(screen, f"stopped before stage {stage.name}")
             ranks = f"{stage.ranks} ranks" if stage.ranks > 1 else "1 rank"
-            screen.say(f"{place} — {stage.why} ({ranks})")
-            run_stage(stage, folder_of(plan.out, stage), code, screen, stop)
+            size = ranks if stage.sweep is None else f"{len(stage.sweep.points)} points"
+            screen.say(f"{place} — {stage.why} ({size})")
+            (run_stage if stage.sweep is None else sweep.run_stage)(
+                stage, folder_of(plan.out, stage), code, screen, stop
+            )
 
 
 def take_code(out: Path, screen: Screen) -> Path:

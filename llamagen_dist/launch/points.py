@@ -10,7 +10,7 @@ from typing import Any
 
 from llamagen_dist.config import KINDS, Section, SweepConfig, UserError, load
 from llamagen_dist.config.loader import merge, nest, parse, read, resolve
-from llamagen_dist.launch.stages import Stage, absolute
+from llamagen_dist.launch.stages import Stage, absolute, shrink
 
 MOST = 10_000
 LONGEST_NAME = 120
@@ -40,16 +40,17 @@ class Sweep:
     points: tuple[Point, ...]
 
 
-def sweep(file: Path, out: Path, settings: Sequence[str] = ()) -> Sweep:
-    """Read a sweep file and fill in every point; ``settings`` are ``key=value`` words for all points.
+def sweep(file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (), small: float = 1.0) -> Sweep:
+    """Read a sweep file and fill in every point.
 
+    settings: for all points, ``key=value`` words or dotted keys. small: factor on every training length.
     Raises UserError for anything wrong with the file or with the config of any point (the first one).
     """
     config: SweepConfig = load(file, kind="sweep")
     base = file.parent / config.config
     rows = combinations(config, str(file))
     swept = {key for row in rows for key in row.settings}
-    below = merge(nest(config.set), parse(settings))
+    below = merge(nest(config.set), nest(settings) if isinstance(settings, Mapping) else parse(settings))
     for word in settings:
         if (key := word.partition("=")[0]) in swept:
             raise UserError(f"{word}: {key} is swept by {file}; change it there")
@@ -71,10 +72,11 @@ def sweep(file: Path, out: Path, settings: Sequence[str] = ()) -> Sweep:
         filled: Section = resolve(
             merge(merge(common, nest(row.settings)), {place: str(target)}), f"{file}: point {name}: {base.name}"
         )
-        stage = Stage(name=name, why="", module=config.module, ranks=config.ranks, config=absolute(filled))
+        whole = absolute(filled) if small == 1.0 else shrink(absolute(filled), small)
+        stage = Stage(name=name, why="", module=config.module, ranks=config.ranks, config=whole)
         points.append(Point(name, row.settings, folder, stage))
-    whole = config.model_copy(update={"config": base.absolute(), "set": below})
-    return Sweep(whole, out, _differing(rows), tuple(points))
+    kept = config.model_copy(update={"config": base.absolute(), "set": below})
+    return Sweep(kept, out, _differing(rows), tuple(points))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.config import PipelineConfig, Section, StageSection, UserError, difference, dump, load
+from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, UserError, difference, dump, load
 from llamagen_dist.config.loader import nest
+
+if TYPE_CHECKING:
+    from llamagen_dist.launch.points import Sweep
 
 _NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
@@ -28,6 +31,8 @@ class Stage:
     images: int | None = None
     nodes: int | None = None
     gpus_per_node: int | None = None
+    sweep: "Sweep | None" = None
+    """A stage of many points; config is then the sweep's, and each point is trained as it says."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the stage's result; the number of ranks does not (runs resume on any layout)."""
@@ -95,9 +100,21 @@ def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: flo
     where = f"{file}: stage {stage.name}"
     if stage.config is not None and stage.arguments:
         raise UserError(f"{where}: give config or arguments, not both")
-    config = None
-    if stage.config is not None:
-        config = absolute(load(file.parent / stage.config, nest(_substitute(stage.set, values, where))))
+    config: Section | None = None
+    sweep = None
+    if stage.config is not None and stage.out is not None:
+        from llamagen_dist.launch import points  # which makes stages of its points
+
+        out = Path(_substitute(stage.out, values, where)).absolute()
+        sweep = points.sweep(file.parent / stage.config, out, _substitute(stage.set, values, where), small)
+        config = sweep.config
+        if stage.module != config.module:
+            raise UserError(f"{where}: module is {stage.module}, but {stage.config} is a sweep of {config.module}")
+    elif stage.config is not None:
+        given: Section = load(file.parent / stage.config, nest(_substitute(stage.set, values, where)))
+        if isinstance(given, SweepConfig):
+            raise UserError(f"{where}: {stage.config} is a sweep: give out, the folder of its points")
+        config = absolute(given)
         if small != 1.0:
             config = shrink(config, small)
     elif stage.set:
@@ -113,6 +130,7 @@ def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: flo
         nodes=stage.nodes,
         gpus_per_node=stage.gpus_per_node,
         config=config,
+        sweep=sweep,
         arguments=tuple(_substitute(stage.arguments, values, where)),
         images=None if images is None else int(images),
         produces=tuple(Path(_substitute(p, values, where)).absolute() for p in stage.produces),

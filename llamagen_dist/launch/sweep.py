@@ -19,7 +19,8 @@ from llamagen_dist.launch.pipeline import Folder, explain_failure, program_exist
 from llamagen_dist.launch.points import Point, Sweep
 from llamagen_dist.launch.process import only_launcher, own_folder
 from llamagen_dist.launch.screen import Screen
-from llamagen_dist.launch.slurm.records import Place, read_json
+from llamagen_dist.launch.slurm.records import Place, finish_whole, read_json
+from llamagen_dist.launch.stages import Stage
 
 # How a point is executed may change between two commands; what it computes may not. A ladder is part of that.
 _MAY_CHANGE = tuple(key for key in ELASTIC if key != "ladder")
@@ -108,33 +109,58 @@ def run(sweep: Sweep, retry_failed: bool) -> None:
         own_folder(sweep.out)
     check(sweep)
     own_folder(sweep.out)
-    failed: list[str] = []
     with only_launcher(sweep.out / "lock"), cluster.StopRequest() as stop:
         check(sweep)  # again: nobody else can change it now
         nothing_runs([point.folder for point in sweep.points])
         for point in sweep.points:
             cluster.wait_for_orphans(folder_of(point).log, screen.say)
         begin(sweep)
-        code: Path | None = None
-        for number, point in enumerate(sweep.points, start=1):
-            where, state = f"[{number}/{len(sweep.points)}] {point.name}", state_of(point)
-            if state.kind == "finished":
-                screen.say(f"{where} — finished earlier")
-                continue
-            if state.kind == "failed" and not retry_failed:
-                screen.say(f"{where} — failed earlier: {state.reason}")
-                failed.append(point.name)
-                continue
-            if stop.count:
-                raise pipeline.stopped(screen, f"stopped before point {point.name}")
-            code = code or take_code(sweep.out, screen)
-            screen.say(where)
-            outcome = attempt(point, code, screen, stop)
-            if outcome.kind in (INTERRUPTED, STOPPED):
-                raise explain_failure(f"point {point.name}", outcome, screen)
-            if outcome.kind != DONE:
-                failed.append(point.name)
+        code = take_code(sweep.out, screen) if any(state_of(p).kind != "finished" for p in sweep.points) else sweep.out
+        failed = run_points(sweep, code, retry_failed, screen, stop)
     conclude(sweep, failed, screen)
+
+
+def run_points(sweep: Sweep, code: Path, retry_failed: bool, screen: Screen, stop: cluster.StopRequest) -> list[str]:
+    """Every point that is open, one after another; returns the names of those that have failed. Raises SystemExit(130)
+    after a stop."""
+    failed: list[str] = []
+    for number, point in enumerate(sweep.points, start=1):
+        where, state = f"[{number}/{len(sweep.points)}] {point.name}", state_of(point)
+        if state.kind == "finished":
+            screen.say(f"{where} — finished earlier")
+            continue
+        if state.kind == "failed" and not retry_failed:
+            screen.say(f"{where} — failed earlier: {state.reason}")
+            failed.append(point.name)
+            continue
+        if stop.count:
+            raise pipeline.stopped(screen, f"stopped before point {point.name}")
+        screen.say(where)
+        outcome = attempt(point, code, screen, stop)
+        if outcome.kind in (INTERRUPTED, STOPPED):
+            raise explain_failure(f"point {point.name}", outcome, screen)
+        if outcome.kind != DONE:
+            failed.append(point.name)
+    return failed
+
+
+def run_stage(stage: Stage, folder: Folder, code: Path, screen: Screen, stop: cluster.StopRequest) -> None:
+    """A pipeline's stage that is a sweep: its points here, failed ones again. Raises as ``pipeline.run`` does."""
+    assert stage.sweep is not None
+    own_folder(stage.sweep.out)
+    begin(stage.sweep)
+    pipeline.prepare(stage, folder)
+    failed = run_points(stage.sweep, code, True, screen, stop)
+    if failed:
+        screen.say(f"stage {stage.name}: {len(failed)} of {len(stage.sweep.points)} points have failed")
+        raise SystemExit(1)
+    record = pipeline.record_of(stage, code, stage.sweep.config.ranks)
+    if not finish_whole(stage.sweep.out, folder.done, record):
+        raise UserError(f"stage {stage.name}: a point has lost its DONE.json meanwhile; start again")
+    missing = [path for path in stage.produces if not path.exists()]
+    if missing:
+        folder.done.unlink()
+        raise UserError(f"stage {stage.name}: all its points are finished, but {missing[0]} is not there")
 
 
 def attempt(point: Point, code: Path, screen: Screen, stop: cluster.StopRequest) -> cluster.Outcome:

@@ -25,19 +25,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(root: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    file = out.parent / "sweep.yaml"
-    base = REPOSITORY / "configs/gpt/GPT-B.yaml"
-    points = {
-        "good": {"train.seed": 1},
-        "bad": {"train.seed": 13},
-        "bug": {"train.seed": 14},
-        "last": {"train.seed": 2},
-    }
-    content = {"kind": "sweep", "title": "toy", "module": "tokenizer_training.toy", "config": str(base), "list": points}
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
+def llamagen(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "llamagen_dist.cli", "sweep", str(file), "--out", str(out), *more],
+        [sys.executable, "-m", "llamagen_dist.cli", *words],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -47,23 +37,51 @@ def command(root: Path, out: Path, *more: str) -> subprocess.CompletedProcess[st
     )
 
 
+def write_sweep(file: Path, points: dict[str, dict[str, int]]) -> Path:
+    base = REPOSITORY / "configs/gpt/GPT-B.yaml"
+    content = {"kind": "sweep", "title": "toy", "module": "tokenizer_training.toy", "config": str(base), "list": points}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
 def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = command(root, out)
+    seeds = {"good": 1, "bad": 13, "bug": 14, "last": 2}
+    file = write_sweep(tmp_path / "sweep.yaml", {name: {"train.seed": seed} for name, seed in seeds.items()})
+    words = ("sweep", str(file), "--out", str(out))
+    first = llamagen(root, *words)
     assert first.returncode == 1, first.stderr
     assert "2 of 4 points are finished; failed: bad, bug" in first.stdout
     assert "failed: toy.yaml: thirteen is nonsense; give it sense" in first.stdout
     assert "failed: IndexError: list index out of range" in first.stdout
     assert [(out / name / "launch/DONE.json").exists() for name in ("good", "bad", "bug", "last")] == [1, 0, 0, 1]
     assert json.loads((out / "bad/launch/END.json").read_text())["reason"].startswith("toy.yaml")
-    again = command(root, out)
+    again = llamagen(root, *words)
     assert again.returncode == 1
     assert again.stdout.count("finished earlier") == 2
     assert "bug — failed earlier: IndexError" in again.stdout
     (out / "mended").touch()
-    mended = command(root, out, "--retry-failed")
+    mended = llamagen(root, *words, "--retry-failed")
     assert mended.returncode == 0, mended.stdout
     assert "all 4 points are finished" in mended.stdout
     tries = {name: len((out / name / "rate_0.txt").read_text().split()) for name in ("good", "bad", "bug", "last")}
     assert tries == {"good": 1, "bad": 2, "bug": 2, "last": 1}
     assert not list(out.glob("*/launch/END.json"))
+
+
+def test_a_pipelines_stage_that_is_a_sweep(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_sweep(tmp_path / "ladder.yaml", {"small": {"train.seed": 1}, "large": {"train.seed": 13}})
+    stage = {"name": "ladder", "why": "a test", "module": "tokenizer_training.toy", "config": "ladder.yaml"}
+    stage |= {"out": "{out}/ladder", "produces": ["{out}/ladder/large/rate_0.txt"]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"kind": "pipeline", "title": "toy", "stages": [stage]}))
+    words = ("pipeline", str(tmp_path / "p.yaml"), "--out", str(out))
+    failed = llamagen(root, *words)
+    assert failed.returncode == 1, failed.stderr
+    assert "stage ladder: 1 of 2 points have failed" in failed.stdout
+    (out / "ladder/mended").touch()
+    mended = llamagen(root, *words)
+    assert mended.returncode == 0, mended.stderr
+    assert "small — finished earlier" in mended.stdout
+    assert json.loads((out / "stages/ladder/DONE.json").read_text())["seconds"] > 0
+    assert "ladder — finished earlier" in llamagen(root, *words).stdout

@@ -1,4 +1,4 @@
-"""A checkout in small, with a toy as its only program, and llamagen called in it."""
+"""A checkout in small, with two toys as its only programs, and llamagen called in it."""
 
 import os
 import shutil
@@ -11,13 +11,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def checkout(folder: Path, program: str) -> Path:
-    """The library, and tests/runs/PROGRAM as tokenizer_training.toy."""
+def checkout(folder: Path) -> Path:
+    """The library, and tests/runs/toy_program.py and toy_run.py in tokenizer_training."""
     ignore = shutil.ignore_patterns("__pycache__", "embedded")
     shutil.copytree(ROOT / "llamagen_dist", folder / "llamagen_dist", ignore=ignore)
     (folder / "tokenizer_training").mkdir()
     (folder / "tokenizer_training/__init__.py").touch()
-    shutil.copy(ROOT / "tests/runs" / program, folder / "tokenizer_training/toy.py")
+    for program in ("toy_program.py", "toy_run.py"):
+        shutil.copy(ROOT / "tests/runs" / program, folder / "tokenizer_training")
     return folder
 
 

@@ -12,17 +12,17 @@ import yaml
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place, read_json
 from llamagen_dist.launch.slurm.run import find
-from tests.slurm.checkout import checkout, llamagen, profile
+from tests.slurm.checkout import ROOT, checkout, llamagen, profile
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("pipeline"), "toy_program.py")
+    return checkout(tmp_path_factory.mktemp("pipeline"))
 
 
 def stage(name: str, *arguments: str, **more: object) -> dict[str, object]:
     words = [arguments[0], "{out}/work", *arguments[1:]]
-    return {"name": name, "why": "a test", "module": "tokenizer_training.toy", "arguments": words, **more}
+    return {"name": name, "why": "a test", "module": "tokenizer_training.toy_program", "arguments": words, **more}
 
 
 def command(folder: Path, *stages: dict[str, object]) -> tuple[object, ...]:
@@ -68,7 +68,7 @@ def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(r
     queue.signal(jobs["count"])
     failed = llamagen(root, *words, "--follow")
     assert failed.returncode == 1
-    assert "stage fragile has not ended well" in failed.stdout
+    assert "fragile has not ended well" in failed.stdout
     assert "toy.yaml: nonsense was given; mend it" in failed.stdout
     assert kinds(out, "count") == ["submitted", "started", "ended", "requeued", "started", "ended", "done"]
     for rank in range(4):
@@ -106,3 +106,43 @@ def test_without_kill_on_invalid_dep_the_stages_after_a_failure_would_wait_for_e
     assert found.state is not None
     assert (found.state.state, found.state.reason) == ("PENDING", "DependencyNeverSatisfied")
     queue.cancel([str(found.job)])
+
+
+def test_a_stage_that_is_a_sweep_is_an_array_whose_failed_points_are_mended(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    content = {
+        "kind": "sweep",
+        "title": "toy ladder",
+        "module": "tokenizer_training.toy_run",
+        "config": str(ROOT / "configs/gpt/GPT-B.yaml"),
+        "list": {"small": {"train.seed": 1}, "large": {"train.seed": 13}},
+    }
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    ladder = {"name": "ladder", "why": "a test", "module": "tokenizer_training.toy_run", "config": "ladder.yaml"}
+    ladder |= {"out": "{out}/ladder", "nodes": 1, "produces": ["{out}/ladder/large/rate_0.txt"]}
+    words = command(tmp_path, ladder, stage("last", "touch"))
+    shown = llamagen(root, *words, "--dry-run")
+    assert "2 points on 2 ranks" in shown.stdout
+    assert "#SBATCH --array=0-1" in shown.stdout
+
+    failed = llamagen(root, *words, "--follow")
+    assert failed.returncode == 1, failed.stderr
+    assert "ladder/large has not ended well: rank" in failed.stdout
+    assert (out / "ladder/small/launch/DONE.json").exists()
+    assert not (out / "stages/ladder/DONE.json").exists(), "one point of two"
+    wait_for(lambda: find(out / "stages/last").kind != "running", 20)
+    assert kinds(out, "last") == ["submitted"], "cancelled before it began"
+
+    (out / "ladder/mended").touch()
+    mended = llamagen(root, *words, "--follow")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert "1 points on 2 ranks" in mended.stdout
+    tries = {name: len((out / f"ladder/{name}/rate_0.txt").read_text().split()) for name in ("small", "large")}
+    assert tries == {"small": 1, "large": 2}
+    done = [
+        json.loads((out / path).read_text()) for path in ("stages/ladder/DONE.json", "ladder/small/launch/DONE.json")
+    ]
+    assert done[0]["seconds"] > done[1]["seconds"], "of all points"
+    assert kinds(out, "last")[-1] == "done"
+    again = llamagen(root, *words)
+    assert again.stdout.count("finished earlier") == 2

@@ -20,7 +20,7 @@ def sweep_file(folder: Path) -> Path:
     content = {
         "kind": "sweep",
         "title": "toy",
-        "module": "tokenizer_training.toy",
+        "module": "tokenizer_training.toy_run",
         "config": str(ROOT / "configs/gpt/GPT-B.yaml"),
         "set": {"guard.hang_minutes": 4},  # how many seconds the slow one takes
         "list": {name: {"train.seed": seed} for name, seed in POINTS.items()},
@@ -51,7 +51,7 @@ def most_at_once(out: Path) -> int:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("sweep"), "toy_run.py")
+    return checkout(tmp_path_factory.mktemp("sweep"))
 
 
 def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llamagen_dist.launch import points, stages, sweep
 from llamagen_dist.launch.slurm import follow, lock
 from llamagen_dist.launch.slurm import pipeline as chain
 from llamagen_dist.launch.slurm import sweep as array
-from llamagen_dist.launch.slurm.records import Place, Work, read_work, steps_of, write_works
+from llamagen_dist.launch.slurm.records import Place, Work, finish_whole, read_work, steps_of, write_works
 from llamagen_dist.launch.slurm.run import find, nothing_runs
 from llamagen_dist.launch.slurm.submission import Size
 from llamagen_dist.launch.slurm.task import owner
@@ -113,6 +113,63 @@ def test_a_stages_progress_is_that_of_the_run_it_trains(tmp_path: Path) -> None:
     assert steps_of(Work("x", "m", (), ladder.folder, "")) == 0, "the stage's own folder has none"
     write_works(tmp_path / "w.json", [ladder])
     assert read_work(tmp_path / "w.json") == ladder
+
+
+def test_the_imagenet_pipeline_hangs_together(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = stages.plan(ROOT / "configs/pipeline/imagenet.yaml", out, {"images": "/data/i"})
+    by_name: dict[str, Any] = {stage.name: stage for stage in made.stages}
+    tokenizer, ladder, sample = (by_name[name] for name in ("tokenizer", "ladder", "sample"))
+    assert by_name["tokens"].config.tokenizer == tokenizer.config.run_dir == sample.config.tokenizer
+    rungs = {point.name: point.stage.config for point in ladder.sweep.points}
+    assert {rung.data.train for rung in rungs.values()} == {by_name["tokens"].config.out}
+    assert {rung.data.validation for rung in rungs.values()} == {by_name["tokens-held-out"].config.out}
+    assert sample.config.checkpoint == rungs["d1024"].run_dir == out / "ladder/d1024"
+    assert by_name["evaluate"].config.generated == sample.config.out / "model.npz"
+    assert by_name["scaling"].arguments[2] == str(out / "ladder")
+    gpus = profile(nodes=1, gpus_per_node=8, ranks_per_node=None)
+    sizes = {name: chain.size_for(stage, gpus).ranks for name, stage in by_name.items()}
+    assert sizes == {
+        "tokenizer": 8,
+        "tokens": 32,
+        "tokens-held-out": 8,
+        "ladder": 8,
+        "sample": 16,
+        "evaluate": 8,
+        "scaling": 1,
+        "report": 1,
+    }
+    short = stages.plan(ROOT / "configs/pipeline/imagenet.yaml", out, small=0.01)
+    assert next(stage for stage in short.stages if stage.sweep).sweep.points[0].stage.config.train.images < 260_000  # type: ignore[union-attr]
+
+
+def test_a_stage_is_done_when_its_last_point_is(tmp_path: Path) -> None:
+    out, done = tmp_path / "ladder", tmp_path / "DONE.json"
+    for name in ("a", "b"):
+        (out / name / "launch").mkdir(parents=True)
+        (out / name / "launch/stage.json").touch()
+    write = {"seconds": 2.0, "peak_rss_gb": 1.0}
+    (out / "a/launch/DONE.json").write_text(json.dumps(write))
+    assert not finish_whole(out, done, {"name": "ladder"})
+    assert not done.exists()
+    (out / "b/launch/DONE.json").write_text(json.dumps(write | {"peak_rss_gb": 3.0}))
+    assert finish_whole(out, done, {"name": "ladder"})
+    assert json.loads(done.read_text()) == {"name": "ladder", "seconds": 4.0, "peak_rss_gb": 3.0}
+
+
+def test_a_stage_with_a_sweep_says_where_and_what(tmp_path: Path) -> None:
+    stage = {"name": "l", "why": "w", "module": "llamagen_dist.train_gpt", "config": str(sweep_file(tmp_path))}
+    for change, said in (
+        ({}, "is a sweep: give out"),
+        ({"out": "{out}/l", "module": "eval.sample"}, "is a sweep of llamagen_dist.train_gpt"),
+        ({"out": "{out}/l", "set": {"optim.lr": 1}}, "optim.lr is swept by"),
+        ({"out": "{out}/l", "config": str(ROOT / "configs/gpt/GPT-B.yaml")}, "reads kind: sweep"),
+    ):
+        content = {"kind": "pipeline", "title": "t", "stages": [stage | change]}
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError) as caught:
+            stages.plan(tmp_path / "p.yaml", tmp_path / "out")
+        assert said in str(caught.value)
 
 
 def test_a_dry_run_of_a_pipeline_shows_sizes_and_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from llamagen_dist.files import write_text
 from llamagen_dist.launch.slurm import elastic, lock
 from llamagen_dist.launch.slurm.decide import DONE, Verdict, decide
-from llamagen_dist.launch.slurm.records import Place, Work, read_json, read_work, steps_of
+from llamagen_dist.launch.slurm.records import Place, Work, finish_whole, read_json, read_work, steps_of
 from llamagen_dist.launch.slurm.task import owner
 
 REQUEUE = 99
@@ -84,6 +84,8 @@ def end(work: Work, rc: int) -> int:
         spent, peak = _cost(events[since:], notes)
         record = {**work.record, "seconds": round(spent, 2), "peak_rss_gb": round(peak, 3)}
         write_text(Path(work.done), json.dumps(record, indent=1))
+    if work.whole:
+        finish_whole(Path(work.folder).parent, Path(work.whole["done"]), work.whole["record"])
     place.tell("done", **facts)
     elastic.cancel_others(place, job)
     return 0

@@ -16,6 +16,7 @@ from llamagen_dist.launch.slurm.run import ENDING_PATIENCE_S, Found, describe, f
 POLL_S = 2.0
 FILES_PER_S = 25.0  # of many folders fewer are looked at, for the disk's sake
 ASK_EVERY_S = 15.0
+GONE = "no job runs or waits for it any more"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def _ending(found: Found) -> bool:
 def watch(parts: Sequence[Part], screen: Screen) -> Mapping[str, str]:
     """Stay until none of the jobs runs or waits, and say what happens to them, through requeues.
 
-    Returns for every part that did not end well why (by name). Ctrl-C ends the watching, not the jobs: SystemExit(130).
+    Returns for every part that did not end well why (by name); GONE where it was cancelled. Ctrl-C ends the watching,
+    not the jobs: SystemExit(130).
     """
     seen = {part.name: len(Place.of(part.folder).events()) for part in parts}
     sizes = {part.name: _size(part) for part in parts}
@@ -85,7 +87,7 @@ def watch(parts: Sequence[Part], screen: Screen) -> Mapping[str, str]:
             if open_parts and time.monotonic() - asked > ASK_EVERY_S:
                 asked = time.monotonic()
                 for name in _gone(open_parts, screen.say):
-                    ended[name] = "no job runs or waits for it any more"
+                    ended[name] = GONE
                     screen.say(f"{name}: {ended[name]}")
                     del open_parts[name]
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ notes/JOB.RESTART/rank_K.json   how the ranks of one incarnation ended
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Work:
     """A file that is written when it has ended well (a pipeline's DONE.json) …"""
     record: dict[str, Any] = field(default_factory=dict)
     """… with this in it, besides seconds and peak_rss_gb."""
+    whole: dict[str, Any] = field(default_factory=dict)
+    """Of a point of a pipeline's stage: {"done": the stage's DONE.json, "record": what it says}."""
 
 
 @dataclass(frozen=True)
@@ -163,3 +166,17 @@ def steps_done(folder: Path) -> float:
 def steps_of(work: Work) -> float:
     """``steps_done`` of the folder that has the checkpoints."""
     return steps_done(Path(work.run_dir or work.folder))
+
+
+def finish_whole(out: Path, done: Path, record: Mapping[str, Any]) -> bool:
+    """Write a stage's DONE.json if every point that was started in ``out`` has its own; returns whether they all do.
+
+    The last point to end does it; of two at once both do, and write the same.
+    """
+    points = [read_json(started.with_name("DONE.json")) for started in out.glob("*/launch/stage.json")]
+    if not points or any(point is None for point in points):
+        return False
+    seconds = sum(point["seconds"] for point in points if point)
+    peak = max(point["peak_rss_gb"] for point in points if point)
+    write_text(done, json.dumps({**record, "seconds": round(seconds, 2), "peak_rss_gb": peak}, indent=1))
+    return True

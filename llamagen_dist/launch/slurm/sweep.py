@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llamagen_dist.config import ClusterConfig, UserError
 from llamagen_dist.launch import pipeline
@@ -111,7 +112,8 @@ def part_of(point: Point) -> Part:
     return Part(point.name, point.folder, folder_of(point).done)
 
 
-def work_of(point: Point, profile: ClusterConfig, size: Size, code: Path) -> Work:
+def work_of(point: Point, profile: ClusterConfig, size: Size, code: Path, whole: dict[str, Any] | None = None) -> Work:
+    """whole: the pipeline's stage that the point is one of (``Work.whole``)."""
     folder = folder_of(point)
     return Work(
         name=point.name,
@@ -123,6 +125,7 @@ def work_of(point: Point, profile: ClusterConfig, size: Size, code: Path) -> Wor
         limits=limits_of(profile),
         done=str(folder.done),
         record=pipeline.record_of(point.stage, code, size.ranks),
+        whole=whole or {},
     )
 
 
