@@ -54,10 +54,10 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_it_is_back(toy: Toy) -> N
     kinds: dict[str, dict[str, Any]] = {"alone": {"exclusive": True, "sbatch": {"exclude": "n[1-2]"}}}
     kinds["shared"] = {"sbatch": {"exclude": "n[3-4]"}}
     for name in names:
-        assert toy.launch(name, "220 0.2 1000", **ELASTIC, **kinds[name]).returncode == 0
+        assert toy.launch(name, "160 0.2 1000", **ELASTIC, **kinds[name]).returncode == 0
         assert len(jobs(toy, name)) == 2
     for name in names:
-        wait_for(lambda name=name: len(toy.steps(name)) > 20)  # longer than after_minutes: it is held back
+        wait_for(lambda name=name: len(toy.steps(name)) > 40)  # longer than after_minutes: it is held back
         assert [event for event, _ in told(toy, name)] == ["submitted", "stands_by", "started"]
     for name, node in names.items():
         drain(node)
@@ -76,7 +76,7 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_it_is_back(toy: Toy) -> N
         assert told(toy, name, "started")[-1] == ("started", wanted)
         assert ("handed_over", small) in told(toy, name)
         wait_for(lambda name=name: toy.last(name)["event"] == "done", 90)
-        assert toy.steps(name) == list(range(1, 221))  # a signal each time: no step twice, none missed
+        assert toy.steps(name) == list(range(1, 161))  # a signal each time: no step twice, none missed
         wait_for(lambda small=small: queue.mine()[small].state == "CANCELLED")  # nothing left for it to do
     assert told(toy, "alone", "makes_room") == [("makes_room", jobs(toy, "alone")[1])]
     assert told(toy, "shared", "takes_over") == [("takes_over", jobs(toy, "shared")[0])]

@@ -1,6 +1,7 @@
 """What cannot be launched is one sentence before anything is written or submitted."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from llamagen_dist.config import load
+from llamagen_dist.config import UserError, load
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.run import launch
+from llamagen_dist.launch.slurm.submission import size_of
 from tests.slurm.toy import ROOT, Toy, wait_for
 
 
@@ -43,14 +45,8 @@ def refused(toy: Toy, name: str, *more: str, **profile: Any) -> str:
     [
         ([], {"nods": 2}, "did you mean nodes"),
         (["--gpus-per-node", "5"], {"ranks_per_node": None}, "5 GPUs per node: the nodes of partition main have 4"),
-        (["--nodes", "5"], {}, "5 nodes: partition main has only 4"),
-        (["--nodes", "0"], {}, "--nodes 0: give 1 or more"),
-        ([], {"partition": "gpu"}, "this cluster has no such partition, but main, urgent"),
-        ([], {"ranks_per_node": 9}, "9 ranks with 1 CPUs each: the nodes of partition main have 8 CPUs"),
         ([], {"time": "2", "signal_delay_s": 120}, "120 s before the end of a time slice"),
         ([], {"sbatch": {"nodelist": "n99"}}, "SLURM refused the job"),
-        (["optim.lr=fast"], {}, "optim.lr"),
-        (["train.global_batch=7", "train.images=70"], {}, "7 images cannot be shared equally by 4"),
     ],
 )
 def test_a_launch_that_cannot_be(toy: Toy, more: list[str], profile: dict[str, Any], sentence: str) -> None:
@@ -59,6 +55,21 @@ def test_a_launch_that_cannot_be(toy: Toy, more: list[str], profile: dict[str, A
     assert sentence in done.stderr
     assert not any(job.name == "impossible" for job in queue.mine().values())
     assert not (toy.run("impossible") / "launch/lock.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "profile", "sentence"),
+    [
+        ({"nodes": 5}, {}, "5 nodes: partition main has only 4"),
+        ({"nodes": 0}, {}, "--nodes 0: give 1 or more"),
+        ({}, {"partition": "gpu"}, "this cluster has no such partition, but main, urgent"),
+        ({}, {"ranks_per_node": 9}, "9 ranks with 1 CPUs each: the nodes of partition main have 8 CPUs"),
+    ],
+)
+def test_a_size_that_the_partition_does_not_have(size: dict[str, int], profile: dict[str, Any], sentence: str) -> None:
+    own = load(ROOT / "slurm/local.yaml", [f"{key}={value}" for key, value in profile.items()], kind="cluster")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        size_of(own, **size)
 
 
 def test_where_there_is_no_slurm(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
