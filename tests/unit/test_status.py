@@ -389,6 +389,27 @@ def test_a_pipeline_shows_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["out"].state.reason == "1 of 3 stages are done"
 
 
+def test_a_stage_that_is_a_sweep_shows_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [{"name": "ladder", "why": "w", "module": "m", "out": "{out}/{where}"}, {"name": "b", "module": "m"}]
+    data = {"kind": "pipeline", "variables": {"where": "points"}, "stages": stages}
+    (tmp_path / "stages/ladder").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(data))
+    for number in range(2):
+        made.lock(made.training(tmp_path / f"points/d{number}"), f"9_{number}")
+    (tmp_path / "points/config.yaml").write_text("kind: sweep\n")
+    answers(monkeypatch, job("9_0"), job("9_1", "PENDING", "Resources", ""))
+    rows = look([tmp_path]).rows
+    assert [(row.name, row.depth, row.state.name) for row in rows[1:]] == [
+        ("ladder", 1, "running"),
+        ("d0", 2, "running"),
+        ("d1", 2, "waiting"),
+        ("b", 1, "waiting"),
+    ]
+    assert rows[0].state.name == "running"
+    (tmp_path / "stages/ladder/DONE.json").write_text("{}")
+    assert look([tmp_path]).rows[1].state.name == "finished"
+
+
 def test_a_pipeline_between_two_stages_runs_while_its_launcher_does(tmp_path: Path) -> None:
     stages = [{"name": name, "why": "w", "module": "m"} for name in ("a", "b")]
     (tmp_path / "stages/a").mkdir(parents=True)

@@ -15,6 +15,7 @@ RATES = 8  # lines whose middle value is the speed: one slow step says little
 LEEWAY_S = 2.0  # between this machine's clock and the one that dates files, before it is worth a word
 _KIND = re.compile(r"^kind: (\w+)$", re.MULTILINE)
 _LADDER = re.compile(r"^ladder:$", re.MULTILINE)  # an empty one is written as {}
+_NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")  # of a variable, as launch/stages.py has it
 _IMAGES = re.compile(r"^train:\n(?:[ \t].*\n)*?  images: (\d+)$", re.MULTILINE)
 
 
@@ -95,10 +96,18 @@ def trained_in(config: Path) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def stage_names(config: Path) -> list[str]:
-    """The stages of a pipeline's config.yaml, in order."""
-    stages = _yaml(config).get("stages")
-    return [stage["name"] for stage in stages] if isinstance(stages, list) else []
+def stages(out: Path) -> dict[str, Path | None]:
+    """The stages of a pipeline, in order, as OUT/config.yaml declares them, each with the folder of its points if it is
+    a sweep."""
+    pipeline = _yaml(out / "config.yaml")
+    values = {**(pipeline.get("counts") or {}), **(pipeline.get("variables") or {}), "out": str(out)}
+    found: dict[str, Path | None] = {}
+    for stage in pipeline.get("stages") or []:
+        points = stage.get("out")
+        if points is not None:
+            points = Path(_NAME.sub(lambda match: str(values.get(match[1], match[0])), points))
+        found[stage["name"]] = points
+    return found
 
 
 def _yaml(path: Path) -> dict[str, Any]:

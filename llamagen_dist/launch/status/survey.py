@@ -199,24 +199,28 @@ def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, depth: 
 
 def _pipeline(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     """A row for the pipeline, one for each stage that has begun or is to come."""
-    declared = files.stage_names(out / "config.yaml")
-    there = sorted(_names(out / "stages"))
+    declared = files.stages(out) or dict.fromkeys(sorted(_names(out / "stages")))
     rows = []
-    for stage in declared or there:
-        rows += _stage(stage, out / "stages" / stage, slurm, clock)
+    for stage, points in declared.items():
+        rows += _stage(stage, out / "stages" / stage, points, slurm, clock)
     stages = [row for row in rows if row.depth == 1]
     now = next((row for row in stages if row.state.name != FINISHED), None)
     done = f"{sum(row.state.name == FINISHED for row in stages)} of {len(stages)} stages are done"
     state = State(FINISHED) if now is None else State(now.state.name, done)
-    if state.name == WAITING and not any((row.folder / "launch").exists() for row in stages):
+    if state.name == WAITING and not any((row.folder / "launch").exists() for row in rows):
         # on this machine the launcher starts one stage after another; lock names it
         state = State(RUNNING, done) if lives(files.read_json(out / "lock") or {}) else State(STOPPED, done)
     return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
 
 
-def _stage(name: str, folder: Path, slurm: Slurm, clock: Clock) -> list[Row]:
+def _stage(name: str, folder: Path, points: Path | None, slurm: Slurm, clock: Clock) -> list[Row]:
+    """points: of a stage that is a sweep, the folder of its points."""
     names = _names(folder)
     done = "DONE.json" in names
+    if points is not None and points.is_dir():
+        whole, *rows = _sweep(name, points, slurm, clock)
+        state = State(FINISHED) if done else whole.state
+        return [replace(row, depth=row.depth + 1) for row in (replace(whole, state=state), *rows)]
     trained = files.trained_in(folder / "config.yaml") if "config.yaml" in names else None
     progress, rungs = Progress(), []
     if trained is not None and trained.is_dir():

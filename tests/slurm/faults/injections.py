@@ -21,7 +21,7 @@ NODES, COMMON, ELASTIC = 10, "n[1-7]", "n[8-10]"
 
 
 def time_limit(trial: Trial) -> None:
-    """SLURM's own signal before the end of a two-minute slice: it looks twice a minute, so 60 to 90 s after the start."""
+    """SLURM's own signal before the end of a two-minute slice: it looks twice a minute, so after 60 to 90 s."""
     trial.at_step(1)
     first = trial.owner
     trial.goes_on(first)
