@@ -30,15 +30,15 @@ check_machine() {
 
 alive() { # PIDFILE: a zombie that nobody has collected yet is not alive
   local pid
-  [ -s "$1" ] && pid=$(cat "$1") && [ -r "/proc/$pid/status" ] && ! grep -q '^State:[[:space:]]*Z' "/proc/$pid/status"
+  pid=$(cat "$1" 2> /dev/null) && [ -n "$pid" ] && [ -r "/proc/$pid/status" ] && ! grep -q '^State:[[:space:]]*Z' "/proc/$pid/status"
 }
 
 stop() { # PIDFILE [tenths of a second to wait before it is killed]
   local tenth
   if alive "$1"; then
-    kill "$(cat "$1")" 2> /dev/null || true
+    kill "$(cat "$1" 2> /dev/null)" 2> /dev/null || true
     for tenth in $(seq "${2:-50}"); do alive "$1" && sleep 0.1 || break; done
-    if alive "$1"; then kill -9 "$(cat "$1")" 2> /dev/null || true; fi
+    if alive "$1"; then kill -9 "$(cat "$1" 2> /dev/null)" 2> /dev/null || true; fi
   fi
   rm -f "$1"
 }
