@@ -7,10 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from llamagen_dist.checkpoint.folder import complete
 from tests.slurm.faults import checks
-from tests.slurm.faults.injections import COMMON, ELASTIC, Fault, SmallDisk
+from tests.slurm.faults.injections import ELASTIC, Fault, SmallDisk
 from tests.slurm.faults.programs import PROGRAMS, STEPS, Program, paced_checkout
 from tests.slurm.faults.trial import Trial, slurm
 
@@ -43,7 +44,7 @@ class Campaign:
         self._folder, self._say = folder, say
         self._checkout = paced_checkout(folder / "checkout")
         self._configs = {name: PROGRAMS[name].write_config(folder / "data") for name in programs}
-        self._pool = ThreadPoolExecutor(at_once)
+        self._pool, self._alone = ThreadPoolExecutor(at_once), Lock()
         self._whole: dict[str, Future[Trial]] = {
             name: self._pool.submit(self._uninterrupted, name) for name in programs
         }
@@ -71,6 +72,8 @@ class Campaign:
         problems: list[str] = []
         began = time.time()
         with ExitStack() as stack:
+            if fault.alone:
+                stack.enter_context(self._alone)
             try:
                 if fault.small_disk:
                     stack.enter_context(self._small_disk(trial))
@@ -122,9 +125,17 @@ def _result(fault: Fault, name: str, trial: Trial, problems: list[str]) -> Resul
 
 
 def cases(only: Sequence[int] | None, programs: Sequence[str], faults: Sequence[Fault]) -> list[tuple[Fault, str]]:
-    """Those that last longest first, so that nothing long is left over at the end."""
+    """Those that last longest first, and those that wait for each other apart."""
     chosen = [(fault, name) for fault in faults for name in programs if only is None or fault.number in only]
-    return sorted(chosen, key=lambda case: (case[0].number not in (1, 7, 10), case[0].number))
+    early = {
+        (10, "gpt"): 0,
+        (1, "gpt"): 1,
+        (1, "tokenizer"): 1,
+        (7, "gpt"): 2,
+        (7, "tokenizer"): 2,
+        (10, "tokenizer"): 3,
+    }
+    return sorted(chosen, key=lambda case: (early.get((case[0].number, case[1]), 4), case[0].number))
 
 
-__all__ = ["COMMON", "Campaign", "Result", "cases", "judge"]
+__all__ = ["Campaign", "Result", "cases", "judge"]

@@ -218,6 +218,8 @@ class Fault:
     launches: bool = True
     """Whether the run is launched before the injection."""
     small_disk: bool = False
+    alone: bool = False
+    """Not for two programs at a time: they would take each other's nodes."""
 
 
 FAULTS = (
@@ -237,6 +239,7 @@ FAULTS = (
         0,
         {"elastic": {"nodes": [1], "after_minutes": 0.2}, "sbatch": {"exclude": COMMON}},
         tolerance=1e-5,
+        alone=True,
     ),
     Fault(11, "hung rank", hung_rank, SAVE_EVERY),
     Fault(12, "two launches at once", two_launches, 0, launches=False),

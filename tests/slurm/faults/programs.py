@@ -16,18 +16,20 @@ from tests.slurm.local_cluster import ROOT
 STEPS, SAVE_EVERY = 120, 15
 TOKEN_SAMPLES, IMAGE_SAMPLES = 200, 96
 _BEAT = '        """``step`` steps are done."""\n'
-_PACE = '''"""Added to this copy for its tests: every step is written down and takes LLAMAGEN_TEST_PACE_S longer."""
+_PACE = '''"""Added for tests: steps are written down, and take LLAMAGEN_TEST_PACE_S longer until a restart."""
 
 import os
 import time
 
 
 def step(rank: int, number: int) -> None:
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     if rank == 0:
-        owner = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        owner = f"{os.environ['SLURM_JOB_ID']}.{restart}"
         with open(os.environ["LLAMAGEN_TEST_STEPS"], "a") as file:
             file.write(f"{time.time():.3f} {owner} {number}\\n")
-    time.sleep(float(os.environ["LLAMAGEN_TEST_PACE_S"]))
+    if restart == "0":
+        time.sleep(float(os.environ["LLAMAGEN_TEST_PACE_S"]))
 '''
 
 
@@ -114,8 +116,8 @@ PROGRAMS = {program.name: program for program in (GPT, TOKENIZER)}
 
 
 def paced_checkout(folder: Path) -> Path:
-    """The programs as they are, in which rank 0 writes down every step and a step takes a moment longer: a fault must
-    find the run in the middle on a fast machine too."""
+    """The programs as they are, but rank 0 writes down every step, and until a restart steps take a moment longer: a
+    fault must find the run in the middle on a fast machine too."""
     for name in ("llamagen_dist", "tokenizer_training", "eval", "slurm"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     watchdog = folder / "llamagen_dist/training/watchdog.py"

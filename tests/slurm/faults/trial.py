@@ -18,7 +18,7 @@ from llamagen_dist.launch.slurm.records import Place, read_json
 from tests.slurm.faults.programs import Program
 from tests.slurm.local_cluster import ROOT
 
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 T = TypeVar("T")
 
 
@@ -39,7 +39,8 @@ class Step:
 class Trial:
     """The run of ``program`` in ``folder`` under a profile of its own.
 
-    profile: laid over slurm/local.yaml. settings: ``key=value`` words for the config. pace_s: the least time of a step.
+    profile: laid over slurm/local.yaml. settings: ``key=value`` words for the config. pace_s: what
+    a step takes longer, before the first restart.
     """
 
     program: Program
