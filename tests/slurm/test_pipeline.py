@@ -136,9 +136,9 @@ def test_a_stage_that_is_a_sweep_is_an_array_whose_failed_points_are_mended(root
     (out / "ladder/mended").touch()
     mended = llamagen(root, *words, "--follow")
     assert mended.returncode == 0, mended.stdout + mended.stderr
-    assert "1 points on 2 ranks" in mended.stdout
-    tries = {name: len((out / f"ladder/{name}/rate_0.txt").read_text().split()) for name in ("small", "large")}
-    assert tries == {"small": 1, "large": 2}
+    assert "1 point on 2 ranks" in mended.stdout
+    told = {name: [event["event"] for event in Place.of(out / "ladder" / name).events()] for name in ("small", "large")}
+    assert {name: found.count("started") for name, found in told.items()} == {"small": 1, "large": 2}
     done = [
         json.loads((out / path).read_text()) for path in ("stages/ladder/DONE.json", "ladder/small/launch/DONE.json")
     ]

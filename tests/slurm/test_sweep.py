@@ -42,7 +42,7 @@ def events(out: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def tries(out: Path) -> dict[str, int]:
-    return {name: len((out / name / "rate_0.txt").read_text().split()) for name in POINTS}
+    return {name: len(found) for name, found in events(out, "started").items()}
 
 
 def most_at_once(out: Path) -> int:

@@ -46,7 +46,11 @@ def sweep_file(folder: Path, **keys: Any) -> Path:
 
 def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """A squeue that knows these jobs."""
-    program = folder / "bin/squeue"
+    fake(folder, monkeypatch, "squeue", *lines)
+
+
+def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *lines: str) -> None:
+    program = folder / "bin" / name
     program.parent.mkdir(exist_ok=True)
     program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -76,6 +80,16 @@ def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
         cli.main(["sweep", str(sweep_file(tmp_path)), "--out", str(tmp_path / "out"), "--cluster", str(PROFILE)])
     assert not (tmp_path / "out").exists()
+
+
+def test_more_points_than_an_array_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = points.sweep(sweep_file(tmp_path, grid={"train.seed": list(range(1002))}), tmp_path / "out")
+    assert array.size_for(many, profile()).ranks == 4, "nobody to ask"
+    fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1001")
+    with pytest.raises(UserError, match="1,002 points: SLURM takes arrays of up to 1,001 here"):
+        array.size_for(many, profile())
+    fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1002")
+    assert array.size_for(many, profile()).ranks == 4
 
 
 def test_the_size_of_a_stage(tmp_path: Path) -> None:

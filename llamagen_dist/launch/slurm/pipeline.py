@@ -105,7 +105,7 @@ def _submit(plan: Plan, profile: ClusterConfig, sizes: list[Size], screen: Scree
         if jobs:
             job = jobs[0].partition("_")[0]
             waits = f", after job {before[0].partition('_')[0]}" if before else ""
-            many = f"{len(jobs)} points on " if stage.sweep is not None else ""
+            many = f"{len(jobs)} point{'s' * (len(jobs) > 1)} on " if stage.sweep is not None else ""
             screen.say(f"{place} — job {job}, {many}{_words(size)}{waits}: {stage.why}")
             submitted = True
         before = [*live, *jobs]

@@ -168,3 +168,12 @@ def partition(name: str | None) -> list[NodeKind]:
             NodeKind(total, idle, int(cpus.rstrip("+")), gpus, None if limit == "infinite" else minutes(limit))
         )
     return kinds
+
+
+def largest_array() -> int | None:
+    """How many items a job array may have here; None where SLURM does not say."""
+    try:
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)$", ask(["scontrol", "show", "config"]), re.MULTILINE)
+    except UserError:
+        return None
+    return int(found[1]) if found else None

@@ -16,10 +16,15 @@ from llamagen_dist.launch.slurm.run import Found, find, fits
 from llamagen_dist.launch.slurm.submission import Size, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.sweep import State, begin, check, conclude, folder_of, state_of
 
+USUAL_ARRAY = 500  # no cluster allows fewer; of larger ones it is asked how many
+
 
 def size_for(sweep: Sweep, profile: ClusterConfig) -> Size:
     """Of every point's job. Raises UserError for what the partition or a point's batch does not allow."""
     size = size_of(profile, sweep.config.nodes, sweep.config.gpus_per_node)
+    most = queue.largest_array() if len(sweep.points) > USUAL_ARRAY else None
+    if most is not None and len(sweep.points) > most:
+        raise UserError(f"{len(sweep.points):,} points: SLURM takes arrays of up to {most:,} here; make several sweeps")
     for point in sweep.points:
         assert point.stage.config is not None
         try:
