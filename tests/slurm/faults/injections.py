@@ -12,7 +12,7 @@ from typing import Any
 from llamagen_dist.checkpoint.folder import complete
 from tests.slurm import local_cluster
 from tests.slurm.faults.programs import SAVE_EVERY, STEPS
-from tests.slurm.faults.trial import TooLateError, Trial, slurm, wait_for
+from tests.slurm.faults.trial import PATIENCE_S, TooLateError, Trial, slurm, wait_for
 
 BESIDE = 3  # steps that are done while a checkpoint is being written
 MIDDLE = STEPS // 3 + SAVE_EVERY // 2  # between two saves
@@ -119,18 +119,22 @@ def kill_in_save(trial: Trial) -> None:
 
 
 def _kill_at(trial: Trial, point: Point, pids: list[int]) -> str:
-    folder, deadline = trial.folder / "checkpoints", time.monotonic() + 120
-    while time.monotonic() < deadline:  # without a pause: a small checkpoint is written in milliseconds
-        for name in os.listdir(folder) if folder.exists() else ():
-            try:
-                names = set(os.listdir(folder / name))
-            except FileNotFoundError:
-                continue
-            if "COMPLETE" not in names and point.now(names):
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
-                trial.fault_at = time.time()
-                return "half written" if not (folder / name / "COMPLETE").exists() else "just written"
+    folder, deadline = trial.folder / "checkpoints", time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if trial.steps()[-1].number % SAVE_EVERY not in (SAVE_EVERY - 1, 0):
+            time.sleep(0.02)
+            continue
+        for _ in range(100):  # without a pause: a small checkpoint is written in milliseconds
+            for name in os.listdir(folder):
+                try:
+                    names = set(os.listdir(folder / name))
+                except FileNotFoundError:
+                    continue
+                if "COMPLETE" not in names and point.now(names):
+                    for pid in pids:
+                        os.kill(pid, signal.SIGKILL)
+                    trial.fault_at = time.time()
+                    return "half written" if not (folder / name / "COMPLETE").exists() else "just written"
     raise TooLateError(f"no save of {trial.folder.name} was seen at the point {point.name!r}")
 
 

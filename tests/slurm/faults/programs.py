@@ -106,8 +106,8 @@ TOKENIZER = Program(
             "perceptual": "none",
             "discriminator": {"start_images": 320, "channels": 8, "layers": 2, "norm": "group", "weight": 0.1},
         },
-        # eps: a bias before a normalisation has no gradient but rounding, which Adam would blow up to whole steps; these
-        # two keep runs of 4 and of 2 ranks within 3e-7 of each other, while a step moves weights by 2e-4
+        # eps: a bias before a normalisation has no gradient but rounding, which Adam would blow up to whole steps;
+        # these two keep runs of 4 and of 2 ranks within 3e-7 of each other, while a step moves weights by 2e-4
         "optim": {"lr": 2e-4, "eps": 1e-4, "weight_decay": 0.0},
     },
     {"image_size": 16},
