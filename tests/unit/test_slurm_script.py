@@ -1,6 +1,8 @@
 """The sbatch script, profiles, and the few facts that ranks derive from SLURM's variables."""
 
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from llamagen_dist.config import ClusterConfig, UserError, load
 from llamagen_dist.config.cluster import minutes
+from llamagen_dist.launch.slurm import batch, lock
 from llamagen_dist.launch.slurm.records import Limits, Place, Work, read_work, steps_done, write_works
 from llamagen_dist.launch.slurm.submission import Size, job_name, masked, script
 from llamagen_dist.launch.slurm.task import first_host, port
@@ -199,3 +202,32 @@ def test_a_torn_history_is_read_up_to_the_tear(tmp_path):
     assert [event["event"] for event in place.events()] == ["submitted", "started"]
     place.tell("done", job="1")
     assert [event["event"] for event in place.events()] == ["submitted", "started", "done"]
+
+
+def test_a_job_that_begins_at_once_waits_until_its_launch_has_written_it_down(tmp_path, monkeypatch):
+    place = Place.of(tmp_path)
+    place.path.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lock.take(place, "mine")
+
+    def launcher() -> None:  # as submit() ends
+        time.sleep(0.4)
+        place.tell("submitted", job="7")
+        lock.name_jobs(place, "mine", ("7",))
+
+    thread = threading.Thread(target=launcher)
+    thread.start()
+    assert batch.begin(work(str(tmp_path), token="mine"), "", 0) == 0
+    thread.join()
+    assert [event["event"] for event in place.events()] == ["submitted", "started"]
+
+
+def test_without_that_wait_it_would_look_as_if_submitted_again(tmp_path, monkeypatch):
+    place = Place.of(tmp_path)
+    place.path.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(batch, "NAMED_S", 0.0)
+    lock.take(place, "mine")
+    assert batch.begin(work(str(tmp_path), token="mine"), "", 0) == 0
+    place.tell("submitted", job="7")
+    assert [event["event"] for event in place.events()] == ["started", "submitted"]

@@ -25,12 +25,16 @@ from llamagen_dist.launch.slurm.task import owner
 
 REQUEUE = 99
 NOT_OURS = 3
+NAMED_S = 10.0  # how long a launch that lives takes from sbatch to the job's id in the lock
 
 
 def begin(work: Work, works: str, index: int) -> int:
     """Become the one incarnation that may write in the folder. Returns the exit code."""
     place, me = Place.of(work.folder), owner(os.environ)
-    held = lock.read(place)
+    held, deadline = lock.read(place), time.monotonic() + NAMED_S
+    while held is not None and held.token == work.token and not held.jobs and time.monotonic() < deadline:
+        time.sleep(0.1)  # "submitted" comes first in the history: what ended is told by what comes last
+        held = lock.read(place)
     if held is None or held.token != work.token:
         print(f"{work.folder} belongs to another launch by now; this job ends", file=sys.stderr, flush=True)
         return NOT_OURS

@@ -153,8 +153,8 @@ def submit(
         _works_file(works, token).unlink(missing_ok=True)
         raise
     for place, job in zip(places, jobs, strict=True):
-        lock.name_jobs(place, token, (job,))
         place.tell("submitted", job=job, restart=0, nodes=size.nodes, ranks=size.ranks, token=token)
+        lock.name_jobs(place, token, (job,))  # for this the job's begin waits
     return jobs
 
 
