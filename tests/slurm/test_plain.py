@@ -15,14 +15,14 @@ from tests.slurm.toy import wait_for
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("plain") / "checkout", "toy_program.py")
+    return checkout(tmp_path_factory.mktemp("plain") / "checkout")
 
 
 def submit(root: Path, *program: object, script: Path = ROOT / "slurm/plain.sbatch", **environment: str) -> str:
     """The job's id."""
     site = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
     done = subprocess.run(
-        ["sbatch", "--parsable", *site, str(script), "tokenizer_training.toy", *map(str, program)],
+        ["sbatch", "--parsable", *site, str(script), "tokenizer_training.toy_program", *map(str, program)],
         cwd=root,
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
