@@ -59,8 +59,8 @@ def broken(toy: Toy, folder: Path, good: str, bad: str) -> Toy:
 
 
 def test_a_launch_killed_after_sbatch_has_left_a_job_and_the_next_attaches(toy: Toy, tmp_path: Path) -> None:
-    good = "        lock.name_jobs(place, token, (job,))\n"
-    killed = broken(toy, tmp_path, good, "        os.kill(os.getpid(), 9)\n" + good)
+    good = "    for place, job in zip(places, jobs, strict=True):\n"
+    killed = broken(toy, tmp_path, good, "    os.kill(os.getpid(), 9)\n" + good)
     assert killed.launch("after", "60 0.1 1000", nodes=1).returncode == -9
     held = lock.read(Place.of(toy.run("after")))
     assert held is not None
