@@ -46,10 +46,8 @@ torch on two cores that several runs share.
 """
 
 
-def page(results: Sequence[Result], minutes: float) -> str:
+def page(results: Sequence[Result], commit: str, minutes: float) -> str:
     """slurm/FAULTS.md."""
-    words = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     cells = [HEAD, ["---"] * len(HEAD), *(row(result) for result in results)]
     return "\n".join([
         "# Faults\n",
@@ -72,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = [int(word) for word in args.only.split(",")] if args.only else None
     programs = [args.program] if args.program else [*PROGRAMS]
     console, began = Console(width=None if sys.stdout.isatty() else 160), time.monotonic()
+    words = ["git", "describe", "--always", "--dirty"]  # of what the runs are about to be a copy
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="llamagen-faults-") as scratch, another_cluster(NODES):
         campaign = Campaign(args.keep or Path(scratch), programs, args.at_once, console.print)
         try:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result.remarks:
             console.print(f"{result.fault.number} {result.program}: {result.remarks}")
     if only is None and args.program is None:
-        (ROOT / "slurm/FAULTS.md").write_text(page(results, (time.monotonic() - began) / 60))
+        (ROOT / "slurm/FAULTS.md").write_text(page(results, commit, (time.monotonic() - began) / 60))
     return 0 if all(result.passed for result in results) else 1
 
 
