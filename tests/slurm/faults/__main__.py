@@ -40,9 +40,10 @@ ABOUT = """\
 *equal*: every line of metrics.jsonl and every tensor of the last checkpoint (weights, moving averages, optimizer) are
 those of the run that nothing happened to, to the last bit (fault 10, which changes the number of ranks: within 1e-5);
 the digests say that no image was seen twice or left out; nothing half-written is left. Steps redone are summed over the
-restarts; none is allowed after a signal, after a kill those since the last save. Of the seconds until the run steps
-again about 6 are this SLURM's wait before a requeued job may start, and most of the others the start of Python and
-torch on two cores that several runs share.
+restarts; none is allowed after a signal, after a kill those since the last save (and the few that are done while a
+checkpoint is being written, faults 7 and 9; since the save before it where the last one is damaged, fault 8). Of the
+seconds until the run steps again about 6 are this SLURM's wait before a requeued job may start, and most of the others
+the start of Python and torch on two cores that several runs share.
 """
 
 
