@@ -13,27 +13,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.runs.checkout import checkout
+
 ALIVE_S = 30.0
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in small: the library, and the toy as its only program."""
-    folder = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "embedded")
-    shutil.copytree(REPOSITORY / "llamagen_dist", folder / "llamagen_dist", ignore=ignore)
-    (folder / "tokenizer_training").mkdir()
-    (folder / "tokenizer_training/__init__.py").touch()
-    shutil.copy(REPOSITORY / "tests/runs/toy_program.py", folder / "tokenizer_training/toy.py")
-    return folder
+    return checkout(tmp_path_factory.mktemp("checkout"), "runs/toy_program.py")
 
 
 def stage(name: str, *arguments: str, ranks: int = 1, **more: object) -> dict[str, object]:
     return {
         "name": name,
         "why": "a test",
-        "module": "tokenizer_training.toy",
+        "module": "tokenizer_training.toy_program",
         "ranks": ranks,
         "arguments": [arguments[0], "{out}/work", *arguments[1:]],
         **more,
@@ -113,7 +107,7 @@ def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path) -
         assert facts["MASTER_ADDR"] == "127.0.0.1"
         snapshot = next((out / "code").iterdir())
         assert facts["cwd"] == facts["PYTHONPATH"] == str(snapshot)
-        assert facts["file"] == str(snapshot / "tokenizer_training/toy.py")
+        assert facts["file"] == str(snapshot / "tokenizer_training/toy_program.py")
         assert (facts["progress"] == "none") == (rank == 1)
     record = json.loads((out / "stages/meet/DONE.json").read_text())
     assert {
@@ -279,7 +273,7 @@ def test_an_edit_does_not_reach_a_running_job_but_the_next_launch(tmp_path: Path
         cwd=mine,
         check=True,
     )
-    out, toy = tmp_path / "out", mine / "tokenizer_training/toy.py"
+    out, toy = tmp_path / "out", mine / "tokenizer_training/toy_program.py"
     file = pipeline(
         tmp_path,
         stage("long", "work", "1", "0"),

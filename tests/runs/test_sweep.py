@@ -1,45 +1,28 @@
 """A sweep on this machine through its real command line: failures, going on, retries."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.runs.checkout import ROOT, checkout, llamagen
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in small: the library, and the toy as its only program."""
-    folder = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "embedded")
-    shutil.copytree(REPOSITORY / "llamagen_dist", folder / "llamagen_dist", ignore=ignore)
-    (folder / "tokenizer_training").mkdir()
-    (folder / "tokenizer_training/__init__.py").touch()
-    shutil.copy(REPOSITORY / "tests/runs/toy_run.py", folder / "tokenizer_training/toy.py")
-    return folder
-
-
-def llamagen(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llamagen_dist.cli", *words],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    return checkout(tmp_path_factory.mktemp("checkout"), "runs/toy_run.py")
 
 
 def write_sweep(file: Path, points: dict[str, dict[str, int]]) -> Path:
-    base = REPOSITORY / "configs/gpt/GPT-B.yaml"
-    content = {"kind": "sweep", "title": "toy", "module": "tokenizer_training.toy", "config": str(base), "list": points}
+    base = ROOT / "configs/gpt/GPT-B.yaml"
+    content = {
+        "kind": "sweep",
+        "title": "toy",
+        "module": "tokenizer_training.toy_run",
+        "config": str(base),
+        "list": points,
+    }
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
 
@@ -72,7 +55,7 @@ def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path
 def test_a_pipelines_stage_that_is_a_sweep(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_sweep(tmp_path / "ladder.yaml", {"small": {"train.seed": 1}, "large": {"train.seed": 13}})
-    stage = {"name": "ladder", "why": "a test", "module": "tokenizer_training.toy", "config": "ladder.yaml"}
+    stage = {"name": "ladder", "why": "a test", "module": "tokenizer_training.toy_run", "config": "ladder.yaml"}
     stage |= {"out": "{out}/ladder", "produces": ["{out}/ladder/large/rate_0.txt"]}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"kind": "pipeline", "title": "toy", "stages": [stage]}))
     words = ("pipeline", str(tmp_path / "p.yaml"), "--out", str(out))

@@ -12,12 +12,13 @@ import yaml
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place, read_json
 from llamagen_dist.launch.slurm.run import find
-from tests.slurm.checkout import ROOT, checkout, llamagen, profile
+from tests.runs.checkout import ROOT, checkout, llamagen
+from tests.slurm.toy import profile
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("pipeline"))
+    return checkout(tmp_path_factory.mktemp("pipeline"), "runs/toy_program.py", "runs/toy_run.py")
 
 
 def stage(name: str, *arguments: str, **more: object) -> dict[str, object]:

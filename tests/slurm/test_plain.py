@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from llamagen_dist.launch.slurm import queue
-from tests.slurm.checkout import ROOT, checkout
+from tests.runs.checkout import ROOT, checkout
 from tests.slurm.toy import wait_for
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("plain") / "checkout")
+    return checkout(tmp_path_factory.mktemp("plain") / "checkout", "runs/toy_program.py", "runs/toy_run.py")
 
 
 def submit(root: Path, *program: object, script: Path = ROOT / "slurm/plain.sbatch", **environment: str) -> str:

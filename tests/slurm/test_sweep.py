@@ -9,7 +9,8 @@ import yaml
 
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place
-from tests.slurm.checkout import ROOT, checkout, llamagen, profile
+from tests.runs.checkout import ROOT, checkout, llamagen
+from tests.slurm.toy import profile
 
 POINTS = {
     "slow": 15,
@@ -57,7 +58,7 @@ def most_at_once(out: Path) -> int:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkout(tmp_path_factory.mktemp("sweep"))
+    return checkout(tmp_path_factory.mktemp("sweep"), "runs/toy_program.py", "runs/toy_run.py")
 
 
 def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> None:

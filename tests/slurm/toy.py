@@ -1,9 +1,6 @@
 """Launches of a program that only counts, from a checkout in small, on the cluster that SLURM_CONF names."""
 
-import os
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +10,14 @@ import yaml
 
 from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.slurm.records import Place
+from tests.runs.checkout import ROOT, checkout, llamagen
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def profile(folder: Path, **keys: object) -> Path:
+    """slurm/local.yaml with other keys."""
+    file = folder / "profile.yaml"
+    file.write_text(yaml.safe_dump({"base": str(ROOT / "slurm/local.yaml"), **keys}))
+    return file
 
 
 class Toy:
@@ -23,30 +26,15 @@ class Toy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.root = folder / "checkout"
-        shutil.copytree(
-            ROOT / "llamagen_dist",
-            self.root / "llamagen_dist",
-            ignore=shutil.ignore_patterns("__pycache__", "embedded"),
-        )
-        (self.root / "tokenizer_training").mkdir()
-        (self.root / "tokenizer_training/__init__.py").touch()
-        shutil.copy(ROOT / "tests/slurm/counting.py", self.root / "tokenizer_training/counting.py")
+        checkout(self.root, "slurm/counting.py")
 
     def launch(self, name: str, count: str, *more: str, **profile: Any) -> subprocess.CompletedProcess[str]:
         file = self.folder / f"{name}.cluster.yaml"
         base = yaml.safe_load((ROOT / "slurm/local.yaml").read_text())
         file.write_text(yaml.safe_dump({**base, "exports": {"COUNT": count}, **profile}))
         config = ROOT / "configs/gpt/quickstart.yaml"
-        words = ["-m", "llamagen_dist.cli", "launch", "tokenizer_training.counting", str(config)]
-        return subprocess.run(
-            [sys.executable, *words, f"run_dir={self.run(name)}", "--cluster", str(file), *more],
-            cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        words = ("launch", "tokenizer_training.counting", config, f"run_dir={self.run(name)}", "--cluster", file, *more)
+        return llamagen(self.root, *words)
 
     def run(self, name: str) -> Path:
         return self.folder / name

@@ -45,8 +45,8 @@ checkpoint is being written, faults 7 and 9; since the save before it where the 
 seconds until the run steps again about 6 are this SLURM's wait before a requeued job may start, and most of the others
 the start of Python and torch on two cores that several runs share.
 
-The tokenizer's optimizer has lr 2e-4 and eps 1e-4 here: with Adam's usual eps of 1e-8, biases in front of a normalisation,
-whose gradient is nothing but rounding, end up to 5e-4 apart on another number of ranks (fault 10).
+The tokenizer's optimizer has lr 2e-4 and eps 1e-4 here: with Adam's usual eps of 1e-8, biases in front of a
+normalisation, whose gradient is nothing but rounding, end up to 5e-4 apart on another number of ranks (fault 10).
 """
 
 
