@@ -55,7 +55,7 @@ def once(toy: Toy, name: str) -> dict[str, float]:
     works = str(place.path / f"work-{held.token}.json")
     begin = (
         "import sys; from llamagen_dist.launch.slurm import batch, records; "
-        "sys.exit(batch.begin(records.read_work(sys.argv[1]), sys.argv[1], 0))"
+        "sys.exit(batch.begin(records.read_work(sys.argv[1])))"
     )
     environment = {"SLURM_JOB_ID": owner.split(".")[0], "SLURM_RESTART_COUNT": "99"}
     python = timed([sys.executable, "-c", f"import {batch.__name__}"])

@@ -217,7 +217,7 @@ def test_a_job_that_begins_at_once_waits_until_its_launch_has_written_it_down(tm
 
     thread = threading.Thread(target=launcher)
     thread.start()
-    assert batch.begin(work(str(tmp_path), token="mine"), "", 0) == 0
+    assert batch.begin(work(str(tmp_path), token="mine")) == 0
     thread.join()
     assert [event["event"] for event in place.events()] == ["submitted", "started"]
 
@@ -228,6 +228,6 @@ def test_without_that_wait_it_would_look_as_if_submitted_again(tmp_path, monkeyp
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(batch, "NAMED_S", 0.0)
     lock.take(place, "mine")
-    assert batch.begin(work(str(tmp_path), token="mine"), "", 0) == 0
+    assert batch.begin(work(str(tmp_path), token="mine")) == 0
     place.tell("submitted", job="7")
     assert [event["event"] for event in place.events()] == ["started", "submitted"]

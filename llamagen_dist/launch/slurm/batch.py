@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.files import write_text
+from llamagen_dist.launch.job import DONE
 from llamagen_dist.launch.slurm import elastic, lock
-from llamagen_dist.launch.slurm.decide import DONE, Verdict, decide
+from llamagen_dist.launch.slurm.decide import Verdict, decide
 from llamagen_dist.launch.slurm.records import Place, Work, finish_whole, read_json, read_work, steps_of
 from llamagen_dist.launch.slurm.task import owner
 
@@ -28,7 +29,7 @@ NOT_OURS = 3
 NAMED_S = 10.0  # how long a launch that lives takes from sbatch to the job's id in the lock
 
 
-def begin(work: Work, works: str, index: int) -> int:
+def begin(work: Work) -> int:
     """Become the one incarnation that may write in the folder. Returns the exit code."""
     place, me = Place.of(work.folder), owner(os.environ)
     held, deadline = lock.read(place), time.monotonic() + NAMED_S
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> int:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     work = read_work(works, index)
     if what == "begin":
-        code = begin(work, works, index)
+        code = begin(work)
         if code == 0:
             keeper = [sys.executable, "-m", "llamagen_dist.launch.slurm.keeper", works, str(index), rest[0]]
             subprocess.Popen(keeper, stdin=subprocess.DEVNULL)

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llamagen_dist.launch.job import CRASHED, DONE, INTERRUPTED, STOPPED, USER_ERROR
 from llamagen_dist.launch.slurm.records import Limits
 
-DONE, USER_ERROR, STOPPED, INTERRUPTED, CRASHED = "done", "user_error", "stopped", "interrupted", "crashed"
 HOPELESS = ("NonFiniteError",)  # the same positions give the same numbers: it would only happen again
 BY_SIGNAL = (130, 128 + 15, 128 + 12)  # exit codes of a rank that was told to stop before it listened
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from llamagen_dist.files import seconds_old
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.queue import JobState, SilentError
-from llamagen_dist.launch.slurm.records import Place, Work, steps_done
+from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, steps_done
 
 POLL_S = 1.0
 REMIND_S = 5.0  # the signal is sent again: a job that has just begun has no ranks yet that could hear it
@@ -177,8 +177,7 @@ def makes_room(place: Place, job: str) -> str | None:
 
 def over(place: Place) -> bool:
     """Whether this launch has ended, well or not."""
-    last = next((e for e in reversed(place.events()) if e["event"] in ("submitted", "done", "failed")), None)
-    return last is not None and last["event"] != "submitted"
+    return outcome_of(place.events()) != ""
 
 
 def cancel_others(place: Place, job: str, only_waiting: bool = False) -> None:

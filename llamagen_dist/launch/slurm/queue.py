@@ -95,19 +95,6 @@ def mine(patience_s: float = ANSWER_S) -> dict[str, JobState]:
     return found
 
 
-def final(jobs: Iterable[str]) -> dict[str, str]:
-    """The last state of jobs that squeue has forgotten, where accounting knows it; empty where sacct is disabled."""
-    names = list(jobs)
-    if not names:
-        return {}
-    try:
-        text = ask(["sacct", "-n", "-X", "--parsable2", "-o", "JobID,State", "-j", ",".join(names)])
-    except UserError:
-        return {}
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 1)
-    return {job: state.split()[0] for job, state in rows if state}
-
-
 def signal(job: str, name: str = "USR2", patience_s: float = ANSWER_S) -> None:
     """Send a signal to all ranks of a job, not to its batch script. Raises SilentError, after a long while for a job
     that is back in the queue, since scancel waits for it to run."""

@@ -11,7 +11,7 @@ notes/JOB.RESTART/rank_K.json   how the ranks of one incarnation ended
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,13 @@ class Place:
             except ValueError:
                 continue
         return found
+
+
+def outcome_of(events: Sequence[Mapping[str, Any]]) -> str:
+    """How the newest submission in a history has ended: "done" or "failed"; empty while it has not."""
+    ends = ("done", "failed", "submitted")
+    last = next((event["event"] for event in reversed(events) if event.get("event") in ends), "submitted")
+    return "" if last == "submitted" else str(last)
 
 
 def write_works(file: Path, works: list[Work]) -> None:

@@ -16,7 +16,7 @@ from llamagen_dist.launch.process import not_anothers, own_folder
 from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.single import folder_of
 from llamagen_dist.launch.slurm import elastic, lock, queue, standby
-from llamagen_dist.launch.slurm.records import Place, Work, read_json
+from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, read_json
 from llamagen_dist.launch.slurm.submission import Size, check_path, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
 from llamagen_dist.training import timing
@@ -51,9 +51,8 @@ def find(folder: Path, jobs: dict[str, queue.JobState] | None = None) -> Found:
         return Found("running", alive[0].job, alive[0], held)
     if not held.jobs and not ours and lock.age(place) < lock.SUBMITTING_S:
         return Found("submitting", None, None, held)
-    last = next((e for e in reversed(place.events()) if e["event"] in ("done", "failed", "submitted")), None)
     job = held.jobs[0] if held.jobs else None
-    if last is not None and last["event"] == "done":
+    if outcome_of(place.events()) == "done":
         return Found("finished", job, None, held)
     end = read_json(place.end)
     if end is not None:

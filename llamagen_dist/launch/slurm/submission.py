@@ -5,6 +5,7 @@ import re
 import secrets
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ def _executor(
             return 2
 
     first = works[0]
-    python = profile.python or shlex.quote(_this_python())
+    python = profile.python or shlex.quote(sys.executable)
     ours = f"{python} -m llamagen_dist.launch.slurm.batch"
     words = shlex.quote(str(file))
     exports = {**{f"NCCL_{name.removeprefix('NCCL_')}": value for name, value in profile.nccl.items()}}
@@ -292,9 +293,3 @@ def _executor(
     )
     executor.parameters["wckey"] = None  # accounting by keys is few sites' habit, and the others refuse one
     return executor
-
-
-def _this_python() -> str:
-    import sys
-
-    return sys.executable

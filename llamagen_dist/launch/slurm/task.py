@@ -18,12 +18,12 @@ from pathlib import Path
 
 from llamagen_dist.config.errors import UserError
 from llamagen_dist.launch import job
-from llamagen_dist.launch.entry import ERROR_FILE, EXIT_STOPPED
+from llamagen_dist.launch.entry import ERROR_FILE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from llamagen_dist.launch.slurm.records import LOCK, OWNER, SIGNAL_DELAY, Place, Work, read_work
 from llamagen_dist.tracking.progress import PROGRESS_FILE
 
 MARKS = "LLAMAGEN_MARKS"  # environment variable of slurm/plain.sbatch: a folder
-_EXIT = {job.USER_ERROR: 2, job.INTERRUPTED: 130, job.CRASHED: 1}
+_EXIT = {job.USER_ERROR: EXIT_USER_ERROR, job.INTERRUPTED: EXIT_INTERRUPTED, job.CRASHED: 1}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llamagen_dist.config.errors import UserError
 from llamagen_dist.launch.process import Identity, started_at
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.queue import JobState
-from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.launch.slurm.records import Place, outcome_of
 from llamagen_dist.launch.status.files import Clock, read_json, read_text
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
@@ -68,7 +68,7 @@ def of_cluster(folder: Path, finished: bool, slurm: Slurm, clock: Clock) -> Stat
     names = [str(job) for job in lock.get("jobs", [])]
     if names or events:
         known = replace(known, job=names[0] if names else str(events[-1].get("job") or ""))
-    ended = next((e["event"] for e in reversed(events) if e.get("event") in ("done", "failed", "submitted")), "")
+    ended = outcome_of(events)
     if finished or ended == "done":
         return replace(known, name=FINISHED)
     if ended == "failed" or (not names and place.end.exists()):
