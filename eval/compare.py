@@ -8,9 +8,9 @@ refused, with the difference.
 
 from pathlib import Path
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.record import VALUES, common, differences, read_result
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.program import run as run_program
 
 
 def main(argv: list[str]) -> None:

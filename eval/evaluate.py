@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamagen_dist.config import ClassifierSection, EvaluateConfig, UserError, load
+from llamagen_dist.config import ClassifierSection, EvaluateConfig, load
+from llamagen_dist.console import main_rank_progress
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, inception, inception_weights, record
 from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.features import Extraction
 from llamagen_dist.evaluation.image_sets import balanced, open_images
 from llamagen_dist.files import write_bytes
-from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
-from llamagen_dist.tracking.progress import main_rank_progress
+from llamagen_dist.program import run as run_program
 
 
 def main(argv: list[str]) -> None:

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llamagen_dist.config import ReconstructConfig, UserError, load
+from llamagen_dist.config import ReconstructConfig, load
+from llamagen_dist.console import main_rank_progress
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim_llamagen, unpadded
-from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
 from llamagen_dist.sampling.parts import Parts, versions, write_npz
 from llamagen_dist.sampling.pictures import decode_tokens
-from llamagen_dist.tracking.progress import main_rank_progress
 
 RESULT = "reconstruction.npz"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}

@@ -17,18 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist.checkpoint.store import identity
-from llamagen_dist.config import SampleConfig, UserError, load
+from llamagen_dist.config import SampleConfig, load
+from llamagen_dist.console import main_rank_progress
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
-from llamagen_dist.launch.entry import run as run_program
 from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
 from llamagen_dist.sampling.parts import Parts, versions, write_npz
-from llamagen_dist.tracking.progress import main_rank_progress
 
 PER_CLASS = 10
 MEANING = {

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def console() -> None:
     """The ``llamagen`` script: main with the exit codes of a program."""
-    from llamagen_dist.launch.entry import run
+    from llamagen_dist.program import run
 
     run(main)
 

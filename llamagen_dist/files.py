@@ -1,13 +1,21 @@
 """Files that are the old one or the new one, never half, and their hashes. Imports nothing heavy."""
 
 import errno
+import fcntl
 import hashlib
+import json
 import math
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from llamagen_dist.errors import UserError
+from llamagen_dist.process import identify
+
+UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what network disks without locks say
 
 
 @contextmanager
@@ -77,3 +85,135 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, naming the file, where it is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object; the file is damaged")
+    return value
+
+
+def json_if_there(path: Path) -> dict[str, Any] | None:
+    """``read_json`` for files that another process may be about to write: None where that would refuse."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, up to the first line that is not whole: a killed writer's last one."""
+    values = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break
+            if isinstance(value, dict):
+                values.append(value)
+    return values
+
+
+def private_folder(folder: Path, key: str) -> Path:
+    """Create ``folder`` with mode 0700, or check that the one there is ours. Raises UserError, naming the config key."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be made ({error.strerror}); name another folder") from None
+    if status.st_uid != os.getuid() or folder.is_symlink():
+        raise UserError(f"{key}: {folder} belongs to another user, who could change what is read; name another folder")
+    return folder
+
+
+def not_anothers(folder: Path) -> None:
+    """Raises UserError for a folder that belongs to another user; one that does not exist is nobody's."""
+    try:
+        owner = folder.stat().st_uid
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        raise UserError(f"{folder}: you may not look into it; choose another folder") from None
+    if owner != os.getuid():
+        raise UserError(f"{folder} belongs to another user (uid {owner}); choose another folder")
+
+
+def own_folder(folder: Path) -> None:
+    """Make the folder with mode 0700, or check that the one there is ours. Raises UserError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: this path, or one above it, is a file; choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+    not_anothers(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} is not writable; choose another folder or change its permissions")
+
+
+@contextmanager
+def only_launcher(lock: Path) -> Iterator[None]:
+    """Hold the lock file of a folder; the kernel lets go of it when this process ends, however it ends.
+
+    Raises UserError, naming the pid, while another launcher holds it. On a disk without locks nobody is kept out.
+    """
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(handle, 4096).decode("utf-8", "replace")
+            who = f"process {json.loads(text)['pid']}" if text else "another process"
+            raise UserError(
+                f"{lock.parent} is in use by another launcher ({who}); wait until it has ended, or stop it"
+            ) from None
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+        os.ftruncate(handle, 0)
+        me = identify()
+        os.pwrite(handle, json.dumps({"pid": me.pid, "started": me.started}).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def take_lock(path: Path, shared: bool = False, wait: bool = True) -> int | None:
+    """A descriptor that holds the lock until it is closed; None where ``wait`` is off and it is held elsewhere.
+
+    The file at ``path`` is created; whoever holds the lock alone may remove or rename it: those who waited notice.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock at ``path`` for the length of a block."""
+    descriptor = take_lock(path)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -14,11 +14,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.launch.check import node
 from llamagen_dist.launch.check.verdict import PARTS, dumped, report_of
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.program import run as run_program
 
 JOIN_S = 90.0
 COLLECTIVE_S = 90.0

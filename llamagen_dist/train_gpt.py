@@ -6,18 +6,18 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 its rungs one after another in run_dir/NAME, in one process start.
 """
 
-from llamagen_dist.config import GPTConfigFile, UserError, load
+from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
+from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.config.ladder import rungs
 from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream, check_captions
-from llamagen_dist.launch.entry import Stopped
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.errors import Stopped, UserError
 from llamagen_dist.models.condition import CaptionEmbedder
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
-from llamagen_dist.training.build import build_gpt_on_meta, fresh_weights, gpt_config
+from llamagen_dist.program import run as run_program
 from llamagen_dist.training.fit import fit
 from llamagen_dist.training.gpt_task import GPTTask, micro_batches
 from llamagen_dist.training.initial import Initial, initial_weights, note_origin

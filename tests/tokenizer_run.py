@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
 from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, dump
 from llamagen_dist.config.loader import build
 from llamagen_dist.models.vq import VQModel
+from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.training.build import build_vq
 
 TINY = {
     "channels": 32,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import (
     CAPTION_FEATURES_MEMBER,
     CLEANING,
@@ -17,6 +16,7 @@ from llamagen_dist.data.captions import (
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, Shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.errors import UserError
 
 GROUP = 1024
 """Samples whose captions are encoded together, sorted by length: bounds what is held, half a GB for 120 x 2048."""

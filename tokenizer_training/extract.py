@@ -19,16 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.config import ExtractConfig, UserError, load
+from llamagen_dist.config import ExtractConfig, load
+from llamagen_dist.console import Progress, main_rank_progress
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
-from llamagen_dist.tracking.progress import Progress, main_rank_progress
 from tokenizer_training.caption_features import CaptionFeatures
 from tokenizer_training.crops import CropCoder
 

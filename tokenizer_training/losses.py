@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen_dist.config import TokenizerLossSection, UserError
+from llamagen_dist.config import TokenizerLossSection
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQLosses
 
 VGG16_SHA256_START = "397923af"

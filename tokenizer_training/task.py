@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.checkpoint.entries import Entry
-from llamagen_dist.config import TokenizerConfigFile, UserError
+from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards
-from llamagen_dist.evaluation.image_quality import psnr, ssim, to_uint8, unpadded
-from llamagen_dist.models.vq import VQModel, code_histogram
+from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation.image_quality import psnr, ssim, unpadded
+from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
+from llamagen_dist.parallel import optim as optimizers
+from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import TorchEngine
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking.throughput import Clock
-from llamagen_dist.training import optim as optimizers
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import held
 from tokenizer_training.discriminators import PatchGAN

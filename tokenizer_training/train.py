@@ -7,12 +7,13 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 
 import torch
 
-from llamagen_dist.config import TokenizerConfigFile, UserError, load
+from llamagen_dist.build import build_vq
+from llamagen_dist.config import TokenizerConfigFile, load
 from llamagen_dist.data.images import ImageStream
 from llamagen_dist.data.shards import open_shards
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import start
-from llamagen_dist.training.build import build_vq
+from llamagen_dist.program import run as run_program
 from llamagen_dist.training.fit import fit
 from llamagen_dist.training.run import open_run
 from tokenizer_training.task import TokenizerTask

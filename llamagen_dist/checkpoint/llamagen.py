@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # first match wins; EMA is what upstream evaluates
 

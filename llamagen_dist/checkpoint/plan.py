@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.parallel.entries import Entry
 
 SHARD_BYTES = 1 << 30  # what a rank holds at once in a foreground save, and the size at which it starts another file
 ALIGNMENT = 64  # of a file's bytes within the staging buffer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel

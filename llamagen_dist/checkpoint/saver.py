@@ -12,12 +12,11 @@ from typing import Any
 import torch.distributed as dist
 
 from llamagen_dist.checkpoint import folder as folders
-from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.folder import Abandoned, Patience
 from llamagen_dist.checkpoint.plan import Plan, make_plan
 from llamagen_dist.checkpoint.staging import LocalCopy, Staging, stage, write_file
-from llamagen_dist.config import UserError
-from llamagen_dist.launch.entry import Superseded
+from llamagen_dist.errors import Superseded, UserError
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
 
 PATIENCE_S = 600.0

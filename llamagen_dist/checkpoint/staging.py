@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.plan import ALIGNMENT, Plan, Round, ShardFile
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
+from llamagen_dist.parallel.entries import Entry
 
 BLOCK = 8 << 20  # bytes hashed and written at once
 

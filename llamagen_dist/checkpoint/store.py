@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.config import Section, UserError, load
+from llamagen_dist.config import Section, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
 
 __all__ = ["complete", "save"]

@@ -21,12 +21,13 @@ def run(args: argparse.Namespace) -> None:
     import sys
     from dataclasses import asdict
 
-    from llamagen_dist.config import UserError, load
+    from llamagen_dist.config import load
+    from llamagen_dist.console import Screen
+    from llamagen_dist.errors import UserError
     from llamagen_dist.files import write_text
     from llamagen_dist.launch.check import screen as page
     from llamagen_dist.launch.check import start
     from llamagen_dist.launch.check.verdict import read_reports
-    from llamagen_dist.launch.screen import Screen
 
     out, screen = args.out.absolute(), Screen()
     if args.cluster == "local":

@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from llamagen_dist.checkpoint import released
     from llamagen_dist.checkpoint.store import identity_of, read_weights
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
 
     if args.origin is not None and args.source.is_file() and args.origin != format_of(args.source):
         raise UserError(f"--from {args.origin}: {args.source} is a {format_of(args.source)} file by its suffix")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 def format_of(path: Path) -> str:
     """By the suffix. Raises UserError for any but .safetensors, .pt and .pth."""
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
 
     if path.suffix == ".safetensors":
         return "safetensors"
@@ -69,7 +69,7 @@ def format_of(path: Path) -> str:
 def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str:
     """Write aside, read back, compare, rename; returns the identity. Raises UserError when the disk refuses."""
     from llamagen_dist.checkpoint.store import identity_of, read_weights
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.files import written_aside
 
     try:

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.sampling.conditions import Classes, Conditions, written
     from llamagen_dist.sampling.grid import save
     from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, tokenizer_of

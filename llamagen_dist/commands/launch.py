@@ -21,7 +21,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError, load
+    from llamagen_dist.config import load
+    from llamagen_dist.errors import UserError
 
     config = load(args.config, args.settings)
     if args.cluster == "local":

@@ -66,8 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
     from llamagen_dist.data.pack import PackOptions, pack
+    from llamagen_dist.errors import UserError
 
     for option in ("size", "samples_per_shard", "jobs"):
         value = getattr(args, option)

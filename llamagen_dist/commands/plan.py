@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llamagen_dist.launch.plan import Machine
+    from llamagen_dist.planning.plan import Machine
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from llamagen_dist.config import GPTConfigFile, UserError, load
-    from llamagen_dist.launch.plan import answer, tokens_of
+    from llamagen_dist.config import GPTConfigFile, load
+    from llamagen_dist.errors import UserError
+    from llamagen_dist.planning.plan import answer, tokens_of
 
     machine = _machine(args)
     for name in ("tokens", "classes", "vocab"):
@@ -49,14 +50,14 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"config": str(args.config), **found}, indent=1, allow_nan=False))
         return
-    from llamagen_dist.launch.plan_screen import show
+    from llamagen_dist.planning.show import show
 
     show(found, str(args.config))
 
 
 def _machine(args: argparse.Namespace) -> "Machine":
-    from llamagen_dist.config import UserError
-    from llamagen_dist.launch.plan import MFU, Machine
+    from llamagen_dist.errors import UserError
+    from llamagen_dist.planning.plan import MFU, Machine
     from llamagen_dist.tracking.devices import named
 
     device = named(args.gpu)

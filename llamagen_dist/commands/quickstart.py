@@ -34,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.launch.snapshot import code_root
     from llamagen_dist.launch.stages import plan, words
 

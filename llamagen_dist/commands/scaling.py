@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.files import write_text
     from llamagen_dist.scaling.ladder import read_ladder
     from llamagen_dist.scaling.points import read_csv

@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
-    from llamagen_dist.config import ShardAccess, UserError
+    from llamagen_dist.config import ShardAccess
     from llamagen_dist.data.shards import open_shards
+    from llamagen_dist.errors import UserError
 
     if args.cache_gb <= 0:
         raise UserError(f"--cache-gb {args.cache_gb:g}: must be greater than 0")
@@ -66,8 +67,8 @@ def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
 
 
 def _verify(args: argparse.Namespace) -> None:
+    from llamagen_dist.console import Progress
     from llamagen_dist.data.verify import verify
-    from llamagen_dist.tracking.progress import Progress
 
     with _opened(args) as shards, Progress("verifying", len(shards)) as progress:
         verify(shards, progress.advance)
@@ -121,7 +122,7 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.sampling.grid import save_page
     from llamagen_dist.sampling.sheet import shard_sheet
 
@@ -136,9 +137,9 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
+    from llamagen_dist.console import Progress
     from llamagen_dist.data.adopt import index_folder
-    from llamagen_dist.tracking.progress import Progress
+    from llamagen_dist.errors import UserError
 
     classes = None
     if args.classes is not None:
@@ -152,9 +153,9 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    from llamagen_dist.console import Progress
     from llamagen_dist.data.manifest import read_manifest
     from llamagen_dist.data.merge import merge
-    from llamagen_dist.tracking.progress import Progress
 
     total = sum(len(read_manifest(folder).shards) for folder in args.folders)
     with Progress("merging", total) as progress:

@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config.errors import UserError
+    from llamagen_dist.errors import UserError
     from llamagen_dist.launch.status.survey import look
 
     if args.watch and args.json:

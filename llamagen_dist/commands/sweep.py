@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], states: list["State"]) -> None:
     """sizes: ranks of a point, of them on a node, points at the same time."""
-    from llamagen_dist.config import UserError
+    from llamagen_dist.console import Screen
+    from llamagen_dist.errors import UserError
     from llamagen_dist.launch import sweep_plan
-    from llamagen_dist.launch.plan import MFU, Machine
-    from llamagen_dist.launch.screen import Screen
+    from llamagen_dist.planning.plan import MFU, Machine
     from llamagen_dist.tracking.devices import named
 
     if args.mfu is not None and not 0 < args.mfu <= 1:

@@ -12,9 +12,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import UserError
     from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
     from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
+    from llamagen_dist.errors import UserError
 
     if args.dim < 8 or args.dim % 8:
         raise UserError(f"--dim {args.dim}: must be a multiple of 8")

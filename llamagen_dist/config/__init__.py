@@ -7,8 +7,6 @@ public.py lists what is here. It is imported at the first use of a name: buildin
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.config.errors import UserError as UserError
-
 if TYPE_CHECKING:
     from llamagen_dist.config.public import *  # noqa: F403
     from llamagen_dist.config.public import __all__ as __all__

@@ -1,8 +1,8 @@
 """One config with a ladder -> the configs of its runs."""
 
-from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.loader import build, merge, nest
 from llamagen_dist.config.sections import GPTConfigFile
+from llamagen_dist.errors import UserError
 
 
 def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:

@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llamagen_dist.config.cluster import ClusterConfig
-from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.evaluation import EvaluateConfig
 from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
 from llamagen_dist.config.sections import (
@@ -22,6 +21,7 @@ from llamagen_dist.config.sections import (
 )
 from llamagen_dist.config.sweep import SweepConfig
 from llamagen_dist.config.training import Section
+from llamagen_dist.errors import UserError
 
 KINDS: dict[str, type[Section]] = {
     "gpt": GPTConfigFile,

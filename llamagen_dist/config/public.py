@@ -1,7 +1,6 @@
 """What ``from llamagen_dist.config import …`` finds; loaded when the first of it is asked for."""
 
 from llamagen_dist.config.cluster import ClusterConfig, ElasticSection
-from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.evaluation import (
     ClassifierSection,
     EvaluateConfig,
@@ -73,7 +72,6 @@ __all__ = [
     "TokenizerLossSection",
     "TokenizerModelSection",
     "TrainSection",
-    "UserError",
     "ValidationSection",
     "difference",
     "dump",

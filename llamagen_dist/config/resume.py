@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from llamagen_dist.config.errors import UserError
 from llamagen_dist.config.loader import difference, load
 from llamagen_dist.config.training import Section
+from llamagen_dist.errors import UserError
 
 # How a run is executed and watched, never what is computed.
 ELASTIC = (

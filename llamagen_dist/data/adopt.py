@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
@@ -19,6 +18,7 @@ from llamagen_dist.data.manifest import (
 from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, Shards
 from llamagen_dist.data.sources.classes import MOST_CLASSES
 from llamagen_dist.data.token_reader import CODES_MEMBER
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, write_bytes
 
 

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 
 def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -> NDArray[np.bool_]:

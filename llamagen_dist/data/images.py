@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import Topology
 
 _LARGEST_SHORT_SIDE = 1.25  # of image_size: LlamaGen keeps at least 80 % of the short side

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 _META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itself
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)(\.[^/]+)$")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_bytes
 
 FORMAT = 1

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.folders import all_spans
 from llamagen_dist.data.checksums import checksum_name
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name
 from llamagen_dist.data.shards import IMAGE_MEMBERS, Shards, open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, write_bytes, written_aside
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
+from llamagen_dist.console import Progress
 from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.images import DECODE_ERRORS, MOST_PIXELS
 from llamagen_dist.data.index import printable
@@ -27,7 +27,7 @@ from llamagen_dist.data.recipe import Fit, Format, ImageRecipe, TooSmall, opened
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, SHORT_CAPTION_MEMBER
 from llamagen_dist.data.sources import Caption, ClassMap, Source, open_source
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
@@ -27,6 +26,7 @@ from llamagen_dist.data.manifest import (
     write_manifest,
 )
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, sync_folder, write_bytes
 
 _PARTS = ".parts"

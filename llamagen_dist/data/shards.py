@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import ShardAccess, UserError, is_remote
+from llamagen_dist.config import ShardAccess, is_remote
 from llamagen_dist.data.access.cache import Cache
 from llamagen_dist.data.access.folders import LocalFolder, RemoteFolder, ShardFolder, spans_start
 from llamagen_dist.data.access.remote import fetch_manifest
@@ -23,6 +23,7 @@ from llamagen_dist.data.access.staging import stage
 from llamagen_dist.data.access.transport import transport
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
+from llamagen_dist.errors import UserError
 
 IMAGE_MEMBERS = (".png", ".jpg", ".jpeg", ".webp")
 LABEL_MEMBER = ".cls"

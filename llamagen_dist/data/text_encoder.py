@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import clean
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
 MAX_TOKENS = 120

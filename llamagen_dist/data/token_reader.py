@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards
+from llamagen_dist.errors import UserError
 
 CODES_MEMBER = ".codes.npy"
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import TokenBatch, left_padded
 from llamagen_dist.data.order import Ahead, Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.data.token_reader import CODES_MEMBER, TokenReader, codes_bytes
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import Caption, Condition
 from llamagen_dist.parallel.topology import Topology
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data import checksums
 from llamagen_dist.data.access.folders import LocalFolder, all_spans
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, ShardRecord
 from llamagen_dist.data.shards import Shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
 

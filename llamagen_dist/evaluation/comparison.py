@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen_dist.config import EvaluateConfig, UserError
+from llamagen_dist.config import EvaluateConfig
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import inception, record
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance

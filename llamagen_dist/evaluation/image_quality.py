@@ -17,11 +17,6 @@ SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] to bytes as LlamaGen writes them: 127.5 x + 128, clamped to 0…255, truncated."""
-    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
-
-
 def unpadded(padding: tuple[int, int, int, int] | None, image_size: int, stored_size: int | None) -> Region | None:
     """The part of image_size x image_size pictures that is not padding; None where there is no padding.
 

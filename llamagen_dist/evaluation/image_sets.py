@@ -12,9 +12,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
+from llamagen_dist.errors import UserError
 
 STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 """Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each."""

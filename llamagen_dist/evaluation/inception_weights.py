@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamagen_dist.config import InceptionSection, UserError
+from llamagen_dist.config import InceptionSection
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, Inception, assemble, conv_names
 from llamagen_dist.files import sha256_file, written_aside
 

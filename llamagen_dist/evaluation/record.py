@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 FORMAT = 1
 VALUES = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from submitit import AutoExecutor
 
-from llamagen_dist.config import UserError
-from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR, Job, free_port
-from llamagen_dist.launch.process import Identity, identify
+from llamagen_dist.errors import UserError
+from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR, Job
+from llamagen_dist.process import Identity, free_port, identify
 
 POLL_S = 0.1
 COMPANION_GRACE_S = 2.0  # once a rank has failed, the others may notice by themselves for so long

@@ -17,9 +17,9 @@ from llamagen_dist.config import (
     TokenizerModelSection,
 )
 from llamagen_dist.config.ladder import rungs
-from llamagen_dist.launch.job import cores
-from llamagen_dist.launch.screen import Screen, duration
+from llamagen_dist.console import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage
+from llamagen_dist.process import cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,7 +176,7 @@ class Estimator:
             return Tokens(found["vocab_size"], rows * columns, len(found.get("classes") or []))
         if self._tokenizer is None:
             return None
-        from llamagen_dist.training.build import vq_config
+        from llamagen_dist.build import vq_config
 
         model = vq_config(self._tokenizer.model)
         packed = _manifest(self._tokenizer.data.train) or {}
@@ -185,7 +185,7 @@ class Estimator:
 
 
 def _model(config: GPTConfigFile, tokens: Tokens) -> "GPTConfig":
-    from llamagen_dist.training.build import gpt_config
+    from llamagen_dist.build import gpt_config
 
     return gpt_config(
         config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
@@ -198,7 +198,7 @@ def autoencoder_cost(section: TokenizerModelSection, size: int) -> tuple[int, in
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from llamagen_dist.training.build import build_vq
+    from llamagen_dist.build import build_vq
 
     with torch.device("meta"):
         model = build_vq(section)

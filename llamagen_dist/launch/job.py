@@ -2,10 +2,8 @@
 
 import json
 import os
-import resource
 import runpy
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,12 +14,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from llamagen_dist.config import UserError
-from llamagen_dist.launch.entry import ERROR_FILE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, Stopped
-from llamagen_dist.launch.process import Identity, identify
-from llamagen_dist.tracking.progress import PROGRESS_FILE
+from llamagen_dist.console import PROGRESS_FILE
+from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from llamagen_dist.process import STOP_SIGNALS, Identity, cores, identify, peak_rss_gb
+from llamagen_dist.program import ERROR_FILE
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 ORPHAN_POLL_S = 0.5
 ORPHAN_PATIENCE_S = 300.0  # a rank whose launcher is gone may save for so long, then it is killed
 TRACE_LINES = 40
@@ -135,7 +132,7 @@ def run_program(
         if outcome == CRASHED:
             return outcome, f"the program ended with exit code {end.code}", end
         return outcome, "", None
-    except UserError as error:  # a program that does not go through entry.run
+    except UserError as error:  # a program that does not go through program.run
         return USER_ERROR, str(error), None
     except Stopped as stopped:
         return STOPPED, str(stopped), None
@@ -149,7 +146,7 @@ def run_program(
 def program_trace(error: BaseException) -> str:
     """The traceback from the program's first line on (without the launcher's and runpy's), its last lines."""
     trace: TracebackType | None = error.__traceback__
-    foreign = (__file__, "<frozen runpy>", "runpy.py", "launch/entry.py")
+    foreign = (__file__, "<frozen runpy>", "runpy.py", "llamagen_dist/program.py")
     while trace is not None and any(part in trace.tb_frame.f_code.co_filename for part in foreign):
         trace = trace.tb_next
     lines = "".join(traceback.format_exception(type(error), error, trace or error.__traceback__)).splitlines()
@@ -181,22 +178,3 @@ def watch_launcher(launcher: Identity) -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Before a program has handlers of its own there is nothing to save: end at once."""
     raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_rss_gb() -> float:
-    """Largest resident set of this process or of one child so far, in GB (10^9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
-    sizes = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(sizes) * unit / 1e9
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError, dump, load
-from llamagen_dist.files import write_text
+from llamagen_dist.config import dump, load
+from llamagen_dist.console import Screen, duration
+from llamagen_dist.errors import EXIT_INTERRUPTED, UserError
+from llamagen_dist.files import only_launcher, own_folder, write_text
 from llamagen_dist.launch import cluster, snapshot
-from llamagen_dist.launch.entry import EXIT_INTERRUPTED
 from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage
 
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from llamagen_dist.config import PipelineConfig, Section, StageSection, UserError, dump
-from llamagen_dist.files import write_text
+from llamagen_dist.config import PipelineConfig, Section, StageSection, dump
+from llamagen_dist.console import Screen, duration
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder, write_text
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.job import DONE
 from llamagen_dist.launch.pipeline import explain_failure, program_exists, take_code
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen, duration
 from llamagen_dist.launch.stages import Plan, Stage, absolute
 
 

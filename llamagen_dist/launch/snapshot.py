@@ -2,29 +2,16 @@
 
 import hashlib
 import json
-import os
-import platform
-import re
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import llamagen_dist
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
+from llamagen_dist.tracking.provenance import SOURCE_FOLDERS, git, record
 
-FOLDERS = ("llamagen_dist", "tokenizer_training", "eval", "configs", "slurm")
-"""What jobs may need of the checkout."""
 UNTRACKED = (".py", ".yaml", ".yml")
 LIMIT_BYTES = 300 * 10**6
-PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "submitit", "webdataset", "pydantic")
-ENVIRONMENT = re.compile(r"^(LLAMAGEN|OMP|MKL|CUDA|NCCL|GLOO|TORCH|WANDB|SLURM|HF)_")
-_SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN(?!IZE|S\b|S_)", re.IGNORECASE)
 
 
 def code_root() -> Path:
@@ -72,13 +59,13 @@ def take(root: Path, destination: Path) -> Path:
 
 def _sources(root: Path) -> list[str]:
     """Relative names, sorted. Bounded in total size."""
-    tracked = _git(root, "ls-files", "-z", "--", *FOLDERS, "*.py", "pyproject.toml", ":!tests")
+    tracked = git(root, "ls-files", "-z", "--", *SOURCE_FOLDERS, "*.py", "pyproject.toml", ":!tests")
     if tracked:
-        loose = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *FOLDERS) or ""
+        loose = git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCE_FOLDERS) or ""
         names = set(tracked.split("\0")) | {n for n in loose.split("\0") if n.endswith(UNTRACKED)}
     else:
         names = {str(p.relative_to(root)) for p in root.glob("*.py")} | {"pyproject.toml"}
-        for folder in FOLDERS:
+        for folder in SOURCE_FOLDERS:
             names |= {str(p.relative_to(root)) for p in (root / folder).rglob("*") if "__pycache__" not in p.parts}
     files = sorted(n for n in names if n and (root / n).is_file() and (root / n).resolve().is_relative_to(root))
     sizes = {name: (root / name).stat().st_size for name in files}
@@ -89,54 +76,3 @@ def _sources(root: Path) -> list[str]:
             f"hold ({LIMIT_BYTES / 1e6:.0f} MB); move large files such as {largest} out of them"
         )
     return files
-
-
-def record(root: Path) -> dict[str, Any]:
-    """Where the code comes from and what it runs on; secrets masked."""
-    commit = _git(root, "rev-parse", "HEAD")
-    versions = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {
-        "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "from": str(root),
-        "commit": commit.strip() if commit else None,
-        "diff": _git(root, "diff", "HEAD", "--", *FOLDERS) if commit else None,
-        "versions": versions,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "command": masked_command(sys.argv),
-        "environment": {
-            k: "***" if _SECRET.search(k) else v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)
-        },
-    }
-
-
-def masked_command(argv: list[str]) -> str:
-    """The command line; values of secret-looking ``key=value`` words and ``--key value`` options masked."""
-    words: list[str] = []
-    hide_next = False
-    for word in argv:
-        key, equals, _ = word.partition("=")
-        if hide_next:
-            words.append("***")
-        elif equals and _SECRET.search(key):
-            words.append(f"{key}=***")
-        else:
-            words.append(word)
-        hide_next = not equals and word.startswith("-") and bool(_SECRET.search(word))
-    return shlex.join(words)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """git's answer, or None where there is no git, no repository, or git refuses."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=False
-    )
-    return done.stdout if done.returncode == 0 else None

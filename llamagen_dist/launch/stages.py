@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, UserError, difference, dump, load
+from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, difference, dump, load
 from llamagen_dist.config.loader import nest
+from llamagen_dist.errors import UserError
 
 if TYPE_CHECKING:
     from llamagen_dist.launch.points import Sweep

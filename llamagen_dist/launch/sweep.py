@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError, difference, dump, load
+from llamagen_dist.config import difference, dump, load
 from llamagen_dist.config.resume import ELASTIC
-from llamagen_dist.files import write_text
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder, write_text
 from llamagen_dist.launch import cluster, pipeline, snapshot
 from llamagen_dist.launch.job import DIED, DONE, INTERRUPTED, STOPPED
 from llamagen_dist.launch.pipeline import Folder, explain_failure, program_exists, take_code
 from llamagen_dist.launch.points import Point, Sweep
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.slurm.records import Place, finish_whole, read_json
 from llamagen_dist.launch.stages import Stage
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from llamagen_dist.build import gpt_config
 from llamagen_dist.config import GPTConfigFile, SampleConfig, TokenizerConfigFile
 from llamagen_dist.config.ladder import rungs
-from llamagen_dist.launch import layouts as lay
-from llamagen_dist.launch.plan import Machine, Tokens, tokens_of
+from llamagen_dist.console import Screen
 from llamagen_dist.launch.points import Point, Sweep
-from llamagen_dist.launch.screen import Screen
-from llamagen_dist.models import cost, memory
+from llamagen_dist.models import cost
+from llamagen_dist.planning import layouts as lay
+from llamagen_dist.planning import memory
+from llamagen_dist.planning.plan import Machine, Tokens, tokens_of
 from llamagen_dist.tracking.devices import GIB
-from llamagen_dist.training.build import gpt_config
 
 
 @dataclass(frozen=True)

@@ -219,3 +219,8 @@ class VQModel(nn.Module):
         """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)). entropy: that loss too."""
         quantised, losses, codes = self.quantize(self.latents(images), entropy=entropy)
         return self.decoder(self.post_quant_conv(quantised)), losses, codes
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to bytes as LlamaGen writes them: 127.5 x + 128, clamped to 0…255, truncated."""
+    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)

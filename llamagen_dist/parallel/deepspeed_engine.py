@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, in_pieces
 from llamagen_dist.config import OptimSection
-from llamagen_dist.models.memory import LARGEST_BUCKET
+from llamagen_dist.parallel import ema
+from llamagen_dist.parallel import optim as optimizers
+from llamagen_dist.parallel.buckets import LARGEST_BUCKET
+from llamagen_dist.parallel.entries import Entry, Pieces, buffers, in_pieces
 from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
-from llamagen_dist.training import ema
-from llamagen_dist.training import optim as optimizers
 
 
 def numel_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llamagen_dist.checkpoint.entries import Entry, Pieces, buffers, in_pieces, replicated
 from llamagen_dist.config import OptimSection
+from llamagen_dist.parallel import ema
+from llamagen_dist.parallel import optim as optimizers
+from llamagen_dist.parallel.clock import Clock
+from llamagen_dist.parallel.entries import Entry, Pieces, buffers, in_pieces, replicated
 from llamagen_dist.parallel.tensor_parallel import cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking.throughput import Clock
-from llamagen_dist.training import ema
-from llamagen_dist.training import optim as optimizers
 
 
 class Engine(Protocol):

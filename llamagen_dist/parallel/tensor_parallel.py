@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel import sequence_parallel
 from llamagen_dist.parallel.topology import Topology

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 T = TypeVar("T")
 

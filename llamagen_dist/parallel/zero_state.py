@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llamagen_dist.parallel import ema as averages
+from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.training import ema as averages
-from llamagen_dist.training import optim as optimizers
 
 
 class ZeroState:

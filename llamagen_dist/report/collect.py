@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import GPTConfigFile, PipelineConfig, TokenizerConfigFile, UserError, load
+from llamagen_dist.config import GPTConfigFile, PipelineConfig, TokenizerConfigFile, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.report.measured import Samples, finite, read_object, read_samples, scaling_result, scores_result
 
 PARITY_STEPS = 50

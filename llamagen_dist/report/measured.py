@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 _SCORES = ("fid", "sfid", "kid_mean", "kid_std", "precision", "recall")
 _ANCHORS = {

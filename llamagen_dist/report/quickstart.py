@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.report import advice, html, samples, scaling, scores, sections, tokenizer
 from llamagen_dist.report import quantities as q

@@ -8,12 +8,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
-from llamagen_dist.config import TokenizerConfigFile, UserError
+from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards, open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.report.blocks import ImageGrid
-from llamagen_dist.training.build import build_vq
 
 PER_CLASS = 2
 MOST_CLASSES = 20

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.batch import left_padded
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import CAPTION_MEMBER, Shards, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import Condition
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import written_aside
 
 SMALLEST_TILE = 72  # pixels; smaller pictures are enlarged by whole factors without smoothing

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamagen_dist.build import build_vq, gpt_config
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.released import CLASSES as _CLASSES
-from llamagen_dist.config import (
-    GPTConfigFile,
-    GPTModelSection,
-    TokenizerConfigFile,
-    TokenizerModelSection,
-    UserError,
-    is_remote,
-)
+from llamagen_dist.config import GPTConfigFile, GPTModelSection, TokenizerConfigFile, TokenizerModelSection, is_remote
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.data.shards import manifest_of
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import VQModel
-from llamagen_dist.training.build import build_vq, gpt_config
 
 
 @dataclass(frozen=True)

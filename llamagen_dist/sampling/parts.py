@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.manifest import plain
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_bytes, written_aside
 
 RECORD = "record.json"

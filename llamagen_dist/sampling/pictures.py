@@ -8,12 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llamagen_dist.console import Progress
 from llamagen_dist.data.tokens import TokenReader
-from llamagen_dist.evaluation.image_quality import to_uint8
 from llamagen_dist.models.gpt import GPT, Condition
-from llamagen_dist.models.vq import VQModel
+from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.sampling.sampler import draw, generate, noise_streams
-from llamagen_dist.tracking.progress import Progress
 
 BATCH = 32  # pictures at once where nothing is said about it
 _BLOCK = 4096  # samples of a token shard counted at once

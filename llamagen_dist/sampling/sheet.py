@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.images import read_image
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards
 from llamagen_dist.data.tokens import CODES_MEMBER
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.sampling.grid import contact_sheet
 from llamagen_dist.sampling.load import load_tokenizer

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import solve
 from llamagen_dist.scaling.fit import Fit
 from llamagen_dist.scaling.laws import Floats

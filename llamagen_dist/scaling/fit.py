@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import solve
 from llamagen_dist.scaling.laws import LAWS, Floats, Law, evaluate
 from llamagen_dist.scaling.points import Points

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamagen_dist.config import GPTConfigFile, UserError, load
+from llamagen_dist.build import gpt_config
+from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.data.shards import manifest_of
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
 from llamagen_dist.scaling.points import Points
-from llamagen_dist.training.build import gpt_config
 
 Count = Literal["blocks", "total"]
 COUNTS: Mapping[Count, str] = {

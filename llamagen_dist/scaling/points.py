@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling.laws import Floats
 
 _COLUMNS = ("params", "tokens", "loss")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llamagen_dist import __version__
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap, parameter_intervals
 from llamagen_dist.scaling.fit import Fit, Loss, describe, fit_law
 from llamagen_dist.scaling.frontier import Best, closed_form, over_shapes

@@ -6,7 +6,7 @@ Data sheets: NVIDIA A100 (2021), H100 SXM (2023), H200 SXM (2024). None of it wa
 import difflib
 from dataclasses import dataclass
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 
 GIB = 1024**3
 

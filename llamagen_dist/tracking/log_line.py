@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.data import digest
+from llamagen_dist.parallel.clock import PARTS, Clock
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.devices import peak_flops
-from llamagen_dist.tracking.throughput import PARTS, Clock
 
 OWN = ("data", "compute", "optimizer")  # a rank's own work: all but the wait for others
 MEASURED = frozenset({

@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, UserError
+from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile
+from llamagen_dist.console import Progress
 from llamagen_dist.data import digest
-from llamagen_dist.launch.entry import Stopped
+from llamagen_dist.errors import Stopped, UserError
 from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow, peak_rss_gb
 from llamagen_dist.tracking.profile import StepProfiler
-from llamagen_dist.tracking.progress import Progress
 from llamagen_dist.training.guards import StopFlag
 from llamagen_dist.training.out_of_memory import explained
 from llamagen_dist.training.run import Run

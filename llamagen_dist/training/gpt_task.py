@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamagen_dist.checkpoint.entries import Entry
-from llamagen_dist.config import GPTConfigFile, TrainSection, UserError
+from llamagen_dist.build import compile_blocks
+from llamagen_dist.config import GPTConfigFile, TrainSection
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.launch.plan import memory_lines
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT, Condition
+from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel import tensor_parallel
+from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import Engine, TorchEngine
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking.throughput import Clock
-from llamagen_dist.training import optim as optimizers
-from llamagen_dist.training.build import compile_blocks
+from llamagen_dist.planning.plan import memory_lines
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import held
 

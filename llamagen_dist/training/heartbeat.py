@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llamagen_dist.launch.process import Identity, identify
+from llamagen_dist.process import Identity, identify
 
 WAITING = "communication"
 GAVE_UP = "gave up: "

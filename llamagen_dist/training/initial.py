@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llamagen_dist.checkpoint import released, store
-from llamagen_dist.config import GPTConfigFile, UserError, load
+from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.gpt_config import GPTConfig

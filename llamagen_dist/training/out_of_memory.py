@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.tracking.log_line import peak_memory_gb
 from llamagen_dist.training.task import Task

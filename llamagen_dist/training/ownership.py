@@ -10,8 +10,8 @@ import os
 import time
 from pathlib import Path
 
-from llamagen_dist.launch.entry import Superseded
-from llamagen_dist.launch.slurm.records import LOCK, OWNER
+from llamagen_dist.errors import Superseded
+from llamagen_dist.program import LOCK, OWNER
 
 GONE_PATIENCE_S = 5.0  # a lock is away for no longer than a rename takes, which a network disk may show late
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamagen_dist import __version__
-from llamagen_dist.config import Section, UserError, dump
+from llamagen_dist.config import Section, dump
 from llamagen_dist.config.resume import same_config
-from llamagen_dist.files import remove_asides, write_text
-from llamagen_dist.launch import snapshot
-from llamagen_dist.launch.process import UNLOCKABLE
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import UNLOCKABLE, remove_asides, write_text
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.tracking import provenance
 from llamagen_dist.training.ownership import Ownership
 
 LOCK_PATIENCE_S = 90.0
@@ -193,7 +193,7 @@ def _record() -> dict[str, Any]:
     """What ran: a launched job runs a snapshot, which says where it was taken; else the checkout itself is asked."""
     root = Path(__file__).resolve().parents[2]
     taken = root / "record.json"
-    code = json.loads(taken.read_text(encoding="utf-8")) if taken.exists() else snapshot.record(root)
+    code = json.loads(taken.read_text(encoding="utf-8")) if taken.exists() else provenance.record(root)
     versions = {name: version for name, version in code["versions"].items() if name != "llamagen-dist"}
     return {
         "llamagen_dist": __version__,

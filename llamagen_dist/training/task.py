@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llamagen_dist.checkpoint.entries import Entry
+from llamagen_dist.parallel.clock import Clock
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training.guards import StepGuard
 
 

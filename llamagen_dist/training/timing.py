@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llamagen_dist.files import write_text
-from llamagen_dist.launch.slurm.records import SIGNAL_DELAY
+from llamagen_dist.program import SIGNAL_DELAY
 
 MARGIN = 2.0  # a save may be under way when the signal comes, and the next one be slower
 

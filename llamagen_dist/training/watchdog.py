@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from llamagen_dist.errors import EXIT_STOPPED, Stopped
 from llamagen_dist.files import remove_asides
-from llamagen_dist.launch.entry import EXIT_STOPPED, Stopped, leave_sentence
+from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking.throughput import Clock
+from llamagen_dist.program import leave_sentence
 from llamagen_dist.training import heartbeat
 
 LONGEST_TICK_S = 10.0

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 import tokenizer_training.extract as program
+from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerModelSection
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import Manifest, write_manifest
@@ -37,7 +38,6 @@ from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER
 from llamagen_dist.models.vq import VQModel
-from llamagen_dist.training.build import build_vq
 from tests.ranks.forked import run_ranks
 
 QUICKSTART = Path(__file__).parent.parent.parent / "configs/tokenizer/quickstart.yaml"

@@ -31,7 +31,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.models.dropout import Randomness
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.training import optim
+from llamagen_dist.parallel import optim
 from tests.plain_gpt import PlainGPT
 
 BATCH = 8

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from llamagen_dist.checkpoint import plan, store
-from llamagen_dist.checkpoint.entries import Entry, replicated
 from llamagen_dist.checkpoint.saver import Saver
+from llamagen_dist.parallel.entries import Entry, replicated
 from llamagen_dist.parallel.topology import start
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task

@@ -1,4 +1,4 @@
-"""Bytes per rank of ZeRO 0-3 on 1 to 4 ranks: really allocated (gloo), and by models/memory.py's formula.
+"""Bytes per rank of ZeRO 0-3 on 1 to 4 ranks: really allocated (gloo), and by planning/memory.py's formula.
 
     python -m tests.bench.zero_bytes [--precision bf16] [--dim 256]
 
@@ -10,8 +10,8 @@ upper figure of the formula) are seen on some ranks and not on others, as their 
 import argparse
 from functools import partial
 
-from llamagen_dist.models import memory
 from llamagen_dist.models.cost import total_parameters
+from llamagen_dist.planning import memory
 from tests.ranks.forked import run_ranks
 from tests.ranks.held_bytes import memory_layout, model_of, train_and_count
 from tests.ranks.layouts import Layout, config

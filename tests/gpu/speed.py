@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llamagen_dist.build import build_gpt, gpt_config
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.models import memory
 from llamagen_dist.models.cost import training_flops_per_image
 from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.planning import memory
 from llamagen_dist.tracking.devices import peak_flops
-from llamagen_dist.training.build import build_gpt, gpt_config
 from llamagen_dist.training.gpt_task import GPTTask
 
 Case = dict[str, Any]
@@ -55,7 +55,7 @@ def batch_at(step: int, case: Case, topology: Topology) -> TokenBatch:
 
 def measure(case: Case, topology: Topology) -> dict[str, Any]:
     """loss: of every step (mean over the ranks). seconds: median of the steps behind the first two. images_per_s, mfu:
-    of all ranks. peak_bytes: largest of the ranks, planned_bytes: models/memory.py's; None where there is none."""
+    of all ranks. peak_bytes: largest of the ranks, planned_bytes: planning/memory.py's; None where there is none."""
     gc.collect()
     on_gpu = topology.device.type == "cuda"
     before = 0

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from llamagen_dist.build import gpt_config
 from llamagen_dist.checkpoint import store
-from llamagen_dist.models.memory import Layout as MemoryLayout
-from llamagen_dist.training.build import gpt_config
+from llamagen_dist.planning.memory import Layout as MemoryLayout
 from tests.live_bytes import kept_for_backward, storages
 from tests.ranks import layouts
 
@@ -51,7 +51,7 @@ def train_and_count(layout: layouts.Layout, *settings: str, micro: int = 3) -> d
 
 
 def memory_layout(task_config: Any, layout: layouts.Layout) -> MemoryLayout:
-    """The same layout as models/memory.py knows it."""
+    """The same layout as planning/memory.py knows it."""
     return MemoryLayout(
         zero=layout.zero,
         tensor=layout.tensor,

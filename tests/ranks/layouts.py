@@ -11,11 +11,11 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import megatron.core.tensor_parallel  # noqa: F401
 import torch
 
+from llamagen_dist.build import build_gpt, build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.parallel.topology import start
-from llamagen_dist.training.build import build_gpt, build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.training.gpt_task import GPTTask
 
 VOCABULARY, TOKENS, CLASSES, BATCH, STEPS = 96, 16, 10, 12, 10

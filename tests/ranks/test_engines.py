@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from llamagen_dist.config import UserError
+from llamagen_dist.build import build_gpt, gpt_config
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.parallel.tensor_parallel import TABLE, cut, merge, split_of
-from llamagen_dist.training.build import build_gpt, gpt_config
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.guards import NonFiniteError
 from tests.ranks.forked import run_ranks

@@ -11,9 +11,9 @@ import torch
 
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
+from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.log_line import MEASURED
-from llamagen_dist.tracking.throughput import Clock
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.guards import StepGuard
 from tests.ranks.fit_run import SAMPLES, lines, run

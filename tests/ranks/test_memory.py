@@ -1,10 +1,10 @@
-"""models/memory.py against the bytes that the engines really allocate, on gloo ranks."""
+"""planning/memory.py against the bytes that the engines really allocate, on gloo ranks."""
 
 from dataclasses import replace
 
 import pytest
 
-from llamagen_dist.models import memory
+from llamagen_dist.planning import memory
 from tests.ranks.forked import run_ranks
 from tests.ranks.held_bytes import kept_by, memory_layout, model_of, saved_bytes, train_and_count
 from tests.ranks.layouts import Layout, config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llamagen_dist.checkpoint import plan, staging, store
-from llamagen_dist.checkpoint.entries import Entry, replicated
 from llamagen_dist.checkpoint.saver import Saver
+from llamagen_dist.parallel.entries import Entry, replicated
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
 

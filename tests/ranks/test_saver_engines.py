@@ -12,7 +12,7 @@ import torch
 
 from llamagen_dist.checkpoint import plan, staging, store
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task, steps
 

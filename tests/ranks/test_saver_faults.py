@@ -12,10 +12,10 @@ import torch
 
 from llamagen_dist.checkpoint import folder as folders
 from llamagen_dist.checkpoint import plan, store
-from llamagen_dist.checkpoint.entries import Entry
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.checkpoint.staging import Staging
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
+from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
 from tests.ranks.test_saver import Gate, entries, save, tensors, train_one_step

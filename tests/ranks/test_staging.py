@@ -8,11 +8,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from llamagen_dist.config import ShardAccess, UserError
+from llamagen_dist.config import ShardAccess
 from llamagen_dist.data.access import remote, staging
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from tests.ranks.forked import run_ranks
 from tests.shard_server import served
 from tests.unit.test_shards import payload, write_set

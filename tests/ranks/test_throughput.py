@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 
 from llamagen_dist.config.training import OptimSection
+from llamagen_dist.parallel.clock import PARTS, Clock
 from llamagen_dist.parallel.engine import TorchEngine
 from llamagen_dist.parallel.topology import start
-from llamagen_dist.tracking.throughput import PARTS, Clock
 from tests.ranks.forked import run_ranks
 
 NAP = 0.1

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from llamagen_dist.checkpoint import store
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.tracking.log_line import MEASURED
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from llamagen_dist.checkpoint import store
-from llamagen_dist.launch.process import Identity
 from llamagen_dist.parallel.topology import start
+from llamagen_dist.process import Identity
 from llamagen_dist.training import heartbeat
 from llamagen_dist.training.gpt_task import GPTTask
 from tests.ranks.fit_run import Fault, lines, run

@@ -14,7 +14,7 @@ import yaml
 
 from eval import compare
 from eval.evaluate import main
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.record import VALUES
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access import remote
 from llamagen_dist.data.shard_writer import shard_name
-from llamagen_dist.launch.entry import run as run_program
+from llamagen_dist.errors import UserError
+from llamagen_dist.program import run as run_program
 from llamagen_dist.train_gpt import main
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import write_tokens

@@ -21,20 +21,22 @@ from safetensors.torch import save_file
 import eval.reconstruct as reconstruct
 import eval.sample as program
 from llamagen_dist import cli
+from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
-from llamagen_dist.config import GPTConfigFile, UserError, dump
+from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.config.loader import build
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import read_manifest, write_manifest
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
-from llamagen_dist.evaluation.image_quality import psnr, to_uint8
+from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation.image_quality import psnr
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.vq import to_uint8
+from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.pictures import code_counts
 from llamagen_dist.sampling.sampler import generate
-from llamagen_dist.training.build import build_vq
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import CLASSES, VOCABULARY, write_tokens

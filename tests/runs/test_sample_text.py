@@ -15,12 +15,13 @@ from PIL import Image
 import eval.sample as program
 from llamagen_dist import cli
 from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
-from llamagen_dist.config import GPTConfigFile, UserError, dump
+from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.config.loader import build
 from llamagen_dist.data.manifest import CaptionEncoding, read_manifest, write_manifest
 from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions

@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from llamagen_dist.checkpoint import store
-from llamagen_dist.config import UserError
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
+from llamagen_dist.errors import UserError
 from llamagen_dist.train_gpt import main
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import write_tokens

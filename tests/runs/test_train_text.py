@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from llamagen_dist.checkpoint import store
-from llamagen_dist.config import UserError
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.initial import null_caption
 from llamagen_dist.parallel.topology import Topology

@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from llamagen_dist.config import UserError
-from llamagen_dist.launch.entry import Stopped, run
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.console import Progress
+from llamagen_dist.errors import Stopped, UserError
+from llamagen_dist.program import run
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 VERSION = "as launched"

@@ -4,8 +4,9 @@ import os
 import signal
 import time
 
-from llamagen_dist.config import UserError, load
-from llamagen_dist.launch.entry import run
+from llamagen_dist.config import load
+from llamagen_dist.errors import UserError
+from llamagen_dist.program import run
 
 
 def main(argv: list[str]) -> None:

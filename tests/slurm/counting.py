@@ -14,8 +14,9 @@ import os  # noqa: E402 - what is imported is not the launcher's time
 import signal  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from llamagen_dist.config import UserError, load  # noqa: E402
-from llamagen_dist.launch.entry import Stopped, run  # noqa: E402
+from llamagen_dist.config import load  # noqa: E402
+from llamagen_dist.errors import Stopped, UserError  # noqa: E402
+from llamagen_dist.program import run  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llamagen_dist.config import UserError, load
+from llamagen_dist.config import load
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.run import launch
 from llamagen_dist.launch.slurm.submission import size_of

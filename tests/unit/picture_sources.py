@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.verify import verify
+from llamagen_dist.errors import UserError
 
 
 def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import dump, load
-from llamagen_dist.launch.process import identify
 from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.process import identify
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

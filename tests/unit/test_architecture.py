@@ -38,44 +38,69 @@ SOURCES = {
 }
 
 
+# The rooms from the ground up, as the README lists them: a module imports its own floor and those before it.
+FLOORS = (
+    ("errors", "program", "files", "process", "console", "prng"),
+    ("config",),
+    ("models",),
+    ("parallel",),
+    ("build",),
+    ("data",),
+    ("checkpoint",),
+    ("tracking",),
+    ("planning",),
+    ("training",),
+    ("sampling",),
+    ("evaluation",),
+    ("scaling",),
+    ("report",),
+    ("launch",),
+    ("serve",),
+    ("commands",),
+    ("cli", "train_gpt", "preflight", "tokenizer_training", "eval"),
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
 def is_program_code(module: str) -> bool:
     return module in PROGRAMS or any(module == f or module.startswith(f + ".") for f in PROGRAM_FOLDERS)
+
+
+def room_of(module: str) -> str:
+    """The room of a module; empty for the package itself."""
+    parts = module.removeprefix("llamagen_dist").lstrip(".").split(".")
+    return parts[0]
 
 
 def violations(graph: dict[str, set[str]]) -> list[str]:
     bad = []
     for module, used in graph.items():
-        for target in used:
-            package = target.split(".")[0]
-            if (
-                module.startswith("llamagen_dist.models")
-                and not target.startswith(("llamagen_dist.models", "llamagen_dist.prng"))
-                and target != "llamagen_dist"
-            ):
+        room = room_of(module)
+        for target in sorted(used):
+            other = room_of(target)
+            if other and FLOOR.get(other, -1) > FLOOR[room]:
+                bad.append(f"{module} imports {target}, which stands on a higher floor")
+            if room == "models" and other not in ("", "models", "prng"):
                 bad.append(f"{module} imports {target}: models stand alone")
-            if (
-                module.startswith("llamagen_dist.config")
-                and not target.startswith("llamagen_dist.config")
-                and target != "llamagen_dist"
-            ):
-                bad.append(f"{module} imports {target}: config imports nothing of ours")
             if not is_program_code(module) and is_program_code(target):
                 bad.append(f"{module} imports the program {target}")
-            if package in ("tokenizer_training", "eval") and not module.startswith(package):
-                bad.append(f"{module} imports {target} from another program folder")
+            if is_program_code(module) and is_program_code(target) and room != other and room != "cli":
+                bad.append(f"{module} imports {target} from another program's folder")
     return bad
 
 
-def test_imports_point_from_programs_to_the_library():
-    assert violations({m: imports(p.read_text(), m) for m, p in SOURCES.items()}) == []
+def test_every_import_goes_down():
+    graph = {m: imports(p.read_text(), m) for m, p in SOURCES.items() if m != "llamagen_dist"}
+    assert violations(graph) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("llamagen_dist.models.gpt", "from llamagen_dist.config import UserError"),
+        ("llamagen_dist.models.gpt", "from llamagen_dist.config import load"),
         ("llamagen_dist.config.loader", "def f():\n    import llamagen_dist.models.gpt"),
         ("llamagen_dist.training.fit", "from llamagen_dist import train_gpt"),
+        ("llamagen_dist.training.run", "from llamagen_dist.launch import snapshot"),
         ("llamagen_dist.data.shards", "from tokenizer_training import losses"),
         ("eval.sample", "from tokenizer_training.losses import x"),
     ],
@@ -86,7 +111,7 @@ def test_a_wrong_arrow_is_noticed(module, source):
 
 def test_no_room_without_a_name_and_no_huge_file():
     assert not [m for m in SOURCES if m.split(".")[-1] in ("utils", "util", "helpers", "common", "misc")]
-    assert not {m: n for m, p in SOURCES.items() if (n := len(p.read_text().splitlines())) > 400}
+    assert not {m: n for m, p in SOURCES.items() if (n := len(p.read_text().splitlines())) > 450}
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:

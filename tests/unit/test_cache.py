@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.cache import Cache
+from llamagen_dist.errors import UserError
 
 
 def blob(number, size=1000):

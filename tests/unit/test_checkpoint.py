@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from llamagen_dist.checkpoint import llamagen, plan, store
-from llamagen_dist.checkpoint.entries import Entry, replicated
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
+from llamagen_dist.parallel.entries import Entry, replicated
 from llamagen_dist.parallel.topology import Topology
 
 ALONE = Topology()

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamagen_dist.config import KINDS, UserError, difference, dump, load, parse
+from llamagen_dist.config import KINDS, difference, dump, load, parse
+from llamagen_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from llamagen_dist.checkpoint import released
 from llamagen_dist.checkpoint.store import identity_of, read_weights
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamagen_dist.config import ClusterConfig, UserError, load
+from llamagen_dist.config import ClusterConfig, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm.elastic import Turn, left_over, makes_room, over, turn
 from llamagen_dist.launch.slurm.keeper import begins, period_s, room_for
 from llamagen_dist.launch.slurm.lock import Lock, own

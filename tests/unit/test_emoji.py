@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import clean
 from llamagen_dist.data.demo.emoji import TONES, prepare_emoji
 from llamagen_dist.data.demo.made_once import made_once
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.stages import plan
 from tests.image_shards import write_images
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamagen_dist.config import ClassifierSection, InceptionSection, UserError
+from llamagen_dist.config import ClassifierSection, InceptionSection
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, frechet, inception, inception_weights, kid, manifold
 from llamagen_dist.evaluation.features import Extraction, Selection, batches
 from llamagen_dist.evaluation.image_sets import balanced, choose, open_images

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen_dist.config import GPTModelSection, UserError
+from llamagen_dist.build import gpt_config
+from llamagen_dist.config import GPTModelSection
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.initial import initial_weight
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.training.build import gpt_config
 from tests.unit.test_gpt import PUBLISHED
 from tests.unit.test_gpt_training import small
 

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
+from llamagen_dist.build import compile_blocks
+from llamagen_dist.errors import UserError
 from llamagen_dist.models import dropout, fused
 from llamagen_dist.models.dropout import Randomness
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.loss import token_nll, weighted_nll
-from llamagen_dist.training.build import compile_blocks
 from tests.plain_gpt import PlainGPT
 from tests.unit.test_gpt import NO_DROPOUT
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamagen_dist.evaluation.image_quality import psnr, ssim, ssim_llamagen, to_uint8, unpadded
+from llamagen_dist.evaluation.image_quality import psnr, ssim, ssim_llamagen, unpadded
+from llamagen_dist.models.vq import to_uint8
 
 
 def noisy_pair(height: int = 12, width: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamagen_dist.commands.quickstart import headline
-from llamagen_dist.config import GPTConfigFile, UserError, difference, dump, load
+from llamagen_dist.config import GPTConfigFile, difference, dump, load
 from llamagen_dist.config.loader import build
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder
 from llamagen_dist.launch import cluster, snapshot
 from llamagen_dist.launch.estimate import Estimator
-from llamagen_dist.launch.process import Identity, identify, only_launcher, own_folder
 from llamagen_dist.launch.stages import absolute, plan, shrink, words
+from llamagen_dist.process import Identity, identify
+from llamagen_dist.tracking import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT = """kind: gpt
@@ -181,7 +184,7 @@ def test_secrets_are_masked_and_tokenizers_are_not() -> None:
         "out=x",
         "MY_SECRET=s",
     ]
-    shown = snapshot.masked_command(typed)
+    shown = provenance.masked_command(typed)
     assert all(secret not in shown for secret in ("abc", "def", "=s"))
     assert "tokenizer=/a" in shown
     assert shown.endswith("out=x 'MY_SECRET=***'")
@@ -191,7 +194,7 @@ def test_the_environment_in_the_record_is_masked(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     monkeypatch.setenv("HF_TOKEN", "def")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    kept = snapshot.record(ROOT)["environment"]
+    kept = provenance.record(ROOT)["environment"]
     assert (kept["WANDB_API_KEY"], kept["HF_TOKEN"], kept["OMP_NUM_THREADS"]) == ("***", "***", "3")
 
 

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology, record_collectives
 from llamagen_dist.tracking.log_line import LogWindow
-from llamagen_dist.tracking.throughput import Clock
 
 
 def window(**known: int) -> LogWindow:

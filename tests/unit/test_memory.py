@@ -1,15 +1,15 @@
-"""models/memory.py's activations against the bytes that autograd really keeps."""
+"""planning/memory.py's activations against the bytes that autograd really keeps."""
 
 from dataclasses import replace
 
 import pytest
 
 from llamagen_dist.models import loss as loss_module
-from llamagen_dist.models import memory
 from llamagen_dist.models.cost import total_parameters
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.memory import Layout, activations
+from llamagen_dist.planning import memory
+from llamagen_dist.planning.memory import Layout, activations
 from tests.live_bytes import kept_for_backward, peak_of_a_pass
 
 SMALL = GPTConfig(n_layer=4, n_head=4, dim=64, vocab_size=512, image_tokens=64, num_classes=10, multiple_of=32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamagen_dist.config import OptimSection
-from llamagen_dist.training.optim import groups, learning_rate
+from llamagen_dist.parallel.optim import groups, learning_rate
 
 
 @pytest.mark.parametrize(

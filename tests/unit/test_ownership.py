@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from llamagen_dist.config import ShardAccess, UserError
+from llamagen_dist import program
+from llamagen_dist.config import ShardAccess
+from llamagen_dist.errors import Superseded, UserError
 from llamagen_dist.files import sync_folder, write_text
-from llamagen_dist.launch import entry
-from llamagen_dist.launch.entry import Superseded
 from llamagen_dist.parallel.topology import Topology, device_index
 from llamagen_dist.training import ownership, run, timing
 from llamagen_dist.training.ownership import Ownership
@@ -95,13 +95,13 @@ def test_a_run_that_went_on_elsewhere_gets_no_line_from_here(lock, tmp_path):
 
 
 def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(entry.ERROR_FILE, str(tmp_path / "error.txt"))
+    monkeypatch.setenv(program.ERROR_FILE, str(tmp_path / "error.txt"))
 
     def main(argv: list[str]) -> None:
         raise Superseded("this run went on as job 12.1")
 
     with pytest.raises(SystemExit) as end:
-        entry.run(main)
+        program.run(main)
     assert end.value.code == 75
     assert capsys.readouterr().err == "llamagen: this run went on as job 12.1\n"
     assert (tmp_path / "error.txt").read_text() == "this run went on as job 12.1"
@@ -133,13 +133,13 @@ def test_a_line_that_a_nearly_full_disk_cuts_is_told_too(tmp_path):
 
 
 def test_a_sentence_that_cannot_be_left_changes_no_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setenv(entry.ERROR_FILE, str(tmp_path / "gone" / "error.txt"))
+    monkeypatch.setenv(program.ERROR_FILE, str(tmp_path / "gone" / "error.txt"))
 
     def main(argv: list[str]) -> None:
         raise UserError("no room")
 
     with pytest.raises(SystemExit) as end:
-        entry.run(main)
+        program.run(main)
     assert end.value.code == 2
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
 from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.images import center_crop, load_images
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.verify import verify
+from llamagen_dist.errors import UserError
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:

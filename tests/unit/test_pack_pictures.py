@@ -13,11 +13,11 @@ import pytest
 import webdataset
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
 from llamagen_dist.data.images import decode, load_images
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.recipe import ImageRecipe
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from tests.unit import picture_sources
 from tests.unit.picture_sources import contents, encoded, one_sentence, samples
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.index import scan
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.sources import open_source
 from llamagen_dist.data.sources.source import caption_of
+from llamagen_dist.errors import UserError
 from tests.unit.picture_sources import contents, encoded, one_sentence, samples, tar_bytes
 
 # --- jsonl

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from llamagen_dist import cli
-from llamagen_dist.config import GPTConfigFile, UserError, load
-from llamagen_dist.launch import layouts
-from llamagen_dist.launch.plan import Machine, Tokens, answer, memory_lines, model_of
-from llamagen_dist.models import memory
+from llamagen_dist.config import GPTConfigFile, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import forward_flops, parameters, total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.parallel.tensor_parallel import check, cut
+from llamagen_dist.planning import layouts, memory
+from llamagen_dist.planning.plan import Machine, Tokens, answer, memory_lines, model_of
 from llamagen_dist.tracking.devices import DEVICES, GIB, named, peak_flops
 
 ROOT = Path(__file__).parent.parent.parent

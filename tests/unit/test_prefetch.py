@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import Topology
 from tests.runs.token_shards import VOCABULARY, write_tokens
 

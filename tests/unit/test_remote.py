@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import ShardAccess, UserError, load
+from llamagen_dist.config import ShardAccess, load
 from llamagen_dist.data.access import remote
 from llamagen_dist.data.access.transport import transport
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import manifest_of, open_shards
+from llamagen_dist.errors import UserError
 from tests.shard_server import served
 from tests.unit.test_shards import payload, write_set
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.report import html, quickstart
 from llamagen_dist.report.collect import collect, results
 from tests.unit.quickstart_folder import (

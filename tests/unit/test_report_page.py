@@ -16,20 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.entries import replicated
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError, dump, load
+from llamagen_dist.config import dump, load
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
-from llamagen_dist.evaluation.image_quality import to_uint8
-from llamagen_dist.models.vq import VQModel
+from llamagen_dist.errors import UserError
+from llamagen_dist.models.vq import VQModel, to_uint8
+from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.report import html, plots, quickstart, reconstructions
 from llamagen_dist.report.blocks import ImageGrid, Markdown, Report, Section, Table, describe, literal
 from llamagen_dist.report.collect import collect, results
-from llamagen_dist.training.build import build_vq
 from tests.unit.quickstart_folder import BATCH, SIZES, TOKENS, make, train_loss
 
 EVIL = "<script>alert(1)</script>"

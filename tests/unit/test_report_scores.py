@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamagen_dist.config import UserError, load
+from llamagen_dist.config import load
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.stages import plan
 from llamagen_dist.report import html, quickstart, samples
 from llamagen_dist.report.blocks import ImageGrid, describe

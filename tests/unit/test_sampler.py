@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist import prng
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import solve
 from llamagen_dist.scaling.bootstrap import bootstrap
 from llamagen_dist.scaling.fit import fit_law

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llamagen_dist.cli import main
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data import checksums
 from llamagen_dist.data import shards as shards_module
 from llamagen_dist.data.access import folders
@@ -19,6 +18,7 @@ from llamagen_dist.data.manifest import MANIFEST, write_manifest
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.verify import verify
+from llamagen_dist.errors import UserError
 from tests.unit.test_shards import payload, write_set
 
 FIRST, LAST = shard_name(0), shard_name(2)

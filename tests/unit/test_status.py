@@ -16,14 +16,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamagen_dist.config import UserError, dump, load
-from llamagen_dist.launch.process import identify
+from llamagen_dist.config import dump, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.queue import JobState
 from llamagen_dist.launch.status import files, screen, survey
 from llamagen_dist.launch.status.files import Clock
 from llamagen_dist.launch.status.state import count_restarts, one_line
 from llamagen_dist.launch.status.survey import Row, look
+from llamagen_dist.process import identify
 from tests.unit import run_folders as made
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist import cli
-from llamagen_dist.config import UserError, dump, load
+from llamagen_dist.config import dump, load
 from llamagen_dist.config.sweep import SweepConfig
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import pipeline, points, sweep, sweep_plan
-from llamagen_dist.launch.plan import Machine
+from llamagen_dist.planning.plan import Machine
 from llamagen_dist.tracking.devices import named
 
 ROOT = Path(__file__).parents[2]

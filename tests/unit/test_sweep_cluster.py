@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from llamagen_dist import cli
-from llamagen_dist.config import ClusterConfig, UserError, load
+from llamagen_dist.config import ClusterConfig, load
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch import points, stages, sweep
 from llamagen_dist.launch.slurm import follow, lock
 from llamagen_dist.launch.slurm import pipeline as chain
@@ -258,7 +259,7 @@ def test_a_disk_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pyte
     import errno
     import fcntl
 
-    from llamagen_dist.launch.process import only_launcher
+    from llamagen_dist.files import only_launcher
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data import text_encoder
 from llamagen_dist.data.captions import bits, features
 from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
 from llamagen_dist.data.text_encoder import CaptionEncoder
+from llamagen_dist.errors import UserError
 
 TEXT = "a red blue cat dog on the mat sits runs in house of with big small"
 WORDS = TEXT.split()

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.token_reader import codes_bytes, uint16_shape
 from llamagen_dist.data.tokens import TokenStream
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import Topology
 from tests.bench import token_sets
 

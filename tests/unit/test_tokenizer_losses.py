@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection, UserError
+from llamagen_dist.build import build_vq
+from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQLosses
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.training.build import build_vq
 from llamagen_dist.training.guards import NonFiniteError
 from tests.image_shards import write_images
 from tokenizer_training.discriminators import PatchGAN

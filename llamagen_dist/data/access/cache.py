@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from llamagen_dist.config import UserError
-from llamagen_dist.data.access import locks
+from llamagen_dist import files
+from llamagen_dist.errors import UserError
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}\.([0-9]+)\.part")
@@ -26,7 +26,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = locks.private_folder(folder, "data.cache"), limit
+        self.folder, self.limit = files.private_folder(folder, "data.cache"), limit
 
     def open(self, sha256: str, size: int, fill: Callable[[IO[bytes]], None]) -> IO[bytes]:
         """The file, open for reading, after ``fill`` has brought it if it is not there yet.
@@ -54,15 +54,15 @@ class Cache:
         return file
 
     def _fetched(self, sha256: str, size: int, fill: Callable[[IO[bytes]], None]) -> IO[bytes]:
-        part = locks.private_folder(self.folder, "data.cache") / f"{sha256}.{size}.part"  # or tidied away meanwhile
+        part = files.private_folder(self.folder, "data.cache") / f"{sha256}.{size}.part"  # or tidied away meanwhile
         with ExitStack() as stack:
-            lock = locks.take(part)
+            lock = files.take_lock(part)
             assert lock is not None
             file = stack.enter_context(os.fdopen(lock, "r+b"))
             if (present := self._present(sha256)) is not None:  # another process was faster
                 part.unlink()
                 return present
-            with locks.alone(self.folder / "lock"):
+            with files.locked(self.folder / "lock"):
                 self._make_room(size - os.fstat(lock).st_size, part)
             fill(file)
             file.flush()
@@ -111,7 +111,7 @@ class Cache:
     @staticmethod
     def _drop(path: Path, part: bool) -> bool:
         """Whether it is gone now; what another process is fetching is left."""
-        lock = locks.take(path, wait=False) if part else None
+        lock = files.take_lock(path, wait=False) if part else None
         if part and lock is None:
             return False
         try:

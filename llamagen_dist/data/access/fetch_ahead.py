@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Sequence
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.folders import RemoteFolder
 from llamagen_dist.data.order import Windows
 from llamagen_dist.data.shards import Shards
+from llamagen_dist.errors import UserError
 
 _AT_ONCE = 2  # per rank; the ranks of a node share the work through the cache's locks
 

@@ -9,13 +9,13 @@ from typing import IO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data import checksums
 from llamagen_dist.data.access.cache import Cache
 from llamagen_dist.data.access.remote import NotThere, fetch
 from llamagen_dist.data.access.transport import Transport
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import ShardRecord
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_bytes
 
 

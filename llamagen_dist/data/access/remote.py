@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.access.transport import Busy, Local, Refused, Transport
 from llamagen_dist.data.manifest import MANIFEST, Manifest, parse_manifest
+from llamagen_dist.errors import UserError
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0

@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamagen_dist.config import UserError
-from llamagen_dist.data.access import locks
+from llamagen_dist import files
 from llamagen_dist.data.access.folders import fetch_shard, index_limit
 from llamagen_dist.data.access.remote import NotThere, fetch
 from llamagen_dist.data.access.transport import Transport
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, write_manifest
+from llamagen_dist.errors import UserError
 
 _SAID_EVERY_S = 30.0
 _AT_ONCE = 4  # shards copied at the same time: one stream does not fill a parallel file system
@@ -44,7 +44,7 @@ class Staged:
         fcntl.flock(self._use, fcntl.LOCK_UN)  # closing is not enough: forked children have it open, too
         os.close(self._use)
         base = self.folder.parent
-        lock = locks.take(base / "lock", wait=False)
+        lock = files.take_lock(base / "lock", wait=False)
         if lock is not None:  # else somebody is copying, and may be at it for long: the next one removes it
             try:
                 _sweep(base)
@@ -57,12 +57,12 @@ def stage(source: Transport, manifest: Manifest, parent: Path) -> Staged:
 
     Raises UserError: no room, a file that cannot be copied, or arrives with another sha256 twice.
     """
-    base = locks.private_folder(parent / f"llamagen-stage-{os.getuid()}", "data.stage")
+    base = files.private_folder(parent / f"llamagen-stage-{os.getuid()}", "data.stage")
     folder = base / manifest.fingerprint()[:32]
     try:
-        with locks.alone(base / "lock"):
+        with files.locked(base / "lock"):
             _sweep(base)
-            use = locks.take(folder.with_suffix(".use"), shared=True)
+            use = files.take_lock(folder.with_suffix(".use"), shared=True)
             assert use is not None
             staged = Staged(folder, use, os.getpid())
             if not (folder / MANIFEST).exists():
@@ -80,7 +80,7 @@ def stage(source: Transport, manifest: Manifest, parent: Path) -> Staged:
 def _sweep(base: Path) -> None:
     """Remove the copies that nobody uses. The caller holds the lock of ``base``."""
     for marker in base.glob("*.use"):
-        use = locks.take(marker, wait=False)
+        use = files.take_lock(marker, wait=False)
         if use is not None:
             shutil.rmtree(marker.with_suffix(""), ignore_errors=True)
             marker.unlink(missing_ok=True)

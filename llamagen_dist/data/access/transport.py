@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from llamagen_dist.config import UserError, is_remote
+from llamagen_dist.config import is_remote
+from llamagen_dist.errors import UserError
 
 _BLOCK = 1 << 20
 _SILENCE_S = 120.0  # a source that sends nothing for so long is given up for this try

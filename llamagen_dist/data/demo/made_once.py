@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.manifest import plain
+from llamagen_dist.errors import UserError
 
 RECORD = "made_from.json"
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.captions import CLEANING, clean
 from llamagen_dist.data.demo.made_once import made_once
+from llamagen_dist.errors import UserError
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # numbered as T5's
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.sources.arrays import ArraySource, npz_source
@@ -14,6 +13,7 @@ from llamagen_dist.data.sources.folder import FolderSource
 from llamagen_dist.data.sources.jsonl import JsonlSource
 from llamagen_dist.data.sources.source import Caption, Source
 from llamagen_dist.data.sources.tars import class_tars, holds_tars, webdataset
+from llamagen_dist.errors import UserError
 
 __all__ = ["Caption", "ClassMap", "Source", "open_source"]
 

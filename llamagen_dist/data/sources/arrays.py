@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.sources.classes import ClassMap
 from llamagen_dist.data.sources.source import Caption
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
 _ARRAYS = ("arr_0", "arr_1", "labels")

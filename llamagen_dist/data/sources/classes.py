@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.index import printable
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
 MOST_CLASSES = 1_000_000  # a label beyond this is a mistake, not a class

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.sources.classes import ClassMap, folder_classes
 from llamagen_dist.data.sources.source import ENDINGS, Caption
+from llamagen_dist.errors import UserError
 
 
 class FolderSource:

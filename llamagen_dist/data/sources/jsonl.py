@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.sources.classes import ClassMap, SampleClasses
 from llamagen_dist.data.sources.source import Caption, caption_of, fingerprint_of
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
 

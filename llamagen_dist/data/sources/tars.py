@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import UserError
+from llamagen_dist.console import Progress
 from llamagen_dist.data.index import entries, printable, scan
 from llamagen_dist.data.manifest import MANIFEST, read_manifest
 from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, SHORT_CAPTION_MEMBER
 from llamagen_dist.data.sources.classes import ClassMap, SampleClasses, first_double, folder_classes
 from llamagen_dist.data.sources.source import ENDINGS, Caption, caption_of, fingerprint_of
-from llamagen_dist.tracking.progress import Progress
+from llamagen_dist.errors import UserError
 
 _JSON = ".json"
 _PICTURES = (*IMAGE_MEMBERS, *(ending for ending in ENDINGS if ending not in IMAGE_MEMBERS))

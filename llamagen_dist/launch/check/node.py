@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import llamagen_dist
-from llamagen_dist.launch.job import cores
+from llamagen_dist.process import cores
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "pydantic")
 ABSENT = "absent"

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from llamagen_dist.console import Screen
 from llamagen_dist.launch.check.verdict import Verdict
-from llamagen_dist.launch.screen import Screen
 
 Report = Mapping[str, Any]
 

@@ -4,13 +4,14 @@ import shutil
 import time
 from pathlib import Path
 
-from llamagen_dist.config import ClusterConfig, UserError
+from llamagen_dist.config import ClusterConfig
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder
 from llamagen_dist.launch import cluster
 from llamagen_dist.launch.check.verdict import Verdict, judge, read_reports
 from llamagen_dist.launch.job import DONE
 from llamagen_dist.launch.pipeline import take_code
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Limits, Place, Work
 from llamagen_dist.launch.slurm.run import describe, find, settled

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.launch.check.network import gathered
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.training.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.training.gpt_task import GPTTask
 
 VOCABULARY, TOKENS, CLASSES, PER_RANK = 256, 64, 10, 2

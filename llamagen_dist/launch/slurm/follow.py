@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.pipeline import command
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.records import Place, read_json
 from llamagen_dist.launch.slurm.run import ENDING_PATIENCE_S, Found, describe, find

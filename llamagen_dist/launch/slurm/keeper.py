@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from llamagen_dist.config.errors import UserError
-from llamagen_dist.launch.process import Identity, identify
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.queue import JobState, NodeKind
 from llamagen_dist.launch.slurm.records import Place, Work, read_work
 from llamagen_dist.launch.slurm.task import owner
+from llamagen_dist.process import Identity, identify
 
 TICK_S = 1.0
 BEAT_S = 5.0

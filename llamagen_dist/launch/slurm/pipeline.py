@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from llamagen_dist.config import ClusterConfig, UserError, dump
-from llamagen_dist.files import write_text
+from llamagen_dist.config import ClusterConfig, dump
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder, write_text
 from llamagen_dist.launch import pipeline, sweep
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm import sweep as array
 from llamagen_dist.launch.slurm.follow import GONE, Part, settled, watch

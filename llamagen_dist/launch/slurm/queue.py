@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.errors import UserError
 
 ANSWER_S = 20.0
 LIVE = frozenset(

@@ -18,10 +18,6 @@ from typing import Any
 
 from llamagen_dist.files import sync_folder, write_text
 
-OWNER = "LLAMAGEN_OWNER"  # environment variable of a rank: JOB.RESTART, its incarnation
-LOCK = "LLAMAGEN_LOCK"  # and the file (owner.json) that names the incarnation which may write
-SIGNAL_DELAY = "LLAMAGEN_SIGNAL_DELAY_S"  # and how long before the time limit it is told
-
 
 @dataclass(frozen=True)
 class Limits:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, UserError, dump
+from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, dump
 from llamagen_dist.config.resume import same_config
-from llamagen_dist.files import write_text
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import not_anothers, own_folder, write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.launch.pipeline import command, program_exists, take_code
-from llamagen_dist.launch.process import not_anothers, own_folder
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.single import folder_of
 from llamagen_dist.launch.slurm import elastic, lock, queue, standby
 from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, read_json

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, UserError
+from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.slurm.records import Place, Work
 from llamagen_dist.launch.slurm.submission import Size, enqueue

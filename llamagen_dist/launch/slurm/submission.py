@@ -13,8 +13,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import ClusterConfig, UserError
+from llamagen_dist.config import ClusterConfig
 from llamagen_dist.config.locations import STAGE
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.batch import REQUEUE
 from llamagen_dist.launch.slurm.records import Limits, Place, Work, write_works

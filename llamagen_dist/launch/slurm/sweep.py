@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import ClusterConfig, UserError
+from llamagen_dist.config import ClusterConfig
+from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import only_launcher, own_folder
 from llamagen_dist.launch import pipeline
 from llamagen_dist.launch.points import Point, Sweep
-from llamagen_dist.launch.process import only_launcher, own_folder
-from llamagen_dist.launch.screen import Screen
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.follow import Part, settled, watch
 from llamagen_dist.launch.slurm.records import Work

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.console import PROGRESS_FILE
+from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llamagen_dist.launch import job
-from llamagen_dist.launch.entry import ERROR_FILE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
-from llamagen_dist.launch.slurm.records import LOCK, OWNER, SIGNAL_DELAY, Place, Work, read_work
-from llamagen_dist.tracking.progress import PROGRESS_FILE
+from llamagen_dist.launch.slurm.records import Place, Work, read_work
+from llamagen_dist.process import STOP_SIGNALS, cores, peak_rss_gb
+from llamagen_dist.program import ERROR_FILE, LOCK, OWNER, SIGNAL_DELAY
 
 MARKS = "LLAMAGEN_MARKS"  # environment variable of slurm/plain.sbatch: a folder
 _EXIT = {job.USER_ERROR: EXIT_USER_ERROR, job.INTERRUPTED: EXIT_INTERRUPTED, job.CRASHED: 1}
@@ -33,7 +34,7 @@ class Task:
     works: str
 
     def __call__(self) -> None:
-        for number in job.STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, job._interrupt)
         work = read_work(self.works, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))
         run_rank(work)
@@ -63,7 +64,7 @@ def run_rank(work: Work) -> None:
             os.environ[PROGRESS_FILE] = str(place.progress)
 
     outcome, message, failure = job.run_program(work.module, work.arguments, prepare)
-    for number in job.STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if not message and note.sentence.exists():
         message = note.sentence.read_text(encoding="utf-8")
@@ -77,7 +78,7 @@ def run_rank(work: Work) -> None:
             error=error,
             ended=time.time(),
             seconds=time.time() - began,
-            peak_rss_gb=job.peak_rss_gb(),
+            peak_rss_gb=peak_rss_gb(),
         )
     if outcome == job.DONE:
         return
@@ -105,7 +106,7 @@ def surroundings(ranks_per_node: int | None = None) -> dict[str, str]:
     """
     env = os.environ
     local = ranks_per_node or int(env.get("SLURM_NTASKS_PER_NODE") or env["SLURM_NTASKS"])
-    cores = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, job.cores() // local)
+    threads = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, cores() // local)
     found = {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
@@ -115,7 +116,7 @@ def surroundings(ranks_per_node: int | None = None) -> dict[str, str]:
         "MASTER_PORT": str(port(owner(env))),
     }
     if "OMP_NUM_THREADS" not in env:
-        found["OMP_NUM_THREADS"] = str(cores)
+        found["OMP_NUM_THREADS"] = str(threads)
     return found
 
 
@@ -165,6 +166,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from llamagen_dist.launch.entry import run
+    from llamagen_dist.program import run
 
     run(main)

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from llamagen_dist.launch.screen import duration
+from llamagen_dist.console import duration
 from llamagen_dist.launch.status.state import FAILED, FINISHED, RUNNING, STOPPED, SUBMITTING, UNKNOWN, WAITING
 from llamagen_dist.launch.status.survey import Row, Survey
 

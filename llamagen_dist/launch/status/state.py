@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config.errors import UserError
-from llamagen_dist.launch.process import Identity, started_at
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.queue import JobState
 from llamagen_dist.launch.slurm.records import Place, outcome_of
 from llamagen_dist.launch.status.files import Clock, read_json, read_text
+from llamagen_dist.process import Identity, started_at
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
 FINISHED, FAILED, STOPPED, UNKNOWN = "finished", "failed", "stopped", "unknown"

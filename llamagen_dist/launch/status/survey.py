@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm.records import Place
 from llamagen_dist.launch.status import files
 from llamagen_dist.launch.status.files import Clock, Progress

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.folder import complete
-from llamagen_dist.config import UserError
+from llamagen_dist.errors import UserError
 from llamagen_dist.tracking.log_line import MEASURED
 from tests.slurm.faults.trial import Step
 

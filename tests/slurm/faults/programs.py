@@ -124,8 +124,8 @@ def paced_checkout(folder: Path) -> Path:
     text = watchdog.read_text()
     assert text.count(_BEAT) == 1
     watchdog.write_text(text.replace(_BEAT, f"{_BEAT}        pace.step(self._topology.rank, step)\n").replace(
-        "from llamagen_dist.tracking.throughput import Clock\n",
-        "from llamagen_dist.tracking.throughput import Clock\nfrom llamagen_dist.training import pace\n",
+        "from llamagen_dist.parallel.clock import Clock\n",
+        "from llamagen_dist.parallel.clock import Clock\nfrom llamagen_dist.training import pace\n",
     ))  # fmt: skip
     (folder / "llamagen_dist/training/pace.py").write_text(_PACE)
     return folder

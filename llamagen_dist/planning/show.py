@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llamagen_dist.launch.screen import duration
+from llamagen_dist.console import duration
 from llamagen_dist.tracking.devices import GIB
 
 PIPE_WIDTH = 110

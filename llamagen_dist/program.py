@@ -6,21 +6,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from llamagen_dist.config.errors import UserError
+from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, Stopped, Superseded, UserError
 
 ERROR_FILE = "LLAMAGEN_ERROR_FILE"  # environment variable: where a launched rank leaves its sentence
 
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
-EXIT_INTERRUPTED = 130
-
-
-class Stopped(Exception):
-    """The program was told to stop, has saved, and is not finished; the same command goes on."""
-
-
-class Superseded(Exception):
-    """The run goes on elsewhere, in another incarnation of its job: this process may not write there any more."""
+# Environment variables by which a cluster's job tells a rank which incarnation of the job it belongs to.
+OWNER = "LLAMAGEN_OWNER"  # JOB.RESTART, the rank's incarnation
+LOCK = "LLAMAGEN_LOCK"  # the file (owner.json) that names the incarnation which may write
+SIGNAL_DELAY = "LLAMAGEN_SIGNAL_DELAY_S"  # how long before the time limit the job is signalled
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.memory import Layout, per_rank
+from llamagen_dist.planning.memory import Layout, per_rank
 
 HEADROOM = 0.10
 """Share of a GPU's memory left free: for the CUDA context, NCCL, cuBLAS workspaces and fragmentation. A guess."""

@@ -5,7 +5,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from llamagen_dist.config import GPTModelSection, TokenizerModelSection, UserError
+from llamagen_dist.config import GPTModelSection, TokenizerModelSection
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 

@@ -11,11 +11,8 @@ from typing import Literal
 
 from llamagen_dist.models.cost import parameters, total_parameters
 from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.parallel.buckets import LARGEST_BUCKET, LARGEST_SUM
 
-LARGEST_BUCKET = 100_000_000
-"""Elements that DeepSpeed reduces or gathers at a time at most (parallel/deepspeed_engine.py sets it)."""
-LARGEST_SUM = 500_000_000
-"""Elements of fp32 gradient sums that DeepSpeed's bf16 ZeRO-1 flattens at a time (a constant of its own)."""
 LOSS_CHUNK = 1 << 22
 """Logits that the loss works on at a time (models/loss.py's CHUNK)."""
 FP32 = 4

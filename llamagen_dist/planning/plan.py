@@ -1,6 +1,6 @@
 """``llamagen plan``: what a GPT run will need, as data. Starts nothing; needs no token shards and no torch.
 
-``answer`` returns one dictionary of plain values, which ``--json`` prints; its keys stay. Shown by plan_screen.py.
+``answer`` returns one dictionary of plain values, which ``--json`` prints; its keys stay. Shown by show.py.
 """
 
 import json
@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import GPTConfigFile, UserError, is_remote
+from llamagen_dist.build import gpt_config
+from llamagen_dist.config import GPTConfigFile, is_remote
 from llamagen_dist.config.ladder import rungs
-from llamagen_dist.launch import layouts as lay
-from llamagen_dist.models import cost, memory
+from llamagen_dist.errors import UserError
+from llamagen_dist.models import cost
 from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.memory import Layout
+from llamagen_dist.planning import layouts as lay
+from llamagen_dist.planning import memory
+from llamagen_dist.planning.memory import Layout
 from llamagen_dist.tracking.devices import GIB, Device
-from llamagen_dist.training.build import gpt_config
 
 MFU = 0.4
 BANDWIDTH = 2e9

@@ -1,0 +1,22 @@
+"""How a program may end: the exceptions that are not bugs, and the exit codes."""
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can put right.
+
+    The message is one clear sentence (or a few lines, one per problem) that says what is wrong, where (file,
+    key, shard, rank) and what to do. Programs print it without a traceback and exit with code 2. Every other
+    exception is a bug: it keeps its traceback and exits with code 1.
+    """
+
+
+class Stopped(Exception):
+    """The program was told to stop, has saved, and is not finished; the same command resumes it."""
+
+
+class Superseded(Exception):
+    """The run continues elsewhere, in another incarnation of its job: this process may not write there any more."""

@@ -1,0 +1,80 @@
+"""Processes of this machine: which is which (a pid alone is reused), their cores, memory and signals."""
+
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process: its pid and when it started (kernel ticks since boot; empty where /proc does not say)."""
+
+    pid: int
+    started: str
+
+    def alive(self) -> bool:
+        """Whether this very process still runs; a zombie has ended, a reused pid is another process."""
+        if not _exists(self.pid):
+            return False
+        state, started = _proc_stat(self.pid)
+        return state not in ("Z", "X") and started == self.started
+
+
+def identify(pid: int | None = None) -> Identity:
+    """The identity of a live process; of this one by default."""
+    pid = os.getpid() if pid is None else pid
+    return Identity(pid, _proc_stat(pid)[1])
+
+
+def started_at(pid: int) -> float | None:
+    """When a process of this machine began, in seconds since the epoch; None where it has ended, or without /proc."""
+    ticks = _proc_stat(pid)[1]
+    if not ticks:
+        return None
+    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return int(booted.split()[1]) + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's process
+    return True
+
+
+def _proc_stat(pid: int) -> tuple[str, str]:
+    """State letter and start time from /proc/PID/stat (proc(5)); empty strings without /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "", ""
+    fields = text.rpartition(")")[2].split()  # the command name before it may hold spaces and brackets
+    return fields[0], fields[19]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_gb() -> float:
+    """Largest resident set of this process or of one child so far, in GB (10^9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    sizes = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(sizes) * unit / 1e9
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,72 @@
+"""Where a run comes from: commit and diff, versions, host and command line; secrets masked."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import llamagen_dist
+
+SOURCE_FOLDERS = ("llamagen_dist", "tokenizer_training", "eval", "configs", "slurm")
+"""What jobs may need of the checkout."""
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "submitit", "webdataset", "pydantic")
+ENVIRONMENT = re.compile(r"^(LLAMAGEN|OMP|MKL|CUDA|NCCL|GLOO|TORCH|WANDB|SLURM|HF)_")
+_SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN(?!IZE|S\b|S_)", re.IGNORECASE)
+
+
+def record(root: Path) -> dict[str, Any]:
+    """Where the code comes from and what it runs on; secrets masked."""
+    commit = git(root, "rev-parse", "HEAD")
+    versions = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "from": str(root),
+        "commit": commit.strip() if commit else None,
+        "diff": git(root, "diff", "HEAD", "--", *SOURCE_FOLDERS) if commit else None,
+        "versions": versions,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "command": masked_command(sys.argv),
+        "environment": {
+            k: "***" if _SECRET.search(k) else v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)
+        },
+    }
+
+
+def masked_command(argv: list[str]) -> str:
+    """The command line; values of secret-looking ``key=value`` words and ``--key value`` options masked."""
+    words: list[str] = []
+    hide_next = False
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        if hide_next:
+            words.append("***")
+        elif equals and _SECRET.search(key):
+            words.append(f"{key}=***")
+        else:
+            words.append(word)
+        hide_next = not equals and word.startswith("-") and bool(_SECRET.search(word))
+    return shlex.join(words)
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """git's answer, or None where there is no git, no repository, or git refuses."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
+    return done.stdout if done.returncode == 0 else None
