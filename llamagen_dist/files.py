@@ -123,7 +123,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def private_folder(folder: Path, key: str) -> Path:
-    """Create ``folder`` with mode 0700, or check that the one there is ours. Raises UserError, naming the config key."""
+    """Create ``folder`` with mode 0700, or check that it is ours. Raises UserError, naming the config key."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
