@@ -25,6 +25,7 @@ from llamagen_dist.evaluation.image_sets import balanced, open_images
 from llamagen_dist.files import write_bytes
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
+from llamagen_dist.tracking.provenance import versions
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
         "device": str(topology.device.type),
         "ranks": topology.world,
         "seconds": round(time.monotonic() - began, 1),
-        "versions": record.versions(),
+        "versions": versions("torch", "numpy"),
     }
     result["absent"] = comparison.absent
     if topology.rank == 0:

@@ -22,8 +22,9 @@ from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
-from llamagen_dist.sampling.parts import Parts, versions, write_npz
+from llamagen_dist.sampling.parts import Parts, write_npz
 from llamagen_dist.sampling.pictures import decode_tokens
+from llamagen_dist.tracking.provenance import versions
 
 RESULT = "reconstruction.npz"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
@@ -147,7 +148,7 @@ class Reconstruction:
                 },
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,
-                "versions": versions(),
+                "versions": versions("torch", "numpy"),
             }
         )
         return averages

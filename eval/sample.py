@@ -29,7 +29,8 @@ from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
-from llamagen_dist.sampling.parts import Parts, versions, write_npz
+from llamagen_dist.sampling.parts import Parts, write_npz
+from llamagen_dist.tracking.provenance import versions
 
 PER_CLASS = 10
 MEANING = {
@@ -192,7 +193,7 @@ class Sampling:
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,
                 "seconds_of_the_last_start": round(seconds, 2),
-                "versions": versions(),
+                "versions": versions("torch", "numpy"),
             }
         )
 

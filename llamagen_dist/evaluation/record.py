@@ -1,9 +1,7 @@
 """What must be known to reproduce a result, or to refuse to compare it with another."""
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,6 @@ def bias(n: int | None, dimensions: int) -> str:
     if n is not None and n <= dimensions:
         text += f" (N <= {dimensions} dimensions, so the covariances are singular; the distance is still exact)"
     return text
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("llamagen-dist", "torch", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
 
 
 def read_result(path: Path) -> dict[str, Any]:

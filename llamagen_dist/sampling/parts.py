@@ -124,12 +124,3 @@ def write_npz(path: Path, labels: NDArray[np.int64] | None, count: int, blocks: 
         if labels is not None:
             with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
                 np.lib.format.write_array(file, labels, allow_pickle=False)
-
-
-def versions() -> dict[str, str]:
-    """Of what the pictures were computed with."""
-    import torch
-
-    from llamagen_dist import __version__
-
-    return {"llamagen-dist": __version__, "torch": torch.__version__, "numpy": np.__version__}

@@ -16,26 +16,33 @@ import llamagen_dist
 
 SOURCE_FOLDERS = ("llamagen_dist", "tokenizer_training", "eval", "configs", "slurm")
 """What jobs may need of the checkout."""
+ABSENT = "absent"
+"""The version of a package that is not installed."""
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "submitit", "webdataset", "pydantic")
 ENVIRONMENT = re.compile(r"^(LLAMAGEN|OMP|MKL|CUDA|NCCL|GLOO|TORCH|WANDB|SLURM|HF)_")
 _SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN(?!IZE|S\b|S_)", re.IGNORECASE)
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, this package and the installed ``packages``, by name; ``absent`` for one that is not installed."""
+    known = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
+    for package in packages:
+        try:
+            known[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            known[package] = ABSENT
+    return known
+
+
 def record(root: Path) -> dict[str, Any]:
     """Where the code comes from and what it runs on; secrets masked."""
     commit = git(root, "rev-parse", "HEAD")
-    versions = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
     return {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "from": str(root),
         "commit": commit.strip() if commit else None,
         "diff": git(root, "diff", "HEAD", "--", *SOURCE_FOLDERS) if commit else None,
-        "versions": versions,
+        "versions": versions(*PACKAGES),
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

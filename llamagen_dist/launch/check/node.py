@@ -6,15 +6,14 @@ import resource
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import llamagen_dist
 from llamagen_dist.process import cores
+from llamagen_dist.tracking.provenance import versions
 
+# what has to be the same on all nodes
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "pydantic")
-ABSENT = "absent"
 
 
 def name() -> str:
@@ -30,24 +29,13 @@ def facts(shared: Path) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "kernel": platform.release(),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "cores": cores(),
         "memory_gb": memory_gb(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "space": {what: space(path) for what, path in places.items()},
         **devices(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what has to be the same on all nodes, and the GPU driver's, which had better be."""
-    found = {"python": platform.python_version(), "llamagen-dist": llamagen_dist.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = ABSENT
-    return found
 
 
 def memory_gb() -> float:
