@@ -1,6 +1,7 @@
 """From config sections to models: the only place where the two meet (models know no config)."""
 
 import difflib
+import functools
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -129,3 +130,12 @@ def build_vq(section: TokenizerModelSection) -> "VQModel":
     from llamagen_dist.models.vq import VQModel
 
     return VQModel(vq_config(section))
+
+
+@functools.cache
+def vq_parameters(section: TokenizerModelSection) -> int:
+    """How many parameters the tokenizer has, counted without any memory. Loads torch."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_vq(section).parameters())

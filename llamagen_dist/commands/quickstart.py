@@ -34,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.data.sources import open_source
     from llamagen_dist.errors import UserError
     from llamagen_dist.launch.snapshot import code_root
     from llamagen_dist.launch.stages import plan, words
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--images {args.images}: there is no such folder; give one with a sub-folder of images per class"
             )
-        count = sum(path.is_file() for path in args.images.rglob("*"))
+        count = len(open_source(str(args.images)))  # what packing will read, and not every file that lies there
         own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(count)}
         variables = {**own, **variables}
     file = args.config or code_root() / "configs/pipeline/quickstart.yaml"

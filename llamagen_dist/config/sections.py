@@ -288,7 +288,7 @@ class StageSection(Section):
     gpus_per_node: CountInt | None = None
     """… and how many GPUs (and ranks) on each."""
     images: str | None = None
-    """How many images a stage without ``train`` goes through, for the time estimate; usually a {count}."""
+    """How many images a stage without ``train`` goes through, for --dry-run; usually a {count}."""
     produces: tuple[str, ...] = ()
     """Files that must exist when the stage is done; a finished stage that lost one runs again."""
 

@@ -15,9 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FACTOR",
         help="scale every number of images by this, for a rehearsal (default: 1)",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the stages, sizes and about how long; start nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="list the stages with sizes and folders; start nothing")
 
 
 def execute(plan: "Plan", dry_run: bool) -> None:
@@ -25,7 +23,7 @@ def execute(plan: "Plan", dry_run: bool) -> None:
     from llamagen_dist.launch import pipeline
 
     if dry_run:
-        from llamagen_dist.launch.estimate import show
+        from llamagen_dist.launch.listing import show
 
         pipeline.check(plan)
         show(plan)

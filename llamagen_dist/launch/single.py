@@ -23,7 +23,7 @@ def launch(module: str, config: Section, ranks: int, dry_run: bool) -> None:
     folder = folder_of(config)
     stage = Stage(name=module.rpartition(".")[2], why="", module=module, ranks=ranks, config=config)
     if dry_run:
-        from llamagen_dist.launch.estimate import show
+        from llamagen_dist.launch.listing import show
 
         section = StageSection(name="program", why="", module=module)
         whole = PipelineConfig(kind="pipeline", title=module, stages=(section,))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from llamagen_dist.build import gpt_config
+from llamagen_dist.build import gpt_config, vq_parameters
 from llamagen_dist.config import GPTConfigFile, SampleConfig, TokenizerConfigFile
 from llamagen_dist.config.ladder import rungs
 from llamagen_dist.console import Screen
@@ -41,9 +41,7 @@ def needs(sweep: Sweep, machine: Machine) -> list[Need]:
 def need(point: Point, machine: Machine) -> Need:
     config = point.stage.config
     if isinstance(config, TokenizerConfigFile):
-        from llamagen_dist.launch.estimate import autoencoder_cost
-
-        parameters, _, _ = autoencoder_cost(config.model, config.data.image_size)
+        parameters = vq_parameters(config.model)
         batch = config.train.global_batch
         odd = f"train.global_batch {batch} cannot be shared by {machine.gpus} ranks" if batch % machine.gpus else None
         return Need(point.name, parameters, config.train.images, refused=odd)

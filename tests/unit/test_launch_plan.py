@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamagen_dist import cli
 from llamagen_dist.commands.quickstart import headline
 from llamagen_dist.config import GPTConfigFile, difference, dump, load
 from llamagen_dist.config.loader import build
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import only_launcher, own_folder
-from llamagen_dist.launch import cluster, snapshot
-from llamagen_dist.launch.estimate import Estimator
+from llamagen_dist.launch import cluster, listing, snapshot
 from llamagen_dist.launch.stages import absolute, plan, shrink, words
 from llamagen_dist.process import Identity, identify
 from llamagen_dist.tracking import provenance
@@ -154,17 +154,47 @@ def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
     assert configs["evaluate"].classifier.validation == tokenizer.data.validation
 
 
-def test_every_stage_of_the_quickstart_has_a_size_and_a_time(tmp_path: Path) -> None:
+def test_every_stage_of_the_quickstart_has_a_size_and_a_folder(tmp_path: Path) -> None:
     made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out")
-    estimator = Estimator(made)
-    found = {stage.name: estimator.stage(stage) for stage in made.stages}
-    assert all(estimate.seconds is not None for estimate in found.values())
+    found = {stage.name: listing.size(stage) for stage in made.stages}
+    assert found["pack"] == "10,000 images"
+    assert found["tokens"] == "10,000 images x 1 crop"
+    assert found["sample"] == "1,500 pictures"
+    assert found["evaluate"] == "6 sets of 500 images"
+    assert found["reconstruct"] == "1,000 images"
+    assert found["ladder"].startswith("6 GPTs (g30k to g1m), ")
     half = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.5)
-    for stage in half.stages:
-        if stage.config is not None and stage.name not in ("tokens", "reconstruct"):
-            assert estimator.stage(stage).seconds < found[stage.name].seconds  # type: ignore[operator]
-    assert found["sample"].sizes == "1,500 pictures"
-    assert found["evaluate"].sizes == "6 sets of 500 images"
+    assert next(listing.size(stage) for stage in half.stages if stage.name == "sample") == "750 pictures"
+    folders = {stage.name: listing.writes(stage, made.out) for stage in made.stages}
+    assert all(folders.values())
+    assert folders["ladder"] == ["ladder"]
+    assert folders["pack"] == ["images/train", "images/validation"]
+
+
+def test_a_dry_run_measures_nothing_and_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from llamagen_dist import cli; "
+        f"cli.main(['quickstart', '--out', {str(tmp_path / 'out')!r}, '--dry-run']); "
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stderr.split()[-1] == "False"
+    assert "Nothing was started." in out.stdout
+    assert "about" not in out.stdout.split("Nothing was started.")[1]
+
+
+def test_a_dry_run_counts_the_pictures_that_packing_will_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(40):
+        folder = tmp_path / "mine" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending in (".png", ".txt", ".wav", ".json"):
+            (folder / f"{number}{ending}").write_bytes(b"x")
+        (folder / f".{number}.png").write_bytes(b"x")
+    cli.main(["quickstart", "--images", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), "--dry-run"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if " pack " in line)
+    assert " 40 images" in row
 
 
 def test_words_of_a_command_line() -> None:

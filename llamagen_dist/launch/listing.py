@@ -1,0 +1,80 @@
+"""``--dry-run``: the stages with what they work on and where they write. Only what is known beforehand is shown."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from llamagen_dist.config import (
+    EvaluateConfig,
+    ExtractConfig,
+    GPTConfigFile,
+    ReconstructConfig,
+    SampleConfig,
+    TokenizerConfigFile,
+)
+from llamagen_dist.config.ladder import rungs
+from llamagen_dist.console import Screen
+from llamagen_dist.files import json_if_there
+from llamagen_dist.launch.stages import Plan, Stage
+
+
+def show(plan: Plan) -> None:
+    """Print a row per stage: ranks, program, size, the folders it fills, and whether it is finished."""
+    from llamagen_dist.launch.pipeline import is_finished
+
+    table = Table(title=f"{plan.title} -> {plan.out}")
+    for heading in ("", "stage", "ranks", "program", "size", "writes", ""):
+        table.add_column(heading, overflow="fold")
+    for number, stage in enumerate(plan.stages, start=1):
+        folders = ", ".join(writes(stage, plan.out))
+        finished = "finished" if is_finished(plan.out, stage) else ""
+        table.add_row(str(number), stage.name, str(stage.ranks), stage.module, size(stage), folders, finished)
+    screen = Screen()
+    screen.console.print(table, soft_wrap=False)
+    screen.say("Nothing was started.")
+
+
+def writes(stage: Stage, out: Path) -> list[str]:
+    """The files and folders that the stage fills, relative to ``out`` where they lie in it."""
+    config = stage.config
+    target = getattr(config, "out", None) or getattr(config, "run_dir", None) or (stage.sweep and stage.sweep.out)
+    paths = (
+        [target]
+        if target
+        else sorted({path.parent if path.name == "manifest.json" else path for path in stage.produces})
+    )
+    return [str(path.relative_to(out)) if path.is_relative_to(out) and path != out else str(path) for path in paths]
+
+
+def size(stage: Stage) -> str:
+    """How many images, models or points the stage goes through; empty where that shows only when it runs."""
+    config, images = stage.config, stage.images
+    if stage.sweep is not None:
+        return f"{len(stage.sweep.points)} points"
+    if isinstance(config, GPTConfigFile):
+        runs = rungs(config)
+        many = f"{len(runs)} GPTs ({runs[0][0]} to {runs[-1][0]}), " if len(runs) > 1 else ""
+        return f"{many}{sum(rung.train.images for _, rung in runs):,} images"
+    if isinstance(config, TokenizerConfigFile):
+        return f"{config.train.images:,} images"
+    if isinstance(config, SampleConfig):
+        return f"{config.images * len(config.sets):,} pictures"
+    if isinstance(config, EvaluateConfig):
+        sets = {path for pair in config.pairs().values() for path in (pair.images, pair.reference)}
+        return f"{len(sets)} sets of {'all' if config.limit is None else f'{config.limit:,}'} images"
+    crops = ""
+    if isinstance(config, ExtractConfig):
+        number = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(config.crop_ranges)}[config.crops]
+        crops = f"{number} crop{'s' * (number > 1)}"
+        images = images if images is not None else _packed(config.images)
+    elif isinstance(config, ReconstructConfig):
+        images = images if images is not None else _packed(config.images)
+        if config.limit is not None:
+            images = config.limit if images is None else min(images, config.limit)
+    return f"{images:,} images{' x ' if crops else ''}{crops}" if images is not None else crops
+
+
+def _packed(shards: str | Path) -> int | None:
+    """The number of images in these shards; None where they are remote or not there yet: nothing is fetched here."""
+    manifest = json_if_there(Path(shards) / "manifest.json")
+    return None if manifest is None else int(manifest["count"])
