@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from llamagen_dist.launch.slurm.records import Work
 from llamagen_dist.launch.slurm.submission import size_of, submit
 
 ROOT = Path(__file__).resolve().parents[2]
+WARNED = r"(\d+ warnings?, )?"  # a machine may be short of room, for example, which is not what is tested here
 
 
 def llamagen(*words: str) -> list[str]:
@@ -56,7 +58,7 @@ def test_a_good_cluster_is_ready_and_status_follows_the_job(tmp_path: Path) -> N
     printed, _ = check.communicate(timeout=180)
     assert check.returncode == 0, printed
     assert time.monotonic() - began < 120  # a two-minute job, on two cores too
-    assert printed.splitlines()[-1].startswith("READY: 2 nodes x 1 CPU rank: all-reduce ")
+    assert re.match(rf"READY: 2 nodes x 1 CPU rank: {WARNED}all-reduce ", printed.splitlines()[-1])
     found = json.loads((out / "check.json").read_text())
     assert found["ready"]
     assert len({report["where"] for report in found["ranks"]}) == 2
@@ -77,7 +79,9 @@ def test_a_broken_cluster_is_not_ready_and_says_why(tmp_path: Path, more: str, s
     words = llamagen("check", "--cluster", str(profile(tmp_path, more)), "--out", str(out))
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("NOT READY: 2 nodes x 1 CPU rank: 1 problem; first: ")
+    assert re.match(
+        r"NOT READY: 2 nodes x 1 CPU rank: 1 problem(, \d+ warnings?)?; first: ", done.stdout.splitlines()[-1]
+    )
     assert sentence in done.stdout
     assert not json.loads((out / "check.json").read_text())["ready"]
 
