@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llamagen_dist.config.locations import Location
-from llamagen_dist.config.training import CountInt, PositiveInt, Section
+from llamagen_dist.config.section import CountInt, PositiveInt, Section
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llamagen_dist.config.training import CountInt, PositiveInt, Section
+from llamagen_dist.config.section import CountInt, Pictures, PositiveInt, Section
 
 Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
 
@@ -44,7 +44,7 @@ class ClassifierSection(Section):
     """Real labelled images to learn from (either form)."""
     validation: Path
     """Real labelled images it has not seen, for its own accuracy."""
-    images: PositiveInt = 27000
+    images: Pictures = 27000
     """Images shown (an image shown twice counts twice)."""
     keep: PositiveInt = 20000
     """At most so many different training images, chosen class by class."""
@@ -67,7 +67,7 @@ class EvaluateConfig(Section):
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("fid", "sfid", "kid", "precision_recall")
     out: Path
     """The JSON file to write."""
-    limit: PositiveInt | None = 50000
+    limit: Pictures | None = 50000
     """Exactly so many images on each side, the same number of every class, chosen by a hash of the seed. Empty: all
     there are."""
     fewer: Literal["refuse", "common"] = "refuse"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from llamagen_dist.config.cluster import ClusterConfig
 from llamagen_dist.config.evaluation import EvaluateConfig
 from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
+from llamagen_dist.config.section import Section, scaled_keys
 from llamagen_dist.config.sections import (
     ExtractConfig,
     GPTConfigFile,
@@ -20,7 +21,6 @@ from llamagen_dist.config.sections import (
     TokenizerConfigFile,
 )
 from llamagen_dist.config.sweep import SweepConfig
-from llamagen_dist.config.training import Section
 from llamagen_dist.errors import UserError
 
 KINDS: dict[str, type[Section]] = {
@@ -239,6 +239,44 @@ def resolve(data: Mapping[str, Any], source: str, kind: str | None = None) -> An
     if kind is not None and found != kind:
         raise UserError(f"{source}: kind is {found!r}, but this program reads kind: {kind}")
     return build(KINDS[found], data, source)
+
+
+def shrink(config: S, factor: float) -> S:
+    """The same config with every scaled number of images (section.Images, Pictures) times ``factor``, and at least one.
+
+    A training's lengths stay whole batches, in its ladder too, by the rung's own batch. Raises UserError where the
+    short lengths do not go together.
+    """
+    data = config.model_dump()
+    keys = dict(scaled_keys(type(config)))
+    train = data.get("train")
+    batch = train["global_batch"] if isinstance(train, dict) else 1  # other programs have a section called otherwise
+
+    def scaled(value: Any, key: str, batch: int) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(sorted({scaled(inner, key, batch) for inner in value}))
+        unit = batch if keys[key].whole_batches else 1
+        return max(1, round(value * factor / unit)) * unit if value else value
+
+    for key in keys:
+        section, last = _inner(data, key)
+        if last in section:
+            section[last] = scaled(section[last], key, batch)
+    for changes in data.get("ladder", {}).values():
+        own = changes.get("train.global_batch", batch)
+        if own != batch:
+            changes.setdefault("train.images", config.model_dump()["train"]["images"])
+        changes.update({key: scaled(value, key, own) for key, value in changes.items() if key in keys})
+    return build(type(config), data, f"shrunk by {factor}")
+
+
+def _inner(data: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The section that holds a dotted key (empty where there is none), and the key's own name."""
+    *path, last = dotted.split(".")
+    section: Any = data
+    for part in path:
+        section = section.get(part) or {}
+    return section, last
 
 
 def _plain(value: Any) -> Any:

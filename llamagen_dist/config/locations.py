@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from llamagen_dist.config.training import Section
+from llamagen_dist.config.section import Section
 
 _REMOTE = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|pipe:)")
 

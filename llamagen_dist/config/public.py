@@ -8,9 +8,10 @@ from llamagen_dist.config.evaluation import (
     InceptionSection,
     KIDSection,
 )
-from llamagen_dist.config.loader import KINDS, difference, dump, load, parse
+from llamagen_dist.config.loader import KINDS, difference, dump, load, parse, shrink
 from llamagen_dist.config.locations import Location, ShardAccess, is_remote
 from llamagen_dist.config.sampling import ReconstructConfig, SampleConfig
+from llamagen_dist.config.section import Section
 from llamagen_dist.config.sections import (
     DiscriminatorSection,
     ExtractConfig,
@@ -33,7 +34,6 @@ from llamagen_dist.config.training import (
     LogSection,
     OptimSection,
     ParallelSection,
-    Section,
     TrainSection,
     ValidationSection,
 )
@@ -78,4 +78,5 @@ __all__ = [
     "is_remote",
     "load",
     "parse",
+    "shrink",
 ]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llamagen_dist.config.loader import difference, load
-from llamagen_dist.config.training import Section
+from llamagen_dist.config.section import Section
 from llamagen_dist.errors import UserError
 
 # How a run is executed and watched, never what is computed.

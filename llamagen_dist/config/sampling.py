@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llamagen_dist.config.section import CountInt, Pictures, PositiveInt, Section
 from llamagen_dist.config.sections import GPTModelSection, TokenizerModelSection
-from llamagen_dist.config.training import CountInt, PositiveInt, Section
 
 SampleSet = Literal["model", "untrained", "unigram"]
 
@@ -29,7 +29,7 @@ class SampleConfig(Section):
     """Pixels along a side. Empty: those of the token shards the GPT saw, or else those the tokenizer was trained on."""
     out: Path
     """Folder for NAME.npz of every set, grid.png and record.json."""
-    images: PositiveInt = 50000
+    images: Pictures = 50000
     """Pictures in every set."""
     sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)
     """``model``: the trained GPT. To compare with: ``untrained``, the same GPT before its first step (its head is
@@ -79,7 +79,7 @@ class ReconstructConfig(Section):
     """Folder for reconstruction.npz and record.json."""
     image_size: PositiveInt | None = None
     """Pixels along a side; empty: what the tokenizer was trained on."""
-    limit: PositiveInt | None = None
+    limit: Pictures | None = None
     """Only the first so many images; empty: all of them."""
     batch: PositiveInt = 64
     """Images per forward pass and rank."""

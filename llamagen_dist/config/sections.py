@@ -10,18 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llamagen_dist.config.locations import Location, ShardAccess
+from llamagen_dist.config.section import CountInt, Images, PositiveInt, Probability, Section
 from llamagen_dist.config.training import (
     CheckpointSection,
     ComputeSection,
-    CountInt,
     EMASection,
     GuardSection,
     LogSection,
     OptimSection,
     ParallelSection,
-    PositiveInt,
-    Probability,
-    Section,
     TrainSection,
     ValidationSection,
 )
@@ -164,7 +161,7 @@ class ImageDataSection(ShardAccess):
 
 class DiscriminatorSection(Section):
     kind: Literal["patchgan", "none"] = "patchgan"
-    start_images: CountInt = 20000 * 128
+    start_images: Images = 20000 * 128
     """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
     weight: Annotated[float, Field(ge=0)] = 0.5
     channels: PositiveInt = 64

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llamagen_dist.config.training import CountInt, PositiveInt, Section
+from llamagen_dist.config.section import CountInt, PositiveInt, Section
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 

@@ -3,23 +3,23 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-CountInt = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys in which an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from llamagen_dist.config.section import (
+    CountInt,
+    Images,
+    Pictures,
+    PositiveImages,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
 
 class TrainSection(Section):
     """How much is trained, in images: the unit of progress everywhere."""
 
-    images: PositiveInt
+    images: PositiveImages
     """Images shown in the whole run (an image shown twice counts twice)."""
     global_batch: PositiveInt = 256
     """Images per optimizer step over all ranks; it does not change with the number of ranks."""
@@ -53,11 +53,11 @@ class OptimSection(Section):
     """``warmup``: linear from 0 over ``warmup_images``, then constant. ``cosine``: the same warm-up (0 is allowed),
     then half a cosine down to ``final_lr``, reached at image ``cosine_images``. ``wsd``: the same warm-up, constant,
     then from image ``cooldown_from`` on linear to ``final_lr`` over ``cooldown_images`` (warm-up, stable, decay)."""
-    warmup_images: CountInt = 0
-    cosine_images: CountInt = 0
+    warmup_images: Images = 0
+    cosine_images: Images = 0
     """Where the cosine ends, counted from the start of the run; usually ``train.images``."""
-    cooldown_from: CountInt = 0
-    cooldown_images: CountInt = 0
+    cooldown_from: Images = 0
+    cooldown_images: Images = 0
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """The rate that ``cosine`` and ``wsd`` end at."""
 
@@ -132,20 +132,20 @@ class EMASection(Section):
 class ValidationSection(Section):
     """When and on how much the held-out loss is measured."""
 
-    every_images: CountInt = 0
+    every_images: Images = 0
     """0: only at ``at_images`` and at the end."""
-    at_images: tuple[PositiveInt, ...] = ()
-    images: PositiveInt | None = None
+    at_images: tuple[PositiveImages, ...] = ()
+    images: Pictures | None = None
     """How many held-out images; empty: all of them."""
     batch: PositiveInt = 256
     """Images per rank and forward pass while validating."""
 
 
 class CheckpointSection(Section):
-    every_images: CountInt = 0
+    every_images: Images = 0
     """0: only at the end and when the run is told to stop."""
     keep_last: PositiveInt = 2
-    keep_every_images: CountInt = 0
+    keep_every_images: Images = 0
     """Also keep, for ever, the first checkpoint at or after every multiple of this; 0: none."""
     background: bool = True
     """Copy the state to memory and write it while training goes on: costs one host copy of this rank's share of it, and

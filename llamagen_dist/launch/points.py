@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import KINDS, Section, SweepConfig, load
+from llamagen_dist.config import KINDS, Section, SweepConfig, load, shrink
 from llamagen_dist.config.loader import merge, nest, parse, read, resolve
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.stages import Stage, absolute, shrink
+from llamagen_dist.launch.stages import Stage, absolute
 
 MOST = 10_000
 LONGEST_NAME = 120

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, difference, dump, load
+from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, difference, dump, load, shrink
 from llamagen_dist.config.loader import nest
 from llamagen_dist.errors import UserError
 
@@ -166,60 +166,3 @@ def absolute(config: Section) -> Section:
         return value.absolute() if isinstance(value, Path) else value
 
     return type(config).model_validate(walk(config.model_dump()))
-
-
-_LENGTHS = (
-    "optim.warmup_images",
-    "optim.cooldown_from",
-    "optim.cooldown_images",
-    "loss.discriminator.start_images",
-    "validation.every_images",
-    "validation.at_images",
-    "checkpoint.every_images",
-)
-
-
-_IMAGES = ("images", "limit", "classifier.images")  # of programs that do not train
-
-
-def shrink(config: Section, factor: float) -> Section:
-    """The same with fewer images: a training's lengths x ``factor``, in whole batches, ladder too; pictures to be
-    made or scored x ``factor``."""
-    data = config.model_dump()
-    if not isinstance(data.get("train"), dict):
-        for dotted in _IMAGES:
-            section, last = _inner(data, dotted)
-            if isinstance(section.get(last), int):
-                section[last] = max(1, round(section[last] * factor))
-        return type(config).model_validate(data)
-    batch = data["train"]["global_batch"]
-
-    def scaled(value: Any, batch: int) -> Any:
-        if isinstance(value, (tuple, list)):
-            return tuple(sorted({scaled(inner, batch) for inner in value}))
-        return value if not value else max(1, round(value * factor / batch)) * batch
-
-    data["train"]["images"] = scaled(data["train"]["images"], batch)
-    for dotted in _LENGTHS:
-        section, last = _inner(data, dotted)
-        if last in section:
-            section[last] = scaled(section[last], batch)
-    if data["validation"]["images"]:
-        data["validation"]["images"] = max(1, round(data["validation"]["images"] * factor))
-    for changes in data.get("ladder", {}).values():
-        own = changes.get("train.global_batch", batch)
-        if own != batch:  # whole batches of its own size
-            changes.setdefault("train.images", config.model_dump()["train"]["images"])
-        for key in ("train.images", *_LENGTHS):
-            if key in changes:
-                changes[key] = scaled(changes[key], own)
-    return type(config).model_validate(data)
-
-
-def _inner(data: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """The section that holds a dotted key (empty where there is none), and the key's own name."""
-    *path, last = dotted.split(".")
-    section: Any = data
-    for part in path:
-        section = section.get(part) or {}
-    return section, last

@@ -7,7 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamagen_dist.config import KINDS, difference, dump, load, parse
+from llamagen_dist.config import KINDS, difference, dump, load, parse, shrink
+from llamagen_dist.config.loader import _every_key
+from llamagen_dist.config.section import Scaled, scaled_keys
 from llamagen_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -129,3 +131,47 @@ def test_the_difference_of_two_configs_names_keys(file):
     old, new = load(path), load(path, ["optim.lr=2e-4", "log.every_steps=5"])
     assert difference(old, new, ignore=("log",)) == ["optim.lr: 1e-05 -> 0.0002"]
     assert difference(old, old) == []
+
+
+# --- --small ---
+
+
+def test_every_length_of_a_run_shrinks(file):
+    """Also the schedule's: a rehearsal whose cosine kept its full length would never decay."""
+    lengths = {
+        "train.images": 256000,
+        "optim.warmup_images": 25600,
+        "optim.cosine_images": 256000,
+        "validation.every_images": 25600,
+        "checkpoint.every_images": 51200,
+        "checkpoint.keep_every_images": 102400,
+    }
+    words = [f"{key}={value}" for key, value in lengths.items()]
+    config = load(
+        file(GPT), [*words, "optim.schedule=cosine", "validation.images=1000", "validation.at_images=[25600]"]
+    )
+    short = shrink(config, 0.1).model_dump()
+    for key, value in lengths.items():
+        section, last = key.split(".")
+        assert short[section][last] == value // 10, key
+    assert (short["validation"]["images"], short["validation"]["at_images"]) == (100, (2560,))
+    assert shrink(config, 1.0) == config
+
+
+def test_no_number_of_images_is_left_out():
+    """Every key whose name speaks of images is marked, so that nobody keeps a list of them elsewhere."""
+    for kind, section in KINDS.items():
+        marked = {key for key, _ in scaled_keys(section)}
+        named = {
+            key
+            for key in _every_key(section)
+            if key.split(".")[-1].endswith("_images") or key.endswith("cooldown_from")
+        }
+        assert named <= marked, kind
+    assert dict(scaled_keys(KINDS["gpt"]))["optim.cosine_images"] == Scaled()
+
+
+def test_lengths_that_no_longer_go_together_are_one_sentence(file):
+    words = ["optim.schedule=cosine", "optim.warmup_images=1280", "optim.cosine_images=2560"]
+    with pytest.raises(UserError, match=r"shrunk by 0\.01: optim: cosine_images must lie behind the warm-up"):
+        shrink(load(file(GPT), words), 0.01)
