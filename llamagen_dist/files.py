@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one, never half, and their hashes. Imports nothing heavy."""
+"""Files that are the old one or the new one, never half; JSON, locks, and folders of results. Imports nothing heavy."""
 
 import errno
 import fcntl
@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,113 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+class OutputFolder:
+    """A folder of results that belongs to one identity: resumed after any death, refused to every other identity.
+
+    Under way it holds ``.parts``: job.json with the identity, and what ``keep`` was given for each finished part. When
+    it is finished the record file, which names the identity, is written; it comes last, so that a folder with a record
+    is whole; then ``.parts`` goes. Only one process (the main rank) may begin, discard and finish; any may ``keep``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        record: str = "record.json",
+        under: str | None = None,
+        what: str = "results",
+    ) -> None:
+        """
+        folder: need not exist yet.
+        identity: everything that decides the results, as JSON can hold it.
+        record: the name of the file that is written last.
+        under: the key of the record that holds the identity; None: the record's own keys.
+        what: what to call the results in messages.
+        """
+        self.folder, self.identity, self.what = folder, as_json(identity), what
+        self.record, self._under = folder / record, under
+        self.parts = folder / ".parts"
+        self._job = self.parts / "job.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record, if the folder is finished. Raises UserError where it is another identity's, with the difference,
+        or damaged."""
+        if not os.path.lexists(self.record):
+            return None
+        record = read_json(self.record)
+        earlier = record.get(self._under) if self._under else {key: record.get(key) for key in self.identity}
+        self._refuse_unless_same(earlier if isinstance(earlier, dict) else {}, f"already holds {self.what}")
+        return record
+
+    def begin(self, foreign: Iterable[Path] = (), discard: Callable[[], None] | None = None) -> None:
+        """Create the folder, or take up an unfinished job of the same identity.
+
+        foreign: files that only this job may have written; they are refused where no job is under way.
+        discard: removes the results of an unfinished job of another identity, which is refused without it (and is
+            thrown away without it too, where it has kept nothing yet).
+        Raises UserError, also where the folder cannot be written.
+        """
+        try:
+            if self._job.exists():
+                earlier = read_json(self._job)
+                if earlier == self.identity:
+                    return
+                if discard is not None:
+                    discard()
+                elif any(not part.name.startswith(".") and part != self._job for part in self.parts.iterdir()):
+                    self._refuse_unless_same(earlier, f"holds unfinished {self.what}")
+                # job.json goes last: whoever is killed before that finds the other job again and discards the rest
+                for part in self.parts.iterdir():
+                    if part != self._job:
+                        part.unlink()
+                self._job.unlink()
+            if (taken := next((path for path in foreign if path.exists()), None)) is not None:
+                raise UserError(
+                    f"{self.folder}: holds {taken.name}, which this command did not write; choose an empty folder"
+                )
+            self.parts.mkdir(parents=True, exist_ok=True)
+            write_text(self._job, json.dumps(self.identity))
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+    def keep(self, part: str, content: Mapping[str, Any]) -> None:
+        """Remember a finished part, after its results are on the disk."""
+        write_text(self.parts / f"{part}.json", json.dumps(content))
+
+    def kept(self, part: str) -> dict[str, Any] | None:
+        """What ``keep`` was given for a part; None where it is not finished (or what is there is damaged)."""
+        return json_if_there(self.parts / f"{part}.json")
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the record (with the identity) and forget the parts."""
+        content = {**as_json(record), self._under: self.identity} if self._under else self.identity | as_json(record)
+        write_text(self.record, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.forget_parts()
+
+    def forget_parts(self) -> None:
+        """Remove ``.parts`` of a finished folder."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _refuse_unless_same(self, earlier: Mapping[str, Any], holds: str) -> None:
+        keys = dict.fromkeys((*self.identity, *earlier))
+        different = [key for key in keys if earlier.get(key) != self.identity.get(key)]
+        if different:
+            changes = "; ".join(
+                f"{key}: {_short(earlier.get(key))} -> {_short(self.identity.get(key))}" for key in different
+            )
+            raise UserError(
+                f"{self.folder}: {holds} made in another way ({changes}); use the old values, choose another folder, "
+                "or delete this one"
+            )
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as JSON gives it back (tuples become lists), for comparisons with what a file holds."""
+    return json.loads(json.dumps(value))
+
+
+def _short(value: Any, most: int = 40) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -114,11 +114,6 @@ class Manifest:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def plain(value: Any) -> Any:
-    """``value`` as json.loads would give it back (tuples become lists), for comparisons."""
-    return json.loads(json.dumps(value))
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, leaving out what is not set. The last file of a folder to be written."""
     content = _set_only(asdict(manifest))

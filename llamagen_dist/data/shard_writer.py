@@ -6,9 +6,7 @@ renamed; then its record goes to the folder ``.parts``; the manifest comes last 
 """
 
 import errno
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,15 +19,13 @@ from llamagen_dist.data.manifest import (
     MANIFEST,
     Manifest,
     ShardRecord,
-    plain,
     shard_record,
     write_manifest,
 )
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import sha256_file, sync_folder, write_bytes
+from llamagen_dist.files import OutputFolder, remove_asides, sha256_file, sync_folder, write_bytes
 
-_PARTS = ".parts"
 Sample = tuple[str, Mapping[str, bytes]]
 """(key, {member: bytes}), for example ("000000007", {".png": b"…", ".cls": b"3"})."""
 
@@ -98,64 +94,42 @@ class ShardJob:
     """A folder of shards in the making. ``source`` says what it is made from; other contents are refused."""
 
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
-        self.folder, self.source, self._parts = folder, plain(source), folder / _PARTS
+        self._output = OutputFolder(folder, source, MANIFEST, under="source", what="shards")
+        self.folder, self.source = folder, self._output.identity
 
     def completed(self) -> Manifest | None:
         """The manifest, if the folder is already complete and made from the same source.
 
         Raises UserError when it holds anything else.
         """
-        if not (self.folder / MANIFEST).exists():
+        if self._output.finished() is None:
             return None
-        manifest = open_shards(self.folder).manifest
-        if plain(manifest.source) != self.source:
-            changed = sorted(
-                key for key in {*manifest.source, *self.source} if manifest.source.get(key) != self.source.get(key)
-            )
-            raise UserError(
-                f"{self.folder}: already holds shards made in another way (different: {', '.join(changed)}); "
-                "choose another folder, or delete this one"
-            )
-        return manifest
+        return open_shards(self.folder).manifest
 
     def begin(self, restart: bool = False) -> None:
         """Create the folder, or take up an unfinished job. Main rank only.
 
         restart: throw an unfinished job with another source away instead of refusing. Raises UserError.
         """
-        job = self._parts / "job.json"
-        try:
-            if job.exists():
-                if json.loads(job.read_text(encoding="utf-8")) == self.source:
-                    return
-                if not restart and any(self._parts.glob("*.tar.json")):
-                    raise UserError(
-                        f"{self.folder}: holds an unfinished job with another source or other options; "
-                        "finish that one with its own command, or delete the folder"
-                    )
-                for part in self._parts.glob("*.tar.json"):
-                    (self.folder / part.stem).unlink(missing_ok=True)
-                    (self.folder / index_name(part.stem)).unlink(missing_ok=True)
-                    (self.folder / checksum_name(part.stem)).unlink(missing_ok=True)
-                shutil.rmtree(self._parts)
-            if any(self.folder.glob("*.tar")):
-                raise UserError(
-                    f"{self.folder}: holds tar files that this command did not write; choose an empty folder"
-                )
-            self._parts.mkdir(parents=True, exist_ok=True)
-            write_bytes(job, json.dumps(self.source).encode())
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
+        self._output.begin(self.folder.glob("*.tar"), self._discard if restart else None)
+
+    def _discard(self) -> None:
+        for part in self._output.parts.glob("*.tar.json"):
+            name = part.stem
+            for file in (name, index_name(name), checksum_name(name)):
+                (self.folder / file).unlink(missing_ok=True)
 
     def finished(self, name: str) -> tuple[ShardRecord, dict[str, Any]] | None:
         """(record, extra) of a shard that an earlier process finished and that is intact, else None."""
+        data = self._output.kept(name)
+        if data is None:
+            return None
         try:
-            data = json.loads((self._parts / f"{name}.json").read_text(encoding="utf-8"))
             record = shard_record(data["record"])
             intact = sha256_file(self.folder / name) == record.sha256
             if record.index_sha256 is not None:
                 intact &= sha256_file(self.folder / index_name(name)) == record.index_sha256
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None  # it is simply written again
         return (record, data["extra"]) if intact else None
 
@@ -170,15 +144,13 @@ class ShardJob:
         JSON.
         """
         record = write_shard(self.folder, name, samples, members)
-        data = {"record": asdict(record), "extra": dict(extra or {})}
         with refused_when_full(self.folder):
-            write_bytes(self._parts / f"{name}.json", json.dumps(data).encode())
+            self._output.keep(name, {"record": asdict(record), "extra": dict(extra or {})})
         return record
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and forget the parts. Main rank only, after all shards."""
-        for leftover in self.folder.glob(".*.tmp*"):
-            leftover.unlink(missing_ok=True)
+        remove_asides(self.folder)
         with refused_when_full(self.folder):
             write_manifest(self.folder, manifest)
-        shutil.rmtree(self._parts, ignore_errors=True)
+        self._output.forget_parts()

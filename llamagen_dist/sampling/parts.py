@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.data.manifest import plain
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import write_bytes, written_aside
+from llamagen_dist.files import as_json, write_bytes, written_aside
 
 RECORD = "record.json"
 T = TypeVar("T")
@@ -28,7 +27,7 @@ class Parts:
     """The chunks of one job. identity: everything that decides their bytes; another one in OUT is refused."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], results: Sequence[str]) -> None:
-        self.out, self.identity, self.results = out, plain(identity), tuple(results)
+        self.out, self.identity, self.results = out, as_json(identity), tuple(results)
         self._folder = out / ".parts"
 
     def complete(self) -> bool:
@@ -91,7 +90,7 @@ class Parts:
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write record.json (identity first) and forget the chunks. Rank 0 only, after the results."""
-        content = self.identity | plain(record)
+        content = self.identity | as_json(record)
         write_bytes(self.out / RECORD, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         shutil.rmtree(self._folder)
 

@@ -269,7 +269,7 @@ def test_a_class_map_fixes_order_and_names(imagenet, tmp_path):
     wanted = [{".jpg": encoded(n), ".cls": label} for n, label in ((1, b"0"), (2, b"0"), (3, b"1"))]
     assert samples(tmp_path / "out") == sorted(wanted, key=lambda parts: sorted(parts.items()))
     names.write_text("n01 tench\nn02 shark\n")
-    with pytest.raises(UserError, match="different: class_map, fingerprint"):
+    with pytest.raises(UserError, match=r"fingerprint: .*; class_map: "):
         pack(str(imagenet), tmp_path / "out", PackOptions(class_map=names))
 
     def refused(text: bytes) -> str:

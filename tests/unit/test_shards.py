@@ -258,7 +258,7 @@ def test_a_job_keeps_finished_shards_and_refuses_other_contents(tmp_path):
     assert found is not None
     assert found[1] == {"skipped": ["y"]}
     assert again.finished(shard_name(1)) is None
-    with pytest.raises(UserError, match="unfinished job with another source"):
+    with pytest.raises(UserError, match=r"holds unfinished shards made in another way \(a: 1 -> 2"):
         ShardJob(tmp_path, {"a": 2}).begin()
     (tmp_path / shard_name(0)).write_bytes(b"torn")
     assert again.finished(shard_name(0)) is None  # it will be written again
@@ -270,5 +270,5 @@ def test_a_job_keeps_finished_shards_and_refuses_other_contents(tmp_path):
         "shard-000000.tar",
     ]
     assert again.completed() is not None
-    with pytest.raises(UserError, match=r"made in another way \(different: a, grid\)"):
+    with pytest.raises(UserError, match=r"made in another way \(a: 1 -> 2; grid: \[2, 2\] -> null\)"):
         ShardJob(tmp_path, {"a": 2}).completed()

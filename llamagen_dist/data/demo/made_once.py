@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.data.manifest import plain
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import as_json
 
 RECORD = "made_from.json"
 
@@ -25,7 +25,7 @@ def made_once(out: Path, made_from: Mapping[str, Any]) -> Iterator[Path | None]:
             earlier = json.loads((out / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"{out}: exists and is not what would be made here; choose another --out") from None
-        if earlier != plain(made_from):
+        if earlier != as_json(made_from):
             raise UserError(f"{out}: was made from something else (its {RECORD}); choose another --out, or delete it")
         yield None
         return
