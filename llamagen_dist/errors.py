@@ -1,5 +1,11 @@
 """How a program may end: the exceptions that are not bugs, and the exit codes."""
 
+import re
+
+LOST_PEER = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out (waiting|after)|wait timeout after"
+)
+"""What gloo, NCCL and torch's store say when another rank has gone: such an error has its cause elsewhere."""
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED = 130

@@ -15,11 +15,11 @@ from llamagen_dist.data.tokens import TokenStream, check_captions
 from llamagen_dist.errors import Stopped, UserError
 from llamagen_dist.models.condition import CaptionEmbedder
 from llamagen_dist.models.gpt import GPTConfig
-from llamagen_dist.parallel import tensor_parallel
+from llamagen_dist.parallel.division import check_split, divide_batch
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.training.fit import fit
-from llamagen_dist.training.gpt_task import GPTTask, micro_batches
+from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.initial import Initial, initial_weights, note_origin
 from llamagen_dist.training.run import open_run
 
@@ -69,20 +69,12 @@ def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
 
 
 def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: Topology) -> GPTConfig:
-    manifest = train.manifest
-    assert manifest.vocab_size is not None
-    assert manifest.grid is not None
-    model = gpt_config(
-        config.model,
-        vocab_size=manifest.vocab_size,
-        image_tokens=manifest.grid[0] * manifest.grid[1],
-        num_classes=manifest.class_count,
-    )
+    model = gpt_config(config.model, **train.manifest.gpt_sizes(train.location))
     if model.condition == "text":
         check_captions(train, model.prefix, model.caption_dim, config.data.short_captions)
         check_captions(validation, model.prefix, model.caption_dim, 0.0)
-    tensor_parallel.check(model, topology.tensor)
-    micro_batches(config.train, topology)
+    check_split(model, topology.tensor)
+    divide_batch(config.train, topology.dp)
     return model
 
 

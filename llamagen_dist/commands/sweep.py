@@ -64,7 +64,7 @@ def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], 
     """sizes: ranks of a point, of them on a node, points at the same time."""
     from llamagen_dist.console import Screen
     from llamagen_dist.errors import UserError
-    from llamagen_dist.launch import sweep_plan
+    from llamagen_dist.planning import sweep as planning
     from llamagen_dist.planning.plan import MFU, Machine
     from llamagen_dist.tracking.devices import named
 
@@ -73,4 +73,5 @@ def _show(args: argparse.Namespace, made: "Sweep", sizes: tuple[int, int, int], 
     ranks, per_node, beside = sizes
     machine = Machine(named(args.gpu), ranks, per_node, args.mfu or MFU, args.mfu is not None)
     said = [f"{state.kind}: {state.reason}" if state.reason else state.kind for state in states]
-    sweep_plan.show(made, sweep_plan.needs(made, machine), said, machine, beside, Screen())
+    needs = [planning.need(point.name, point.stage.config, machine) for point in made.points]
+    planning.show(f"{made.config.title} -> {made.out}", needs, said, machine, beside, Screen())

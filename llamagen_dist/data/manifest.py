@@ -103,6 +103,18 @@ class Manifest:
             raise UserError("these shards have no class labels, and a class-conditional model needs them")
         return len(self.classes)
 
+    def gpt_sizes(self, location: object) -> dict[str, Any]:
+        """What these shards fix of a GPT, as keywords of ``build.gpt_config``.
+
+        location: what to call the shards. Raises UserError where they hold no tokens.
+        """
+        if self.vocab_size is None or self.grid is None:
+            raise UserError(
+                f"{location}: holds {self.kind}, not tokens; run tokenizer_training.extract on it, and name its output"
+            )
+        rows, columns = self.grid
+        return {"vocab_size": self.vocab_size, "image_tokens": rows * columns, "num_classes": self.class_count}
+
     def fingerprint(self) -> str:
         """sha256 (hex) that changes when any byte of the data does; independent of where it lies."""
         content = [

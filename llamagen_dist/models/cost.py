@@ -8,6 +8,9 @@ from llamagen_dist.models.gpt_config import GPTConfig
 REPLICATED = ("condition embedding", "norms")
 """Groups that every tensor-parallel rank holds whole; the others are cut (parallel/tensor_parallel.py's table)."""
 
+LOSS_CHUNK = 1 << 22
+"""Logits that the loss works on at a time (models/loss.py): 16 MB in fp32."""
+
 
 def parameters(config: GPTConfig, tensor: int = 1) -> dict[str, int]:
     """Trainable parameters by group, of the model or of one of ``tensor`` ranks that share it.

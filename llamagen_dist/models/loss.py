@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamagen_dist.models.cost import LOSS_CHUNK
+
 TokenNLL = Callable[[Tensor, Tensor], Tensor]
-CHUNK = 1 << 22  # logits that are worked on at a time: 16 MB in fp32
 CPU_CHUNK = 1 << 20  # as many as stay in a CPU's cache
 
 
@@ -31,7 +32,7 @@ def weighted_nll(logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few rows of each at a time; the first tensor is the logits."""
-    rows = max(1, (CPU_CHUNK if tensors[0].device.type == "cpu" else CHUNK) // tensors[0].shape[-1])
+    rows = max(1, (CPU_CHUNK if tensors[0].device.type == "cpu" else LOSS_CHUNK) // tensors[0].shape[-1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel import sequence_parallel
+from llamagen_dist.parallel.division import check_split
 from llamagen_dist.parallel.topology import Topology
 
 Source = Callable[[str, tuple[int, ...]], Tensor]
@@ -79,25 +79,6 @@ def query_group(config: GPTConfig) -> int:
     return config.n_head // config.kv_heads
 
 
-def check(config: GPTConfig, tensor: int) -> None:
-    """Raise UserError if the model cannot be split ``tensor`` ways, with the sizes that would work."""
-    limits = {
-        "heads": config.n_head,
-        "key-value heads": config.kv_heads,
-        "feed-forward width": config.ffn_dim,
-        "vocabulary": config.vocab_size,
-    }
-    if query_group(config) == 1:
-        del limits["key-value heads"]
-    bad = [f"{name} {size}" for name, size in limits.items() if size % tensor]
-    if bad:
-        fits = [n for n in range(1, config.n_head + 1) if all(size % n == 0 for size in limits.values())]
-        raise UserError(
-            f"parallel.tensor: {tensor} does not divide this model's {' and '.join(bad)}; "
-            f"sizes that work: {', '.join(map(str, fits))}"
-        )
-
-
 def materialize(model: GPT, topology: Topology, source: Source) -> GPT:
     """Give a model built on the meta device its weights, a parameter at a time and only this rank's part of each.
 
@@ -126,7 +107,7 @@ def apply(model: GPT, topology: Topology, sequence: bool = False) -> GPT:
     """
     if topology.tensor == 1:
         return model
-    check(model.config, topology.tensor)
+    check_split(model.config, topology.tensor)
     order = [name for name, _ in model.named_parameters()]
     layers = _MegatronLayers(topology, model.config, sequence)
     for name, p in list(model.named_parameters()):

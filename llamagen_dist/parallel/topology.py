@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.parallel.division import data_ranks, per_rank_batch
 
 T = TypeVar("T")
 
@@ -40,13 +41,7 @@ class Topology:
 
     def share(self, global_batch: int) -> int:
         """Images per data-parallel rank in a global batch. Raises UserError where it does not divide."""
-        if global_batch % self.dp:
-            fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= self.dp]
-            raise UserError(
-                f"train.global_batch: {global_batch} images cannot be shared equally by {self.dp} data-parallel ranks; "
-                f"use {fits[-1]} data-parallel ranks or a global batch that is a multiple of {self.dp}"
-            )
-        return global_batch // self.dp
+        return per_rank_batch(global_batch, self.dp)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average over the data-parallel ranks (a new tensor; collective)."""
@@ -146,11 +141,7 @@ def start(
         world, rank = dist.get_world_size(), dist.get_rank()
     if threads is not None:
         torch.set_num_threads(threads)
-    if world % tensor:
-        raise UserError(
-            f"parallel.tensor: {tensor} does not divide the {world} ranks that were started; "
-            f"start a multiple of {tensor} ranks or set parallel.tensor=1"
-        )
+    data_ranks(world, tensor)  # refuses what cannot be split before any group is made
     if torch.cuda.is_available():
         local = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         torch.cuda.set_device(local)

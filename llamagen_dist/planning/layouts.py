@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from llamagen_dist.config import GPTConfigFile
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.parallel.division import check_split, data_ranks, divide_batch, divisors, per_rank_batch
 from llamagen_dist.planning.memory import Layout, per_rank
 
 HEADROOM = 0.10
@@ -21,32 +23,15 @@ class Refused:
     reason: str
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def why_not_tensor(model: GPTConfig, tensor: int) -> str | None:
-    """What ``tensor`` ranks cannot share of this model (parallel/tensor_parallel.py's own rule), or None."""
-    limits = {"heads": model.n_head, "feed-forward width": model.ffn_dim, "vocabulary": model.vocab_size}
-    if model.kv_heads != model.n_head:
-        limits["key-value heads"] = model.kv_heads
-    bad = [f"{name} {size}" for name, size in limits.items() if size % tensor]
-    return f"{tensor} does not divide the model's {' and '.join(bad)}" if bad else None
-
-
-def configured(config: GPTConfigFile, gpus: int) -> tuple[Layout | None, str]:
-    """The layout the config asks for on ``gpus`` ranks; None, with the reason, where that cannot be."""
-    parallel, train = config.parallel, config.train
-    if gpus % parallel.tensor:
-        return None, f"parallel.tensor {parallel.tensor} does not divide {gpus} GPUs"
-    data = gpus // parallel.tensor
-    if train.global_batch % data:
-        return None, f"train.global_batch {train.global_batch} cannot be shared by {data} data-parallel ranks"
-    share = train.global_batch // data
-    micro = train.micro_batch or share
-    if share % micro:
-        return None, f"train.micro_batch {micro} does not divide a rank's share of {share} images"
-    return at(config, parallel.zero, parallel.tensor, data, micro), ""
+def configured(model: GPTConfig, config: GPTConfigFile, gpus: int) -> tuple[Layout | None, str]:
+    """The layout the config asks for on ``gpus`` ranks; None, with the reason, where a run would refuse it."""
+    parallel = config.parallel
+    try:
+        data = data_ranks(gpus, parallel.tensor)
+        check_split(model, parallel.tensor)
+        return at(config, parallel.zero, parallel.tensor, data, divide_batch(config.train, data).micro), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def at(config: GPTConfigFile, zero: int, tensor: int, data: int, micro: int) -> Layout:
@@ -68,22 +53,18 @@ def possible(model: GPTConfig, config: GPTConfigFile, gpus: int) -> tuple[list[L
     that divides a rank's share; and those that cannot be, with the reason."""
     found: list[Layout] = []
     refused: list[Refused] = []
-    batch = config.train.global_batch
     for tensor in divisors(gpus):
-        data = gpus // tensor
-        reason = why_not_tensor(model, tensor)
-        if reason is None and batch % data:
-            near = [n for n in divisors(batch) if n <= data][-1]
-            reason = f"a global batch of {batch} cannot be shared by {data} data-parallel ranks ({near} could)"
-        if reason is not None:
-            refused.append(Refused(f"TP {tensor}, any ZeRO", reason))
+        try:
+            check_split(model, tensor)
+            share = per_rank_batch(config.train.global_batch, gpus // tensor)
+        except UserError as error:
+            refused.append(Refused(f"TP {tensor}, any ZeRO", str(error)))
             continue
-        share = batch // data
         wanted = config.train.micro_batch or share
         micro = max(n for n in divisors(share) if n <= wanted)
         for zero in range(4):
             if zero > 0 or config.compute.precision == "fp32":
-                found.append(at(config, zero, tensor, data, micro))
+                found.append(at(config, zero, tensor, gpus // tensor, micro))
     if config.compute.precision == "bf16":
         refused.append(Refused("ZeRO-0, any TP", "bf16 needs the fp32 masters of ZeRO-1, 2 or 3"))
     return found, refused

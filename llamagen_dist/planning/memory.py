@@ -9,12 +9,10 @@ tensors) is not in here and was not verified.
 from dataclasses import dataclass
 from typing import Literal
 
-from llamagen_dist.models.cost import parameters, total_parameters
+from llamagen_dist.models.cost import LOSS_CHUNK, parameters, total_parameters
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET, LARGEST_SUM
 
-LOSS_CHUNK = 1 << 22
-"""Logits that the loss works on at a time (models/loss.py's CHUNK)."""
 FP32 = 4
 
 

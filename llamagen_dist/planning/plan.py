@@ -3,7 +3,6 @@
 ``answer`` returns one dictionary of plain values, which ``--json`` prints; its keys stay. Shown by show.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 from llamagen_dist.build import gpt_config
 from llamagen_dist.config import GPTConfigFile, is_remote
 from llamagen_dist.config.ladder import rungs
+from llamagen_dist.data.manifest import MANIFEST, read_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models import cost
 from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.parallel.division import divisors
 from llamagen_dist.planning import layouts as lay
 from llamagen_dist.planning import memory
 from llamagen_dist.planning.memory import Layout
@@ -43,22 +44,31 @@ class Machine:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the data say of the model, and where that was read."""
+    """What the data fix of a model, and where that was read. classes: None where the samples have no labels."""
 
     vocab_size: int = 16384
     per_image: int = 256
-    classes: int = 1000
+    classes: int | None = 1000
     source: str = "assumed"
 
 
-def tokens_of(config: GPTConfigFile, vocab: int | None, per_image: int | None, classes: int | None) -> Tokens:
-    """From the token shards' manifest where there is one, LlamaGen's 256-px ImageNet numbers elsewhere; what is given
-    by hand goes before both. Raises UserError for a manifest that cannot be read."""
-    if is_remote(config.data.train):
+def tokens_of(
+    config: GPTConfigFile, vocab: int | None = None, per_image: int | None = None, classes: int | None = None
+) -> Tokens:
+    """From the token shards' manifest where there is one, LlamaGen's 256-px ImageNet numbers elsewhere.
+
+    vocab, per_image, classes: given by hand, which goes before both. Raises UserError for a manifest that cannot be
+    read, or of other shards.
+    """
+    shards = config.data.train
+    if is_remote(shards):
         found = Tokens(source="assumed: nothing is fetched for a plan")
+    elif (Path(shards) / MANIFEST).is_file():
+        sizes = read_manifest(Path(shards)).gpt_sizes(shards)
+        source = f"read from {Path(shards) / MANIFEST}"
+        found = Tokens(sizes["vocab_size"], sizes["image_tokens"], sizes["num_classes"], source)
     else:
-        path = Path(config.data.train) / "manifest.json"
-        found = _from_manifest(path) if path.is_file() else Tokens(source=f"assumed: {path} is not there yet")
+        found = Tokens(source=f"assumed: {Path(shards) / MANIFEST} is not there yet")
     by_hand = {"vocab_size": vocab, "per_image": per_image, "classes": classes}
     given = {key: number for key, number in by_hand.items() if number is not None}
     if given:
@@ -68,30 +78,16 @@ def tokens_of(config: GPTConfigFile, vocab: int | None, per_image: int | None, c
     return found
 
 
-def _from_manifest(path: Path) -> Tokens:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        rows, columns = raw["grid"]
-        classes = raw.get("classes")
-        return Tokens(
-            int(raw["vocab_size"]), rows * columns, 1000 if classes is None else len(classes), f"read from {path}"
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of token shards ({type(error).__name__}: {error})") from None
+def model_for(config: GPTConfigFile, tokens: Tokens) -> GPTConfig:
+    """The model that a config (one rung of a ladder) makes of such tokens. Raises UserError."""
+    return gpt_config(
+        config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
+    )
 
 
 def model_of(config: GPTConfigFile, tokens: Tokens) -> tuple[GPTConfig, GPTConfigFile, str | None]:
     """The model, the config it comes from, and, where that is a ladder, the name of its largest rung, which is it."""
-    models = [
-        (
-            gpt_config(
-                rung.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
-            ),
-            rung,
-            name,
-        )
-        for name, rung in rungs(config)
-    ]
+    models = [(model_for(rung, tokens), rung, name) for name, rung in rungs(config)]
     model, rung, name = max(models, key=lambda one: cost.total_parameters(one[0]))
     return model, rung, name if len(models) > 1 else None
 
@@ -106,9 +102,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
     found, refused = lay.possible(model, config, machine.gpus)
     if not found:
         raise UserError(_no_layout(model, config, machine.gpus, refused))
-    start, why = lay.configured(config, machine.gpus)
-    if start is not None and (problem := lay.why_not_tensor(model, start.tensor)) is not None:
-        start, why = None, f"parallel.tensor {problem}"
+    start, why = lay.configured(model, config, machine.gpus)
     change = lay.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
     steps = config.train.images // config.train.global_batch
     flops = cost.training_flops_per_image(model)
@@ -181,7 +175,7 @@ def row(model: GPTConfig, layout: Layout, config: GPTConfigFile, machine: Machin
     """One layout: its split, bytes per rank by part (they add up to total_bytes), whether that fits, and the largest
     micro-batch that does, by recomputation policy."""
     parts = memory.per_rank(model, layout)
-    shares = lay.divisors(config.train.global_batch // layout.data)
+    shares = divisors(config.train.global_batch // layout.data)
     room = machine.device.memory
     return {
         **asdict(layout),

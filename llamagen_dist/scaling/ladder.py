@@ -89,14 +89,7 @@ def _config(folder: Path) -> GPTConfigFile:
 def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, list[tuple[float, float, str]]]:
     summary = _json(folder / "summary.json")
     manifest = manifest_of(config.data.train, config.data)
-    if manifest.vocab_size is None or manifest.grid is None:
-        raise UserError(f"{config.data.train}: not token shards, so the model of {folder} cannot be known")
-    model = gpt_config(
-        config.model,
-        vocab_size=manifest.vocab_size,
-        image_tokens=manifest.grid[0] * manifest.grid[1],
-        num_classes=manifest.class_count,
-    )
+    model = gpt_config(config.model, **manifest.gpt_sizes(config.data.train))
     total = total_parameters(model)
     if summary.get("params") != total:
         raise UserError(

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_dist.build import compile_blocks
-from llamagen_dist.config import GPTConfigFile, TrainSection
+from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.clock import Clock
+from llamagen_dist.parallel.division import divide_batch
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.entries import Entry
 from llamagen_dist.parallel.topology import Topology
@@ -34,16 +34,6 @@ class Objective(nn.Module):
         return self.model.loss(tokens, condition, sample_ids)
 
 
-def micro_batches(train: TrainSection, topology: Topology) -> tuple[int, int]:
-    """(images per rank and forward pass, forward passes per step). Raises UserError where they do not divide."""
-    share = topology.share(train.global_batch)
-    micro = train.micro_batch or share
-    if share % micro:
-        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
-        raise UserError(f"train.micro_batch: {micro} does not divide a rank's share of {share} images; use {fits}")
-    return micro, share // micro
-
-
 def build_engine(
     model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock, source: tensor_parallel.Source | None = None
 ) -> Engine:
@@ -51,7 +41,7 @@ def build_engine(
 
     source: the weights of a model that was built on the meta device; None: it has them already.
     """
-    micro, accumulation = micro_batches(config.train, topology)
+    batch = divide_batch(config.train, topology.dp)
     if source is not None:
         tensor_parallel.materialize(model, topology, source)
     model.recompute_every = config.compute.recompute_every
@@ -78,8 +68,8 @@ def build_engine(
         topology,
         called=Objective(model),
         stage=config.parallel.zero,
-        micro_batch=micro,
-        accumulation=accumulation,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
         precision=config.compute.precision,
         ema_decay=config.ema.decay,
         query_group=group,
@@ -110,7 +100,7 @@ class GPTTask:
         self.parameters = total_parameters(model.config)
         self.engine = build_engine(model, config, topology, self.clock, source)
         self.model: GPT = model
-        self.micro, _ = micro_batches(config.train, topology)
+        self.micro = divide_batch(config.train, topology.dp).micro
         self._validation_batches = validation_batches
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.process import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 NAMED = 8  # images that a message about a micro-batch names
 
 

@@ -7,10 +7,10 @@ import torch
 
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.engine import Engine, TorchEngine
+from llamagen_dist.tracking.devices import GIB
 from llamagen_dist.tracking.log_line import peak_memory_gb
 from llamagen_dist.training.task import Task
 
-GIB = 1024**3
 SETTINGS = (
     "set compute.recompute_every=1, a smaller train.micro_batch, a higher parallel.zero or parallel.tensor, or use "
     "more ranks; llamagen plan CONFIG shows what fits"

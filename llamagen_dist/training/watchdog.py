@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from llamagen_dist.errors import EXIT_STOPPED, Stopped
+from llamagen_dist.errors import EXIT_STOPPED, LOST_PEER, Stopped
 from llamagen_dist.files import remove_asides
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
@@ -20,7 +20,6 @@ from llamagen_dist.training import heartbeat
 
 LONGEST_TICK_S = 10.0
 # What gloo, NCCL and the store say when another rank has gone or does not come
-_COMMUNICATION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting")
 
 
 class LostRankError(Exception):
@@ -176,7 +175,7 @@ class Watchdog:
 
     @staticmethod
     def _from_collective(error: BaseException) -> bool:
-        return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+        return isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
 
     def _cause(self, error: BaseException) -> str:
         """Who caused an error of a collective; waits until a rank on another machine would have gone stale."""

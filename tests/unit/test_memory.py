@@ -85,5 +85,5 @@ def test_the_sum_of_the_parts_is_not_below_the_real_peak(precision, every):
 def test_the_constants_are_those_of_the_code():
     from llamagen_dist.parallel import deepspeed_engine
 
-    assert memory.LOSS_CHUNK == loss_module.CHUNK
+    assert memory.LOSS_CHUNK == loss_module.LOSS_CHUNK
     assert memory.LARGEST_BUCKET == deepspeed_engine.LARGEST_BUCKET

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llamagen_dist import cli
-from llamagen_dist.config import GPTConfigFile, load
+from llamagen_dist.config import GPTConfigFile, TrainSection, load
+from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import forward_flops, parameters, total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.parallel.tensor_parallel import check, cut
+from llamagen_dist.parallel.division import check_split, data_ranks, divide_batch
+from llamagen_dist.parallel.tensor_parallel import cut
 from llamagen_dist.planning import layouts, memory
 from llamagen_dist.planning.plan import Machine, Tokens, answer, memory_lines, model_of
 from llamagen_dist.tracking.devices import DEVICES, GIB, named, peak_flops
@@ -114,11 +118,28 @@ def test_what_plan_refuses_is_what_the_split_refuses():
     for config in [*SHAPES, *(GPTConfig(**size) for size in GPT_SIZES.values())]:
         for tensor in (1, 2, 3, 4, 5, 6, 8, 16, 32):
             try:
-                check(config, tensor)
+                check_split(config, tensor)
                 refused = False
             except UserError:
                 refused = True
-            assert (layouts.why_not_tensor(config, tensor) is not None) == refused, (config, tensor)
+            listed = any(layout.tensor == tensor for layout in layouts.possible(config, gpt(), tensor)[0])
+            assert listed != refused, (config, tensor)
+
+
+@given(st.integers(1, 512), st.integers(1, 16), st.integers(1, 4), st.none() | st.integers(1, 64))
+def test_a_batch_is_divided_without_a_rest_or_refused(batch, ranks, tensor, micro):
+    train = TrainSection(images=batch, global_batch=batch, micro_batch=micro)
+    right = ranks % tensor == 0 and batch % (ranks // tensor) == 0
+    right = right and (micro is None or batch // (ranks // tensor) % micro == 0)
+    try:
+        data = data_ranks(ranks, tensor)
+        found = divide_batch(train, data)
+    except UserError:
+        assert not right
+        return
+    assert right
+    assert data * tensor == ranks
+    assert found.micro * found.accumulation * data == batch
 
 
 def test_every_layout_of_the_gpus_is_listed_or_refused_with_a_reason():
@@ -129,7 +150,8 @@ def test_every_layout_of_the_gpus_is_listed_or_refused_with_a_reason():
     assert "heads 16" in refused["TP 3, any ZeRO"]
     assert all(sum(row["bytes"].values()) == row["total_bytes"] for row in found["layouts"])
     batch = planned("train.global_batch=100", "train.images=10000", gpus=8)
-    assert "8 data-parallel ranks (5 could)" in next(r["reason"] for r in batch["refused"] if "TP 1," in r["layout"])
+    reason = next(one["reason"] for one in batch["refused"] if "TP 1," in one["layout"])
+    assert "8 data-parallel ranks; use 5 data-parallel ranks" in reason
 
 
 def test_bf16_without_masters_is_refused():
@@ -265,7 +287,8 @@ def test_the_text_names_every_part(capsys):
 def test_sizes_come_from_the_shards_where_they_are(tmp_path, capsys):
     folder = tmp_path / "train"
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"grid": [4, 4], "vocab_size": 512, "classes": ["a", "b"]}))
+    shards = Manifest("tokens", 0, (".codes.npy",), (), classes=["a", "b"], vocab_size=512, grid=(4, 4))
+    write_manifest(folder, shards)
     words = ["plan", str(ROOT / "configs/gpt/GPT-B.yaml"), "--json", f"data.train={folder}"]
     cli.main(words)
     tokens = json.loads(capsys.readouterr().out)["tokens"]
@@ -275,8 +298,14 @@ def test_sizes_come_from_the_shards_where_they_are(tmp_path, capsys):
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert (tokens["vocab_size"], tokens["per_image"]) == (512, 576)
     assert "per image as given" in tokens["source"]
+    write_manifest(folder, replace(shards, classes=None))  # a thousand classes were taken for read from there
+    with pytest.raises(UserError, match="needs labels, and the token shards have none"):
+        cli.main(words)
+    write_manifest(folder, Manifest("images", 0, (".png",), ()))
+    with pytest.raises(UserError, match="holds images, not tokens"):
+        cli.main(words)
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest"):
+    with pytest.raises(UserError, match="not a shard manifest"):
         cli.main(words)
 
 

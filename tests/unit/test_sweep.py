@@ -16,7 +16,8 @@ from llamagen_dist.config import dump, load
 from llamagen_dist.config.sweep import SweepConfig
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
-from llamagen_dist.launch import pipeline, points, sweep, sweep_plan
+from llamagen_dist.launch import pipeline, points, sweep
+from llamagen_dist.planning import sweep as planning
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.tracking.devices import named
 
@@ -191,23 +192,24 @@ def test_the_plan_of_a_sweep_adds_up(tmp_path: Path) -> None:
         tmp_path / "o",
     )
     machine = Machine(named("A100-40"), 8)
-    small, large = sweep_plan.needs(made, machine)
+    small, large = (planning.need(p.name, p.stage.config, machine) for p in made.points)
     assert small.parameters == 110_888_448
     assert large.fits is False
     assert large.gpu_hours is not None
     assert small.gpu_hours is not None
     assert large.gpu_hours > 20 * small.gpu_hours
-    text = " ".join(sweep_plan.totals([small, large], ["finished", "open"], machine, 2))
+    text = " ".join(planning.totals([small, large], ["finished", "open"], machine, 2))
     assert f"{large.gpu_hours:,.0f} GPU-hours" in text, "what is finished is not counted again"
     assert "1 do not fit on A100-40" in text
-    odd = sweep_plan.needs(made, Machine(named("A100-40"), 7))[0]
-    assert odd.refused == "train.global_batch 256 cannot be shared by 7 data-parallel ranks"
+    odd = planning.need("odd", made.points[0].stage.config, Machine(named("A100-40"), 7))
+    assert odd.refused is not None
+    assert "256 images cannot be shared equally by 7 data-parallel ranks" in odd.refused
 
 
 def test_hours_of_points_side_by_side() -> None:
-    assert sweep_plan.elapsed([3, 1, 1, 1], 2) == 3
-    assert sweep_plan.elapsed([1, 1, 1, 3], 2) == 4
-    assert sweep_plan.elapsed([1, 2, 3], 1) == 6
+    assert planning.elapsed([3, 1, 1, 1], 2) == 3
+    assert planning.elapsed([1, 1, 1, 3], 2) == 4
+    assert planning.elapsed([1, 2, 3], 1) == 6
 
 
 @pytest.mark.parametrize("cluster", ["local", str(ROOT / "slurm/local.yaml")])

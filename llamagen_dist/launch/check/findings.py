@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llamagen_dist.errors import LOST_PEER
+
 PARTS = ("node", "disk", "join", "clock", "shared", "all_reduce", "step")
 CLOCK_WARN_S, CLOCK_BAD_S = 1.0, 60.0
 SEEN_WARN_S = 2.0
@@ -16,8 +18,6 @@ OPEN_FILES_WARN = 1024
 BUS_WARN_GB_S = {"nccl": 5.0, "gloo": 0.01}
 GPU_TAKEN_WARN = 0.1
 Report = Mapping[str, Any]
-# what gloo, NCCL and the store say when another rank has gone
-_COMMUNICATION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def failed(reports: Sequence[Report], ended: str) -> Iterator[Finding]:
     for report in reports:
         if "problem" in report:
             part, error = report["problem"]["part"], report["problem"]["error"]
-            if not (part in died and _COMMUNICATION.search(error)):  # then it only lost those that died
+            if not (part in died and LOST_PEER.search(error)):  # then it only lost those that died
                 by_cause[part, re.sub(r"\d+", "#", error)].append(report)
     # the part that failed first explains the others
     for part in PARTS:

@@ -19,6 +19,7 @@ from llamagen_dist.launch.slurm import elastic, lock, queue, standby
 from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, read_json
 from llamagen_dist.launch.slurm.submission import Size, check_path, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
+from llamagen_dist.parallel.division import data_ranks, divide_batch
 from llamagen_dist.training import timing
 
 POLL_S = 2.0
@@ -190,14 +191,7 @@ def fits(config: Section, ranks: int) -> None:
     if not isinstance(config, (GPTConfigFile, TokenizerConfigFile)):
         return
     tensor = config.parallel.tensor if isinstance(config, GPTConfigFile) else 1
-    batch = config.train.global_batch
-    if ranks % tensor:
-        raise UserError(f"parallel.tensor: {tensor} does not divide {ranks} ranks; change it, or the number of nodes")
-    if batch % (ranks // tensor):
-        raise UserError(
-            f"train.global_batch: {batch} images cannot be shared equally by {ranks // tensor} data-parallel ranks; "
-            "change it, or the number of nodes"
-        )
+    divide_batch(config.train, data_ranks(ranks, tensor))
 
 
 def watch(folder: Path, screen: Screen) -> int:

@@ -9,6 +9,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.slurm.records import Place, Work
 from llamagen_dist.launch.slurm.submission import Size, enqueue
+from llamagen_dist.parallel.division import data_ranks, per_rank_batch
 
 
 def sizes(profile: ClusterConfig, size: Size) -> list[Size]:
@@ -22,7 +23,7 @@ def fixed_micro_batch(config: Section, ranks: int) -> Section:
     if not isinstance(config, (GPTConfigFile, TokenizerConfigFile)) or config.train.micro_batch is not None:
         return config
     tensor = config.parallel.tensor if isinstance(config, GPTConfigFile) else 1
-    micro = config.train.global_batch // (ranks // tensor)
+    micro = per_rank_batch(config.train.global_batch, data_ranks(ranks, tensor))
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
 
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from llamagen_dist.build import gpt_config, vq_parameters
-from llamagen_dist.config import GPTConfigFile, SampleConfig, TokenizerConfigFile
+from llamagen_dist.build import vq_parameters
+from llamagen_dist.config import GPTConfigFile, SampleConfig, Section, TokenizerConfigFile
 from llamagen_dist.config.ladder import rungs
 from llamagen_dist.console import Screen
-from llamagen_dist.launch.points import Point, Sweep
+from llamagen_dist.errors import UserError
 from llamagen_dist.models import cost
+from llamagen_dist.parallel.division import divide_batch
 from llamagen_dist.planning import layouts as lay
 from llamagen_dist.planning import memory
-from llamagen_dist.planning.plan import Machine, Tokens, tokens_of
+from llamagen_dist.planning.plan import Machine, Tokens, model_for, tokens_of
 from llamagen_dist.tracking.devices import GIB
 
 
@@ -33,25 +34,22 @@ class Need:
     refused: str | None = None
 
 
-def needs(sweep: Sweep, machine: Machine) -> list[Need]:
-    """Of every point, in order. Raises UserError for token shards whose manifest cannot be read."""
-    return [need(point, machine) for point in sweep.points]
-
-
-def need(point: Point, machine: Machine) -> Need:
-    config = point.stage.config
+def need(name: str, config: Section | None, machine: Machine) -> Need:
+    """What a point with this config needs. Raises UserError for token shards whose manifest cannot be read."""
     if isinstance(config, TokenizerConfigFile):
-        parameters = vq_parameters(config.model)
-        batch = config.train.global_batch
-        odd = f"train.global_batch {batch} cannot be shared by {machine.gpus} ranks" if batch % machine.gpus else None
-        return Need(point.name, parameters, config.train.images, refused=odd)
+        refused = None
+        try:
+            divide_batch(config.train, machine.gpus)
+        except UserError as error:
+            refused = str(error)
+        return Need(name, vq_parameters(config.model), config.train.images, refused=refused)
     if not isinstance(config, GPTConfigFile):
-        return Need(point.name, images=config.images if isinstance(config, SampleConfig) else None)
-    tokens = tokens_of(config, None, None, None)
-    found = [_gpt(point.name, rung, tokens, machine) for _, rung in rungs(config)]
+        return Need(name, images=config.images if isinstance(config, SampleConfig) else None)
+    tokens = tokens_of(config)
+    found = [_gpt(name, rung, tokens, machine) for _, rung in rungs(config)]
     largest = max(found, key=lambda one: one.parameters or 0)
     return Need(
-        point.name,
+        name,
         largest.parameters,
         sum(one.images or 0 for one in found),
         sum(one.gpu_hours or 0.0 for one in found),
@@ -63,12 +61,8 @@ def need(point: Point, machine: Machine) -> Need:
 
 
 def _gpt(name: str, config: GPTConfigFile, tokens: Tokens, machine: Machine) -> Need:
-    model = gpt_config(
-        config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
-    )
-    layout, why = lay.configured(config, machine.gpus)
-    if layout is not None and (problem := lay.why_not_tensor(model, layout.tensor)) is not None:
-        layout, why = None, f"parallel.tensor {problem}"
+    model = model_for(config, tokens)
+    layout, why = lay.configured(model, config, machine.gpus)
     flops = cost.training_flops_per_image(model) * config.train.images
     size = None if layout is None else lay.total(model, layout)
     return Need(
@@ -92,10 +86,10 @@ def elapsed(hours: Sequence[float], at_once: int) -> float:
 
 
 def show(
-    sweep: Sweep, found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int, screen: Screen
+    title: str, found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int, screen: Screen
 ) -> None:
     """The table and its totals. states: a word per point. beside: how many run at the same time."""
-    table = Table(title=f"{sweep.config.title} -> {sweep.out}")
+    table = Table(title=title)
     table.add_column("point", overflow="fold")
     for heading in ("parameters", "images", "GPU-hours", "GiB/rank"):
         table.add_column(heading, justify="right")
