@@ -20,7 +20,14 @@ ABSENT = "absent"
 """The version of a package that is not installed."""
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "submitit", "webdataset", "pydantic")
 ENVIRONMENT = re.compile(r"^(LLAMAGEN|OMP|MKL|CUDA|NCCL|GLOO|TORCH|WANDB|SLURM|HF)_")
-_SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN(?!IZE|S\b|S_)", re.IGNORECASE)
+SECRET = re.compile(r"(?i:(?<!caption-)(?<!class-)(?<!wc)key|secret|passw|credential|token(?!ize|s\b|s_))|TOKENS\b")
+"""A name whose value nobody should see. A tokenizer is none, nor are counts (tokens=256), nor names of JSON keys."""
+# A value as a shell reads it: quoted pieces, which may hold line breaks, and bare ones, without a space between.
+_VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'";&|])+"""
+_QUOTED = re.compile(r"""(?P<quote>["'])(?P<name>[A-Za-z_]\w*)=(?:\\.|(?!(?P=quote)).)*(?P=quote)""", re.DOTALL)
+_ASSIGNED = re.compile(rf"(?P<quote>)\b(?P<name>[A-Za-z_]\w*)=(?P<value>{_VALUE})", re.DOTALL)
+_OPTION = re.compile(rf"(?<!\S)(?P<name>--?[A-Za-z][\w-]*)(?P<gap>[ \t=]+)(?P<value>{_VALUE})", re.DOTALL)
+_LOGIN = re.compile(rf"(?P<login>\blogin[ \t]+)(?!-)(?P<value>{_VALUE})", re.DOTALL)
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -48,7 +55,7 @@ def record(root: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": masked_command(sys.argv),
         "environment": {
-            k: "***" if _SECRET.search(k) else v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)
+            k: "***" if SECRET.search(k) else v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)
         },
     }
 
@@ -61,12 +68,30 @@ def masked_command(argv: list[str]) -> str:
         key, equals, _ = word.partition("=")
         if hide_next:
             words.append("***")
-        elif equals and _SECRET.search(key):
+        elif equals and SECRET.search(key):
             words.append(f"{key}=***")
         else:
             words.append(word)
-        hide_next = not equals and word.startswith("-") and bool(_SECRET.search(word))
+        hide_next = not equals and word.startswith("-") and bool(SECRET.search(word))
     return shlex.join(words)
+
+
+def masked_script(text: str) -> str:
+    """A shell script for people's eyes: values of variables and options that look like secrets are hidden, whatever
+    line of the script sets them and however many lines they have; so is what ``wandb login`` is given."""
+
+    def assigned(match: re.Match[str]) -> str:
+        if not SECRET.search(match["name"]):
+            return match[0]
+        # export "KEY=it is long": the quote began before the name, and ends the value
+        return f"{match['quote']}{match['name']}=***{match['quote']}"
+
+    def option(match: re.Match[str]) -> str:
+        return f"{match['name']}{match['gap']}***" if SECRET.search(match["name"]) else match[0]
+
+    text = _QUOTED.sub(assigned, text)
+    text = _ASSIGNED.sub(assigned, text)
+    return _LOGIN.sub(r"\g<login>***", _OPTION.sub(option, text))
 
 
 def git(root: Path, *arguments: str) -> str | None:

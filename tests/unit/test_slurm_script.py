@@ -101,6 +101,34 @@ def test_secrets_are_hidden_from_people_but_not_from_the_job():
     assert "export HOME_DIR=/h" in masked(text)
 
 
+SECRETS = {
+    "export": {"exports": {"WANDB_API_KEY": "def123"}},
+    "line break": {"exports": {"WANDB_API_KEY": "abc\ndef123\n"}},
+    "line break and quotes": {"exports": {"MY_CREDENTIALS": 'it\'s\n"def123"'}},
+    "several": {"exports": {"HF_TOKENS": "abc:def123"}},
+    "setup": {"setup": ["export HF_TOKEN=def123"]},
+    "setup, quoted": {"setup": ["export 'HF_TOKEN=abc def123'", 'export "X_SECRET=abc\ndef123"']},
+    "setup, two on a line": {"setup": ["module load cuda; DB_PASSWORD='abc\ndef123' ./login"]},
+    "setup, option": {"setup": ["hf auth login --token def123", "curl --api-key=def123 x"]},
+    "setup, wandb": {"setup": ["wandb login def123"]},
+}
+
+
+@pytest.mark.parametrize("keys", SECRETS.values(), ids=SECRETS)
+def test_a_secret_is_hidden_whole_wherever_the_profile_sets_it(keys):
+    text = script([work()], profile(**keys), SIZE)
+    assert "def123" in text
+    assert "def123" not in masked(text)
+    assert "***" in masked(text)
+
+
+def test_what_is_no_secret_is_shown():
+    exports = {"TOKENIZER": "/data/vq16", "TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}
+    lines = ["module load cuda", "export TOKENIZER_PATH='/data/a b'", "llamagen pack x --caption-key text --tokens 256"]
+    text = script([work()], profile(exports=exports, setup=lines, sbatch={"wckey": "vision"}), SIZE)
+    assert masked(text) == text
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [("90", 90), ("90:30", 90.5), ("12:00:00", 720), ("2-00:00:00", 2880), ("2-12", 3600), ("1-00:30", 1470)],

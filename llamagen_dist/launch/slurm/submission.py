@@ -20,8 +20,7 @@ from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.batch import REQUEUE
 from llamagen_dist.launch.slurm.records import Limits, Place, Work, write_works
 from llamagen_dist.launch.slurm.task import Task
-
-_SECRET = re.compile(r"KEY|SECRET|PASSW|TOKEN", re.IGNORECASE)
+from llamagen_dist.tracking.provenance import masked_script
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,7 @@ def script(
 
 def masked(text: str) -> str:
     """A script for people's eyes: values of exported variables that look like secrets are hidden."""
-
-    def hide(match: re.Match[str]) -> str:
-        return f"{match[1]}{match[2]}=***" if _SECRET.search(match[2]) else match[0]
-
-    return re.sub(r"^(export )([A-Za-z0-9_]+)=.*$", hide, text, flags=re.MULTILINE)
+    return masked_script(text)
 
 
 def submit(
