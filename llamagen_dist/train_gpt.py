@@ -6,6 +6,8 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 its rungs one after another in run_dir/NAME, in one process start.
 """
 
+from functools import partial
+
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.config.ladder import rungs
@@ -13,7 +15,6 @@ from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream, check_captions
 from llamagen_dist.errors import Stopped, UserError
-from llamagen_dist.models.condition import CaptionEmbedder
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel.division import check_split, divide_batch
 from llamagen_dist.parallel.topology import Topology, start
@@ -91,16 +92,16 @@ def train_one(
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
     with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
         note_origin(run, initial, train.manifest)
+        stream = token_stream(train, config, model, topology, training=True)
+        held_out = token_stream(validation, config, model, topology, training=False)
         task = GPTTask(
             build_gpt_on_meta(model, config.train.seed),
             config,
             topology,
             name,
-            lambda: held_out.validation_batches(config.validation.images, config.validation.batch),
+            partial(held_out.validation_batches, config.validation.images, config.validation.batch),
             fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
         )
-        stream = token_stream(train, config, topology, task, training=True)
-        held_out = token_stream(validation, config, topology, task, training=False)
         run.say(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
@@ -110,17 +111,16 @@ def train_one(
 
 
 def token_stream(
-    shards: Shards, config: GPTConfigFile, topology: Topology, task: GPTTask, training: bool
+    shards: Shards, config: GPTConfigFile, model: GPTConfig, topology: Topology, training: bool
 ) -> TokenStream:
-    """The batches of one set. Where a caption is dropped, the model's own null caption takes its place."""
-    embedding = task.model.cls_embedding
+    """The batches of one set; nothing is dropped or shortened unless they are for training."""
     return TokenStream(
         shards,
         topology,
         config.train.global_batch,
         config.train.seed,
         config.model.class_dropout_p if training else 0.0,
-        (lambda: embedding.uncond_embedding) if isinstance(embedding, CaptionEmbedder) else None,
+        (model.prefix, model.caption_dim) if model.condition == "text" else None,
         config.data.short_captions if training else 0.0,
         config.data.window_shards,
     )

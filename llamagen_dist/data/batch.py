@@ -26,20 +26,21 @@ def left_padded(features: Sequence[Tensor], places: int) -> Caption:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """tokens: int64 (B, N). condition: labels int64 (B,), the null class where dropped, or a caption's (features
-    (B, T, C) left-padded, present (B, T) bool). positions: int64 (B,), global. samples: int64 (B,), on the host, their
-    numbers in the data set; None for a batch made by hand."""
+    """One rank's share of a global batch.
+
+    tokens: int64 (B, N).
+    condition: labels int64 (B,), or captions as (features (B, T, C) left-padded, present (B, T) bool).
+    positions: int64 (B,), global.
+    samples: int64 (B,), on the host, their numbers in the data set; None for a batch made by hand.
+    dropped: bool (B,), whose condition the training task replaces by the null class or caption; None: nobody's. Only
+    the model knows its null caption, and only the data knows the position, so each says its half.
+    """
 
     tokens: Tensor
     condition: Condition
     positions: Tensor
     samples: Tensor | None = None
-
-    @property
-    def labels(self) -> Tensor:
-        """Of a class-conditional batch."""
-        assert isinstance(self.condition, Tensor)
-        return self.condition
+    dropped: Tensor | None = None
 
     def rows(self, chosen: slice) -> "TokenBatch":
         """Some of the samples (views)."""
@@ -49,7 +50,8 @@ class TokenBatch:
             condition: Condition = (features[chosen], present[chosen])
         else:
             condition = self.condition[chosen]
-        return TokenBatch(self.tokens[chosen], condition, self.positions[chosen], samples)
+        dropped = None if self.dropped is None else self.dropped[chosen]
+        return TokenBatch(self.tokens[chosen], condition, self.positions[chosen], samples, dropped)
 
     def split(self, size: int) -> "list[TokenBatch]":
         """Micro-batches of ``size`` samples (the last may be smaller)."""
@@ -69,7 +71,8 @@ class TokenBatch:
             condition: Condition = (move(features), move(present))
         else:
             condition = move(self.condition)
-        return TokenBatch(move(self.tokens), condition, move(self.positions), self.samples)
+        dropped = None if self.dropped is None else move(self.dropped)
+        return TokenBatch(move(self.tokens), condition, move(self.positions), self.samples, dropped)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llamagen_dist import prng
 from llamagen_dist.data.access.fetch_ahead import FetchAhead
@@ -17,7 +16,7 @@ from llamagen_dist.data.order import Ahead, Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.data.token_reader import CODES_MEMBER, TokenReader, codes_bytes
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.gpt import Caption, Condition
+from llamagen_dist.models.gpt import Condition
 from llamagen_dist.parallel.topology import Topology
 
 __all__ = ["CODES_MEMBER", "TokenBatch", "TokenReader", "TokenStream", "codes_bytes"]
@@ -31,12 +30,11 @@ class TokenStream:
     one rank read the same. Crop choice, dropout of the condition and, for captions, the choice between the long and
     the short one are hashes of (seed, position).
 
-    dropout_p: share of samples that get the null class or the null caption. null_caption: None for classes (the null
-    class is the number of classes); for captions it returns the model's, float [places, dim], which also says how many
-    places a condition has. It is asked again when the first batch is made, because a resumed run reads it from its
-    checkpoint. short_share: share of samples that get their short caption. window_shards: 0 takes samples
-    from everywhere, else see ``order.Windows``. Raises UserError where the shards have no
-    labels or captions, or captions that do not fit.
+    dropout_p: share of samples whose condition is marked as dropped.
+    caption_shape: (positions, features) of the model's caption prefix; None: the condition is the class.
+    short_share: share of samples that get their short caption.
+    window_shards: 0 takes samples from everywhere, else see ``order.Windows``.
+    Raises UserError where the shards have no labels or captions, or captions that do not fit.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class TokenStream:
         global_batch: int,
         seed: int,
         dropout_p: float,
-        null_caption: Callable[[], Tensor] | None = None,
+        caption_shape: tuple[int, int] | None = None,
         short_share: float = 0.0,
         window_shards: int = 0,
     ) -> None:
@@ -58,13 +56,11 @@ class TokenStream:
         self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
         self._short = Ahead(partial(prng.uniform, seed, "short-caption"))
         self._dropout, self._short_share = dropout_p, short_share
-        self._null_class, self._places = 0, 0
-        if null_caption is None:
-            self._null_class = shards.manifest.num_classes
+        self._caption_shape = caption_shape
+        if caption_shape is None:
+            _ = shards.manifest.num_classes  # refused where there are no labels
         else:
-            self._places, dim = null_caption().shape
-            check_captions(shards, self._places, dim, short_share)
-        self._find_null, self._null_caption = null_caption, torch.empty(0)
+            check_captions(shards, *caption_shape, short_share)
 
     def batch(self, images_seen: int) -> TokenBatch:
         """This rank's share of the global batch: tokens int64 [share, N], the condition, positions and samples int64
@@ -75,23 +71,17 @@ class TokenStream:
         samples = self._order.samples(start, self._share)
         dropped = self._drop.at(start, self._share) < self._dropout
         crop, numbers = self._crop.at(start, self._share).numpy(), samples.numpy()
-        condition: Condition
-        if self._find_null is None:
-            condition = self._labels(numbers).masked_fill(dropped, self._null_class)
-        else:
-            if not len(self._null_caption):
-                self._null_caption = self._find_null().detach().to("cpu", torch.bfloat16)
-            short = self._short.at(start, self._share) < self._short_share
-            features, present = self._captions(numbers, short.numpy())
-            features[dropped] = self._null_caption
-            condition = (features, present)
-        return TokenBatch(torch.from_numpy(self._reader.codes(numbers, crop)), condition, positions, samples)
+        short = np.zeros(0, np.bool_)
+        if self._caption_shape is not None:
+            short = (self._short.at(start, self._share) < self._short_share).numpy()
+        condition = self._condition(numbers, short)
+        tokens = torch.from_numpy(self._reader.codes(numbers, crop))
+        return TokenBatch(tokens, condition, positions, samples, dropped)
 
-    def _labels(self, samples: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(self._reader.labels(samples))
-
-    def _captions(self, samples: NDArray[np.int64], short: NDArray[np.bool_]) -> Caption:
-        return left_padded(self._reader.caption_features(samples, short), self._places)
+    def _condition(self, samples: NDArray[np.int64], short: NDArray[np.bool_]) -> Condition:
+        if self._caption_shape is None:
+            return torch.from_numpy(self._reader.labels(samples))
+        return left_padded(self._reader.caption_features(samples, short), self._caption_shape[0])
 
     def where(self, sample: int) -> str:
         """The shard and record of a sample, for messages."""
@@ -110,10 +100,7 @@ class TokenStream:
         for start in range(self._topology.dp_rank * batch, count, self._topology.dp * batch):
             samples = np.arange(start, min(start + batch, count))
             tokens = torch.from_numpy(self._reader.codes(samples, np.zeros_like(samples)))
-            if self._find_null is None:
-                condition: Condition = self._labels(samples)
-            else:
-                condition = self._captions(samples, np.zeros(len(samples), np.bool_))
+            condition = self._condition(samples, np.zeros(len(samples), np.bool_))
             yield TokenBatch(tokens, condition, torch.from_numpy(samples))
 
 

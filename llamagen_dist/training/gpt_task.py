@@ -34,6 +34,21 @@ class Objective(nn.Module):
         return self.model.loss(tokens, condition, sample_ids)
 
 
+def training_condition(model: GPT, batch: TokenBatch) -> Condition:
+    """The batch's condition, with the model's null class or caption for the samples that are ``dropped``.
+
+    The model is asked at every step: a resumed run reads its null caption from the checkpoint. (On the batch's device.)
+    """
+    if batch.dropped is None:
+        return batch.condition
+    null = model.null_condition(batch.condition)
+    if isinstance(batch.condition, Tensor):
+        assert isinstance(null, Tensor)
+        return torch.where(batch.dropped, null, batch.condition)
+    features, present = batch.condition  # a dropped caption keeps its padding, as in LlamaGen
+    return torch.where(batch.dropped[:, None, None], null[0], features), present
+
+
 def build_engine(
     model: GPT, config: GPTConfigFile, topology: Topology, clock: Clock, source: tensor_parallel.Source | None = None
 ) -> Engine:
@@ -111,7 +126,7 @@ class GPTTask:
         for number, piece in enumerate(pieces, 1):
             piece = piece.to(self.topology.device)
             with self.engine.micro_step(last=number == len(pieces)):
-                loss = self.engine.module(piece.tokens, piece.condition, piece.positions)
+                loss = self.engine.module(piece.tokens, training_condition(self.model, piece), piece.positions)
                 self.engine.backward(self.guard.watch(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):

@@ -30,7 +30,10 @@ def rows(device: torch.device) -> Iterator[Row]:
         same = 0
         for step, batch in enumerate(found):
             wanted = plain.batch(step * BATCH)
-            pairs = [(getattr(batch, name).cpu(), getattr(wanted, name)) for name in ("tokens", "labels", "positions")]
+            pairs = [
+                (getattr(batch, name).cpu(), getattr(wanted, name))
+                for name in ("tokens", "condition", "positions", "dropped")
+            ]
             same += all(torch.equal(one, other) for one, other in pairs)
         how = "pinned, made ahead" if device.type == "cuda" else "made ahead"
         yield Row("batches", how, f"{same} of {STEPS} equal", "all", same == STEPS)

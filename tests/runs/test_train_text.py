@@ -18,6 +18,7 @@ from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.initial import null_caption
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.train_gpt import main
+from llamagen_dist.training.gpt_task import training_condition
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.token_shards import VOCABULARY, write_tokens
@@ -111,12 +112,13 @@ def test_a_resume_goes_on_with_the_same_captions_and_the_null_caption_of_its_che
     again = losses(train(folder, "started", 1, started, "train.seed=8", f"train.images={HALF}"))
     assert again == whole
     for null, shown in ((kept, True), (null_caption(sizes, 8), False)):  # the second is the sabotage twin
-        stream = TokenStream(open_shards(folder / "train"), Topology(), BATCH, 8, 0.2, lambda null=null: null, 0.3)
+        stream = TokenStream(open_shards(folder / "train"), Topology(), BATCH, 8, 0.2, (PLACES, DIM), 0.3)
         batch = stream.batch(0)
         model = GPT(replace(sizes, vocab_size=VOCABULARY, image_tokens=16, multiple_of=16)).train()
         model.load_state_dict(store.read_weights(folder / "alone"))
         model.dropout_seed = 8
-        loss = model.loss(batch.tokens, batch.condition, batch.positions).item()
+        model.cls_embedding.uncond_embedding = null
+        loss = model.loss(batch.tokens, training_condition(model, batch), batch.positions).item()
         assert (abs(loss - whole[0]) < 1e-5) == shown
 
 

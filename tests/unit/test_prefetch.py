@@ -43,7 +43,7 @@ def threads() -> int:
 
 
 def equal(one, other) -> bool:
-    names = ("tokens", "labels", "positions", "samples")
+    names = ("tokens", "condition", "positions", "samples", "dropped")
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 

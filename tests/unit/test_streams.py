@@ -59,15 +59,16 @@ def whole(shards, images_seen, ranks, dropout=0.1, seed=3, window=0):
         TokenStream(shards, rank(r, ranks), 24, seed, dropout, window_shards=window).batch(images_seen)
         for r in range(ranks)
     ]
-    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "labels", "positions"))
+    names = ("tokens", "condition", "positions", "dropped")
+    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in names)
 
 
 def test_tokens_labels_and_crops_belong_together(tokens):
     seen_crops, samples = set(), []
     for start in range(0, 2 * COUNT, 10):
         batch = TokenStream(tokens, Topology(), 10, 0, 0.0).batch(start)
-        assert batch.tokens.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
-        for row, label in zip(batch.tokens, batch.labels, strict=True):
+        assert batch.tokens.dtype == batch.condition.dtype == batch.positions.dtype == torch.int64
+        for row, label in zip(batch.tokens, batch.condition, strict=True):
             sample, rest = divmod(int(row[0]), CROPS * TOKENS)
             crop = rest // TOKENS
             assert row.tolist() == codes_of(sample)[crop].tolist()
@@ -132,7 +133,8 @@ def test_resuming_gives_the_batches_of_the_uninterrupted_run(tokens):
 
 def test_label_dropout_is_by_position_at_its_rate(tokens):
     def labels(dropout, seed=0):
-        return TokenStream(tokens, Topology(), 20_000, seed, dropout).batch(0).labels
+        batch = TokenStream(tokens, Topology(), 20_000, seed, dropout).batch(0)
+        return batch.condition.masked_fill(batch.dropped, CLASSES)
 
     dropped = labels(0.1) == CLASSES
     assert abs(dropped.float().mean() - 0.1) < 0.01
@@ -150,7 +152,7 @@ def test_validation_sees_every_held_out_sample_once(tokens, ranks, batch, limit)
         stream = TokenStream(tokens, rank(r, ranks), 420, 0, 0.5)
         for part in stream.validation_batches(limit, batch):
             assert 0 < len(part.tokens) <= batch
-            assert part.labels.tolist() == [n % CLASSES for n in part.positions.tolist()]  # never dropped
+            assert part.condition.tolist() == [n % CLASSES for n in part.positions.tolist()]  # never dropped
             assert part.tokens[:, 0].tolist() == [12 * n for n in part.positions.tolist()]  # crop 0
             seen += part.positions.tolist()
             total += int(part.tokens.sum())

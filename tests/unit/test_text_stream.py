@@ -16,10 +16,10 @@ from llamagen_dist.data.tokens import TokenReader, TokenStream, codes_bytes
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.gpt_task import training_condition
 
 COUNT, CROPS, TOKENS, DIM, PLACES = 40, 2, 4, 3, 6
 MEMBERS = (".caption.npy", ".codes.npy", ".short.npy", ".txt")
-NULL = torch.full((PLACES, DIM), -7.0)
 
 
 def npy(values: np.ndarray) -> bytes:
@@ -68,15 +68,9 @@ def shards(tmp_path_factory):
     return write(tmp_path_factory.mktemp("captions"))
 
 
-def stream(shards, rank=0, ranks=1, batch=24, seed=3, dropout=0.2, short=0.3, null=NULL):
+def stream(shards, rank=0, ranks=1, batch=24, seed=3, dropout=0.2, short=0.3, shape=(PLACES, DIM)):
     return TokenStream(
-        shards,
-        Topology(rank=rank, world=ranks),
-        batch,
-        seed,
-        dropout,
-        null_caption=None if null is None else lambda: null,
-        short_share=short,
+        shards, Topology(rank=rank, world=ranks), batch, seed, dropout, caption_shape=shape, short_share=short
     )
 
 
@@ -90,15 +84,12 @@ def kinds(batch) -> list[str]:
         assert batch.tokens[row, 0] // 8 == sample
         length = int(present[row].sum())
         assert present[row].tolist() == [False] * (PLACES - length) + [True] * length
-        if torch.equal(features[row].float(), NULL):
-            found.append("null")
-            assert length in (len(caption_of(sample, False)), len(caption_of(sample, True)))
-            continue
         short = bool(features[row, -1, 0] % 1)
         expected = caption_of(sample, short)
         assert torch.equal(features[row, PLACES - length :], expected)
         assert not features[row, : PLACES - length].any()
-        found.append("short" if short else "long")
+        dropped = batch.dropped is not None and bool(batch.dropped[row])
+        found.append("null" if dropped else "short" if short else "long")
     return found
 
 
@@ -114,7 +105,7 @@ def test_captions_are_their_samples_own_and_chosen_by_position(shards):
 
 
 def flat(batch) -> tuple[torch.Tensor, ...]:
-    return (batch.tokens, *batch.condition, batch.positions, batch.samples)
+    return (batch.tokens, *batch.condition, batch.positions, batch.samples, batch.dropped)
 
 
 def whole(shards, images_seen, ranks):
@@ -148,22 +139,29 @@ def test_the_null_caption_is_the_one_that_the_model_knows(shards):
         caption_dim=DIM, multiple_of=16,
     )  # fmt: skip
     model = GPT(config).initialize(5)
-    batch = stream(shards, dropout=1.0, null=model.cls_embedding.uncond_embedding).batch(0)
-    expected, present = model.null_condition(batch.condition)
-    assert torch.equal(batch.condition[0], expected)
-    assert torch.equal(batch.condition[1], present)
+    batch = stream(shards).batch(0)
+    assert 0 < int(batch.dropped.sum()) < len(batch.dropped)
+    expected, expected_present = model.null_condition(batch.condition)
+    features, present = training_condition(model, batch)
+    assert torch.equal(features[batch.dropped], expected[batch.dropped])
+    assert torch.equal(features[~batch.dropped], batch.condition[0][~batch.dropped])
+    assert not torch.equal(features[batch.dropped], batch.condition[0][batch.dropped])
+    assert features.dtype == torch.bfloat16
+    assert torch.equal(present, expected_present)
     model.eval()
-    assert model.loss(batch.tokens, batch.condition).isfinite()
-    late = TokenStream(shards, Topology(), 24, 3, 1.0, null_caption=lambda: model.cls_embedding.uncond_embedding)
+    assert model.loss(batch.tokens, (features, present)).isfinite()
     model.cls_embedding.uncond_embedding = torch.full((PLACES, DIM), 5.0)  # as a resume does, after the stream is built
-    assert (late.batch(0).condition[0] == 5).all()
+    assert (training_condition(model, batch)[0][batch.dropped] == 5).all()
+    assert training_condition(model, replace(batch, dropped=None)) is batch.condition
+    [piece] = batch.rows(slice(4, 20)).split(100)
+    assert torch.equal(training_condition(model, piece)[0], training_condition(model, batch)[0][4:20])
 
 
 def test_what_does_not_fit_is_refused(shards, tmp_path):
     cases = [
-        ({"null": torch.zeros(PLACES, 9)}, r"model.caption_dim: is 9, but .* have 3 features; set it to 3"),
-        ({"null": torch.zeros(5, DIM)}, r"model.prefix_tokens: is 5, but .* up to 6 tokens; set it to 6"),
-        ({"null": None}, "no class labels"),
+        ({"shape": (PLACES, 9)}, r"model.caption_dim: is 9, but .* have 3 features; set it to 3"),
+        ({"shape": (5, DIM)}, r"model.prefix_tokens: is 5, but .* up to 6 tokens; set it to 6"),
+        ({"shape": None}, "no class labels"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message):

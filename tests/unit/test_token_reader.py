@@ -73,7 +73,7 @@ def test_a_billion_samples_cost_nothing(tmp_path):
     tracemalloc.stop()
     assert most < 8 << 20, "the shards' records, and one batch"
     assert torch.equal(found.samples, samples)
-    assert torch.equal(found.labels, samples % 1000)
+    assert torch.equal(found.condition, samples % 1000)
     expected = [token_sets.codes_of(sample, 20, 256, 16384).astype(int).tolist() for sample in samples.tolist()]
     assert all(row in crops for row, crops in zip(found.tokens.tolist(), expected, strict=True))
     with pytest.raises(UserError, match="lies outside the manifest's 16384 codes"):
