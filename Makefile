@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.10+:
 #   make quickstart    install, then train a tokenizer and a ladder of GPTs on real images; ends in a report
-#   make test          install, then run the tests
+#   make test          install, then run the tests that tell whether a change is sound (minutes)
+# make test-all adds the long ones: the whole quickstart, killed and resumed, every layout, full-size references.
 # make slurm-test (after make slurm, once, as root) tries launches on a real SLURM of four nodes on this machine;
 # and where there is a GPU, make gpu-check prints one table of what only a GPU can tell.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 OUT ?= runs/quickstart
 
-.PHONY: venv quickstart test slurm slurm-test faults gpu-check lint format clean
+.PHONY: venv quickstart test test-long test-all slurm slurm-test faults gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -25,7 +26,12 @@ quickstart: venv
 	$(VENV)/bin/llamagen quickstart --out $(OUT)
 
 test: venv
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m 'not long'
+
+test-long: venv
+	$(VENV)/bin/python -m pytest -m long
+
+test-all: test test-long
 
 # SLURM itself, from the distribution: without it slurm-test fails, it does not skip.
 slurm:

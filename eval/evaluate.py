@@ -101,11 +101,12 @@ class Judge:
         assert train.labels is not None
         assert validation.labels is not None
         self.classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
-        if validation.labels.max() >= self.classes:
-            raise UserError(
-                f"classifier: {validation.path} has label {validation.labels.max()}, but {train.path} has only "
-                f"{self.classes} classes"
-            )
+        for images, labels in ((train, train.labels), (validation, validation.labels)):
+            if labels.min() < 0 or labels.max() >= self.classes:
+                raise UserError(
+                    f"classifier: {images.path} has labels {labels.min()} to {labels.max()}, but {train.path} has "
+                    f"{self.classes} classes"
+                )
         chosen = balanced(train.labels, train.count, section.keep, section.seed)
         pixels = train.read(chosen)
         # the ranks train it together, so its bar counts the whole work

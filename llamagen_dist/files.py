@@ -109,17 +109,25 @@ def json_if_there(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, up to the first line that is not whole: a killed writer's last one."""
+def read_jsonl(path: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines. A last line without its end is a killed writer's, and left out.
+
+    strict: what to do at another line that is no JSON object: raise UserError, naming it, for files whose numbers are
+    computed with; or stop reading there.
+    """
     values = []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 value = json.loads(line)
-            except ValueError:
+            except ValueError as error:
+                if strict and line.endswith("\n"):
+                    raise UserError(f"{path}, line {number}: is not valid JSON ({error}); restore the file") from None
                 break
             if isinstance(value, dict):
                 values.append(value)
+            elif strict:
+                raise UserError(f"{path}, line {number}: is not a JSON object; restore the file")
     return values
 
 

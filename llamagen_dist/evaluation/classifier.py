@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llamagen_dist.config import ClassifierSection
 from llamagen_dist.data.order import position_to_sample
+from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import Topology
 
 CHUNK = 64
@@ -62,7 +63,11 @@ def train(
     topology: Topology,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Classifier:
-    """Train on pixels uint8 [n, H, W, 3] and labels int64 [n], the same on every rank (collective)."""
+    """Train on the same images on every rank (collective).
+
+    pixels: uint8 [n, H, W, 3]. labels: int64 [n], below ``classes``. advance: called with the images of each step.
+    Raises UserError where training diverges: a network of NaNs answers every image with class 0.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
         model = Classifier(classes, section.side)
@@ -88,4 +93,6 @@ def train(
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
         adam.step()
         advance(section.batch)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise UserError(f"classifier: its training diverged; set classifier.lr below {section.lr:g}")
     return model.eval()

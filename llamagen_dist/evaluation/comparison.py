@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import inception, record
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
-from llamagen_dist.evaluation.image_sets import ImageSet, balanced, choose, open_images
+from llamagen_dist.evaluation.image_sets import STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.evaluation.kid import kid
 from llamagen_dist.evaluation.manifold import precision_recall, squared_radii
 from llamagen_dist.parallel.topology import Topology
@@ -41,15 +42,19 @@ class Comparison:
         self.selections: list[Selection] = []
         self.absent: dict[str, str] = {}
         self._places: dict[tuple[str, bytes], int] = {}
-        self._opened: dict[str, ImageSet] = {}
+        self._opened: dict[Path, ImageSet] = {}
         self._radii: dict[int, Tensor] = {}
         self._left_out: set[str] = set()
         self.sets: dict[str, tuple[Side, Side]] = {}
-        opened = {name: (self._open(p.images), self._open(p.reference)) for name, p in config.pairs().items()}
+        opened = {
+            name: (self._open(pair.images), self._open(pair.reference, reference=True))
+            for name, pair in config.pairs().items()
+        }
         self.limit = self._limit([images for pair in opened.values() for images in pair])
         for name, pair in config.pairs().items():
             generated, reference = opened[name]
-            if (generated.height, generated.width) != (reference.height, reference.width):
+            sizes = {(images.height, images.width) for images in (generated, reference) if images.count}
+            if len(sizes) > 1:
                 raise UserError(
                     f"{name}: {pair.images} holds {generated.width} x {generated.height} pixels, but its reference "
                     f"{pair.reference} {reference.width} x {reference.height}; compare images of one size"
@@ -66,10 +71,11 @@ class Comparison:
     def needs_features(self) -> bool:
         return any(metric in FEATURE_METRICS and metric not in self._left_out for metric in self.config.metrics)
 
-    def _open(self, path: Any) -> ImageSet:
-        key = str(path.resolve())
-        if key not in self._opened:
-            self._opened[key] = open_images(path, self.config.image_size)
+    def _open(self, path: Path, reference: bool = False) -> ImageSet:
+        """Once for each path; statistics without images are opened again, and refused, where images are needed."""
+        key = path.resolve()
+        if key not in self._opened or self._opened[key].pixels is None:
+            self._opened[key] = open_images(path, self.config.image_size, reference)
         return self._opened[key]
 
     def _limit(self, opened: list[ImageSet]) -> int | None:
@@ -87,7 +93,7 @@ class Comparison:
 
     def _reference(self, images: ImageSet) -> Side:
         wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
-        if all(metric in images.statistics for metric in wanted):
+        if images.pixels is None or all(metric in images.statistics for metric in wanted):
             return Side(images, None)
         # stored statistics belong to all images: the pictures beside them are only a sample, of whatever length
         return Side(images, self._select(images, None if images.statistics else self.limit))
@@ -173,17 +179,22 @@ class Comparison:
         wanted = [metric for metric in self.config.metrics if metric not in self._left_out]
         for metric in ("fid", "sfid"):
             if metric in wanted:
-                a = mine.fid if metric == "fid" else mine.sfid
-                b = self._stored(reference.images, metric, topology) or (
-                    None if theirs is None else theirs.fid if metric == "fid" else theirs.sfid
-                )
+                a: Gaussian | None = getattr(mine, metric)
+                b: Gaussian | None = self._stored(reference.images, metric, topology) or getattr(theirs, metric, None)
                 assert a is not None
-                assert b is not None
-                values[metric] = self._distance(name, a, b)
+                if b is None:
+                    self._statistics_only(name, metric)
+                    continue
+                try:
+                    values[metric] = frechet_distance(a, b)
+                except ValueError as error:
+                    raise UserError(f"{name}: no {metric} of these sets: {error}") from None
         for metric in ("kid", "precision_recall"):
-            if metric not in wanted or theirs is None or mine.pool is None or theirs.pool is None:
+            if metric not in wanted or mine.pool is None:
                 continue
-            if not len(mine.pool) or not len(theirs.pool):
+            if theirs is None or theirs.pool is None:
+                self._statistics_only(name, metric)
+            elif not len(mine.pool) or not len(theirs.pool):
                 self.absent[metric] = (
                     f"more than keep: {self.config.keep} images in {name} or its reference; set subsample=10000 to "
                     "take so many of them"
@@ -209,11 +220,12 @@ class Comparison:
             values["class_agreement"] = float((mine.classes.cpu().numpy() == truth).mean())
         return values
 
-    def _distance(self, name: str, a: Gaussian, b: Gaussian) -> float:
-        try:
-            return frechet_distance(a, b)
-        except ValueError as error:
-            raise UserError(f"{name}: the reference statistics do not fit: {error}") from None
+    def _statistics_only(self, name: str, metric: str) -> None:
+        """Say why a set has no value of ``metric``; the other sets may have one."""
+        images = self.sets[name][1].images
+        stored = " and ".join(array for kind in images.statistics for array in STATISTICS[kind][:2])
+        reason = f"{name}: its reference {images.path} holds {stored} but no images (arr_0)"
+        self.absent[metric] = "; ".join(filter(None, (self.absent.get(metric), reason)))
 
     def _stored(self, images: ImageSet, metric: str, topology: Topology) -> Gaussian | None:
         if metric not in images.statistics:

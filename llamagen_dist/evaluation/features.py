@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.frechet import Gaussian, Moments, gaussian_of
 from llamagen_dist.evaluation.image_sets import ImageSet
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, SPATIAL_FEATURES, Inception
@@ -119,6 +120,7 @@ class _Part:
         self.place[selection.kept] = np.arange(len(selection.kept))
         self.all_kept = len(selection.kept) == n
         self.pool = self.spatial = self.score = self.moments = None
+        self.not_finite = torch.zeros((), dtype=torch.float64, device=device)  # images; read once, at the end
         if network is None:
             return
         self.pool = torch.zeros(len(selection.kept), POOL_FEATURES, device=device)
@@ -131,6 +133,8 @@ class _Part:
 
     def add(self, rows: slice, pool: Tensor, spatial: Tensor, logits: Tensor | None) -> None:
         places = torch.from_numpy(self.place[rows]).to(pool.device)
+        outputs = [pool, spatial] if logits is None else [pool, spatial, logits]
+        self.not_finite += (~torch.isfinite(torch.cat(outputs, 1)).all(1)).sum()
         assert self.pool is not None
         self.pool[places[places >= 0]] = pool[places >= 0]
         if self.spatial is not None:
@@ -142,13 +146,21 @@ class _Part:
             self.score.update(logits)
 
     def finish(self) -> SetFeatures:
-        """Collective: adds up what the ranks have, each image's row being zero on all ranks but one."""
+        """Collective: adds up what the ranks have, each image's row being zero on all ranks but one.
+
+        Raises UserError, on every rank, where features are not finite: no score may be made from them.
+        """
         total = self.topology.sum
         digests = total(torch.from_numpy(self.digests).to(self.topology.device)).cpu().numpy()
         sha256 = hashlib.sha256(digests.tobytes()).hexdigest()
         classes = total(self.classes) if len(self.classes) else None
         if self.pool is None:
             return SetFeatures(sha256, classes=classes)
+        if bad := int(total(self.not_finite)):
+            raise UserError(
+                f"{self.selection.images.path}: {bad} of {len(self.selection)} images have features that are NaN or "
+                "infinite; the weights of the extractor, or this device, are at fault"
+            )
         score = None if self.score is None else self.score.score(self.topology)
         pool = total(self.pool)
         if self.spatial is not None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamagen_dist.evaluation.finite import require_finite
+
 Region = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, right and bottom excluded."""
 
@@ -33,7 +35,8 @@ def unpadded(padding: tuple[int, int, int, int] | None, image_size: int, stored_
 def psnr(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, float64 (B,): 10 log10(1 / MSE) over all channels.
 
-    Both: (B, C, H, W), uint8 or floats in [0, 1]. Identical images get PSNR_LIMIT dB.
+    Both: (B, C, H, W), uint8 or floats in [0, 1]; ValueError for floats that are not finite. Identical images get
+    PSNR_LIMIT dB.
     """
     a, b = _unit(images, region), _unit(references, region)
     error = (a - b).square().mean(dim=(1, 2, 3))
@@ -44,7 +47,7 @@ def ssim(images: Tensor, references: Tensor, region: Region | None = None, data_
     """Structural similarity of each image, float64 (B,) (Wang et al. 2004, with scikit-image's defaults).
 
     A uniform 7 x 7 window, sample (N - 1) covariances, K1 = 0.01, K2 = 0.03, only windows that lie wholly
-    inside the picture, then the mean over windows and channels. Both: (B, C, H, W), uint8 or floats in [0,
+    inside the picture, then the mean over windows and channels. Both: (B, C, H, W), uint8 or finite floats in [0,
     1], at least 7 x 7 pixels (else ValueError).
     """
     a, b = _unit(images, region), _unit(references, region)
@@ -75,4 +78,7 @@ def _unit(images: Tensor, region: Region | None) -> Tensor:
     if region is not None:
         left, top, right, bottom = region
         images = images[..., top:bottom, left:right]
-    return images.double() / 255.0 if images.dtype == torch.uint8 else images.double()
+    if images.dtype == torch.uint8:
+        return images.double() / 255.0
+    require_finite("pixels", images)
+    return images.double()

@@ -2,6 +2,7 @@
 
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,14 +16,18 @@ from llamagen_dist import prng
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation.frechet import check_statistics
+from llamagen_dist.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 
-STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
-"""Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each."""
+STATISTICS = {"fid": ("mu", "sigma", POOL_FEATURES), "sfid": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
+"""Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each, and its
+dimensions."""
+MOST_CLASSES = 1 << 16  # a classifier has an output for each class: a damaged label must not fill the memory
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """An open set of images; nothing but labels is in memory."""
+    """An open set of images; nothing but labels and statistics is in memory."""
 
     path: Path
     count: int
@@ -31,28 +36,35 @@ class ImageSet:
     labels: NDArray[np.int64] | None
     """int64 [count]."""
     classes: list[str] | None
-    pixels: NDArray[np.uint8] | Shards
-    statistics: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    """Stored (mean, covariance) by metric; empty for ordinary images."""
+    pixels: NDArray[np.uint8] | Shards | None
+    """None (and count, height and width 0) where there are statistics only."""
+    statistics: dict[str, tuple[NDArray[Any], NDArray[Any]]]
+    """Stored (mean [d], covariance [d, d]) by metric; empty for ordinary images."""
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, H, W, 3]. Raises UserError for an image that cannot be decoded."""
+        assert self.pixels is not None
         if isinstance(self.pixels, Shards):
             return load_images(self.pixels, indices.tolist(), self.height)
         return np.ascontiguousarray(self.pixels[indices])
 
 
-def open_images(path: Path, image_size: int | None = None) -> ImageSet:
-    """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n]) or a folder of image shards.
+def open_images(path: Path, image_size: int | None = None, reference: bool = False) -> ImageSet:
+    """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n], perhaps STATISTICS) or a folder of image
+    shards.
 
-    image_size: shards are centre-cropped to it; None: they must have one size. Raises UserError: not there, damaged,
-    not images, no one size.
+    image_size: shards are centre-cropped to it; None: they must have one size.
+    reference: whether statistics without images will do.
+    Raises UserError: not there, damaged, not images, no one size, impossible statistics.
     """
     if path.is_dir():
         return _open_shards(path, image_size)
     if not path.exists():
         raise UserError(f"{path}: no such images; give an .npz file or a folder of image shards")
-    return _open_npz(path)
+    images = _open_npz(path)
+    if images.pixels is None and not reference:
+        raise UserError(f"{path}: holds statistics but no images (arr_0); it can only be a reference, for FID and sFID")
+    return images
 
 
 def _open_shards(path: Path, image_size: int | None) -> ImageSet:
@@ -70,28 +82,42 @@ def _open_npz(path: Path) -> ImageSet:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            if "arr_0" not in names:
-                raise UserError(f"{path}: holds {', '.join(sorted(names)) or 'nothing'}, but images are called arr_0")
-            pixels = _array(path, archive, "arr_0")
-            labels = _array(path, archive, "labels") if "labels" in names else None
+            arrays = {name: _array(path, archive, name) for name in ("arr_0", "labels") if name in names}
             statistics = {
                 metric: (_array(path, archive, mean), _array(path, archive, covariance))
-                for metric, (mean, covariance) in STATISTICS.items()
+                for metric, (mean, covariance, _) in STATISTICS.items()
                 if mean in names and covariance in names
             }
-    except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: cannot be read as an .npz ({error}); make or copy it again") from None
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+    if "arr_0" not in names and not statistics:
+        raise UserError(
+            f"{path}: holds {', '.join(sorted(names)) or 'nothing'}, but images are called arr_0 and statistics mu and "
+            "sigma (mu_s and sigma_s for sfid)"
+        )
+    for metric, (mean, covariance) in statistics.items():
+        *called, dimensions = STATISTICS[metric]
+        try:
+            check_statistics(mean, covariance, dimensions, (called[0], called[1]))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; make or copy it again") from None
+    if "arr_0" not in names:
+        return ImageSet(path, 0, 0, 0, None, None, None, statistics)
+    pixels, labels = arrays["arr_0"], arrays.get("labels")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
         raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [n, height, width, 3]")
     if labels is not None:
         if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers [{len(pixels)}]")
+        if labels.max() >= MOST_CLASSES:
+            raise UserError(f"{path}: labels holds {labels.max()}, which is no class number (0 to {MOST_CLASSES - 1})")
         labels = np.asarray(labels, np.int64)
-    for metric, (mean, covariance) in statistics.items():
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise UserError(f"{path}: the statistics for {metric} are {list(mean.shape)} and {list(covariance.shape)}")
     count, height, width, _ = pixels.shape
     return ImageSet(path, count, height, width, labels, None, pixels, statistics)
+
+
+_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+"""What the readers of a damaged, cut or encrypted .npz raise."""
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:

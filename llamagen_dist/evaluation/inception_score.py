@@ -7,6 +7,7 @@ One split, so neither the order of the images nor the number of ranks matters. P
 import torch
 from torch import Tensor
 
+from llamagen_dist.evaluation.finite import require_finite
 from llamagen_dist.parallel.topology import Topology
 
 
@@ -25,8 +26,9 @@ class ScoreSums:
         self.sums += torch.cat([p.sum(0), negative_entropy, negative_entropy.new_tensor([float(len(p))])])
 
     def score(self, topology: Topology | None = None) -> float:
-        """Over the images of all ranks (collective)."""
+        """Over the images of all ranks (collective). Raises ValueError where a logit was not finite."""
         sums = topology.sum(self.sums) if topology is not None else self.sums
+        require_finite("logits", sums)
         n = sums[-1]
         marginal = sums[:-2] / n
         return float((sums[-2] / n - torch.xlogy(marginal, marginal).sum()).exp())

@@ -141,7 +141,12 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
         "source": source,
         "arithmetic": "float32, batch norm folded in float64",
     }
-    return Extractor(assemble(weights), record)
+    network = assemble(weights)
+    kept = [*network.named_parameters(), *([("fc.weight", network.fc)] if network.fc is not None else [])]
+    for name, tensor in kept:
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{source}: the weights of {name} are not finite numbers, or its variance is negative")
+    return Extractor(network, record)
 
 
 def cache_folder(section: InceptionSection) -> Path:

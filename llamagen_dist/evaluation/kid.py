@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llamagen_dist import prng
+from llamagen_dist.evaluation.finite import require_finite
 from llamagen_dist.parallel.topology import Topology
 
 WHOLE_KERNEL = 4096  # features of so many images a side: the kernel is computed once and cut up (0.4 GB in float64)
@@ -35,12 +36,14 @@ def kid(
 ) -> tuple[float, float]:
     """(mean, standard deviation) over the subsets; the deviation divides by their number.
 
-    Both features: floats [n, d], all of them on every rank; the ranks share out the subsets (collective). Raises
-    ValueError where a side has fewer images than a subset.
+    generated, reference: floats [n, d], all of them on every rank; the ranks share out the subsets (collective).
+    subset_size: images of each side in a subset.
+    Raises ValueError where a side has fewer images than a subset, or a feature is not finite.
     """
     fewest = min(len(generated), len(reference))
     if fewest < subset_size:
         raise ValueError(f"a KID subset of {subset_size} images cannot be drawn from {fewest}")
+    require_finite("features", generated, reference)
     topology = topology or Topology()
     a, b = generated.double(), reference.double()
     whole = max(len(a), len(b)) <= WHOLE_KERNEL

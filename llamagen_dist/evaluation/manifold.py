@@ -8,6 +8,7 @@ manifold; recall: the share of real images inside the generated one.
 import torch
 from torch import Tensor
 
+from llamagen_dist.evaluation.finite import require_finite
 from llamagen_dist.parallel.topology import Topology
 
 BLOCK = 1024  # rows of the distance matrix held at a time
@@ -23,8 +24,10 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def squared_radii(features: Tensor, k: int, topology: Topology | None = None, block: int = BLOCK) -> Tensor:
     """float64 [n]: squared distance to the k-th nearest other image (collective: the ranks share out the rows).
 
-    features: floats [n, d], all of them on every rank. Raises ValueError for n <= k.
+    features: floats [n, d], all of them on every rank. Raises ValueError for n <= k and for features that are not
+    finite.
     """
+    require_finite("features", features)
     if len(features) <= k:
         raise ValueError(f"{len(features)} images have no {k}-th neighbour")
     topology = topology or Topology()
@@ -45,9 +48,16 @@ def precision_recall(
     block: int = BLOCK,
     radii: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[float, float]:
-    """(precision, recall) in [0, 1]. Both: floats [n, d], all of them on every rank; the ranks share out the rows of
-    one reference x generated pass that serves both directions (collective). radii: of both sets where they are known.
+    """(precision, recall) in [0, 1]. One reference x generated pass serves both directions; the ranks share out its
+    rows (collective).
+
+    generated, reference: floats [n, d], all of them on every rank.
+    k: an image's ball reaches to its k-th nearest neighbour in its own set.
+    block: rows of the distance matrix that are held at a time.
+    radii: ``squared_radii`` of both sets, where they are known.
+    Raises ValueError for features that are not finite and for sets of at most k images.
     """
+    require_finite("features", generated, reference)
     topology = topology or Topology()
     radii_generated, radii_reference = radii or tuple(
         squared_radii(features, k, topology, block) for features in (generated, reference)

@@ -1,6 +1,7 @@
 """What must be known to reproduce a result, or to refuse to compare it with another."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def read_result(path: Path) -> dict[str, Any]:
         if data["record"]["format"] != FORMAT:
             raise ValueError(f"format {data['record']['format']} is not {FORMAT}, the one this version reads")
         for name, values in data["sets"].items():
+            if bad := [key for key, value in values.items() if not math.isfinite(value)]:
+                raise ValueError(f"{bad[0]} of the set {name} is {values[bad[0]]}")
             if "n" not in values or "sha256" not in data["record"]["sets"][name]["reference"]:
                 raise ValueError(f"the set {name} is incomplete")
     except FileNotFoundError:

@@ -1,6 +1,5 @@
 """Reads what a quickstart left behind, finished or not; what is not there is absent, never guessed."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from llamagen_dist.config import GPTConfigFile, PipelineConfig, TokenizerConfigFile, load
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import read_jsonl
 from llamagen_dist.report.measured import Samples, finite, read_object, read_samples, scaling_result, scores_result
 
 PARITY_STEPS = 50
@@ -181,24 +181,12 @@ def read_run(folder: Path) -> Run | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that a killed process left unfinished is not there yet."""
-    found = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            if not {"step", "images_seen"} <= values.keys():
-                raise ValueError("no step and images_seen")
-        except (ValueError, AttributeError) as error:
-            if number == text.count("\n") + 1:  # no line end after it
-                break
-            raise UserError(
-                f"{path}, line {number}: not a metrics line ({error}); restore the file or remove the line"
-            ) from None
-        found.append(values)
-    return found
+    """The lines of metrics.jsonl; a last one that a killed process left unfinished is not there yet."""
+    lines = read_jsonl(path, strict=True)
+    for line in lines:
+        if not {"step", "images_seen"} <= line.keys():
+            raise UserError(f"{path}: a line without step and images_seen ({line}); restore the file")
+    return lines
 
 
 def _runs(folder: Path) -> list[Run]:

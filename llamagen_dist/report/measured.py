@@ -1,6 +1,5 @@
 """What sampling, evaluation and the scaling law left in a quickstart's folder, and their part of results.json."""
 
-import json
 import math
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import read_json
 
 _SCORES = ("fid", "sfid", "kid_mean", "kid_std", "precision", "recall")
 _ANCHORS = {
@@ -49,15 +49,7 @@ def read_samples(folder: Path) -> Samples | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file. Raises UserError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the stage that writes it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object; run the stage that writes it again")
-    return values
+    return read_json(path) if path.exists() else {}
 
 
 def scores_result(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llamagen_dist.console import Progress
 from llamagen_dist.data.tokens import TokenReader
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.sampling.sampler import draw, generate, noise_streams
@@ -85,10 +86,16 @@ def code_counts(reader: TokenReader, shards: Iterable[int]) -> Tensor:
 
 
 def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
-    """tokens (B, N) int64, raster order of a square -> uint8 [B, S, S, 3], rounded as LlamaGen does."""
+    """tokens (B, N) int64, raster order of a square -> uint8 [B, S, S, 3], rounded as LlamaGen does.
+
+    Raises UserError where the tokenizer gives NaN or infinity, which would look like a black or a white pixel.
+    """
     side = int(tokens.shape[1] ** 0.5)
     codes = tokens.view(-1, side, side).to(tokenizer.quantize.embedding.weight.device)
-    pixels: NDArray[np.uint8] = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    decoded = tokenizer.decode(codes)
+    if not bool(torch.isfinite(decoded).all()):
+        raise UserError("the tokenizer decodes to values that are NaN or infinite: its training diverged")
+    pixels: NDArray[np.uint8] = to_uint8(decoded).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
 
 

@@ -88,6 +88,9 @@ def fit_law(points: Points, form: str = "chinchilla", loss: Loss = "huber", delt
         raise ArithmeticError(
             f"the fit of {form} stopped where the objective still falls (relative gradient {slope:g})"
         )
+    parameters = _parameters(law, theta[0], centre, level)
+    if not np.isfinite(list(parameters.values())).all():
+        raise UserError(f"the parameters of {form} leave the range of numbers; give params and tokens in larger units")
     condition = _condition(problem, theta)
     low, high = problem.bounds()
     bound = tuple(name for i, name in enumerate(law.names) if theta[0, i] <= low[i] or theta[0, i] >= high[i])
@@ -95,7 +98,7 @@ def fit_law(points: Points, form: str = "chinchilla", loss: Loss = "huber", delt
         law=law,
         loss=loss,
         delta=delta,
-        parameters=_parameters(law, theta[0], centre, level),
+        parameters=parameters,
         objective=float(values[best]),
         stationarity=slope,
         condition=condition,

@@ -1,11 +1,10 @@
 """A folder of finished runs as points of a scaling law, each with its exact size and cost."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from llamagen_dist.build import gpt_config
 from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import read_json, read_jsonl
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
@@ -87,7 +87,7 @@ def _config(folder: Path) -> GPTConfigFile:
 
 
 def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, list[tuple[float, float, str]]]:
-    summary = _json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     manifest = manifest_of(config.data.train, config.data)
     model = gpt_config(config.model, **manifest.gpt_sizes(config.data.train))
     total = total_parameters(model)
@@ -108,26 +108,16 @@ def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, lis
 
 
 def _measured(folder: Path, last: float, tokens_per_image: int) -> list[tuple[float, float, str]]:
-    """(tokens seen, held-out loss, place) of the validations up to image ``last``."""
+    """(tokens seen, held-out loss, where it stands) of the validations up to image ``last``."""
     path = folder / "metrics.jsonl"
-    found = []
+    measured = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            values = json.loads(line)
-            if "val_loss" in values and 0 < values["images_seen"] <= last:
-                place = f"{path}, line {number}"
-                found.append((float(values["images_seen"] * tokens_per_image), float(values["val_loss"]), place))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for values in read_jsonl(path, strict=True):
+            if "val_loss" not in values:
+                continue
+            seen, loss = float(values["images_seen"]), float(values["val_loss"])
+            if not (seen <= 0 or seen > last):  # NaN passes, for Points to name it
+                measured.append((seen * tokens_per_image, loss, f"{path}, after {seen:,.0f} images"))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as metrics ({error}); restore the file") from None
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+    return measured

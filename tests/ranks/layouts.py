@@ -4,11 +4,13 @@ One fork per layout; DeepSpeed and Megatron-core are imported once, in the paren
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import megatron.core.tensor_parallel  # noqa: F401
+import pytest
 import torch
 
 from llamagen_dist.build import build_gpt, build_gpt_on_meta, fresh_weights, gpt_config
@@ -33,6 +35,16 @@ class Layout(NamedTuple):
 
 
 SERIAL = Layout()
+
+
+def mostly_long(*cases: Any, quick: Sequence[Any]) -> list[Any]:
+    """Parameters of a test of many layouts: the ``quick`` ones stay in ``make test``, the others are long.
+
+    A case is a layout or a tuple of arguments that begins with one.
+    """
+    arguments = [case if isinstance(case, tuple) and not isinstance(case, Layout) else (case,) for case in cases]
+    marks = [() if case in quick else pytest.mark.long for case in cases]
+    return [pytest.param(*a, marks=m, id="-".join(map(str, a))) for a, m in zip(arguments, marks, strict=True)]
 
 
 def config(layout: Layout, *settings: str, **train: Any) -> GPTConfigFile:

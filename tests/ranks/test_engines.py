@@ -23,6 +23,7 @@ from tests.ranks.layouts import (
     Layout,
     config,
     make_task,
+    mostly_long,
     steps,
     train,
     worst,
@@ -31,6 +32,8 @@ from tests.ranks.layouts import (
 MATRIX = [Layout(r, t, zero) for r, t in [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)] for zero in range(4)]
 ODD = [Layout(3, 1, 1), Layout(3, 1, 3)]  # sizes that three ranks cannot share evenly
 SEQUENCE = [Layout(2, 2, 0, True), Layout(2, 2, 2, True), Layout(4, 2, 1, True), Layout(4, 4, 3, True)]
+QUICK = [Layout(2, 1, 0), Layout(2, 1, 1), Layout(2, 1, 3), Layout(2, 2, 2), Layout(3, 1, 1), Layout(2, 2, 2, True)]
+QUICK += [Layout(4, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def serial() -> dict[str, Any]:
     return run_ranks(train, 1, SERIAL)[0]
 
 
-@pytest.mark.parametrize("layout", MATRIX[1:] + ODD + SEQUENCE, ids=str)
+@pytest.mark.parametrize("layout", mostly_long(*MATRIX[1:], *ODD, *SEQUENCE, quick=QUICK))
 def test_every_layout_equals_one_plain_process(serial, layout):
     """Dropout is on (0.1 everywhere): its masks follow the samples, not the ranks."""
     results = run_ranks(train, layout.ranks, layout)
@@ -76,6 +79,7 @@ def check_bytes(held: dict[str, int], layout: Layout) -> None:
     assert held["gradients"] == held["ema"] == 0
 
 
+@pytest.mark.long
 def test_other_models_split_alike():
     """Grouped-query attention and captions under the layouts that cut them differently."""
     for settings in (("model.n_kv_head=2",), ("model.condition=text", "model.prefix_tokens=5")):
@@ -97,6 +101,7 @@ def test_a_model_that_was_never_whole_equals_one_that_was():
         assert pieces == whole, layout
 
 
+@pytest.mark.long
 def test_eight_ways_where_the_heads_allow_it():
     settings = ("model.n_head=8",)
     plain = run_ranks(train, 1, SERIAL, *settings)[0]
@@ -104,6 +109,7 @@ def test_eight_ways_where_the_heads_allow_it():
         assert worst(result["losses"], plain["losses"]) < TOLERANCE
 
 
+@pytest.mark.long
 def test_accumulation_recomputation_and_attention_dropout_change_nothing(serial):
     dropped = run_ranks(train, 1, SERIAL, "model.attn_dropout_p=0.2")[0]
     assert worst(dropped["losses"], serial["losses"]) > 100 * TOLERANCE, "the dropout must be on"

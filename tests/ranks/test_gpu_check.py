@@ -18,6 +18,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_the_whole_program_runs_on_a_cpu(capsys):
     assert check.main(["--device", "cpu", "--small", "--no-compile"]) == 0
     text = capsys.readouterr().out
@@ -65,6 +66,7 @@ def on_ranks(number: int) -> dict[str, Any]:
     return speed.measure(CASES[number], speed.start())
 
 
+@pytest.mark.long
 def test_several_ranks_are_compared_with_one(monkeypatch):
     """What ``together`` asks of torchrun, on forked ranks."""
     answers = iter([run_ranks(on_ranks, 1, 0), run_ranks(on_ranks, 2, 1)[:1]])

@@ -7,7 +7,7 @@ import pytest
 from llamagen_dist.planning import memory
 from tests.ranks.forked import run_ranks
 from tests.ranks.held_bytes import kept_by, memory_layout, model_of, saved_bytes, train_and_count
-from tests.ranks.layouts import Layout, config
+from tests.ranks.layouts import Layout, config, mostly_long
 
 LARGE = ("model.dim=160", "model.n_layer=8", "model.multiple_of=32")  # large enough for the small things not to count
 CASES = [(Layout(2, tensor, zero), "fp32") for tensor in (1, 2) for zero in range(4)]
@@ -29,7 +29,7 @@ def within(found: int, layout: Layout, *settings: str) -> bool:
     return 0.95 * low <= found <= 1.05 * high
 
 
-@pytest.mark.parametrize(("layout", "precision"), CASES, ids=str)
+@pytest.mark.parametrize(("layout", "precision"), mostly_long(*CASES, quick=CASES[:3]))
 def test_state_is_what_is_allocated(layout, precision):
     settings = (*LARGE, f"compute.precision={precision}", "ema.decay=0.99")
     chosen = config(layout, *settings)
@@ -51,7 +51,7 @@ def test_a_wrong_formula_is_noticed():
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["whole sequence", "split sequence"])
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_activations_of_a_split_model_are_what_autograd_keeps(tensor, sequence):
     layout = Layout(tensor, tensor, 0, sequence)
     settings = ("model.dim=64", "model.n_layer=4", "model.multiple_of=32")

@@ -6,13 +6,27 @@ import torch
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from tests.ranks.forked import run_ranks
-from tests.ranks.layouts import SERIAL, STEPS, Layout, make_task, resume_from, save_after, steps, train, worst
+from tests.ranks.layouts import (
+    SERIAL,
+    STEPS,
+    Layout,
+    make_task,
+    mostly_long,
+    resume_from,
+    save_after,
+    steps,
+    train,
+    worst,
+)
 
 BF16 = ("compute.precision=bf16", "ema.decay=0.9")
 NEAR = 1e-2  # relative spacing of bf16 is 2^-8 = 4e-3; losses are averages of many rounded logits
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 1, 2), Layout(4, 2, 1), Layout(4, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    mostly_long(Layout(1, 1, 1), Layout(2, 1, 2), Layout(4, 2, 1), Layout(4, 2, 3), quick=[Layout(2, 1, 2)]),
+)
 def test_bf16_stays_near_fp32(layout):
     plain = run_ranks(train, 1, SERIAL)[0]
     for settings in (BF16, (*BF16, "train.micro_batch=1")):
@@ -64,7 +78,9 @@ def test_bf16_halves_the_weights_and_keeps_fp32_masters():
     assert narrow["ema"] == narrow["masters"]
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(2, 1, 2), Layout(4, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "layout", mostly_long(Layout(2, 1, 1), Layout(2, 1, 2), Layout(4, 2, 3), quick=[Layout(2, 1, 2)])
+)
 def test_a_bf16_run_resumes_bit_for_bit(tmp_path, layout):
     losses, averages = run_ranks(save_after, layout.ranks, layout, tmp_path, 5, *BF16)[0]
     again, averaged = run_ranks(resume_from, layout.ranks, layout, tmp_path, 5, *BF16)[0]

@@ -3,14 +3,14 @@
 import pytest
 
 from tests.ranks.forked import run_ranks
-from tests.ranks.layouts import SERIAL, TOLERANCE, Layout, resume_from, save_after, worst
+from tests.ranks.layouts import SERIAL, TOLERANCE, Layout, mostly_long, resume_from, save_after, worst
 
 SETTINGS = ("ema.decay=0.9", "optim.schedule=wsd", "optim.cooldown_from=48", "optim.cooldown_images=96")
 SOURCES = [SERIAL, Layout(4, 2, 1), Layout(3, 1, 3), Layout(4, 2, 3), Layout(4, 4, 0)]
 TARGETS = [SERIAL, Layout(2, 1, 2), Layout(3, 1, 1), Layout(2, 2, 3), Layout(4, 2, 0), Layout(2, 2, 1, True)]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=str)
+@pytest.mark.parametrize("source", mostly_long(*SOURCES, quick=[Layout(4, 2, 1)]))
 def test_a_checkpoint_goes_on_at_any_layout(tmp_path, source):
     """Bit-equal at the same layout, rounding elsewhere; every file is one format."""
     losses, averages = run_ranks(save_after, source.ranks, source, tmp_path, 5, *SETTINGS)[0]
@@ -29,7 +29,7 @@ FORGOTTEN = ["optimizer:exp_avg/", "optimizer:exp_avg_sq/", "step", "ema:"]
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(2, 1, 3)], ids=str)
+@pytest.mark.parametrize("layout", mostly_long(Layout(2, 1, 1), Layout(2, 1, 3), quick=[Layout(2, 1, 1)]))
 def test_a_resume_that_forgets_something_is_noticed(tmp_path, layout, forgotten):
     """Sabotage twin: fresh optimizer state, Adam's count from zero, a fresh average."""
     losses, averages = run_ranks(save_after, 2, layout, tmp_path, 5, *SETTINGS)[0]

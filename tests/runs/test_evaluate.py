@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from eval import compare
 from eval.evaluate import main
+from llamagen_dist.config import InceptionSection
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation import inception_weights
 from llamagen_dist.evaluation.record import VALUES
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
@@ -158,6 +161,38 @@ def test_shards_compressed_files_and_published_statistics_are_read(work, result,
     assert b["sets"]["generated"]["n"] == 4
     assert b["record"]["sets"]["generated"]["reference"]["statistics"] == ["fid"]
     assert b["sets"]["generated"]["fid"] > 0
+
+
+def test_statistics_without_images_are_a_reference(work, tmp_path):
+    """ADM's four arrays give the FID and the sFID of the images they were computed from; the rest says why not."""
+    extractor = inception_weights.open_extractor(InceptionSection(cache=work / "cache"))
+    assert not isinstance(extractor, str)
+    pixels = np.load(work / "real.npz")["arr_0"][:COUNT]
+    features = extractor.network(torch.from_numpy(pixels))
+    arrays = {"mu": features.pool, "mu_s": features.spatial}
+    stored = {name: x.double().mean(0).numpy() for name, x in arrays.items()}
+    stored |= {name.replace("mu", "sigma"): np.cov(x.double().numpy(), rowvar=False) for name, x in arrays.items()}
+    np.savez(tmp_path / "four.npz", **stored)
+    np.savez(tmp_path / "two.npz", mu=stored["mu"], sigma=stored["sigma"])
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    results, said = {}, {}
+    for name in ("four", "two", "images"):
+        asked = ["metrics=[fid,sfid,kid,precision_recall]", "limit=null", "kid.subset_size=4"]
+        asked += [f"reference={tmp_path / name}.npz", f"out={tmp_path / name}.json"]
+        said[name] = one(work, "held_out.npz", "real.npz", *asked)
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    images, four, two = (results[name]["sets"]["generated"] for name in ("images", "four", "two"))
+    assert set(four) == {"n", "fid", "sfid"}
+    assert [four["fid"], four["sfid"]] == pytest.approx([images["fid"], images["sfid"]], rel=1e-3)
+    assert two == {"n": COUNT, "fid": four["fid"]}
+    assert set(results["four"]["absent"]) == {"kid", "precision_recall"}
+    assert set(results["two"]["absent"]) == {"sfid", "kid", "precision_recall"}
+    assert "two.npz holds mu and sigma but no images (arr_0)" in results["two"]["absent"]["sfid"]
+    assert "sfid is absent: generated: its reference" in said["two"]
+    assert results["two"]["record"]["sets"]["generated"]["reference"]["statistics"] == ["fid"]
+    for sides in (["generated"], ["generated", "reference"]):
+        with pytest.raises(UserError, match=r"four\.npz: holds statistics but no images"):
+            one(work, "held_out.npz", "real.npz", *(f"{side}={tmp_path / 'four.npz'}" for side in sides))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ def worst(run: Path, other: Path) -> float:
     return max(abs(a - b) for a, b in zip(held_out(run), held_out(other), strict=True))
 
 
-@pytest.mark.parametrize(("name", "layout"), [("same", ()), ("split", ("parallel.tensor=2", "parallel.zero=1"))])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("same", ()), pytest.param("split", ("parallel.tensor=2", "parallel.zero=1"), marks=pytest.mark.long)],
+)
 def test_its_first_loss_is_the_sources_last(config, name, layout):
     source = config.parent / "source"
     run, out = started(config, name, f"init_from={source}", *layout, ranks=2 if layout else 1)

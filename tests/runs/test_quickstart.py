@@ -75,6 +75,7 @@ def whole(tmp_path_factory, pictures) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_it_ends_in_a_report_and_results(whole):
     results = json.loads((whole / "results.json").read_text())
     assert set(results["tokenizer"]) >= {"psnr", "ssim", "codebook_usage"}
@@ -98,6 +99,7 @@ def test_it_ends_in_a_report_and_results(whole):
     assert 'src="http' not in page
 
 
+@pytest.mark.long
 def test_tensor_parallel_losses_equal_the_ladders(whole):
     """Also the sabotage twin: another rung of the ladder is far outside the tolerance."""
     results = json.loads((whole / "results.json").read_text())
@@ -106,6 +108,7 @@ def test_tensor_parallel_losses_equal_the_ladders(whole):
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a) > 1e-2
 
 
+@pytest.mark.long
 def test_larger_models_are_larger_and_everything_is_finite(whole):
     sizes = [json.loads((whole / "ladder" / name / "summary.json").read_text())["params"] for name in RUNGS]
     assert sizes == sorted(sizes)
@@ -120,6 +123,7 @@ def progressed(run: Path, lines: int) -> bool:
     return path.exists() and len(path.read_text().splitlines()) >= lines
 
 
+@pytest.mark.long
 def test_killed_and_interrupted_it_ends_bit_equal(whole, pictures):
     """kill -9 of the launcher inside the tokenizer, Ctrl-C inside the ladder, then on to the samples: nothing is lost.
 
@@ -154,6 +158,7 @@ def test_killed_and_interrupted_it_ends_bit_equal(whole, pictures):
         assert (out / "samples" / f"{name}.npz").read_bytes() == (whole / "samples" / f"{name}.npz").read_bytes()
 
 
+@pytest.mark.long
 def test_the_same_command_again_does_nothing_and_another_config_is_refused(whole, pictures):
     before = {p: p.stat().st_mtime_ns for p in (whole / "ladder").rglob("*")}
     code, said, _ = Launch(whole, pictures).finish()

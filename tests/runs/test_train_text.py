@@ -75,6 +75,7 @@ def alone(folder) -> list[dict]:
     return train(folder, "alone", 1)
 
 
+@pytest.mark.long
 def test_captions_are_learnt_and_layouts_agree(folder, alone):
     last = [line for line in alone if "val_loss" in line][-1]
     assert last["val_loss"] < last["val_loss_null"] - 0.03  # the first word says how the rows run

@@ -72,7 +72,7 @@ def test_gpt_3b_is_built_on_meta_at_once_and_takes_no_memory():
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)
     first_use, megabytes, seconds, really = map(float, out.stdout.split())
     assert megabytes < 8
-    assert first_use + seconds < 2
+    assert first_use + seconds < 10  # CPU seconds, on a busy machine too; drawing its weights takes minutes
     assert really > 100, "sabotage twin: one layer of GPT-B for real is seen"
 
 

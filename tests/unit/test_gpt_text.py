@@ -167,6 +167,7 @@ def test_an_empty_caption_still_draws_an_image():
     assert drawn.shape == tokens.shape
 
 
+@pytest.mark.long
 def test_gpt_b_with_captions_matches_the_reference_at_full_size():
     golden = np.load(GOLDEN / "gptb_t2i_recipe.npz")
     features = torch.from_numpy(golden["caption"]).float()

@@ -108,6 +108,7 @@ def test_a_block_keeps_what_its_file_says():
 # --- compilation ---
 
 
+@pytest.mark.long
 def test_compiled_equals_eager_with_dropout_on():
     model = small(n_layer=2, n_kv_head=2)
     loss, gradients = step(model)

@@ -130,7 +130,7 @@ def test_a_half_written_last_line_is_not_there_yet_but_a_broken_one_is_named(out
     assert results(collect(out)) == whole
     assert len(collect(out).ladder[0].steps) == STEPS
     path.write_text(text.replace('"loss"', '"loss', 1))
-    with pytest.raises(UserError, match=r"g30k/metrics.jsonl, line 1: not a metrics line"):
+    with pytest.raises(UserError, match=r"g30k/metrics.jsonl, line 1: is not valid JSON"):
         collect(out)
 
 

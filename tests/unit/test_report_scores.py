@@ -242,7 +242,7 @@ def test_a_law_that_fails_is_said_to_fail(out: Path, measured: float, inside: bo
 def test_a_damaged_file_is_named(out: Path, name: str) -> None:
     path = out / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=rf"{name}: .* again"):
+    with pytest.raises(UserError, match=rf"{name}: "):
         quickstart.write(out)
     assert not (out / "report.html").exists()
 

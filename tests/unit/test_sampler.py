@@ -72,6 +72,7 @@ def test_captions_with_padding_equal_the_reference(t2i):
     assert not torch.equal(generate(model, blind, cfg_scale=3.0, temperature=0.0), expected)
 
 
+@pytest.mark.long
 def test_gpt_b_at_full_size_equals_the_reference():
     golden = np.load(GOLDEN / "gptb_recipe.npz")
     model = GPT(GPTConfig(**GPT_SIZES["GPT-B"], **NO_DROPOUT)).eval()
