@@ -155,6 +155,7 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tmp_path, fault, code, said)
         assert "goes on from the last checkpoint" in trace
 
 
+@pytest.mark.long
 def test_after_the_first_step_a_missing_rank_is_noticed_after_the_short_time_out(tmp_path):
     """In step 1 the same sleep is within the long one."""
     began = time.monotonic()

@@ -242,6 +242,7 @@ def test_without_the_weights_the_rest_is_measured(work, tmp_path):
     assert "fid is absent" in ran.stdout
 
 
+@pytest.mark.long
 def test_large_sets_need_a_subsample_for_kid(work, tmp_path):
     settings = ["metrics=[kid,precision_recall]", "limit=5", "batch=5", "keep=4", "neighbours=1", "kid.subset_size=2"]
     one(work, "generated.npz", "real.npz", f"out={tmp_path / 'a.json'}", *settings)
@@ -255,6 +256,7 @@ def test_large_sets_need_a_subsample_for_kid(work, tmp_path):
     assert b["record"]["metrics"]["kid"]["subsample"] == 3
 
 
+@pytest.mark.long
 def test_fewer_images_than_asked_are_common_to_all_sets_where_that_is_wanted(work, tmp_path):
     """The twin is the refusal ``limit=13`` above."""
     more = ["limit=15", "fewer=common", "metrics=[fid,class_agreement]"]

@@ -172,7 +172,7 @@ def test_finished_stages_are_skipped_until_they_lose_something(root: Path, tmp_p
     assert touched.read_text() == "x"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_stopped_stage_saves_and_goes_on(root: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     file = pipeline(tmp_path, stage("count", "work", "60", "0.05", ranks=2), stage("after", "touch"))
@@ -264,6 +264,7 @@ def test_dry_run_starts_and_writes_nothing(root: Path, tmp_path: Path) -> None:
     assert (refused.returncode, "no such program" in refused.stderr) == (2, True)
 
 
+@pytest.mark.long
 def test_an_edit_does_not_reach_a_running_job_but_the_next_launch(tmp_path: Path, root: Path) -> None:
     mine = tmp_path / "checkout"
     shutil.copytree(root, mine)

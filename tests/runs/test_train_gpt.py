@@ -150,7 +150,8 @@ def wait_for_step(run: Path, step: int) -> None:
     raise AssertionError("the run did not get that far")
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_bit_for_bit(data, config, uninterrupted, number):
     run = data / f"interrupted-{number.name}"
     processes = start(2, config, f"run_dir={run}")

@@ -65,6 +65,7 @@ print(build("cpu", "GPT-B", 1)[0])
 """
 
 
+@pytest.mark.long
 def test_gpt_3b_is_built_on_meta_at_once_and_takes_no_memory():
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -53,6 +53,7 @@ def fashion(tmp_path_factory):
     return out, manifests
 
 
+@pytest.mark.long
 def test_the_embedded_set_is_split_9000_to_1000_evenly_and_disjointly(fashion):
     out, manifests = fashion
     train, validation = open_shards(out / "train"), open_shards(out / "validation")
@@ -76,6 +77,7 @@ def test_the_embedded_set_is_split_9000_to_1000_evenly_and_disjointly(fashion):
     assert manifest.classes == list(fashion_mnist.CLASSES)
 
 
+@pytest.mark.long
 def test_a_swapped_label_would_be_noticed(fashion):
     """The sabotage of the test above: shifting the labels by one sample breaks the pairing."""
     pixels, labels = fashion_mnist.load()

@@ -199,6 +199,7 @@ def test_runs_are_drawn_whole_where_there_are_enough() -> None:
     assert many.stationary > 0.9
 
 
+@pytest.mark.long
 def test_the_band_covers_new_measurements_as_often_as_it_says() -> None:
     inside, narrow = 0, 0
     for trial in range(40):
