@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from llamagen_dist.config import dump, load
+from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.status.survey import look
 from tests.unit.run_folders import history, metrics
 
@@ -42,7 +43,8 @@ def make(folder: Path, number: int, config: str) -> None:
 
 def squeue(folder: Path, runs: int) -> None:
     """A command that answers as squeue does in llamagen_dist/launch/slurm/queue.py."""
-    lines = [f"{n}|RUNNING|None|2|n[1-2]|1:00:00|t|run-{n:03d}" for n in range(runs)]
+    rows = [(str(n), "RUNNING", "None", "2", "n[1-2]", "1:00:00", "t", f"run-{n:03d}") for n in range(runs)]
+    lines = [queue.FIELD_END.join(row) + queue.JOB_END for row in rows]
     (folder / "jobs").write_text("\n".join(lines) + "\n")
     command = folder / "squeue"
     command.write_text(f"#!/bin/sh\ncat {folder}/jobs\n")

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.slurm.elastic import Turn, left_over, makes_room, over, turn
+from llamagen_dist.launch.slurm import lock
+from llamagen_dist.launch.slurm.elastic import Turn, claim, left_over, makes_room, over, turn
 from llamagen_dist.launch.slurm.keeper import begins, period_s, room_for
 from llamagen_dist.launch.slurm.lock import Lock, own
 from llamagen_dist.launch.slurm.queue import JobState, NodeKind
-from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.launch.slurm.records import Limits, Place, Work
 from llamagen_dist.launch.slurm.standby import begins_after, fixed_micro_batch, sizes
 from llamagen_dist.launch.slurm.submission import Size
 
@@ -157,6 +158,22 @@ def test_stand_bys_of_a_cancelled_run_are_left_over(tmp_path):
     assert left_over(place, held, queue(big="CANCELLED", middle="RUNNING", small="PENDING")) == []  # it knows itself
     place.tell("done", job="40")
     assert left_over(place, held, queue(big="COMPLETED", middle="PENDING")) == ["20"]
+
+
+def test_a_queue_without_this_very_job_is_no_answer(tmp_path, monkeypatch):
+    """As in a container whose user has another name: squeue answers and lists nothing."""
+    program = tmp_path / "bin/squeue"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    place = Place.of(tmp_path / "run")
+    place.path.mkdir(parents=True)
+    lock.take(place, "t")
+    lock.name_jobs(place, "t", JOBS)
+    work = Work("x", "m", (), str(tmp_path / "run"), "/code", token="t", limits=Limits(after_s=AFTER_S))
+    assert claim(work, f"{JOBS[0]}.0"), "the wanted job goes on: the fence keeps all others from writing"
+    assert not claim(work, f"{JOBS[1]}.0"), "a stand-by does not"
 
 
 PROFILE = {"kind": "cluster", "nodes": 4, "gpus_per_node": 2, "elastic": {"nodes": [2, 1], "after_minutes": 30}}

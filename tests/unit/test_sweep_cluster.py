@@ -14,7 +14,7 @@ from llamagen_dist import cli
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch import points, stages, sweep
-from llamagen_dist.launch.slurm import follow, lock
+from llamagen_dist.launch.slurm import follow, lock, queue
 from llamagen_dist.launch.slurm import pipeline as chain
 from llamagen_dist.launch.slurm import sweep as array
 from llamagen_dist.launch.slurm.records import Place, Work, finish_whole, read_work, steps_of, write_works
@@ -46,8 +46,8 @@ def sweep_file(folder: Path, **keys: Any) -> Path:
 
 
 def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """A squeue that knows these jobs."""
-    fake(folder, monkeypatch, "squeue", *lines)
+    """A squeue that knows these jobs; the fields of a line are parted by |."""
+    fake(folder, monkeypatch, "squeue", *(line.replace("|", queue.FIELD_END) + queue.JOB_END for line in lines))
 
 
 def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *lines: str) -> None:
@@ -253,6 +253,13 @@ def test_a_job_that_will_never_begin_is_as_good_as_gone(tmp_path: Path, monkeypa
     assert follow.watch([part], Quiet()) == {"last": "no job runs or waits for it any more"}  # type: ignore[arg-type]
     assert time.monotonic() - began < 5
     assert any("last: no job runs" in line for line in Quiet.said)
+
+
+def test_a_comment_of_several_lines_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_squeue(tmp_path, monkeypatch, "7|RUNNING|None|1|n1|1:00|todo:\n8 PENDING|x", "9|PENDING|Priority|1||1:00|t|y")
+    found = queue.mine()
+    assert list(found) == ["7", "9"]
+    assert found["9"].comment == "t"
 
 
 def test_a_disk_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

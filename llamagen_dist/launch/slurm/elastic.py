@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llamagen_dist.files import seconds_old
 from llamagen_dist.launch.slurm import lock, queue
@@ -26,6 +26,7 @@ REMIND_S = 5.0  # the signal is sent again: a job that has just begun has no ran
 SILENT_S = 300.0  # how long SLURM may be silent at the start of a job
 LISTEN_S = 15.0
 UNSEEN_S = 600.0  # a job that has ended but whose nodes do not answer is waited for so long, then fenced off
+T = TypeVar("T")
 MOST_WAITS = 20
 """A stand-by that began so many times in vain ends: the running job's keeper cannot push it."""
 
@@ -90,8 +91,10 @@ def claim(work: Work, me: str) -> bool:
 
     def ask() -> Turn | None:
         states = _patiently(queue.mine)
+        if states is None or job not in states:
+            return None  # a list without this very job is another user's, as in a container with other user names
         last = (lock.owner(place) or "").partition(".")[0] or None
-        return states and turn(job, jobs, states, last, seconds_old(place.beat), work.limits.after_s)
+        return turn(job, jobs, states, last, seconds_old(place.beat), work.limits.after_s)
 
     found = ask()
     if found is not None and found.lost:
@@ -100,7 +103,7 @@ def claim(work: Work, me: str) -> bool:
     if found is None:
         if job == jobs[0]:
             return True  # the fence keeps whoever else may run from writing
-        _say(f"SLURM was silent for {SILENT_S:.0f} s and another job may be running: this stand-by ends")
+        _say("SLURM does not say whether another job runs: this stand-by ends")
         return False
     if found.action == "give up":
         _say(f"{found.reason}: this job ends")
@@ -208,7 +211,7 @@ def cancel_left_over(place: Place, held: lock.Lock) -> None:
     queue.cancel(left_over(place, held, queue.mine()))
 
 
-def _patiently(ask: Callable[[], Any]) -> Any:
+def _patiently(ask: Callable[[], T]) -> T | None:
     """What SLURM answers; None after it has been silent for SILENT_S."""
     deadline = time.monotonic() + SILENT_S
     while True:
@@ -221,7 +224,7 @@ def _patiently(ask: Callable[[], Any]) -> Any:
             time.sleep(5 * POLL_S)
 
 
-def _quietly(ask: Callable[[], Any]) -> Any:
+def _quietly(ask: Callable[[], T]) -> T | None:
     try:
         return ask()
     except SilentError as error:

@@ -28,7 +28,9 @@ LIVE = frozenset(
         "RESV_DEL_HOLD",
     )
 )
-_FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%k", "%j")  # the name last: it may hold the separator
+# A job's comment and name may hold anything that a person types, line breaks too, but not these control characters.
+FIELD_END, JOB_END = "\x1f", "\x1e"
+_FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%k", "%j")
 
 
 class SilentError(UserError):
@@ -86,11 +88,11 @@ def mine(patience_s: float = ANSWER_S) -> dict[str, JobState]:
 
     Raises SilentError.
     """
-    words = ["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "|".join(_FIELDS)]
+    words = ["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", FIELD_END.join(_FIELDS) + JOB_END]
     text = ask(words, patience_s)
     found = {}
-    for line in text.splitlines():
-        job, state, reason, nodes, where, left, comment, name = line.split("|", 7)
+    for entry in text.split(JOB_END)[:-1]:
+        job, state, reason, nodes, where, left, comment, name = entry.lstrip("\n").split(FIELD_END)
         found[job] = JobState(job, state, reason, int(nodes or 0), where, left, comment, name)
     return found
 

@@ -93,10 +93,10 @@ def run_rank(work: Work) -> None:
 
 def owner(environment: Mapping[str, str]) -> str:
     """This incarnation of the job: JOB.RESTART; JOB as the lock and the log name it, ARRAY_ITEM of an array."""
-    job = environment["SLURM_JOB_ID"]
+    name = environment["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return f"{job}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
+        name = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return f"{name}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
 
 
 def surroundings(ranks_per_node: int | None = None) -> dict[str, str]:

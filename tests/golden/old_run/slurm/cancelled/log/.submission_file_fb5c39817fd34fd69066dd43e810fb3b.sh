@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/cancelled/log/701832/701832_submission.sh

@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/launch/log/701831/701831_submission.sh

@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/pipeline/ladder/log/701836/701836_submission.sh

@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/pipeline/stages/a/log/701835/701835_submission.sh

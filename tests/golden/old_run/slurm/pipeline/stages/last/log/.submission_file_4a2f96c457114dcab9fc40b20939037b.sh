@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/pipeline/stages/last/log/701838/701838_submission.sh

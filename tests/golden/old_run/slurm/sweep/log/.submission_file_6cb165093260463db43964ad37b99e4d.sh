@@ -1,0 +1,1 @@
+/tmp/w_launch/old/slurm/sweep/log/701833/701833_submission.sh
