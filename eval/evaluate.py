@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"out: {config.out} is a folder; name the JSON file to write")
     comparison = Comparison(config)
     if comparison.limit != config.limit:
-        topology.say(f"the smallest set has {comparison.limit} images: every set gives so many")
+        topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
     extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
     if isinstance(extractor, str):
         comparison.without_features(extractor)

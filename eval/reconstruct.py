@@ -79,9 +79,11 @@ class Reconstruction:
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
-        missing = self.topology.agreed(lambda: None if self.parts.complete() else self.parts.missing(self.names))
+        missing = self.topology.broadcast_from_rank0(
+            lambda: None if self.parts.complete() else self.parts.missing(self.names)
+        )
         if missing is None:
-            self.topology.say(f"{self.config.out}: complete already")
+            self.topology.log0(f"{self.config.out}: complete already")
             return
         mine = missing[self.topology.rank :: self.topology.world]
         with main_rank_progress(
@@ -92,9 +94,9 @@ class Reconstruction:
                 if progress is not None:
                     progress.advance(len(self._samples(name)))
         self.topology.barrier()
-        found = self.topology.agreed(self._finish)
+        found = self.topology.broadcast_from_rank0(self._finish)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        self.topology.say(f"{self.config.out}: {self.count:,} images, {shown}")
+        self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")
 
     def _samples(self, name: str) -> range:
         first = int(name.rpartition("-")[2]) * self.config.batch

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size, group)
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
     wanted = conditions(gpt, tokenizer, config.captions, config.text_encoder, topology.device)
-    checkpoint_sha256 = topology.agreed(lambda: identity(config.checkpoint, group))
+    checkpoint_sha256 = topology.broadcast_from_rank0(lambda: identity(config.checkpoint, group))
     Sampling(config, topology, gpt, tokenizer, tokens, wanted, checkpoint_sha256).run()
 
 
@@ -118,9 +118,11 @@ class Sampling:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
         began = time.monotonic()
         names = [f"{name}-{chunk:06d}" for name in self.config.sets for chunk in range(self.chunks)]
-        missing = self.topology.agreed(lambda: None if self.parts.complete() else self.parts.missing(names))
+        missing = self.topology.broadcast_from_rank0(
+            lambda: None if self.parts.complete() else self.parts.missing(names)
+        )
         if missing is None:
-            self.topology.say(f"{self.config.out}: complete already")
+            self.topology.log0(f"{self.config.out}: complete already")
             return
         if self.tokens is not None and any(name.startswith("unigram") for name in missing):
             self.histogram = self._count(self.tokens)
@@ -134,8 +136,8 @@ class Sampling:
                     progress.advance(len(self._numbers(name)), name.partition("-")[0])
         self.topology.barrier()
         seconds = time.monotonic() - began
-        self.topology.agreed(lambda: self._finish(seconds))
-        self.topology.say(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
+        self.topology.broadcast_from_rank0(lambda: self._finish(seconds))
+        self.topology.log0(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
 
     def _count(self, tokens: Shards) -> Tensor:
         shards = range(self.topology.rank, len(tokens.manifest.shards), self.topology.world)

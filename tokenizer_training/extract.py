@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     captions = caption_features(config, topology)
     coder = CropCoder(config, trained.model.to(topology.device))
     jobs = [Extraction(config, topology, coder, trained, captions, name, shards) for name, shards in sets.items()]
-    topology.agreed(lambda: [extraction.job.completed() for extraction in jobs])  # all are refused before one begins
+    topology.broadcast_from_rank0(
+        lambda: [extraction.job.completed() for extraction in jobs]
+    )  # all are refused before one begins
     for extraction in jobs:
         extraction.run()
 
@@ -155,10 +157,10 @@ class Extraction:
 
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""
-        if self.topology.agreed(self._begun):
-            self.topology.say(f"{self.job.folder}: complete already")
+        if self.topology.broadcast_from_rank0(self._begun):
+            self.topology.log0(f"{self.job.folder}: complete already")
             return
-        noticed = self.topology.agreed(self._precision)
+        noticed = self.topology.broadcast_from_rank0(self._precision)
         count = -(-len(self.shards) // self.config.samples_per_shard)
         done = self._gathered(self._finished(range(self.topology.rank, count, self.topology.world)))
         missing = [shard for shard in range(count) if shard not in done]
@@ -171,9 +173,9 @@ class Extraction:
         if self.captions is not None:
             for key in ("empty_captions", "captions_at_limit"):
                 noticed[key] = sum(counts[key] for _, counts in reports)
-        self.topology.agreed(lambda: self._finish([record for record, _ in reports], noticed))
+        self.topology.broadcast_from_rank0(lambda: self._finish([record for record, _ in reports], noticed))
         for line in self._summary(noticed):
-            self.topology.say(f"{self.job.folder}: {line}")
+            self.topology.log0(f"{self.job.folder}: {line}")
 
     def _begun(self) -> bool:
         """Whether all is complete already. Rank 0 only."""

@@ -19,7 +19,7 @@ from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import TorchEngine
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import held
@@ -47,7 +47,7 @@ class TokenizerTask:
                 f"(model.channel_multipliers has {len(model.config.channel_multipliers)} levels); "
                 f"use a multiple of {factor}"
             )
-        self.share = topology.share(config.train.global_batch)
+        self.share = topology.per_rank_batch(config.train.global_batch)
         self.micro = config.train.micro_batch or self.share
         self.loss = TokenizerLoss(config.loss, topology.device)
         self.entropy = config.loss.entropy_weight > 0
@@ -91,7 +91,7 @@ class TokenizerTask:
         for images, samples in zip(pixels.split(self.micro), batch.samples.split(self.micro), strict=True):
             share = len(images) / len(pixels)
             losses, reconstruction = self._generator_pass(images, against)
-            self.generator.backward(self.guard.watch(losses.total, samples) * share)
+            self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
             found = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
             if against is not None:
                 found |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples)
@@ -103,7 +103,7 @@ class TokenizerTask:
             if against is not None:
                 engines["discriminator_grad_norm"] = against
             norms = {name: engine.gradient_norm() for name, engine in engines.items()}
-            passed = self.guard.passes(*norms.values())
+            passed = self.guard.check_finite(*norms.values())
             for name, engine in engines.items():
                 if passed:
                     engine.update(images_seen, norms[name])
@@ -128,7 +128,7 @@ class TokenizerTask:
     ) -> dict[str, Tensor]:
         real, fake = engine.module(images, reconstruction)
         loss = hinge_discriminator_loss(real, fake)
-        engine.backward(self.guard.watch(loss, samples) * share)
+        engine.backward(self.guard.track_loss(loss, samples) * share)
         return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class TokenizerTask:
     def _total(self, values: Tensor) -> Tensor:
         return self.topology.sum(values.to(self.topology.device)).cpu()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         found = self.generator.entries()
         return found + (self.discriminator.entries() if self.discriminator is not None else [])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 
 SHARD_BYTES = 1 << 30  # what a rank holds at once in a foreground save, and the size at which it starts another file
 ALIGNMENT = 64  # of a file's bytes within the staging buffer
@@ -92,12 +92,12 @@ class Plan:
         return {f"{file.group}:{slot.key}": file.name for file in files for slot in file.slots}
 
 
-def size_of(entry: Entry) -> int:
+def size_of(entry: TensorEntry) -> int:
     """Bytes of the full tensor."""
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
-def deal(entries: Sequence[Entry], world: int) -> tuple[int, ...]:
+def deal(entries: Sequence[TensorEntry], world: int) -> tuple[int, ...]:
     """The writer rank of each entry: always the least loaded so far, so that all ranks write about as much."""
     load_of = [0] * world
     owners = []
@@ -108,7 +108,7 @@ def deal(entries: Sequence[Entry], world: int) -> tuple[int, ...]:
     return tuple(owners)
 
 
-def make_plan(entries: Sequence[Entry], world: int, limit: int | None = None) -> Plan:
+def make_plan(entries: Sequence[TensorEntry], world: int, limit: int | None = None) -> Plan:
     """Cut the entries into rounds in which no rank stages more than ``limit`` bytes (or one tensor).
 
     All ranks stage a round and then write it at the same time; were each tensor written as it comes, the collective
@@ -133,7 +133,7 @@ def make_plan(entries: Sequence[Entry], world: int, limit: int | None = None) ->
 
 
 def _files(
-    entries: Sequence[Entry], owners: Sequence[int], first: int, last: int, rank: int, count: int
+    entries: Sequence[TensorEntry], owners: Sequence[int], first: int, last: int, rank: int, count: int
 ) -> tuple[ShardFile, ...]:
     """One file per group, its widest types first: every tensor is then aligned to its own type."""
     groups: dict[str, list[int]] = {}

@@ -16,7 +16,7 @@ from llamagen_dist.checkpoint.folder import Abandoned, Patience
 from llamagen_dist.checkpoint.plan import Plan, make_plan
 from llamagen_dist.checkpoint.staging import LocalCopy, Staging, stage, write_file
 from llamagen_dist.errors import Superseded, UserError
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 
 PATIENCE_S = 600.0
@@ -84,7 +84,7 @@ class Saver:
         if topology.rank == 0:
             fence()
             for left in folders.remove_leftovers(run_dir):
-                topology.say(f"removed {left}: its writing was interrupted")
+                topology.log0(f"removed {left}: its writing was interrupted")
 
     @property
     def failed(self) -> bool:
@@ -95,7 +95,7 @@ class Saver:
         self,
         step: int,
         images_seen: int,
-        entries: Sequence[Entry],
+        entries: Sequence[TensorEntry],
         state: Mapping[str, Any],
         config_text: str,
         classes: Sequence[str] | None = None,
@@ -105,12 +105,12 @@ class Saver:
         self.wait()
         begun = time.monotonic()
         folder = folders.step_folder(self._run_dir, step)
-        self._topology.agreed(lambda: self._begin(folder))
+        self._topology.broadcast_from_rank0(lambda: self._begin(folder))
         plan = make_plan(entries, self._topology.world)
         state = {**state, "step": step, "images_seen": images_seen}
         flight = _Flight(folder, plan, state, config_text, classes, begun)
         if self._background:
-            if all(entry.pieces is None for entry in entries):
+            if all(entry.sharding is None for entry in entries):
                 for number in range(len(plan.rounds)):
                     self._stage(entries, flight, number, number)
             else:
@@ -180,7 +180,7 @@ class Saver:
         except OSError as error:
             raise UserError(f"checkpoint {folder} could not be begun: {error.strerror}") from None
 
-    def _stage(self, entries: Sequence[Entry], flight: _Flight, number: int, place: int) -> None:
+    def _stage(self, entries: Sequence[TensorEntry], flight: _Flight, number: int, place: int) -> None:
         part, rank = flight.plan.rounds[number], self._topology.rank
         buffer = self._staging.buffer(place, part.staged(rank))
         stage(entries, flight.plan, part, rank, buffer)
@@ -195,7 +195,7 @@ class Saver:
 
     def _raise_together(self, flight: _Flight) -> None:
         """Raise the first failing rank's sentence on all ranks, once nobody writes any more (collective)."""
-        if not self._topology.any(flight.error is not None):
+        if not self._topology.any_rank(flight.error is not None):
             return
         errors: list[Any] = [flight.error]
         if self._topology.world > 1:
@@ -203,7 +203,7 @@ class Saver:
             dist.all_gather_object(errors, flight.error)
         self._flight = None
         error = next(text for text in errors if text is not None)
-        self._topology.agreed(lambda: self._give_up(flight, error))
+        self._topology.broadcast_from_rank0(lambda: self._give_up(flight, error))
 
     def _give_up(self, flight: _Flight, error: str) -> None:
         flight.given_up.set()

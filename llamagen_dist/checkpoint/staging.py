@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llamagen_dist.checkpoint.plan import ALIGNMENT, Plan, Round, ShardFile
 from llamagen_dist.errors import UserError
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 
 BLOCK = 8 << 20  # bytes hashed and written at once
 
@@ -59,7 +59,7 @@ def _fresh(size: int, pinned: bool) -> Tensor:
     return torch.from_numpy(np.empty(size, np.uint8))  # numpy asks for huge pages: the first copy is 3 times as fast
 
 
-def stage(entries: Sequence[Entry], plan: Plan, part: Round, rank: int, buffer: Tensor) -> None:
+def stage(entries: Sequence[TensorEntry], plan: Plan, part: Round, rank: int, buffer: Tensor) -> None:
     """Gather the round's entries one by one (collective) and copy those dealt to this rank into ``buffer``.
 
     A copy in any case: what ``read`` returns may be the live tensor that the next step changes.
@@ -87,16 +87,16 @@ class LocalCopy:
     ranks that write them, over a process group of its own.
     """
 
-    def __init__(self, entries: Sequence[Entry], plan: Plan, rank: int, staging: Staging) -> None:
+    def __init__(self, entries: Sequence[TensorEntry], plan: Plan, rank: int, staging: Staging) -> None:
         self._entries, self._plan, self._rank = entries, plan, rank
         live: dict[int, Tensor] = {}
         for number, (entry, owner) in enumerate(zip(entries, plan.owners, strict=True)):
-            if entry.pieces is None:
+            if entry.sharding is None:
                 found = entry.read(owner) if owner == rank else None
                 if found is not None:
                     live[number] = found.detach().reshape(-1)
-            elif entry.pieces.contributes(rank, owner):
-                live[number] = entry.pieces.local()
+            elif entry.sharding.contributes(rank, owner):
+                live[number] = entry.sharding.local_shard()
         ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in live.values()))
         buffer = staging.buffer(0, ends[-1] if ends else 0)
         self._copies: dict[int, Tensor] = {}
@@ -134,10 +134,10 @@ class LocalCopy:
 
     def _whole(self, number: int, group: dist.ProcessGroup | None, sent: list[Any]) -> Tensor | None:
         entry, owner = self._entries[number], self._plan.owners[number]
-        if entry.pieces is None:
+        if entry.sharding is None:
             return self._copies.get(number)
         mine = self._copies.get(number, torch.empty(0, dtype=entry.dtype))
-        whole, sending = entry.pieces.gather(mine, self._rank, owner, group, number)
+        whole, sending = entry.sharding.gather(mine, self._rank, owner, group, number)
         if sending is not None:
             sent.append(sending)
         return whole

@@ -22,7 +22,7 @@ from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.config import Section, load
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 
 __all__ = ["complete", "save"]
@@ -31,7 +31,7 @@ __all__ = ["complete", "save"]
 def save(
     run_dir: Path,
     step: int,
-    entries: Sequence[Entry],
+    entries: Sequence[TensorEntry],
     state: Mapping[str, Any],
     topology: Topology,
     *,
@@ -137,14 +137,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "state.json")
 
 
-def restore(folder: Path, entries: Sequence[Entry]) -> None:
+def restore(folder: Path, entries: Sequence[TensorEntry]) -> None:
     """Put every tensor back through its entry, one at a time (every rank calls it, in the same order).
 
     Each file is opened once and mapped, not read: what an entry cuts away of a tensor costs nothing. Raises UserError
     where the checkpoint lacks a tensor or has another shape.
     """
     where = read_index(folder)["tensors"]
-    by_file: dict[str, list[Entry]] = {}
+    by_file: dict[str, list[TensorEntry]] = {}
     for entry in entries:
         name = where.get(f"{entry.group}:{entry.key}")
         if name is None:

@@ -143,7 +143,7 @@ class ImageStream:
     ) -> None:
         if shards.manifest.kind != "images":
             raise UserError(f"{shards.location}: holds {shards.manifest.kind}, not images; name the image shards")
-        share = topology.share(global_batch)
+        share = topology.per_rank_batch(global_batch)
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._shards = shards
         order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)

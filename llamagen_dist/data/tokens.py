@@ -51,7 +51,7 @@ class TokenStream:
         self._reader = TokenReader(shards)
         self._order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
         self._ahead = FetchAhead(shards, self._order.windows, topology.rank)
-        self._topology, self._share = topology, topology.share(global_batch)
+        self._topology, self._share = topology, topology.per_rank_batch(global_batch)
         self._crop = Ahead(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
         self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
         self._short = Ahead(partial(prng.uniform, seed, "short-caption"))

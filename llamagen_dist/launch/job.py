@@ -84,7 +84,10 @@ class Job:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(self.port),
         )
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.ranks)))
+        # not the shell's number, which was meant for one process: all ranks share this machine's cores
+        # (parallel.threads, a key of the config, still decides where it is set)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(max(1, cores() // self.ranks))
         os.environ[ERROR_FILE] = str(note.sentence)
         os.environ.pop(PROGRESS_FILE, None)
         if rank == 0:

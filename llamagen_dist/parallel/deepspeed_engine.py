@@ -15,7 +15,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET
-from llamagen_dist.parallel.entries import Entry, Pieces, buffers, in_pieces
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, buffers, sharded
 from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
@@ -196,24 +196,24 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-step; nothing is updated
 
-    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
+    def step(self, images_seen: int, check_finite: Callable[[Tensor], bool]) -> Tensor:
         """Clip, update, clear; returns the gradient norm before clipping (replicated weights counted once).
 
         The norm is known only inside DeepSpeed's step. Where it is not finite, on all ranks alike since it is reduced
         over them, DeepSpeed itself leaves weights and moments alone (0.19.8: all stages, fp32 and bf16), so
-        ``passes`` can come after it.
+        ``check_finite`` can come after it.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(self.optim, images_seen)
         self._engine.step()
         norm = torch.as_tensor(float(self._engine.get_global_grad_norm()))
-        if passes(norm):
+        if check_finite(norm):
             ema.update(self.state.states, self.ema_decay)
         return norm
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """fp32 masters, their average and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
-        found: list[Entry] = []
+        found: list[TensorEntry] = []
         for name, p in self.plain.named_parameters():
             found.append(self._entry("weights", name, name, p, None))
             if self.ema_decay > 0:
@@ -223,11 +223,11 @@ class DeepSpeedEngine:
         found += buffers("weights", self.plain)
         return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
 
-    def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> Entry:
+    def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t = self.topology
         part_shape = self.shapes[name]  # under ZeRO-3 the parameter itself is empty between its uses
 
-        def spread(writer: int) -> list[tuple[int, int]]:
+        def owners(writer: int) -> list[tuple[int, int]]:
             columns = [writer % t.tensor] if split_of(name) is None else range(t.tensor)
             return [(d * t.tensor + c, size) for c in columns for d, size in self.state.sizes(p)]
 
@@ -239,8 +239,8 @@ class DeepSpeedEngine:
         def write(full: Tensor) -> None:
             self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))
 
-        pieces = Pieces(lambda: self.state.local(p, kind), spread, merged)
-        return in_pieces(group, key, full_shape(name, part_shape, t.tensor), pieces, write, t.rank)
+        sharding = Sharding(lambda: self.state.local(p, kind), owners, merged)
+        return sharded(group, key, full_shape(name, part_shape, t.tensor), sharding, write, t.rank)
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer.step": self.state.adam_step()}

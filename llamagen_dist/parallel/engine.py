@@ -13,7 +13,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
-from llamagen_dist.parallel.entries import Entry, Pieces, buffers, in_pieces, replicated
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, buffers, replicated, sharded
 from llamagen_dist.parallel.tensor_parallel import cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 
@@ -33,14 +33,14 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
+    def step(self, images_seen: int, check_finite: Callable[[Tensor], bool]) -> Tensor:
         """One update with the gradients so far, which are then gone; returns their norm before clipping.
 
-        Only where ``passes(norm)`` (collective) agrees; otherwise weights and optimizer state stay as they are.
+        Only where ``check_finite(norm)`` (collective) agrees; otherwise weights and optimizer state stay as they are.
         """
         ...
 
-    def entries(self) -> list[Entry]: ...
+    def entries(self) -> list[TensorEntry]: ...
 
     def scalars(self) -> dict[str, float]: ...
 
@@ -123,9 +123,9 @@ class TorchEngine:
         with self.clock.backward(loss):
             loss.backward()
 
-    def step(self, images_seen: int, passes: Callable[[Tensor], bool]) -> Tensor:
+    def step(self, images_seen: int, check_finite: Callable[[Tensor], bool]) -> Tensor:
         norm = self.gradient_norm()
-        if passes(norm):
+        if check_finite(norm):
             self.update(images_seen, norm)
         else:
             self.discard()
@@ -156,9 +156,9 @@ class TorchEngine:
         dist.all_reduce(parts, group=self.topology.tp_group)
         return (copies.square() + parts).sqrt()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """Weights, buffers, Adam moments and the moving average, merged over the tensor-parallel ranks."""
-        found: list[Entry] = []
+        found: list[TensorEntry] = []
         for name, p in self.plain.named_parameters():
             found.append(self._entry(self.group, name, name, p))
             if p.requires_grad:
@@ -170,7 +170,7 @@ class TorchEngine:
         found += buffers(self.group, self.plain)
         return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
 
-    def _entry(self, group: str, key: str, name: str, tensor: Tensor) -> Entry:
+    def _entry(self, group: str, key: str, name: str, tensor: Tensor) -> TensorEntry:
         t = self.topology
         if t.tensor == 1 or split_of(name) is None:
             return replicated(group, key, tensor)
@@ -181,16 +181,16 @@ class TorchEngine:
 
         shape, numel = tuple(tensor.shape), tensor.numel()
 
-        def spread(writer: int) -> list[tuple[int, int]]:
+        def owners(writer: int) -> list[tuple[int, int]]:
             first = writer // t.tensor * t.tensor  # the tensor-parallel group that the writer is in
             return [(rank, numel) for rank in range(first, first + t.tensor)]
 
-        pieces = Pieces(
+        sharding = Sharding(
             lambda: tensor.detach().flatten(),
-            spread,
+            owners,
             lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group),
         )
-        return in_pieces(group, key, full_shape(name, shape, t.tensor), pieces, write, t.rank)
+        return sharded(group, key, full_shape(name, shape, t.tensor), sharding, write, t.rank)
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.optimizer_group}.step": float(next(iter(self.optimizer.state.values()))["step"])}

@@ -1,7 +1,8 @@
 """Which rank am I, whom do I share a model with, whom do I average gradients with."""
 
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.division import data_ranks, per_rank_batch
+from llamagen_dist.process import cores
 
 T = TypeVar("T")
 
@@ -39,7 +41,7 @@ class Topology:
     def dp(self) -> int:
         return self.world // self.tensor
 
-    def share(self, global_batch: int) -> int:
+    def per_rank_batch(self, global_batch: int) -> int:
         """Images per data-parallel rank in a global batch. Raises UserError where it does not divide."""
         return per_rank_batch(global_batch, self.dp)
 
@@ -59,7 +61,7 @@ class Topology:
         dist.all_reduce(total, group=self.dp_group)
         return total
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank at all (collective)."""
         if self.world == 1:
             return flag
@@ -67,7 +69,7 @@ class Topology:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
 
-    def agreed(self, decide: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, decide: Callable[[], T]) -> T:
         """What ``decide()`` returns on rank 0, on every rank (collective); a UserError there is raised everywhere."""
         answer: list[Any] = [None, None]
         if self.rank == 0:
@@ -82,7 +84,7 @@ class Topology:
         result: T = answer[0]
         return result
 
-    def say(self, text: str) -> None:
+    def log0(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.rank == 0:
             print(text, flush=True)
@@ -127,6 +129,75 @@ def device_index(local: int, visible: int) -> int:
     return local
 
 
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise UserError(
+            f"{name} is {text!r} in the environment, not a number: unset what an earlier job left there "
+            "(unset RANK WORLD_SIZE LOCAL_RANK), or start the ranks with llamagen launch, torchrun or srun"
+        )
+    return int(text)
+
+
+def ranks_of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(WORLD_SIZE, RANK); (1, 0) where nothing is said. Raises UserError where the variables do not describe a group.
+
+    A WORLD_SIZE that an earlier job has left in the shell would otherwise end in torch's rendezvous, with a traceback
+    or, worse, a wait for ranks that nobody starts.
+    """
+    world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
+    if world <= 1:
+        if world == 0:
+            raise UserError("WORLD_SIZE is 0 in the environment; unset it, or give the number of ranks")
+        return 1, 0
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {world} in the environment but {' and '.join(missing)} not: for a single rank unset "
+            "WORLD_SIZE; for several start them with llamagen launch, torchrun or srun, which set all of these"
+        )
+    _number(environment, "MASTER_PORT", 0)
+    if rank >= world:
+        raise UserError(f"RANK is {rank} in the environment and WORLD_SIZE {world}: ranks count from 0 to {world - 1}")
+    return world, rank
+
+
+def thread_warning(threads: Sequence[int], cores: int) -> str:
+    """A sentence where a node's ranks, of so many CPU threads each, want more than its ``cores``; else empty.
+
+    Threads that take turns on a core wait for each other at every operation, which costs far more than a factor of
+    their number. Ranks of one thread each have none to give up.
+    """
+    if sum(threads) <= cores or max(threads) == 1:
+        return ""
+    return (
+        f"{sum(threads)} CPU threads ({len(threads)} rank{'s' * (len(threads) > 1)} of this machine) share {cores} "
+        f"core{'s' * (cores > 1)}, which can make a run many times slower; before the next start: "
+        f"export OMP_NUM_THREADS={max(1, cores // len(threads))}"
+    )
+
+
+def _warn_of_threads(rank: int, world: int) -> None:
+    """Print ``thread_warning`` for this node, on every rank of it (collective).
+
+    Nothing in the environment says for certain how many ranks share a node and its cores (srun may bind each to its
+    own), so the ranks ask each other.
+    """
+    bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores())
+    mine = (platform.node(), torch.get_num_threads(), sum(1 << core for core in bound))
+    everyone: list[tuple[str, int, int]] = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    here = [(threads, mask) for host, threads, mask in everyone if host == mine[0]]
+    together = 0
+    for _, mask in here:
+        together |= mask
+    if text := thread_warning([threads for threads, _ in here], together.bit_count()):
+        print(f"rank {rank}: {text}", flush=True)
+
+
 def start(
     tensor: int = 1, threads: int | None = None, timeout_s: float = 1800, run_dir: Path | None = None
 ) -> Topology:
@@ -136,14 +207,15 @@ def start(
     the number of ranks, else UserError. threads: CPU threads of this rank. timeout_s: of collectives, of all groups,
     until ``set_timeouts``. run_dir: where NCCL may leave its record of a collective that timed out.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_initialized():
         world, rank = dist.get_world_size(), dist.get_rank()
+    else:
+        world, rank = ranks_of_environment(os.environ)
     if threads is not None:
         torch.set_num_threads(threads)
     data_ranks(world, tensor)  # refuses what cannot be split before any group is made
     if torch.cuda.is_available():
-        local = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        local = device_index(_number(os.environ, "LOCAL_RANK", 0), torch.cuda.device_count())
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
         # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic
@@ -154,12 +226,14 @@ def start(
     else:
         device = torch.device("cpu")
     if world == 1:
+        _warn_of_threads(rank, world)
         return Topology(device=device)
     if not dist.is_initialized():
         if run_dir is not None and device.type == "cuda":
             record_collectives(run_dir / "log")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    _warn_of_threads(rank, world)
     if tensor == 1:
         topology = Topology(rank, world, 1, device, dist.group.WORLD, None)
         topology.set_timeouts(timeout_s)

@@ -19,7 +19,7 @@ class StepProfiler:
     def __init__(self, log: Path, topology: Topology, span: tuple[int, int] | None) -> None:
         self._file = log / f"trace-rank-{topology.rank}.json.gz"
         self._span = span if topology.rank in (0, topology.world - 1) else None
-        self._say = topology.say
+        self._say = topology.log0
         self._cuda = topology.device.type == "cuda"
         self._profile: Any = None
 

@@ -52,7 +52,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         background=keep.background,
         keep_last=keep.keep_last,
         keep_every_images=keep.keep_every_images,
-        fence=run.ownership.check,
+        fence=run.fence.check,
     )
 
     def save() -> None:
@@ -75,12 +75,12 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
 
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
     hang_s, start_s = 60 * limits.hang_minutes, 60 * limits.start_minutes
-    watchdog = Watchdog(log, topology, task.clock, hang_s, start_s, run.ownership.lost)
+    watchdog = Watchdog(log, topology, task.clock, hang_s, start_s, run.fence.lost)
     stopwatch = Stopwatch(log, run.say)
     profiler = StepProfiler(log, topology, config.log.profile_steps)
     with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler:
         guard.stop, guard.where = lambda: stop.up or saver.failed, stream.where
-        if images_seen < train.images and stop.agreed():  # while ranks waited for each other: all is on disk
+        if images_seen < train.images and stop.on_any_rank():  # while ranks waited for each other: all is on disk
             raise stopped()
         window.restart()
         while images_seen < train.images:
@@ -94,7 +94,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             window.count(batch.samples)
             if step == first_step + 1:
                 topology.set_timeouts(60 * limits.collective_minutes)
-            done, asked = images_seen >= train.images, guard.stop_agreed
+            done, asked = images_seen >= train.images, guard.stop_requested
             if step % config.log.every_steps == 0 or step == 1 or done:
                 line = window.line(metrics)
                 if guard.skipped:
@@ -111,7 +111,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
                 with watchdog.phase("validation"), stopwatch.timing("validation"):
                     held_out = task.validate()
-                    asked = stop.agreed(saver.failed)  # it may have taken long
+                    asked = stop.on_any_rank(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **held_out)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
                 window.restart()
@@ -145,7 +145,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
 def _resume(task: Task, images: int, run: Run) -> tuple[int, int, int]:
     """(step, images_seen, digest of the samples shown) that the run stands at; (0, 0, 0) for a new one."""
     # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
-    folder = task.topology.agreed(lambda: store.newest(run.directory))
+    folder = task.topology.broadcast_from_rank0(lambda: store.newest(run.directory))
     if folder is None:
         run.cut_metrics(0)
         return 0, 0, 0

@@ -16,7 +16,7 @@ from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.division import divide_batch
 from llamagen_dist.parallel.engine import Engine, TorchEngine
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.planning.plan import memory_lines
 from llamagen_dist.training.guards import StepGuard
@@ -127,10 +127,10 @@ class GPTTask:
             piece = piece.to(self.topology.device)
             with self.engine.micro_step(last=number == len(pieces)):
                 loss = self.engine.module(piece.tokens, training_condition(self.model, piece), piece.positions)
-                self.engine.backward(self.guard.watch(loss, piece.samples) / len(pieces))
+                self.engine.backward(self.guard.track_loss(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):
-            norm = self.engine.step(images_seen, self.guard.passes)
+            norm = self.engine.step(images_seen, self.guard.check_finite)
         return {
             "loss": total,
             "grad_norm": norm,
@@ -168,7 +168,7 @@ class GPTTask:
             return
         waiting = iter(batches)
         idle = self._any_sample()
-        while self.topology.any((batch := next(waiting, None)) is not None):
+        while self.topology.any_rank((batch := next(waiting, None)) is not None):
             yield (idle, False) if batch is None else (batch, True)
 
     def _any_sample(self) -> TokenBatch:
@@ -179,7 +179,7 @@ class GPTTask:
             condition = (torch.zeros(1, c.prefix, c.caption_dim), torch.ones(1, c.prefix, dtype=torch.bool))
         return TokenBatch(tokens, condition, torch.zeros(1, dtype=torch.int64))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         return self.engine.entries()
 
     def scalars(self) -> Mapping[str, float]:

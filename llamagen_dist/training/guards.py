@@ -20,7 +20,7 @@ class NonFiniteError(Exception):
 
 
 class StopFlag:
-    """Signals raise the flag of this rank; ``agreed`` is true once it is up on any rank (call it on all of them).
+    """Signals raise the flag of this rank; ``on_any_rank`` is true once it is up on any rank (call it on all of them).
 
     A rank that saved alone would hang in the collective save, since signals reach ranks at different steps.
     """
@@ -43,9 +43,9 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, also: bool = False) -> bool:
+    def on_any_rank(self, also: bool = False) -> bool:
         """also: another reason of this rank to stop."""
-        return self._topology.any(self.up or also)
+        return self._topology.any_rank(self.up or also)
 
 
 class StepGuard:
@@ -63,11 +63,11 @@ class StepGuard:
         """Names a sample for people."""
         self.skipped = 0
         """Steps left out since the start of the run."""
-        self.stop_agreed = False
+        self.stop_requested = False
         """Whether any rank was told to stop, as of the last step."""
 
-    def watch(self, loss: Tensor, samples: Tensor | None = None) -> Tensor:
-        """``loss`` for the backward pass, remembered until ``passes``; no wait for the device.
+    def track_loss(self, loss: Tensor, samples: Tensor | None = None) -> Tensor:
+        """``loss`` for the backward pass, remembered until ``check_finite``; no wait for the device.
 
         samples: the images it was computed on, int64 (n,). A loss that is not finite is made to have no finite
         gradient either, so that the gradient norm, which all ranks share, tells everyone of it.
@@ -76,7 +76,7 @@ class StepGuard:
         self._watched.append((loss.detach(), samples))
         return loss * torch.where(finite, 1.0, torch.nan)
 
-    def passes(self, *norms: Tensor) -> bool:
+    def check_finite(self, *norms: Tensor) -> bool:
         """Whether the optimizer may run (collective: one small all-reduce, after which the host waits once).
 
         norms: gradient norms over the whole model, each equal on all ranks. False: leave weights and optimizer state
@@ -88,7 +88,7 @@ class StepGuard:
         flags = torch.stack([torch.tensor(self.stop(), device=finite.device), ~finite]).int()
         if self._topology.world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.stop_agreed, bad = map(bool, flags.tolist())
+        self.stop_requested, bad = map(bool, flags.tolist())
         if not bad:
             return True
         found = self._named(watched, only_bad=True)
@@ -102,7 +102,7 @@ class StepGuard:
                 "is good: look at those images, lower optim.lr, or set guard.skip_non_finite"
             )
         self.skipped += 1
-        self._topology.say(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(found)}")
+        self._topology.log0(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(found)}")
         return False
 
     def _named(self, watched: list[tuple[Tensor, Tensor | None]], only_bad: bool) -> list[str]:

@@ -56,7 +56,10 @@ def initial_weights(
     Collective: rank 0 verifies the source, and prints what is taken over. A run that has a checkpoint goes on from
     that, whatever ``init_from`` says. Raises UserError for a source that is missing, damaged or does not fit.
     """
-    if config.init_from is None or topology.agreed(lambda: store.newest(config.run_dir, warn=False)) is not None:
+    if (
+        config.init_from is None
+        or topology.broadcast_from_rank0(lambda: store.newest(config.run_dir, warn=False)) is not None
+    ):
         return None
     try:
         return _initial(config.init_from, config, model, manifest, topology, label)
@@ -67,7 +70,7 @@ def initial_weights(
 def _initial(
     path: Path, config: GPTConfigFile, model: GPTConfig, manifest: Manifest, topology: Topology, label: str
 ) -> Initial:
-    sha256, folder = topology.agreed(lambda: _identity(path))
+    sha256, folder = topology.broadcast_from_rank0(lambda: _identity(path))
     weights = store.open_weights(folder or path, verified=False)
     source = _Source(path, folder, weights)
     _check(source, config, model, manifest)
@@ -81,7 +84,7 @@ def _initial(
         record["class_rows"] = list(rows)
     was = f"{source.grid[0]}x{source.grid[1]}" if source.grid else "any number of"
     now = f"{manifest.grid[0]}x{manifest.grid[1]}" if manifest.grid else str(model.image_tokens)
-    topology.say(
+    topology.log0(
         f"{label}: weights of {folder or path} (sha256 {sha256[:12]}…), from {was} to {now} tokens per image, on which "
         f"no weight depends; optimizer and image count start fresh{told}"
     )

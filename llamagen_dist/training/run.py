@@ -20,7 +20,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.files import UNLOCKABLE, remove_asides, write_text
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking import provenance
-from llamagen_dist.training.ownership import Ownership
+from llamagen_dist.training.fence import Fence
 
 LOCK_PATIENCE_S = 90.0
 
@@ -37,17 +37,17 @@ class Run:
     label: str = ""
     origin: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint's state.json says besides progress: the tokenizer, and what the run was started from."""
-    ownership: Ownership = field(default_factory=Ownership.of_environment)
+    fence: Fence = field(default_factory=Fence.of_environment)
     """Asked before anything in the directory changes."""
     _metrics: IO[bytes] | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
-        self.topology.say(text)
+        self.topology.log0(text)
 
     def metrics(self, **values: Any) -> None:
         """Append one line to metrics.jsonl. Raises UserError where the disk does not take it."""
         if self.topology.rank == 0:
-            self.ownership.check()
+            self.fence.check()
             path = self.directory / "metrics.jsonl"
             try:
                 if self._metrics is None:
@@ -72,7 +72,7 @@ class Run:
                         kept.append(line + "\n")
                 except json.JSONDecodeError:
                     break  # the last line of a killed process
-            self.ownership.check()
+            self.fence.check()
             write_text(path, "".join(kept))
         self.topology.barrier()
 
@@ -87,7 +87,7 @@ class Run:
 
     def summary(self, **values: Any) -> None:
         if self.topology.rank == 0:
-            self.ownership.check()
+            self.fence.check()
             write_text(self.directory / "summary.json", json.dumps(values, indent=1))
 
     def finished(self) -> bool:
@@ -108,7 +108,7 @@ def _make_private(directory: Path) -> None:
         raise UserError(f"run_dir: {directory} is not writable; choose another folder")
 
 
-def _lock(directory: Path, ownership: Ownership, say: Callable[[str], None]) -> IO[str]:
+def _lock(directory: Path, fence: Fence, say: Callable[[str], None]) -> IO[str]:
     """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping.
 
     In a cluster's job the launcher's lock decides, and a process that still holds this one is on a machine that SLURM
@@ -118,7 +118,7 @@ def _lock(directory: Path, ownership: Ownership, say: Callable[[str], None]) -> 
     deadline = time.monotonic() + LOCK_PATIENCE_S
     told = False
     while True:
-        ownership.check()
+        fence.check()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
@@ -126,7 +126,7 @@ def _lock(directory: Path, ownership: Ownership, say: Callable[[str], None]) -> 
             file.seek(0)
             holder = file.read().strip() or "unknown"
             if time.monotonic() > deadline:
-                if ownership.fenced:
+                if fence.active:
                     say(f"{directory}: {holder}, which this job replaces, still has the run open; it may not write")
                     break
                 raise UserError(
@@ -140,7 +140,7 @@ def _lock(directory: Path, ownership: Ownership, say: Callable[[str], None]) -> 
         except OSError as error:
             if error.errno not in UNLOCKABLE:
                 raise
-            if not ownership.fenced:
+            if not fence.active:
                 say(f"{directory}: this disk knows no locks ({error.strerror}): never start this run twice at once")
             break
     file.seek(0)
@@ -170,17 +170,17 @@ def open_run(
     def claim() -> None:
         nonlocal lock
         _make_private(directory)
-        lock = _lock(directory, run.ownership, topology.say)
+        lock = _lock(directory, run.fence, topology.log0)
         remove_asides(directory)
         for line in same_config(directory, config):
-            topology.say(line)
+            topology.log0(line)
         write_text(directory / "config.yaml", dump(config))
         if not (directory / "record.json").exists():
             write_text(directory / "record.json", json.dumps(_record(), indent=1))
 
     run = Run(directory, topology, dump(config), classes, fingerprint, label or directory.name)
     try:
-        topology.agreed(claim)
+        topology.broadcast_from_rank0(claim)
         yield run
     finally:
         if run._metrics is not None:

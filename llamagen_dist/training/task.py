@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llamagen_dist.parallel.clock import Clock
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import StepGuard
 
@@ -39,7 +39,7 @@ class Task(Protocol):
         """Held-out metrics over all ranks (collective; every rank returns the same numbers)."""
         ...
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[TensorEntry]:
         """Every tensor a checkpoint holds, in an order that is the same on all ranks."""
         ...
 

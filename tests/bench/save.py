@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from llamagen_dist.checkpoint import plan, store
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.parallel.entries import Entry, replicated
+from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import start
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task
@@ -29,10 +29,10 @@ from tests.ranks.layouts import Layout, make_task
 DIM, MIB = 768, 1 << 20
 
 
-def state(megabytes: int) -> list[Entry]:
+def state(megabytes: int) -> list[TensorEntry]:
     """Weights and two moments of blocks as in GPT-B, until they are as large as asked; each tensor lies apart."""
     shapes = [(3 * DIM, DIM), (DIM, DIM), (2048, DIM), (2048, DIM), (DIM, 2048), (DIM,), (DIM,)]
-    found: list[Entry] = []
+    found: list[TensorEntry] = []
     held = layer = 0
     while held < megabytes * MIB:
         for number, shape in enumerate(shapes):
@@ -131,7 +131,7 @@ def steps_beside(folder: Path, megabytes: int, slow_s: float) -> dict[str, Any]:
             done += 1
             topology.mean(a[0])
             over = until.exists() if until is not None else time.monotonic() > end
-            go_on = not topology.any(over)
+            go_on = not topology.any_rank(over)
         return done
 
     blocks = megabytes * MIB / topology.world / (8 * MIB)

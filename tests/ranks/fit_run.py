@@ -25,7 +25,7 @@ class Stream:
 
     def __init__(self, task: GPTTask, before: Fault) -> None:
         self._task, self._before = task, before
-        self._share = task.topology.share(BATCH)
+        self._share = task.topology.per_rank_batch(BATCH)
 
     def batch(self, images_seen: int) -> TokenBatch:
         self._before(self._task, images_seen // BATCH + 1)

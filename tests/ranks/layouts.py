@@ -86,7 +86,7 @@ def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any)
     torch.nn.init.normal_(head, std=0.05, generator=torch.Generator().manual_seed(1))  # gradients everywhere
     if whole:
         model.output.weight.data.copy_(head)
-    share = topology.share(BATCH)
+    share = topology.per_rank_batch(BATCH)
     text = chosen.model.condition == "text"
 
     def source(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -105,7 +105,7 @@ def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
 def steps(task: GPTTask, first: int, last: int, shift: int = 0) -> list[tuple[float, float]]:
     """(mean loss over the ranks, gradient norm) of steps first … last - 1; shift moves this rank's samples."""
     found = []
-    share = task.topology.share(BATCH)
+    share = task.topology.per_rank_batch(BATCH)
     for number in range(first, last):
         batch = global_batch(number * BATCH + shift, task.config.model.condition == "text")
         metrics = task.step(local(batch, task.topology.dp_rank, share), number * BATCH)

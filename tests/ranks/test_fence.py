@@ -11,14 +11,14 @@ import pytest
 from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.topology import start
+from llamagen_dist.training.fence import Fence
 from llamagen_dist.training.gpt_task import GPTTask
-from llamagen_dist.training.ownership import Ownership
 from tests.ranks.fit_run import lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout
 from tests.ranks.test_saver import Gate, save, tensors
 from tests.ranks.test_watchdog import GUARD
-from tests.unit.test_ownership import name
+from tests.unit.test_run_fence import name
 
 OWNER, SUCCESSOR = "12.0", "12.1"
 
@@ -44,7 +44,7 @@ def overtaken_while_writing(run_dir: Path, fenced: bool) -> str:
     lock = own(run_dir)
     topology.barrier()
     pace = Gate(run_dir / "gate")
-    fence = {"fence": Ownership.of_environment().check} if fenced else {}
+    fence = {"fence": Fence.of_environment().check} if fenced else {}
     saver = Saver(run_dir, topology, pace=pace if topology.rank == topology.world - 1 else None, **fence)
     save(saver, 1, tensors())
     if topology.rank == topology.world - 1:
@@ -120,7 +120,7 @@ def woken_in_a_save(run_dir: Path, finished: bool, moved: bool) -> None:
         topology,
         pace=lambda written: once.pop()(written) if once else None,
         patience_s=0.5,
-        fence=Ownership.of_environment().check,
+        fence=Fence.of_environment().check,
     )
     save(saver, 1, tensors())
     if topology.rank == 1:

@@ -29,13 +29,13 @@ SKIP = "guard.skip_non_finite=1"
 def spoil(task: GPTTask, kind: str) -> None:
     """The last rank's next loss is NaN, with sound gradients; or a gradient of rank 0 is infinite."""
     if kind == "loss" and task.topology.rank == task.topology.world - 1:
-        original = task.guard.watch
+        original = task.guard.track_loss
 
         def watch(loss, samples=None):
-            task.guard.watch = original
+            task.guard.track_loss = original
             return original(loss + torch.tensor(float("nan")), samples)
 
-        task.guard.watch = watch
+        task.guard.track_loss = watch
     if kind == "gradient" and task.topology.rank == 0:
 
         def once(gradient):
@@ -56,8 +56,8 @@ def four_steps(layout: Layout, settings: tuple[str, ...], kind: str, poison: boo
     """Steps 0, 1, 3 and 4; between them a spoilt step 2, unless kind is empty."""
     task = make_task(layout, SKIP, "ema.decay=0.5", *settings)
     if not poison:
-        task.guard.watch = lambda loss, samples=None: loss
-    share = task.topology.share(BATCH)
+        task.guard.track_loss = lambda loss, samples=None: loss
+    share = task.topology.per_rank_batch(BATCH)
     for number in (0, 1, 2, 3, 4):
         if number == 2:
             if not kind:
@@ -136,12 +136,12 @@ def test_skipped_steps_are_counted_and_limited(tmp_path):
 def test_a_guard_alone_passes_what_is_finite():
     guard = StepGuard(Topology())
     loss = torch.tensor(1.5, requires_grad=True)
-    watched = guard.watch(loss)
+    watched = guard.track_loss(loss)
     assert float(watched) == 1.5
-    assert guard.passes(torch.tensor(2.0))
+    assert guard.check_finite(torch.tensor(2.0))
     guard.stop = lambda: True
-    assert guard.passes(torch.tensor(2.0))
-    assert guard.stop_agreed
+    assert guard.check_finite(torch.tensor(2.0))
+    assert guard.stop_requested
 
 
 # --- the log line ---

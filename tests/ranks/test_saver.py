@@ -9,7 +9,7 @@ import torch
 
 from llamagen_dist.checkpoint import plan, staging, store
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.parallel.entries import Entry, replicated
+from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
 
@@ -20,7 +20,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def entries(live: dict[str, torch.Tensor]) -> list[Entry]:
+def entries(live: dict[str, torch.Tensor]) -> list[TensorEntry]:
     found = [replicated("weights", name, tensor) for name, tensor in live.items()]
     found += [replicated("ema", name, tensor) for name, tensor in live.items()]
     found.append(replicated("weights", "count", torch.arange(5)))
@@ -190,7 +190,7 @@ def restore_a_part(run: Path, rows: int) -> int:
         part.copy_(full[:rows])
         most = resident_file_bytes()
 
-    entry = Entry("weights", "big", (8192, 1024), lambda writer: None, write)
+    entry = TensorEntry("weights", "big", (8192, 1024), lambda writer: None, write)
     store.restore(store.newest(run), [entry])  # the code that runs becomes resident too
     before = resident_file_bytes()
     store.restore(store.newest(run), [entry])

@@ -15,7 +15,7 @@ from llamagen_dist.checkpoint import plan, store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.checkpoint.staging import Staging
 from llamagen_dist.errors import UserError
-from llamagen_dist.parallel.entries import Entry
+from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
 from tests.ranks.test_saver import Gate, entries, save, tensors, train_one_step
@@ -38,7 +38,7 @@ def save_on_a_disk_that_fills_up(run: Path, background: bool, how: str) -> tuple
                 (run / "checkpoints" / "step_00000002" / name).symlink_to("/dev/full")
             return real(writer)
 
-        found[0] = Entry(found[0].group, found[0].key, found[0].shape, plant, found[0].write)
+        found[0] = TensorEntry(found[0].group, found[0].key, found[0].shape, plant, found[0].write)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if topology.rank == 1 and how == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
@@ -48,7 +48,7 @@ def save_on_a_disk_that_fills_up(run: Path, background: bool, how: str) -> tuple
         deadline = time.monotonic() + 20
         while background and topology.rank == 1 and not saver.failed and time.monotonic() < deadline:
             time.sleep(0.005)
-        failed = topology.any(saver.failed)  # what fit() asks at every step
+        failed = topology.any_rank(saver.failed)  # what fit() asks at every step
         saver.wait()
     except UserError as error:
         message = str(error)
@@ -169,7 +169,7 @@ def test_a_failing_prune_does_not_undo_the_save(tmp_path, monkeypatch, capsys):
 
 
 def test_too_little_host_memory_says_what_to_set(tmp_path):
-    found = [Entry("weights", "huge", (1 << 50,), lambda writer: None, lambda full: None)]
+    found = [TensorEntry("weights", "huge", (1 << 50,), lambda writer: None, lambda full: None)]
     laid = plan.make_plan(found, 1)
     with pytest.raises(UserError, match=r"no host memory for .* GB beside the 0\.00 GB .*checkpoint\.background=false"):
         Staging().buffer(0, laid.rounds[0].staged(0))

@@ -94,8 +94,9 @@ def counting(out: Path, name: str, ranks: int = 1) -> Callable[[], bool]:
     return lambda: len(rank_pids(out, name)) == ranks and (out / "stages" / name / "progress.json").exists()
 
 
-def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path) -> None:
+def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # of the shell, for one process: two ranks share the cores
     done = launch(root, pipeline(tmp_path, stage("meet", "join", ranks=2, produces=["{out}/work/joined_1.txt"])), out)
     assert done.returncode == 0, done.stderr
     assert "[1/1] meet — a test (2 ranks)" in done.stdout
@@ -104,6 +105,7 @@ def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path) -
         assert facts["total"] == "3"
         assert facts["world"] == "2"
         assert facts["LOCAL_RANK"] == str(rank)
+        assert facts["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
         assert facts["MASTER_ADDR"] == "127.0.0.1"
         snapshot = next((out / "code").iterdir())
         assert facts["cwd"] == facts["PYTHONPATH"] == str(snapshot)

@@ -72,6 +72,7 @@ def test_the_script_says_what_the_profile_says():
         "#SBATCH --dependency=afterok:12:13",
         "#SBATCH --kill-on-invalid-dep=yes",
         "module load cuda/12.4",
+        "unset OMP_NUM_THREADS MKL_NUM_THREADS",
         "export HF_HOME='/scratch/my files'",
         "export NCCL_SOCKET_IFNAME=ib0",
         "ulimit -n 65536",

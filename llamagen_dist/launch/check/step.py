@@ -40,7 +40,7 @@ def train(topology: Topology, folder: Path, as_on_gpus: bool | None = None) -> d
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (batch_size, TOKENS), generator=generator)
     whole = TokenBatch(tokens, tokens[:, 0] % CLASSES, torch.arange(batch_size))
-    share = topology.share(batch_size)
+    share = topology.per_rank_batch(batch_size)
     mine = whole.rows(slice(topology.dp_rank * share, (topology.dp_rank + 1) * share))
     losses: list[float | None] = []
     seconds = 0.0

@@ -235,6 +235,9 @@ def _executor(
     # an array's item by both numbers: SLURM_JOB_ID of the last item is the whole array's, and would requeue all of it
     job = "$SLURM_JOB_ID" if len(works) == 1 else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
     setup = [
+        # the login shell's number comes along with sbatch, but a rank takes its own share of the node's cores,
+        # unless the profile says otherwise in the lines that follow
+        "unset OMP_NUM_THREADS MKL_NUM_THREADS",
         *(f"module load {shlex.quote(name)}" for name in profile.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *profile.setup,

@@ -17,7 +17,7 @@ GONE_PATIENCE_S = 5.0  # a lock is away for no longer than a rename takes, which
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
-class Ownership:
+class Fence:
     """One lock file, seen by one incarnation ("JOB.RESTART"); without a lock (outside a cluster's job) all is allowed.
 
     The file is opened anew at every look: that is when a network disk asks its server whether it is still the same
@@ -29,13 +29,13 @@ class Ownership:
         self._lock, self._owner = lock, owner
 
     @classmethod
-    def of_environment(cls) -> "Ownership":
+    def of_environment(cls) -> "Fence":
         """What the launcher told this rank."""
         lock, owner = os.environ.get(LOCK), os.environ.get(OWNER)
         return cls(Path(lock), owner) if lock and owner else cls()
 
     @property
-    def fenced(self) -> bool:
+    def active(self) -> bool:
         """Whether there is a lock to look at."""
         return self._lock is not None
 

@@ -14,9 +14,9 @@ from llamagen_dist import program
 from llamagen_dist.config import ShardAccess
 from llamagen_dist.errors import Superseded, UserError
 from llamagen_dist.files import sync_folder, write_text
-from llamagen_dist.parallel.topology import Topology, device_index
-from llamagen_dist.training import ownership, run, timing
-from llamagen_dist.training.ownership import Ownership
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training import fence, run, timing
+from llamagen_dist.training.fence import Fence
 from llamagen_dist.training.run import Run
 from llamagen_dist.training.timing import Stopwatch, Timing
 
@@ -29,7 +29,7 @@ def name(lock: Path, owner: str | None) -> None:
 @pytest.fixture
 def lock(tmp_path, monkeypatch) -> Path:
     """A rank of incarnation 12.0, which owns the run."""
-    monkeypatch.setattr(ownership, "GONE_PATIENCE_S", 0.3)
+    monkeypatch.setattr(fence, "GONE_PATIENCE_S", 0.3)
     file = tmp_path / "launch" / "lock.json"
     name(file, "12.0")
     monkeypatch.setenv("LLAMAGEN_LOCK", str(file))
@@ -42,7 +42,7 @@ def lock(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(("owner", "said"), [("12.1", "as job 12.1"), ("34.0", "as job 34.0"), (None, "not begun yet")])
 def test_another_owner_is_named_and_its_own_job_too(lock, owner, said):
-    mine = Ownership.of_environment()
+    mine = Fence.of_environment()
     mine.check()
     assert mine.lost() == ""
     name(lock, owner)
@@ -56,7 +56,7 @@ def test_another_owner_is_named_and_its_own_job_too(lock, owner, said):
 
 def test_a_lock_is_waited_for_while_it_cannot_be_read(lock):
     """A look that never waits says nothing then: it is no proof."""
-    mine = Ownership.of_environment()
+    mine = Fence.of_environment()
     lock.unlink()
     assert mine.lost() == ""
     began = time.monotonic()
@@ -73,9 +73,9 @@ def test_a_lock_is_waited_for_while_it_cannot_be_read(lock):
 def test_outside_a_job_nothing_is_asked(lock, monkeypatch):
     monkeypatch.delenv("LLAMAGEN_OWNER")
     name(lock, "34.0")
-    mine = Ownership.of_environment()
+    mine = Fence.of_environment()
     mine.check()
-    assert not mine.fenced
+    assert not mine.active
     assert mine.lost() == ""
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_went_on_elsewhere_gets_no_line_from_here(lock, tmp_path):
             write()
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert not here.finished()
-    here.ownership = Ownership()  # sabotage twin: without the fence the line is written
+    here.fence = Fence()  # sabotage twin: without the fence the line is written
     here.metrics(images_seen=32)
     assert (tmp_path / "metrics.jsonl").read_text() != before
 
@@ -159,7 +159,7 @@ def held(tmp_path, monkeypatch):
 
 def test_a_zombie_of_a_lost_node_is_waited_for_and_named_but_does_not_stop_its_successor(held, lock, tmp_path):
     said: list[str] = []
-    run._lock(tmp_path, Ownership.of_environment(), said.append).close()
+    run._lock(tmp_path, Fence.of_environment(), said.append).close()
     assert len(said) == 2
     assert "waiting for another process (pid 7 on n2)" in said[0]
     assert "pid 7 on n2, which this job replaces, still has the run open; it may not write" in said[1]
@@ -168,13 +168,13 @@ def test_a_zombie_of_a_lost_node_is_waited_for_and_named_but_does_not_stop_its_s
 
 def test_outside_a_job_two_processes_of_one_run_are_one_too_many(held, tmp_path):
     with pytest.raises(UserError, match=r"another process \(pid 7 on n2\) is running in this run directory; stop it"):
-        run._lock(tmp_path, Ownership(), lambda text: None)
+        run._lock(tmp_path, Fence(), lambda text: None)
     assert (tmp_path / "lock").read_text() == "pid 7 on n2"
 
 
 def test_who_lost_the_run_while_waiting_for_it_does_not_get_it(held, lock, tmp_path):
     with pytest.raises(Superseded):
-        run._lock(tmp_path, Ownership.of_environment(), lambda text: name(lock, "34.0"))
+        run._lock(tmp_path, Fence.of_environment(), lambda text: name(lock, "34.0"))
     assert (tmp_path / "lock").read_text() == "pid 7 on n2"
 
 
@@ -187,13 +187,13 @@ def test_a_disk_without_locks_is_said_where_nothing_else_protects_the_run(tmp_pa
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     said: list[str] = []
-    run._lock(tmp_path, Ownership.of_environment(), said.append).close()
+    run._lock(tmp_path, Fence.of_environment(), said.append).close()
     assert said == []
-    run._lock(tmp_path, Ownership(), said.append).close()
+    run._lock(tmp_path, Fence(), said.append).close()
     assert "never start this run twice at once" in said[0]
     code = errno.EIO
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        run._lock(tmp_path, Ownership(), said.append)
+        run._lock(tmp_path, Fence(), said.append)
 
 
 @pytest.mark.parametrize(("code", "passes"), [(errno.EINVAL, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
@@ -252,13 +252,6 @@ def test_a_validation_is_finished_before_a_save_and_a_ladders_slowest_run_counts
 
 
 # --- devices and disks of a node ---
-
-
-def test_a_rank_that_sees_one_device_takes_it_and_one_that_sees_too_few_says_so():
-    assert [device_index(local, 4) for local in range(4)] == [0, 1, 2, 3]
-    assert [device_index(local, 1) for local in range(8)] == [0] * 8, "bound one to each"
-    with pytest.raises(UserError, match="rank 4 of this machine has no GPU of its own: 4 are visible"):
-        device_index(4, 4)
 
 
 def test_the_profiles_stage_is_used_where_the_config_says_nothing(monkeypatch):
