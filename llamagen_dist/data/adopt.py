@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
@@ -30,7 +29,7 @@ def index_folder(
     """Make manifest.json and the indexes for every ``*.tar`` in ``folder`` (image shards, WebDataset naming).
 
     classes: names of the labels in ``.cls``; without them the labels' numbers serve. Where there is a
-    manifest already, only its indexes and checksums are made again. advance: called with (1, shard name) after
+    manifest already, only its indexes are made again. advance: called with (1, shard name) after
     each tar. Raises UserError, leaving no file behind: no tars, a tar that is damaged, compressed or leaves its
     archive, token shards, samples without image, labels or captions (``.txt``) that only some samples have, labels
     that are not numbers of a class.
@@ -65,8 +64,7 @@ def index_folder(
             raise UserError(f"{folder}: class names were given, but the samples have no {LABEL_MEMBER}")
     except UserError:
         for record in written:
-            for name in (index_name(record.name), checksum_name(record.name)):
-                (folder / name).unlink(missing_ok=True)
+            (folder / index_name(record.name)).unlink(missing_ok=True)
         raise
     write_manifest(folder, manifest)
     return manifest
@@ -96,25 +94,14 @@ def _check_samples(path: Path, index: TarIndex, members: tuple[str, ...]) -> Non
 
 
 def _write_index(path: Path, index: TarIndex) -> ShardRecord:
-    """The index and the checksums beside a tar, and its record."""
+    """The index beside a tar, and its record."""
     try:
         place = path.with_name(index_name(path.name))
         write_bytes(place, index_bytes(index))
-        record = ShardRecord(
-            path.name,
-            len(index.spans),
-            path.stat().st_size,
-            sha256_file(path),
-            index_sha256=sha256_file(place),
-        )
-        _write_checksums(path, record, index)
+        size, sha256 = path.stat().st_size, sha256_file(path)
+        return ShardRecord(path.name, len(index.spans), size, sha256, index_sha256=sha256_file(place))
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}); copy the shards elsewhere") from None
-    return record
-
-
-def _write_checksums(path: Path, record: ShardRecord, index: TarIndex) -> None:
-    write_bytes(path.with_name(checksum_name(path.name)), checksums(path, starts(record, index.spans)).tobytes())
 
 
 def _with_classes(folder: Path, manifest: Manifest, classes: list[str] | None) -> Manifest:
@@ -131,15 +118,12 @@ def _index_again(folder: Path, advance: Callable[[int, str], None]) -> Manifest:
     for record in manifest.shards:
         path = folder / record.name
         index = scan(path)
-        if sha256_file(path) != record.sha256:  # checksums of a damaged shard would say that it is whole
+        if sha256_file(path) != record.sha256:  # an index of other bytes would make it look whole
             raise UserError(
                 f"{path}: is not the shard that {MANIFEST} records; look for the damage with llamagen shards verify "
                 f"{folder}"
             )
-        index = index.columns(manifest.members)
         if record.layout is None:
-            _write_index(path, index)
-        else:
-            _write_checksums(path, record, index)
+            _write_index(path, index.columns(manifest.members))
         advance(1, record.name)
     return manifest

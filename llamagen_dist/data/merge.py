@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.data.access.folders import all_spans
-from llamagen_dist.data.checksums import checksum_name
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name
@@ -132,14 +131,9 @@ def _refuse_doubles(parts: Sequence[Shards]) -> None:
 def _place(
     part: Shards, record: ShardRecord, out: Path, name: str, members: tuple[str, ...], copy: bool
 ) -> ShardRecord:
-    """One shard with its index and checksums under its new name. Raises UserError where a copy is not what it should
-    be.
-    """
+    """One shard with its index under its new name. Raises UserError where a copy is not what it should be."""
     source = part.folder / record.name
     _link_or_copy(source, out / name, copy, record.sha256)
-    sums = part.folder / checksum_name(record.name)
-    if sums.exists():
-        _link_or_copy(sums, out / checksum_name(name), copy)
     held = part.manifest.members
     if record.layout is not None and {*held} == {*members}:
         layout = tuple(record.layout[held.index(member)] for member in members)
@@ -154,7 +148,7 @@ def _place(
     return replace(record, name=name, stride=None, layout=None, index_sha256=sha256_file(path))
 
 
-def _link_or_copy(source: Path, target: Path, copy: bool, sha256: str | None = None) -> None:
+def _link_or_copy(source: Path, target: Path, copy: bool, sha256: str) -> None:
     try:
         if not copy:
             target.unlink(missing_ok=True)
@@ -169,5 +163,5 @@ def _link_or_copy(source: Path, target: Path, copy: bool, sha256: str | None = N
             while block := reading.read(1 << 20):
                 digest.update(block)
                 writing.write(block)
-        if sha256 is not None and digest.hexdigest() != sha256:
+        if digest.hexdigest() != sha256:
             raise UserError(f"{source}: sha256 {digest.hexdigest()}, but its manifest records {sha256}; copy it again")

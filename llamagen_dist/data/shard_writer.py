@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.data.checksums import checksum_name, checksums, starts
 from llamagen_dist.data.index import index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
@@ -80,9 +79,6 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
         else:
             layout = tuple((int(offset), int(length)) for offset, length in index.spans[0])
         record = ShardRecord(name, len(index.spans), size, digest, stride, layout, index_sha256)
-        sums = checksums(aside, starts(record, index.spans))
-        with refused_when_full(folder):
-            write_bytes(folder / checksum_name(name), sums.tobytes())
         os.replace(aside, path)
         sync_folder(folder)
     finally:
@@ -116,7 +112,7 @@ class ShardJob:
     def _discard(self) -> None:
         for part in self._output.parts.glob("*.tar.json"):
             name = part.stem
-            for file in (name, index_name(name), checksum_name(name)):
+            for file in (name, index_name(name)):
                 (self.folder / file).unlink(missing_ok=True)
 
     def finished(self, name: str) -> tuple[ShardRecord, dict[str, Any]] | None:

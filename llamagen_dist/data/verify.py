@@ -2,10 +2,7 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
-from llamagen_dist.data import checksums
-from llamagen_dist.data.access.folders import LocalFolder, all_spans
+from llamagen_dist.data.access.folders import LocalFolder
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, ShardRecord
 from llamagen_dist.data.shards import Shards
@@ -17,7 +14,7 @@ def verify(shards: Shards, advance: Callable[[int, str], None] = lambda count, t
     """Read every byte and compare sha256 with the manifest. (Remote shards are compared as they arrive in the cache.)
 
     advance: called with (samples, shard name) after each shard. Raises UserError with one line for each
-    damaged file, naming both hashes and, where the checksums beside it tell, the samples.
+    damaged file, naming both hashes.
     """
     problems = []
     for record in shards.manifest.shards:
@@ -48,21 +45,8 @@ def _problems(shards: Shards, record: ShardRecord) -> list[str]:
             problems.append(f"{path}: cannot be read ({error.strerror})")
             continue
         if found != recorded:
-            which = _damage(shards, record) if name == record.name else ""
             problems.append(
-                f"{path}: sha256 {found}, but {MANIFEST} records {recorded}: its bytes have changed{which}; copy or "
-                "make it again"
+                f"{path}: sha256 {found}, but {MANIFEST} records {recorded}: its bytes have changed; copy or make "
+                "it again"
             )
     return problems
-
-
-def _damage(shards: Shards, record: ShardRecord) -> str:
-    try:
-        sums = (shards.folder / checksums.checksum_name(record.name)).read_bytes()
-        spans = None
-        if record.layout is None:
-            with shards.source.index(record, shards.manifest.members) as index:
-                spans = all_spans(index, record, shards.manifest.members)
-    except (OSError, UserError):
-        return checksums.damage(shards.folder / record.name, record, np.zeros(0, np.int64), None)
-    return checksums.damage(shards.folder / record.name, record, checksums.starts(record, spans), sums)

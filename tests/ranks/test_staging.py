@@ -101,7 +101,7 @@ def test_a_forked_worker_that_ends_does_not_take_the_copy_along(tmp_path):
     assert copies(tmp_path / "local") == []
 
 
-def test_a_damaged_byte_is_not_staged_and_the_sample_is_named(tmp_path, monkeypatch):
+def test_a_damaged_byte_is_not_staged_and_the_shard_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
     write_set(tmp_path / "made")
     path = tmp_path / "made" / shard_name(2)
@@ -109,7 +109,7 @@ def test_a_damaged_byte_is_not_staged_and_the_sample_is_named(tmp_path, monkeypa
     place = good.index(payload(8))
     path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     access = ShardAccess(stage=tmp_path / "local")
-    with pytest.raises(UserError, match=rf"{shard_name(2)}: .*sha256 .*damaged: sample 2 of 7"):
+    with pytest.raises(UserError, match=rf"{shard_name(2)}: .*sha256 .*, but {MANIFEST} records"):
         open_shards(tmp_path / "made", access=access)
     assert copies(tmp_path / "local") == []
     path.write_bytes(good)

@@ -253,7 +253,7 @@ def test_image_sets_of_different_formats_are_merged_and_can_be_indexed_again(tmp
 # --- llamagen shards index
 
 
-def test_captioned_tars_without_classes_are_indexed_with_checksums(tmp_path):
+def test_captioned_tars_without_classes_are_indexed(tmp_path):
     entries = [(f"{n}.{end}", data) for n in range(3) for end, data in (("jpg", encoded(n)), ("txt", b"a %d" % n))]
     (tmp_path / "x.tar").write_bytes(tar_bytes(entries))
     manifest = index_folder(tmp_path)
@@ -263,14 +263,15 @@ def test_captioned_tars_without_classes_are_indexed_with_checksums(tmp_path):
     damaged = bytearray(good)
     damaged[good.index(encoded(1)) + 30] ^= 1
     (tmp_path / "x.tar").write_bytes(damaged)
-    with pytest.raises(UserError, match="damaged: sample 1 of 3"):
+    with pytest.raises(UserError, match=r"x\.tar: sha256 .*its bytes have changed"):
         verify(open_shards(tmp_path))
-    (tmp_path / "x.crc32").unlink()
+    (tmp_path / "x.index.npy").unlink()
     with pytest.raises(UserError, match=r"is not the shard that manifest.json records"):
-        index_folder(tmp_path)  # checksums of damaged bytes would hide the damage
+        index_folder(tmp_path)  # an index of damaged bytes would hide the damage
     (tmp_path / "x.tar").write_bytes(good)
     index_folder(tmp_path)
-    assert (tmp_path / "x.crc32").exists()
+    assert (tmp_path / "x.index.npy").exists()
+    verify(open_shards(tmp_path))
 
 
 @pytest.mark.parametrize(

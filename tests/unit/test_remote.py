@@ -8,7 +8,6 @@ import shutil
 import time
 
 import fsspec
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,11 +92,10 @@ def test_a_byte_flipped_on_the_way_is_noticed_and_fetched_again(tmp_path, server
     assert server.times(FIRST) == 4
 
 
-def test_a_byte_flipped_at_the_source_names_url_sample_hashes_and_tries(tmp_path, server):
+def test_a_byte_flipped_at_the_source_names_url_hashes_and_tries(tmp_path, server):
     path = server.folder / shard_name(2)
     data = bytearray(path.read_bytes())
-    begins = [int(span) for span in open_shards(server.folder).spans(np.arange(6, 13), ".cls")[1]]
-    data[begins[3]] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
     shards = open_shards(server.url, access=access(tmp_path))
     assert shards.read(5, ".png") == payload(5)
@@ -106,7 +104,6 @@ def test_a_byte_flipped_at_the_source_names_url_sample_hashes_and_tries(tmp_path
     for part in (
         f"{server.url}/{shard_name(2)}",
         "5 tries",
-        "damaged: sample 3 of 7",
         shards.manifest.shards[2].sha256,
     ):
         assert part in str(refusal.value)
@@ -298,7 +295,9 @@ def test_remote_shards_are_verified_and_described(tmp_path, server, capsys):
     assert re.search(r"\b0 +2  class 0\n", said)
     server.always[FIRST] = ("flip", 600)
     main(["shards", "verify", server.url, "--cache", str(tmp_path / "cache")])  # what is kept was checked
-    with pytest.raises(UserError, match=rf"{FIRST}: could not be fetched in 5 tries.*sha256.*damaged: sample 0 of 5"):
+    with pytest.raises(
+        UserError, match=rf"{FIRST}: could not be fetched in 5 tries.*sha256 .*, but {MANIFEST} records"
+    ):
         main(["shards", "verify", server.url])
     with pytest.raises(UserError, match="allow-pipe"):
         main(["shards", "verify", f"pipe:cat {server.folder}/{{name}}"])

@@ -116,7 +116,7 @@ def test_a_flipped_byte_is_found_by_verify_with_both_hashes(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError) as refusal:
         verify(open_shards(tmp_path))
-    for part in (record.name, record.sha256, hashlib.sha256(data).hexdigest(), "damaged: sample 0 of 7"):
+    for part in (record.name, record.sha256, hashlib.sha256(data).hexdigest(), "its bytes have changed"):
         assert part in str(refusal.value)
     assert "shard-000000" not in str(refusal.value)
 
@@ -266,7 +266,6 @@ def test_a_job_keeps_finished_shards_and_refuses_other_contents(tmp_path):
     again.finish(Manifest("images", 1, (".png",), (record,), source=again.source))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "manifest.json",
-        "shard-000000.crc32",
         "shard-000000.tar",
     ]
     assert again.completed() is not None

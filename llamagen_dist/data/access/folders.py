@@ -1,7 +1,6 @@
 """Where the files of an open set of shards come from: a folder, or a remote one through the cache."""
 
 import hashlib
-import io
 import tempfile
 from pathlib import Path
 from typing import IO, Protocol
@@ -9,7 +8,6 @@ from typing import IO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.data import checksums
 from llamagen_dist.data.access.cache import Cache
 from llamagen_dist.data.access.remote import NotThere, fetch
 from llamagen_dist.data.access.transport import Transport
@@ -121,9 +119,7 @@ class RemoteFolder:
         return self.source.shown(name)
 
     def open(self, record: ShardRecord) -> IO[bytes]:
-        return self.cache.open(
-            record.sha256, record.bytes, lambda file: fetch_shard(self.source, record, self._members, file)
-        )
+        return self.cache.open(record.sha256, record.bytes, lambda file: fetch_shard(self.source, record, file))
 
     def index(self, record: ShardRecord, members: tuple[str, ...]) -> IO[bytes]:
         limit = index_limit(record, members)
@@ -145,23 +141,6 @@ def index_limit(record: ShardRecord, members: tuple[str, ...]) -> int:
     return 16 * record.samples * len(members) + 1024
 
 
-def fetch_shard(source: Transport, record: ShardRecord, members: tuple[str, ...], file: IO[bytes]) -> None:
-    """Fill ``file`` with a shard, checked; see ``fetch``. Damage is told down to the sample where the source can."""
-
-    def damage(whole: IO[bytes]) -> str:
-        spans = recorded = None
-        try:
-            if record.layout is None:
-                index = io.BytesIO()
-                fetch(source, index_name(record.name), index, index_limit(record, members), sha256=record.index_sha256)
-                spans = all_spans(index, record, members)
-            sums = io.BytesIO()
-            fetch(source, checksums.checksum_name(record.name), sums, 4 * record.samples)
-            recorded = sums.getvalue()
-            begins = checksums.starts(record, spans)
-        except UserError:
-            return ""
-        whole.flush()
-        return checksums.damage(Path(f"/dev/fd/{whole.fileno()}"), record, begins, recorded)
-
-    fetch(source, record.name, file, record.bytes, record.bytes, record.sha256, damage)
+def fetch_shard(source: Transport, record: ShardRecord, file: IO[bytes]) -> None:
+    """Fill ``file`` with a shard, checked; see ``fetch``."""
+    fetch(source, record.name, file, record.bytes, record.bytes, record.sha256)

@@ -5,7 +5,6 @@ import http.client
 import io
 import random
 import time
-from collections.abc import Callable
 from typing import IO
 
 from llamagen_dist.data.access.transport import Busy, Local, Refused, Transport
@@ -34,12 +33,11 @@ def fetch(
     limit: int,
     size: int | None = None,
     sha256: str | None = None,
-    damage: Callable[[IO[bytes]], str] = lambda file: "",
 ) -> None:
     """Fill ``file`` with the file ``name``; what it holds already is taken for the beginning and goes on from there.
 
     limit: bytes after which the source is not believed. size, sha256: what must have arrived, where that is known.
-    damage: says more about a whole file with another sha256. Raises UserError naming the file and the tries: NotThere
+    Raises UserError naming the file and the tries: NotThere
     where it does not exist. ``file`` is left at its beginning.
     """
     began, tries = time.monotonic(), 2 if isinstance(source, Local) else TRIES
@@ -51,7 +49,7 @@ def fetch(
             pause = FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # ranks should not come in step
             time.sleep(min(max(asked, pause), _LONGEST_PAUSE_S))
         try:
-            _try(source, name, file, limit, size, sha256, damage)
+            _try(source, name, file, limit, size, sha256)
             file.seek(0)
             return
         except Refused as error:
@@ -72,7 +70,6 @@ def _try(
     limit: int,
     size: int | None,
     sha256: str | None,
-    damage: Callable[[IO[bytes]], str],
 ) -> None:
     digest, held = hashlib.sha256(), 0
     file.seek(0)
@@ -97,7 +94,7 @@ def _try(
     if size is not None and held < size:
         raise _Failed(f"it ended after {held:,} of the {size:,} bytes that {MANIFEST} records")
     if sha256 is not None and digest.hexdigest() != sha256:
-        text = f"sha256 {digest.hexdigest()}, but {MANIFEST} records {sha256}{damage(file)}"
+        text = f"sha256 {digest.hexdigest()}, but {MANIFEST} records {sha256}"
         file.truncate(0)
         raise _Failed(text)
 

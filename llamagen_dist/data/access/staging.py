@@ -104,7 +104,7 @@ def _copy(source: Transport, manifest: Manifest, folder: Path) -> None:
 
     def shard(record: ShardRecord) -> None:
         with open(folder / record.name, "w+b") as file:
-            fetch_shard(source, record, manifest.members, file)
+            fetch_shard(source, record, file)
 
     said = began
     with ThreadPoolExecutor(_AT_ONCE) as threads:
