@@ -25,9 +25,8 @@ def run(args: argparse.Namespace) -> None:
     from llamagen_dist.console import Screen
     from llamagen_dist.errors import UserError
     from llamagen_dist.files import write_text
-    from llamagen_dist.launch.check import screen as page
     from llamagen_dist.launch.check import start
-    from llamagen_dist.launch.check.verdict import read_reports
+    from llamagen_dist.launch.check.verdict import read_reports, show
 
     out, screen = args.out.absolute(), Screen()
     if args.cluster == "local":
@@ -44,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
         verdict = start.on_cluster(profile, out, args.nodes, args.gpus_per_node, screen)
     reports = read_reports(out / "reports")
     write_text(out / "check.json", json.dumps({**asdict(verdict), "ranks": reports}, indent=1))
-    page.show(screen, reports, verdict, out / "check.json")
+    show(screen, reports, verdict, out / "check.json")
     if not verdict.ready:
         sys.exit(1)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamagen_dist.launch.check import disk
-from llamagen_dist.launch.check.verdict import Verdict, dumped, judge, read_reports, report_of
+from llamagen_dist.launch.check.verdict import Verdict, judge, read_reports, report_of
 
 ROOT = Path(__file__).resolve().parents[2]
 Reports = list[dict[str, Any]]
@@ -101,20 +101,15 @@ def put(reports: Reports, rank: int, dotted: str, value: Any) -> None:
         (1, "node.gpu.free_gb", 60.0, "warning", ["rank 1 on n1", "20.0 of 80.0 GB", "somebody else"]),
         (0, "node.space.shared.free_gb", 20.0, "warning", ["/shared/check has 20.0 GB free"]),
         (0, "node.space.shared.free_gb", 0.5, "problem", ["make room"]),
-        (0, "node.space.shared.inodes", 5, "warning", ["only 5 more files"]),
         (2, "node.space.tmp.free_gb", 0.1, "warning", ["n2: /tmp", "TMPDIR"]),
         (2, "node.space.stage", {"path": "/nvme", "error": "No such file"}, "problem", ["n2: /nvme: No such file"]),
         (2, "node.space.shm.free_gb", 0.06, "warning", ["n2: /dev/shm", "--shm-size"]),
-        (2, "node.memory_gb", 1.0, "warning", ["n2: 1.0 GB", "memory_gb"]),
-        (2, "node.files", 256, "warning", ["n2", "256 files", "ulimit -n"]),
         (2, "disk.write_mb_s", 10.0, "warning", ["n2: 10 MB/s", "130 s"]),
-        (2, "disk.small_s", 2.5, "warning", ["n2: 2.5 s for one small file"]),
-        (2, "disk.clock_s", -30.0, "warning", ["n2", "-30.0 s", "NTP"]),
-        (0, "shared.winners.0", 2, "problem", ["2 nodes made a file that must not exist", "another disk"]),
+        (0, "shared.winners.0", 2, "problem", ["2 nodes created a file that must not exist", "another disk"]),
         (0, "shared.winners.1", 0, "problem", ["0 nodes gave one name"]),
         (3, "shared.visible_s", None, "problem", ["n2 did not see a renamed file of n1", "noac"]),
         (3, "shared.replaced_s", 5.0, "warning", ["n2 saw a file's new content only after 5.0 s"]),
-        (3, "shared.flock", False, "warning", ["n2: a lock (flock) held by n1 is not seen"]),
+        (3, "shared.flock", False, "warning", ["n2: a lock (flock) of n1 is not seen"]),
         (2, "clock.offset_s", 3.0, "warning", ["n2: clock +3.0 s against n1"]),
         (2, "clock.offset_s", -3600.0, "problem", ["n2: clock -3600.0 s against n1"]),
         (2, "all_reduce.bus_gb_s", 0.4, "warning", ["0.4 GB/s over nccl", "SOCKET_IFNAME"]),
@@ -124,7 +119,7 @@ def put(reports: Reports, rank: int, dotted: str, value: Any) -> None:
         (2, "step.losses.1", 5.6, "problem", ["and fall"]),
         (1, "step.equal", False, "problem", ["weights are not the same"]),
         (1, "problem", {"part": "all_reduce", "error": "x"}, "problem", ["rank 1 on n1: all_reduce: x", "NCCL_DEBUG"]),
-        (1, "doing", "step", "problem", ["rank 1 on n1 did not come to the end of step"]),
+        (1, "doing", "step", "problem", ["rank 1 on n1 did not complete step"]),
         (3, "where", "n1", "problem", ["n1 has 3 ranks instead of 2"]),
     ],
 )
@@ -136,6 +131,15 @@ def test_every_fault_is_named_with_what_to_do(rank: int, dotted: str, value: Any
     assert [finding.level for finding in verdict.findings] == [level]
     assert all(word in verdict.findings[0].text for word in words), verdict.findings[0].text
     assert "\n" not in verdict.line
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"), [("node.files", 256), ("node.memory_gb", 1.0), ("disk.small_s", 2.5), ("disk.clock_s", -30.0)]
+)
+def test_what_changes_nothing_that_a_user_does_is_in_the_table_and_no_finding(dotted: str, value: Any) -> None:
+    reports = good()
+    put(reports, 2, dotted, value)
+    assert judged(reports).findings == ()
 
 
 def test_a_rank_without_a_report_is_a_problem_and_the_jobs_end_is_told() -> None:
@@ -167,7 +171,7 @@ def test_a_rank_that_died_is_named_and_not_those_that_lost_it() -> None:
     for rank in (0, 2, 3):
         reports[rank]["problem"] = {"part": "all_reduce", "error": f"RuntimeError: Connection reset by peer {rank}"}
     (finding,) = judged(reports, ended="killed by signal 9").findings
-    assert finding.text.startswith("rank 1 on n1 did not come to the end of all_reduce (killed by signal 9)")
+    assert finding.text.startswith("rank 1 on n1 did not complete all_reduce (killed by signal 9)")
     reports[3]["problem"]["error"] = "ValueError: of its own"
     assert len(judged(reports).findings) == 2
     for report in reports:  # nobody died: then it is the network
@@ -199,9 +203,9 @@ def test_a_report_may_end_anywhere(rank: int, part: str) -> None:
 
 def test_reports_are_read_as_written_and_torn_ones_are_no_reports(tmp_path: Path) -> None:
     for one in good():
-        report_of(tmp_path, one["rank"]).write_text(dumped(one))
+        report_of(tmp_path, one["rank"]).write_text(json.dumps(one))
     assert read_reports(tmp_path) == good()
-    report_of(tmp_path, 2).write_text(dumped(report(2))[:-5])
+    report_of(tmp_path, 2).write_text(json.dumps(report(2))[:-5])
     assert [one["rank"] for one in read_reports(tmp_path)] == [0, 1, 3]
 
 
@@ -237,7 +241,9 @@ def shared(folder: Path) -> Reports:
 
 def test_a_local_disk_passes(tmp_path: Path) -> None:
     reports = shared(tmp_path)
-    assert judged(reports).findings == ()
+    verdict = judged(reports)
+    assert verdict.ready, verdict.findings
+    assert all("only after" in found.text for found in verdict.findings), "a busy machine may be slow, and no more"
     assert reports[0]["shared"]["winners"] == [1, 1]
     alone = disk.alone(tmp_path)
     assert alone["write_mb_s"] > 1
@@ -246,7 +252,7 @@ def test_a_local_disk_passes(tmp_path: Path) -> None:
 
 def test_a_disk_that_lets_two_make_one_file_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_exclusive", lambda file: file.touch() is None)  # O_EXCL ignored
-    assert "2 nodes made a file that must not exist" in judged(shared(tmp_path)).findings[0].text
+    assert "2 nodes created a file that must not exist" in judged(shared(tmp_path)).findings[0].text
 
 
 def test_a_disk_that_keeps_old_content_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +264,7 @@ def test_a_disk_that_keeps_old_content_is_found_out(tmp_path: Path, monkeypatch:
 
 def test_a_disk_without_locks_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
-    assert "a lock (flock) held by n1 is not seen" in judged(shared(tmp_path)).findings[0].text
+    assert "a lock (flock) of n1 is not seen" in judged(shared(tmp_path)).findings[0].text
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.process import cores
-from llamagen_dist.tracking.provenance import versions
-
-# what has to be the same on all nodes
-PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "pydantic")
+from llamagen_dist.tracking.provenance import PACKAGES, versions
 
 
 def name() -> str:
