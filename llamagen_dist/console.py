@@ -20,6 +20,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def count(number: float) -> str:
+    """``999``, ``12.3 k``, ``111 M``."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"
+
+
 def _bar(console: Any, elapsed: bool = False) -> Any:
     """A rich.progress.Progress whose rows have the field ``text``; elapsed: with the time since the start."""
     from rich.progress import (

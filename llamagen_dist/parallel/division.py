@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from llamagen_dist.config import TrainSection
+from llamagen_dist.config import GPTConfigFile, Section, TokenizerConfigFile, TrainSection
+from llamagen_dist.config.ladder import rungs
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt_config import GPTConfig
 
@@ -59,6 +60,16 @@ def divide_batch(train: TrainSection, data: int) -> BatchDivision:
             f"train.micro_batch: {micro} does not divide a rank's share of {per_rank} images; use {largest}"
         )
     return BatchDivision(per_rank, micro)
+
+
+def check_ranks(config: Section, ranks: int) -> None:
+    """Refuse beforehand what so many ranks of this config would refuse at their start. Raises UserError."""
+    if isinstance(config, GPTConfigFile):
+        for _, rung in rungs(config):
+            divide_batch(rung.train, data_ranks(ranks, rung.parallel.tensor))
+    elif isinstance(config, TokenizerConfigFile):
+        # its micro-batch need not divide: the losses of its pieces are weighted by their sizes
+        per_rank_batch(config.train.global_batch, ranks)
 
 
 def check_split(config: GPTConfig, tensor: int) -> None:

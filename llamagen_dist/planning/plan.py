@@ -92,6 +92,12 @@ def model_of(config: GPTConfigFile, tokens: Tokens) -> tuple[GPTConfig, GPTConfi
     return model, rung, name if len(models) > 1 else None
 
 
+def gpu_seconds(model: GPTConfig, config: GPTConfigFile, machine: Machine) -> float:
+    """Of the whole run, on one GPU, at the machine's MFU."""
+    peak = machine.device.peaks[config.compute.precision]
+    return cost.training_flops_per_image(model) * config.train.images / (machine.mfu * peak)
+
+
 def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str, Any]:
     """Everything ``llamagen plan`` knows. Raises UserError where the GPUs allow no layout at all.
 
@@ -106,9 +112,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
     change = lay.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
     steps = config.train.images // config.train.global_batch
     flops = cost.training_flops_per_image(model)
-    whole = flops * config.train.images
-    peak = machine.device.peaks[config.compute.precision]
-    seconds = whole / (machine.mfu * peak)
+    seconds = gpu_seconds(model, config, machine)
     groups = cost.parameters(model)
     disk = memory.checkpoint_bytes(model, config.ema.decay > 0)
     result: dict[str, Any] = {
@@ -128,7 +132,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
             "global_batch": config.train.global_batch,
             "steps": steps,
             "tokens": config.train.images * model.image_tokens,
-            "training_flops": whole,
+            "training_flops": flops * config.train.images,
         },
         "machine": {
             "gpu": machine.device.name,
@@ -136,7 +140,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
             "gpus": machine.gpus,
             "gpus_per_node": machine.per_node,
             "precision": config.compute.precision,
-            "peak_flops": peak,
+            "peak_flops": machine.device.peaks[config.compute.precision],
             "mfu": machine.mfu,
             "mfu_is": "given" if machine.mfu_given else "assumed",
         },

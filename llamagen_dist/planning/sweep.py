@@ -9,13 +9,13 @@ from rich.table import Table
 from llamagen_dist.build import vq_parameters
 from llamagen_dist.config import GPTConfigFile, SampleConfig, Section, TokenizerConfigFile
 from llamagen_dist.config.ladder import rungs
-from llamagen_dist.console import Screen
+from llamagen_dist.console import Screen, count
 from llamagen_dist.errors import UserError
 from llamagen_dist.models import cost
-from llamagen_dist.parallel.division import divide_batch
+from llamagen_dist.parallel.division import check_ranks
 from llamagen_dist.planning import layouts as lay
 from llamagen_dist.planning import memory
-from llamagen_dist.planning.plan import Machine, Tokens, model_for, tokens_of
+from llamagen_dist.planning.plan import Machine, gpu_seconds, model_for, tokens_of
 from llamagen_dist.tracking.devices import GIB
 
 
@@ -36,45 +36,40 @@ class Need:
 
 def need(name: str, config: Section | None, machine: Machine) -> Need:
     """What a point with this config needs. Raises UserError for token shards whose manifest cannot be read."""
+    refused = None
+    try:
+        if config is not None:
+            check_ranks(config, machine.gpus)
+    except UserError as error:
+        refused = str(error)
     if isinstance(config, TokenizerConfigFile):
-        refused = None
-        try:
-            divide_batch(config.train, machine.gpus)
-        except UserError as error:
-            refused = str(error)
         return Need(name, vq_parameters(config.model), config.train.images, refused=refused)
     if not isinstance(config, GPTConfigFile):
         return Need(name, images=config.images if isinstance(config, SampleConfig) else None)
     tokens = tokens_of(config)
-    found = [_gpt(name, rung, tokens, machine) for _, rung in rungs(config)]
-    largest = max(found, key=lambda one: one.parameters or 0)
+    models = [(model_for(rung, tokens), rung) for _, rung in rungs(config)]
+    layouts = []
+    for model, rung in models:
+        layout, why = lay.configured(model, rung, machine.gpus)
+        layouts.append((model, layout))
+        refused = refused or why or None
+    runnable = [(model, layout) for model, layout in layouts if layout is not None]
     return Need(
         name,
-        largest.parameters,
-        sum(one.images or 0 for one in found),
-        sum(one.gpu_hours or 0.0 for one in found),
-        max((one.rank_bytes for one in found if one.rank_bytes is not None), default=None),
-        None if any(one.fits is None for one in found) else all(one.fits for one in found),
-        sum(one.disk_bytes or 0 for one in found),
-        next((one.refused for one in found if one.refused), None),
+        max(cost.total_parameters(model) for model, _ in models),
+        sum(rung.train.images for _, rung in models),
+        sum(gpu_seconds(model, rung, machine) for model, rung in models) / 3600,
+        max((lay.total(model, layout) for model, layout in runnable), default=None),
+        all(lay.fits(*pair, machine.device.memory) for pair in runnable) if len(runnable) == len(models) else None,
+        sum(memory.checkpoint_bytes(model, rung.ema.decay > 0) * kept(rung) for model, rung in models),
+        refused,
     )
 
 
-def _gpt(name: str, config: GPTConfigFile, tokens: Tokens, machine: Machine) -> Need:
-    model = model_for(config, tokens)
-    layout, why = lay.configured(model, config, machine.gpus)
-    flops = cost.training_flops_per_image(model) * config.train.images
-    size = None if layout is None else lay.total(model, layout)
-    return Need(
-        name,
-        cost.total_parameters(model),
-        config.train.images,
-        flops / (machine.mfu * machine.device.peaks[config.compute.precision]) / 3600,
-        size,
-        None if layout is None else lay.fits(model, layout, machine.device.memory),
-        memory.checkpoint_bytes(model, config.ema.decay > 0) * config.checkpoint.keep_last,
-        None if layout is not None else why,
-    )
+def kept(config: GPTConfigFile) -> int:
+    """Checkpoints on disk in the end, at most: the last ones and those kept along the way."""
+    every = config.checkpoint.keep_every_images
+    return config.checkpoint.keep_last + (config.train.images // every if every else 0)
 
 
 def elapsed(hours: Sequence[float], at_once: int) -> float:
@@ -99,7 +94,7 @@ def show(
         verdict = "" if one.fits is None else "yes" if one.fits else "NO"
         table.add_row(
             one.name,
-            "" if one.parameters is None else _count(one.parameters),
+            "" if one.parameters is None else count(one.parameters),
             "" if one.images is None else f"{one.images:,}",
             "" if one.gpu_hours is None else _hours(one.gpu_hours),
             "" if one.rank_bytes is None else f"{one.rank_bytes / GIB:.1f}",
@@ -138,13 +133,6 @@ def totals(found: Sequence[Need], states: Sequence[str], machine: Machine, besid
             f"would make {tight[0].name} fit"
         )
     return lines
-
-
-def _count(number: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:.0f}"
 
 
 def _hours(hours: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, dump
+from llamagen_dist.config import ClusterConfig, Section, dump
 from llamagen_dist.config.resume import same_config
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
@@ -19,7 +19,7 @@ from llamagen_dist.launch.slurm import elastic, lock, queue, standby
 from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, read_json
 from llamagen_dist.launch.slurm.submission import Size, check_path, limits_of, masked, script, size_of, submit
 from llamagen_dist.launch.stages import absolute
-from llamagen_dist.parallel.division import data_ranks, divide_batch
+from llamagen_dist.parallel.division import check_ranks
 from llamagen_dist.training import timing
 
 POLL_S = 2.0
@@ -188,10 +188,7 @@ def settled(folder: Path, screen: Screen) -> Found:
 
 def fits(config: Section, ranks: int) -> None:
     """Refuse before the queue what the ranks would refuse after it. Raises UserError."""
-    if not isinstance(config, (GPTConfigFile, TokenizerConfigFile)):
-        return
-    tensor = config.parallel.tensor if isinstance(config, GPTConfigFile) else 1
-    divide_batch(config.train, data_ranks(ranks, tensor))
+    check_ranks(config, ranks)
 
 
 def watch(folder: Path, screen: Screen) -> int:
