@@ -1,6 +1,5 @@
 """From config sections to models: the only place where the two meet (models know no config)."""
 
-import difflib
 import functools
 import os
 import shutil
@@ -8,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from llamagen_dist.config import GPTModelSection, TokenizerModelSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.sizes import GPTConfig
 
 if TYPE_CHECKING:  # imported where models are built: their sizes can be known without torch
     from collections.abc import Callable
@@ -18,11 +16,11 @@ if TYPE_CHECKING:  # imported where models are built: their sizes can be known w
     from torch import Tensor
 
     from llamagen_dist.models.gpt import GPT
-    from llamagen_dist.models.vq import VQConfig, VQModel
+    from llamagen_dist.models.vq import VQModel
 
 
 def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, num_classes: int | None) -> GPTConfig:
-    """The model that ``section`` and the token shards' manifest describe together. Raises UserError.
+    """The model that ``section`` and the token shards describe together (Manifest.gpt_sizes). Raises UserError.
 
     num_classes: None where there are none, which only a text-conditional model can do without.
     """
@@ -31,46 +29,10 @@ def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, 
             "model.condition: class needs labels, and the token shards have none; set condition: text if they hold "
             "captions"
         )
-    if section.size is not None:
-        if section.size not in GPT_SIZES:
-            near = difflib.get_close_matches(section.size, GPT_SIZES, n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPT_SIZES)}"
-            raise UserError(f"model.size: {section.size!r} is unknown; {hint}")
-        sizes = GPT_SIZES[section.size]
-    else:  # the section has checked that all three are there
-        own = {"n_layer": section.n_layer, "n_head": section.n_head, "dim": section.dim}
-        sizes = {name: number for name, number in own.items() if number is not None}
     try:
-        return GPTConfig(
-            n_layer=sizes["n_layer"],
-            n_head=sizes["n_head"],
-            dim=sizes["dim"],
-            vocab_size=vocab_size,
-            image_tokens=image_tokens,
-            condition=section.condition,
-            num_classes=num_classes or 0,
-            prefix_tokens=section.prefix_tokens,
-            caption_dim=section.caption_dim,
-            multiple_of=section.multiple_of,
-            n_kv_head=section.n_kv_head,
-            prefix_rotation=section.prefix_rotation,
-            token_dropout_p=section.token_dropout_p,
-            resid_dropout_p=section.resid_dropout_p,
-            ffn_dropout_p=section.ffn_dropout_p,
-            attn_dropout_p=section.attn_dropout_p,
-            drop_path_rate=section.drop_path_rate,
-        )
+        return section.gpt(vocab_size=vocab_size, image_tokens=image_tokens, num_classes=num_classes or 0)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-
-
-def build_gpt(config: GPTConfig, seed: int) -> "GPT":
-    """LlamaGen's initial weights for this seed; the dropout masks hang on the same seed."""
-    from llamagen_dist.models.gpt import GPT
-
-    model = GPT(config).initialize(seed)
-    model.dropout_seed = seed
-    return model
 
 
 def build_gpt_on_meta(config: GPTConfig, seed: int) -> "GPT":
@@ -108,28 +70,11 @@ def compile_blocks(model: "GPT", device: "torch.device") -> None:
     model.compile_blocks()
 
 
-def vq_config(section: TokenizerModelSection) -> "VQConfig":
-    from llamagen_dist.models.vq import VQ_SIZES, VQConfig
-
-    if section.size is not None:
-        return VQConfig(**VQ_SIZES[section.size])
-    assert section.channels is not None
-    assert section.channel_multipliers is not None
-    return VQConfig(
-        channels=section.channels,
-        channel_multipliers=section.channel_multipliers,
-        res_blocks=section.res_blocks,
-        z_channels=section.z_channels,
-        codebook_size=section.codebook_size,
-        codebook_dim=section.codebook_dim,
-        l2_norm=section.l2_norm,
-    )
-
-
 def build_vq(section: TokenizerModelSection) -> "VQModel":
+    """Weights are drawn from torch's global generator."""
     from llamagen_dist.models.vq import VQModel
 
-    return VQModel(vq_config(section))
+    return VQModel(section.vq())
 
 
 @functools.cache

@@ -9,8 +9,7 @@ its rungs one after another in run_dir/NAME, in one process start.
 from functools import partial
 
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
-from llamagen_dist.config import GPTConfigFile, load
-from llamagen_dist.config.ladder import rungs
+from llamagen_dist.config import GPTConfigFile, load, rungs
 from llamagen_dist.data.prefetch import Prefetched
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream, check_captions

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen_dist.models.gpt import Condition, GPTConfig, rotary_table
+from llamagen_dist.models.gpt import GPT, Condition, GPTConfig, rotary_table
 
 
 class Norm(nn.Module):
@@ -138,3 +138,10 @@ def padding_mask(present: Tensor, tokens: int) -> Tensor:
     columns = F.pad(present, (0, tokens), value=True)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     return ((causal & columns[:, None, :]) | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
+
+
+def whole_gpt(config: GPTConfig, seed: int) -> GPT:
+    """The real model with all its weights, where the programs build it on the meta device and piece by piece."""
+    model = GPT(config).initialize(seed)
+    model.dropout_seed = seed
+    return model

@@ -9,7 +9,7 @@ import torch
 from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, dump
-from llamagen_dist.config.loader import build
+from llamagen_dist.config.section import build
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
@@ -43,4 +43,4 @@ def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_si
 
 def random_tokenizer(run: Path, sizes: Mapping[str, Any], seed: int, image_size: int = 256) -> Path:
     torch.manual_seed(seed)
-    return save_tokenizer(run, build_vq(TokenizerModelSection.model_validate(dict(sizes))), sizes, image_size)
+    return save_tokenizer(run, build_vq(TokenizerModelSection(**dict(sizes))), sizes, image_size)

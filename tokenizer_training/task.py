@@ -40,13 +40,6 @@ class TokenizerTask:
         self.clock = Clock(topology.device)
         self.guard = StepGuard(topology, config.guard.skip_non_finite)
         self.parameters = sum(p.numel() for p in model.parameters())
-        size, factor = config.data.image_size, model.config.downsampling
-        if size % factor:
-            raise UserError(
-                f"data.image_size: {size} pixels cannot be cut into tokens of {factor} x {factor} pixels "
-                f"(model.channel_multipliers has {len(model.config.channel_multipliers)} levels); "
-                f"use a multiple of {factor}"
-            )
         self.share = topology.per_rank_batch(config.train.global_batch)
         self.micro = config.train.micro_batch or self.share
         self.loss = TokenizerLoss(config.loss, topology.device)
@@ -58,12 +51,6 @@ class TokenizerTask:
             d = config.loss.discriminator
             optim = config.optim if d.lr is None else config.optim.model_copy(update={"lr": d.lr})
             network = PatchGAN(model.config.image_channels, d.channels, d.layers, d.norm)
-            smallest = 3 * 2**d.layers  # every layer halves it, and two more convolutions take one pixel each
-            if size < smallest:
-                raise UserError(
-                    f"loss.discriminator.layers: {d.layers} layers need at least {smallest} pixels, and "
-                    f"data.image_size is {size}; use fewer layers"
-                )
             self.discriminator = TorchEngine(
                 network,
                 optim,

@@ -1,19 +1,31 @@
-"""The keys that every training run has: lengths, optimizer, layout, when to validate, save, log and give up."""
+"""``kind: gpt`` and ``kind: tokenizer``: every key of a training run, with its meaning and range.
+
+The text under a field is its documentation. Models and data have files of their own.
+"""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from llamagen_dist.config.data import ImageDataSection, TokenDataSection
+from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import (
+    CountFloat,
     CountInt,
     Images,
     Pictures,
+    PositiveFloat,
     PositiveImages,
     PositiveInt,
     Probability,
     Section,
+    Threads,
+    explain,
 )
+from llamagen_dist.config.yaml_text import merge, nest
 
 
 class TrainSection(Section):
@@ -28,26 +40,24 @@ class TrainSection(Section):
     seed: CountInt = 0
     """Seeds the initial weights, the data order, the label dropout and the dropout masks."""
 
-    @model_validator(mode="after")
-    def _whole_batches(self) -> "TrainSection":
+    def rules(self) -> Iterator[str]:
         if self.images % self.global_batch:
             nearest = max(1, round(self.images / self.global_batch)) * self.global_batch
-            raise ValueError(
+            yield (
                 f"images ({self.images}) must be a multiple of global_batch "
                 f"({self.global_batch}); the nearest is {nearest}"
             )
-        return self
 
 
 class OptimSection(Section):
     """Adam (tokenizer) or AdamW (GPT), with LlamaGen's defaults (paper section 3.1)."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: PositiveFloat = 1e-4
     betas: tuple[Probability, Probability] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    eps: PositiveFloat = 1e-8
+    weight_decay: CountFloat = 0.05
     """Applied to matrices only (two or more dimensions), as LlamaGen does."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: CountFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     schedule: Literal["constant", "warmup", "cosine", "wsd"] = "constant"
     """``warmup``: linear from 0 over ``warmup_images``, then constant. ``cosine``: the same warm-up (0 is allowed),
@@ -58,7 +68,7 @@ class OptimSection(Section):
     """Where the cosine ends, counted from the start of the run; usually ``train.images``."""
     cooldown_from: Images = 0
     cooldown_images: Images = 0
-    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    final_lr: CountFloat = 0.0
     """The rate that ``cosine`` and ``wsd`` end at."""
 
     @property
@@ -68,23 +78,21 @@ class OptimSection(Section):
             return self.warmup_images
         return self.cooldown_from if self.schedule == "wsd" else math.inf
 
-    @model_validator(mode="after")
-    def _schedule_has_its_lengths(self) -> "OptimSection":
+    def rules(self) -> Iterator[str]:
         if self.schedule == "warmup" and not self.warmup_images:
-            raise ValueError("schedule: warmup needs warmup_images > 0")
+            yield "schedule: warmup needs warmup_images > 0"
         if self.schedule == "constant" and self.warmup_images:
-            raise ValueError("schedule: constant has no warm-up; set schedule: warmup beside warmup_images")
+            yield "schedule: constant has no warm-up; set schedule: warmup beside warmup_images"
         if (self.schedule == "wsd") != (self.cooldown_images > 0):
-            raise ValueError("schedule: wsd goes with cooldown_images > 0, and the others with cooldown_images: 0")
+            yield "schedule: wsd goes with cooldown_images > 0, and the others with cooldown_images: 0"
         if (self.schedule == "cosine") != (self.cosine_images > 0):
-            raise ValueError("schedule: cosine goes with cosine_images > 0, and the others with cosine_images: 0")
+            yield "schedule: cosine goes with cosine_images > 0, and the others with cosine_images: 0"
         if self.schedule == "cosine" and self.cosine_images <= self.warmup_images:
-            raise ValueError("cosine_images must lie behind the warm-up")
+            yield "cosine_images must lie behind the warm-up"
         if self.final_lr > self.lr:
-            raise ValueError("final_lr must not be above lr")
+            yield "final_lr must not be above lr"
         if self.cooldown_images and self.cooldown_from < self.warmup_images:
-            raise ValueError("cooldown_from must not lie inside the warm-up")
-        return self
+            yield "cooldown_from must not lie inside the warm-up"
 
 
 class ParallelSection(Section):
@@ -98,16 +106,11 @@ class ParallelSection(Section):
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage over the data-parallel ranks: 0 nothing is split, 1 optimizer state, 2 gradients too,
     3 weights too."""
-    threads: PositiveInt | None = None
-    """CPU threads per rank; empty leaves it to OMP_NUM_THREADS or torch."""
+    threads: Threads = None
 
-    @model_validator(mode="after")
-    def _sequence_needs_tensor(self) -> "ParallelSection":
+    def rules(self) -> Iterator[str]:
         if self.sequence and self.tensor == 1:
-            raise ValueError(
-                "sequence: true splits the sequence over the tensor ranks; set tensor: 2 or more beside it"
-            )
-        return self
+            yield ("sequence: true splits the sequence over the tensor ranks; set tensor: 2 or more beside it")
 
 
 class ComputeSection(Section):
@@ -125,7 +128,7 @@ class ComputeSection(Section):
 class EMASection(Section):
     """A moving average of the fp32 weights, kept beside them and saved as ``ema-*.safetensors``."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay: Probability = 0.0
     """Per optimizer step; 0 switches it off (LlamaGen: 0.9999 where it is on)."""
 
 
@@ -158,27 +161,198 @@ class LogSection(Section):
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """[a, b]: write a torch profiler trace of steps a to b (Chrome's format) to run_dir/log/."""
 
-    @model_validator(mode="after")
-    def _steps_in_order(self) -> "LogSection":
+    def rules(self) -> Iterator[str]:
         if self.profile_steps is not None and self.profile_steps[1] < self.profile_steps[0]:
-            raise ValueError("profile_steps: the first step must not lie behind the last")
-        return self
+            yield "profile_steps: the first step must not lie behind the last"
 
 
 class GuardSection(Section):
     """What stops a run that has gone wrong, and how soon."""
 
-    hang_minutes: Annotated[float, Field(ge=0)] = 30.0
+    hang_minutes: CountFloat = 30.0
     """No step for so long: every rank writes its stacks, the silent one is named, the run ends with exit code 75 and
     can be started again. 0: never."""
-    start_minutes: Annotated[float, Field(gt=0)] = 60.0
+    start_minutes: PositiveFloat = 60.0
     """Time-out of collectives until the first step is done (start, compilation, the first files)."""
-    collective_minutes: Annotated[float, Field(gt=0)] = 10.0
+    collective_minutes: PositiveFloat = 10.0
     """Time-out of collectives from then on."""
     skip_non_finite: CountInt = 0
     """So many steps with a non-finite loss or gradient are left out (and counted) before the run stops; 0 stops at
     the first."""
     spike_window: Annotated[int, Field(ge=8)] = 128
     """The spike score is (loss - mean) / deviation of the last so many logged steps."""
-    spike_score: Annotated[float, Field(gt=0)] = 6.0
+    spike_score: PositiveFloat = 6.0
     """Scores above this are reported."""
+
+
+def _complete(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("complete"))
+
+
+class GPTConfigFile(Section):
+    """``kind: gpt``, read by ``llamagen_dist.train_gpt``."""
+
+    kind: Literal["gpt"]
+    run_dir: Path
+    model: GPTModelSection
+    data: TokenDataSection
+    train: TrainSection
+    optim: OptimSection = OptimSection()
+    ema: EMASection = EMASection()
+    parallel: ParallelSection = ParallelSection()
+    compute: ComputeSection = ComputeSection()
+    init_from: Path | None = None
+    """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
+    init_classes: Path | None = None
+    """Class names of ``init_from``, one a line, where it does not carry them (a bare weights file)."""
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    guard: GuardSection = GuardSection()
+    ladder: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
+
+    # Rules between sections belong to the last of them and look at those before it, so that they are heard even where
+    # another section is wrong; pydantic leaves a wrong one out of info.data.
+    @field_validator("parallel")
+    @classmethod
+    def _ranks_can_share_the_model(cls, parallel: ParallelSection, info: ValidationInfo) -> ParallelSection:
+        # only where asked for: ``llamagen plan`` takes such a config and says what to change
+        if "model" in info.data and _complete(info):
+            # the vocabulary is the token shards' and not known here: every number divides zero
+            why = info.data["model"].gpt(vocab_size=0).unsplittable(parallel.tensor)
+            if why is not None:
+                raise ValueError(f"tensor: {why}")
+        return parallel
+
+    @field_validator("compute")
+    @classmethod
+    def _the_engine_can_do_it(cls, compute: ComputeSection, info: ValidationInfo) -> ComputeSection:
+        parallel = info.data.get("parallel")
+        if parallel is not None and compute.precision == "bf16" and parallel.zero == 0:
+            raise ValueError(
+                "precision: bf16 needs the fp32 masters that DeepSpeed keeps: set parallel.zero to 1, 2 or 3"
+            )
+        if parallel is not None and compute.compile and parallel.zero == 3:
+            raise ValueError(
+                "compile: ZeRO-3 gathers weights in hooks around every layer, which leave the compiler nothing to fuse "
+                "and make it start over at every one: set compile: false, or parallel.zero to 1 or 2"
+            )
+        return compute
+
+    @field_validator("init_classes")
+    @classmethod
+    def _classes_of_something(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is not None and info.data.get("init_from", path) is None:
+            raise ValueError("names the classes of init_from, which is empty")
+        return path
+
+    def rung(self, name: str, complete: bool = False) -> "GPTConfigFile":
+        """The run of one ladder entry. Raises pydantic's ValidationError for keys or values that cannot be."""
+        data = merge(self.model_dump(exclude={"ladder"}), nest(self.ladder[name]))
+        data["run_dir"] = self.run_dir / name
+        return GPTConfigFile.model_validate(data, context={"complete": complete})
+
+    @model_validator(mode="after")
+    def _rungs_are_runs(self, info: ValidationInfo) -> "GPTConfigFile":
+        problems = []
+        for name in self.ladder:
+            try:
+                rung = self.rung(name, _complete(info))
+            except ValidationError as error:
+                problems += [f"ladder.{name}: {line}" for line in explain(error, GPTConfigFile)]
+                continue
+            if rung.parallel.tensor != self.parallel.tensor:
+                problems.append(
+                    f"ladder.{name}: parallel.tensor cannot differ between rungs of one process start; "
+                    "train it as a run of its own"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
+    """The runs a config asks for: itself, or one per ladder entry."""
+    return [(name, config.rung(name)) for name in config.ladder] or [(config.run_dir.name, config)]
+
+
+class DiscriminatorSection(Section):
+    kind: Literal["patchgan", "none"] = "patchgan"
+    start_images: Images = 20000 * 128
+    """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
+    weight: CountFloat = 0.5
+    channels: PositiveInt = 64
+    layers: PositiveInt = 3
+    norm: Literal["batch", "group"] = "batch"
+    """``batch`` is LlamaGen's and averages over one rank's micro-batch; ``group`` looks at one image at a time, so
+    the result does not depend on the number of ranks."""
+    lr: PositiveFloat | None = None
+    """Empty: the tokenizer's own learning rate."""
+
+
+class TokenizerLossSection(Section):
+    """Paper section 2.2: reconstruction + perceptual + adversarial + codebook + commitment."""
+
+    reconstruction: Literal["l2", "l1"] = "l2"
+    reconstruction_weight: PositiveFloat = 1.0
+    perceptual: Literal["none", "lpips"] = "lpips"
+    perceptual_weight: CountFloat = 1.0
+    vgg16_weights: Path | None = None
+    """A local file with torchvision's VGG16 ImageNet weights; needed for ``perceptual: lpips``."""
+    codebook_weight: CountFloat = 1.0
+    commitment_weight: CountFloat = 0.25
+    entropy_weight: CountFloat = 0.0
+    discriminator: DiscriminatorSection = DiscriminatorSection()
+
+    def rules(self) -> Iterator[str]:
+        if self.perceptual == "lpips" and self.vgg16_weights is None:
+            yield (
+                "perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
+                "fetched by you); or choose perceptual: none"
+            )
+
+
+class TokenizerConfigFile(Section):
+    """``kind: tokenizer``, read by ``tokenizer_training.train``."""
+
+    kind: Literal["tokenizer"]
+    run_dir: Path
+    model: TokenizerModelSection
+    data: ImageDataSection
+    loss: TokenizerLossSection
+    train: TrainSection
+    optim: OptimSection = OptimSection(weight_decay=0.0)
+    parallel: ParallelSection = ParallelSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    guard: GuardSection = GuardSection()
+
+    @field_validator("data")
+    @classmethod
+    def _images_are_whole_tokens(cls, data: ImageDataSection, info: ValidationInfo) -> ImageDataSection:
+        for problem in info.data["model"].cannot_cut(data.image_size) if "model" in info.data else ():
+            raise ValueError(problem)
+        return data
+
+    @field_validator("loss")
+    @classmethod
+    def _discriminator_has_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
+        takes_part = loss.discriminator.kind != "none" and loss.discriminator.weight > 0
+        layers = loss.discriminator.layers
+        # every layer halves the image, and two more convolutions take one pixel each
+        smallest = 3 * 2 ** min(layers, 62)
+        if takes_part and "data" in info.data and info.data["data"].image_size < smallest:
+            raise ValueError(
+                f"discriminator.layers: {layers} layers need at least {smallest} pixels, and data.image_size is "
+                f"{info.data['data'].image_size}; use fewer layers"
+            )
+        return loss
+
+    @field_validator("parallel")
+    @classmethod
+    def _no_split(cls, parallel: ParallelSection) -> ParallelSection:
+        if parallel.tensor != 1 or parallel.zero != 0:
+            raise ValueError("the tokenizer is trained under plain DDP: leave tensor at 1 and zero at 0")
+        return parallel

@@ -11,8 +11,8 @@ from llamagen_dist.config import (
     ReconstructConfig,
     SampleConfig,
     TokenizerConfigFile,
+    rungs,
 )
-from llamagen_dist.config.ladder import rungs
 from llamagen_dist.console import Screen
 from llamagen_dist.files import json_if_there
 from llamagen_dist.launch.stages import Plan, Stage

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import KINDS, Section, SweepConfig, load, shrink
-from llamagen_dist.config.loader import merge, nest, parse, read, resolve
+from llamagen_dist.config.loader import resolve
+from llamagen_dist.config.yaml_text import merge, nest, parse, read
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.stages import Stage, absolute
 

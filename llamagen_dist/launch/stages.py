@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, difference, dump, load, shrink
-from llamagen_dist.config.loader import nest
+from llamagen_dist.config.yaml_text import nest
 from llamagen_dist.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.fused import split_and_rotate
-from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.layers import Linear
+from llamagen_dist.models.sizes import GPTConfig
 
 PLACE = 2  # of the attention probabilities among a layer's dropouts
 

@@ -19,8 +19,8 @@ from llamagen_dist.models.attention import Attention
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.dropout import Randomness
 from llamagen_dist.models.fused import derived, gated
-from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.layers import Linear, RMSNorm
+from llamagen_dist.models.sizes import GPTConfig
 
 ATTENDED, FED, ATTENDED_PATH, FED_PATH = 0, 1, 3, 4  # places of a layer's dropouts (2: attention probabilities)
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.layers import Embedding, Linear
+from llamagen_dist.models.sizes import GPTConfig
 
 Caption = tuple[Tensor, Tensor]  # features (B, T, caption_dim) left-padded, present (B, T) bool
 Condition = Tensor | Caption  # or labels (B,) int64

@@ -3,7 +3,7 @@
 Bytes are in memory.py. No torch here.
 """
 
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 
 REPLICATED = ("condition embedding", "norms")
 """Groups that every tensor-parallel rank holds whole; the others are cut (parallel/tensor_parallel.py's table)."""

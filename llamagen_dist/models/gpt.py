@@ -26,11 +26,11 @@ from llamagen_dist.models.block import Block
 from llamagen_dist.models.cache import Cache
 from llamagen_dist.models.condition import Caption, CaptionEmbedder, ClassEmbedder, Condition
 from llamagen_dist.models.dropout import Randomness
-from llamagen_dist.models.gpt_config import GPTConfig
 from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
 from llamagen_dist.models.rotary import rotary_table
+from llamagen_dist.models.sizes import GPTConfig
 
 __all__ = ["GPT", "Caption", "Condition", "GPTConfig", "Randomness", "initial_weight", "rotary_table"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 
 
 def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:

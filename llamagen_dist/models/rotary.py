@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 
 
 def rotary_table(config: GPTConfig) -> Tensor:

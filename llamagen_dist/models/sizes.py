@@ -1,4 +1,20 @@
-"""The named sizes of LlamaGen (paper table 1 and the released 1B and 7B definitions), as GPTConfig keywords."""
+"""What can be chosen of a GPT and of a tokenizer, and LlamaGen's named sizes.
+
+Every option stands here once, with its range and default: the models read it from GPTConfig and VQConfig, and the
+sections of a config file (llamagen_dist/config/model.py) extend the same classes. No torch here: a config is checked,
+and ``llamagen plan`` counts a model, without loading it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+# Ranges are for whoever reads options from a file; see GPTConfig.problems for rules between several of them.
+Positive = Annotated[int, Gt(0)]
+Rate = Annotated[float, Ge(0), Lt(1)]
 
 GPT_SIZES: dict[str, dict[str, int]] = {
     "GPT-B": {"n_layer": 12, "n_head": 12, "dim": 768},
@@ -10,3 +26,151 @@ GPT_SIZES: dict[str, dict[str, int]] = {
     "GPT-3B": {"n_layer": 24, "n_head": 32, "dim": 3200},
     "GPT-7B": {"n_layer": 32, "n_head": 32, "dim": 4096},
 }
+"""Keywords of GPTConfig (paper table 1, and the released 1B and 7B definitions)."""
+
+VQ_SIZES: dict[str, dict[str, Any]] = {
+    "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
+    "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
+}
+"""Keywords of VQConfig: the released sizes, of 70,109,835 and 71,883,403 parameters; the number in the name is the
+downsampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTOptions:
+    """Everything about a GPT that is neither its size nor read off its token shards."""
+
+    multiple_of: Positive = 256
+    """The feed-forward width is rounded up to a multiple of this."""
+    n_kv_head: Positive | None = None
+    """Key and value heads (grouped-query attention); empty: as many as query heads, as in all of LlamaGen."""
+    condition: Literal["class", "text"] = "class"
+    prefix_tokens: Positive | None = None
+    """Length of the condition's prefix; empty: 1 for classes, 120 for captions."""
+    caption_dim: Positive = 2048
+    """Width of the text encoder's features (flan-t5-xl: 2048)."""
+    prefix_rotation: Literal["zero", "identity"] = "zero"
+    """``zero``: prefix positions are rotated by cos = sin = 0, as the released weights need it. ``identity``: by
+    cos = 1, sin = 0, so that image tokens can tell caption tokens apart; for new text models."""
+    token_dropout_p: Rate = 0.1
+    resid_dropout_p: Rate = 0.1
+    ffn_dropout_p: Rate = 0.1
+    attn_dropout_p: Rate = 0.0
+    """On the attention probabilities (LlamaGen trains with 0)."""
+    drop_path_rate: Rate = 0.0
+
+
+@dataclass(frozen=True)
+class GPTConfig(GPTOptions):
+    """One GPT: its size, what its token shards say, and its options.
+
+    n_layer, n_head, dim: see GPT_SIZES.
+    vocab_size: codes of the tokenizer.
+    image_tokens: tokens of one image, a square number.
+    num_classes: without the null class, which is number ``num_classes``; 0 for captions.
+
+    Raises ValueError for numbers that no model can have, naming all that is wrong.
+    """
+
+    n_layer: int
+    n_head: int
+    dim: int
+    vocab_size: int = 16384
+    image_tokens: int = 256
+    num_classes: int = 1000
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if problems := "; ".join(self.problems()):
+            raise ValueError(problems)
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be, a sentence each."""
+        if self.dim % self.n_head:
+            yield f"dim {self.dim} is not a multiple of n_head {self.n_head}"
+        elif self.head_dim % 4:
+            yield (
+                f"head dimension {self.head_dim} (dim / n_head) must be a multiple of 4: "
+                "half of it turns with the row and half with the column, in pairs"
+            )
+        if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+            yield f"image_tokens {self.image_tokens} is not a square"
+        if self.n_head % self.kv_heads:
+            fits = [n for n in range(1, min(self.n_head, 1024) + 1) if self.n_head % n == 0]
+            yield f"n_kv_head {self.kv_heads} does not divide n_head {self.n_head}; one of {', '.join(map(str, fits))}"
+        if self.condition == "class" and self.prefix != 1:
+            yield f"prefix_tokens {self.prefix}: a class is one token; set condition: text beside it, or leave it empty"
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def prefix(self) -> int:
+        return self.prefix_tokens or (1 if self.condition == "class" else 120)
+
+    @property
+    def ffn_dim(self) -> int:
+        """2/3 of 4 x dim, rounded up to ``multiple_of``."""
+        wanted = int(2 * 4 * self.dim / 3)
+        return -(-wanted // self.multiple_of) * self.multiple_of
+
+    def unsplittable(self, tensor: int) -> str | None:
+        """Why ``tensor`` tensor-parallel ranks cannot share this model, with the numbers that could; None: they can.
+
+        Heads, not columns, are dealt out, so that a rank's attention needs nothing of another's; the feed-forward
+        network and the vocabulary are cut into equal parts.
+        """
+        sizes = {"heads": self.n_head, "feed-forward width": self.ffn_dim, "vocabulary": self.vocab_size}
+        if self.kv_heads != self.n_head:
+            sizes["key-value heads"] = self.kv_heads
+        bad = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
+        if not bad:
+            return None
+        fits = [n for n in range(1, min(self.n_head, 1024) + 1) if all(size % n == 0 for size in sizes.values())]
+        return (
+            f"{tensor} does not divide this model's {' and '.join(bad)}; sizes that work: {', '.join(map(str, fits))}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQOptions:
+    """Everything about a tokenizer that is not its size."""
+
+    res_blocks: Positive = 2
+    """Residual blocks per encoder level (the decoder has one more)."""
+    z_channels: Positive = 256
+    codebook_size: Positive = 16384
+    codebook_dim: Positive = 8
+    l2_norm: bool = True
+    """Compare l2-normalised vectors (paper section 2.2)."""
+
+
+@dataclass(frozen=True)
+class VQConfig(VQOptions):
+    """One tokenizer.
+
+    channels: of the level with the highest resolution.
+    channel_multipliers: one per level, highest resolution first; all levels but the last halve it.
+    """
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    image_channels: int = 3
+    dropout: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side."""
+        return 1 << (len(self.channel_multipliers) - 1)

@@ -4,42 +4,14 @@ Module and parameter names are LlamaGen's, so its released weights load strictly
 ranks, losses on pixels or runs.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamagen_dist.models.sizes import VQ_SIZES, VQConfig
 from llamagen_dist.models.vq_quantizer import VectorQuantizer, VQLosses, code_histogram
 
 __all__ = ["VQ_SIZES", "VQConfig", "VQLosses", "VQModel", "code_histogram"]
-
-VQ_SIZES: dict[str, dict[str, Any]] = {
-    "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
-    "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
-}
-"""The released sizes, of 70,109,835 and 71,883,403 parameters; the number in the name is the downsampling."""
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """channel_multipliers: one per level, highest resolution first; all levels but the last halve it."""
-
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    z_channels: int = 256
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    l2_norm: bool = True
-    image_channels: int = 3
-    dropout: float = 0.0
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per token along one side."""
-        return 1 << (len(self.channel_multipliers) - 1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

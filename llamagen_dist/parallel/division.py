@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from llamagen_dist.config import GPTConfigFile, Section, TokenizerConfigFile, TrainSection
-from llamagen_dist.config.ladder import rungs
+from llamagen_dist.config import GPTConfigFile, Section, TokenizerConfigFile, TrainSection, rungs
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 
 
 def divisors(number: int) -> list[int]:
@@ -73,17 +72,6 @@ def check_ranks(config: Section, ranks: int) -> None:
 
 
 def check_split(config: GPTConfig, tensor: int) -> None:
-    """Raise UserError if ``tensor`` ranks cannot share the model, with the sizes that would work.
-
-    Heads, not columns, are dealt out, so that a rank's attention needs nothing of another's.
-    """
-    limits = {"heads": config.n_head, "feed-forward width": config.ffn_dim, "vocabulary": config.vocab_size}
-    if config.kv_heads != config.n_head:
-        limits["key-value heads"] = config.kv_heads
-    bad = [f"{name} {size}" for name, size in limits.items() if size % tensor]
-    if bad:
-        fits = [n for n in divisors(config.n_head) if all(size % n == 0 for size in limits.values())]
-        raise UserError(
-            f"parallel.tensor: {tensor} does not divide this model's {' and '.join(bad)}; "
-            f"sizes that work: {', '.join(map(str, fits))}"
-        )
+    """Raise UserError if ``tensor`` ranks cannot share the model, with the sizes that would work."""
+    if (why := config.unsplittable(tensor)) is not None:
+        raise UserError(f"parallel.tensor: {why}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.division import check_split, data_ranks, divide_batch, divisors, per_rank_batch
 from llamagen_dist.planning.memory import Layout, per_rank
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamagen_dist.models.cost import LOSS_CHUNK, parameters, total_parameters
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET, LARGEST_SUM
 
 FP32 = 4

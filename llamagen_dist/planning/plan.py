@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.build import gpt_config
-from llamagen_dist.config import GPTConfigFile, is_remote
-from llamagen_dist.config.ladder import rungs
+from llamagen_dist.config import GPTConfigFile, is_remote, rungs
 from llamagen_dist.data.manifest import MANIFEST, read_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models import cost
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.division import divisors
 from llamagen_dist.planning import layouts as lay
 from llamagen_dist.planning import memory

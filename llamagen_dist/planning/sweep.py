@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from llamagen_dist.build import vq_parameters
-from llamagen_dist.config import GPTConfigFile, SampleConfig, Section, TokenizerConfigFile
-from llamagen_dist.config.ladder import rungs
+from llamagen_dist.config import GPTConfigFile, SampleConfig, Section, TokenizerConfigFile, rungs
 from llamagen_dist.console import Screen, count
 from llamagen_dist.errors import UserError
 from llamagen_dist.models import cost

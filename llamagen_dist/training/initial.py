@@ -21,8 +21,7 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.sizes import GPT_SIZES, GPTConfig
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.run import Run
 

@@ -149,7 +149,7 @@ def ranks(folder: Path, config: Path, count: int, repeats: int) -> None:
 
 def tokenizer(folder: Path, section: dict[str, object]) -> None:
     torch.manual_seed(0)
-    weights = build_vq(TokenizerModelSection.model_validate(section)).state_dict()
+    weights = build_vq(TokenizerModelSection(**section)).state_dict()
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.build import build_gpt, gpt_config
+from llamagen_dist.build import gpt_config
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.models.cost import training_flops_per_image
@@ -22,6 +22,7 @@ from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.planning import memory
 from llamagen_dist.tracking.devices import peak_flops
 from llamagen_dist.training.gpt_task import GPTTask
+from tests.plain_gpt import whole_gpt
 
 Case = dict[str, Any]
 """model: keys of the config's model section; tokens, vocabulary, precision, micro, accumulation, zero, compile and
@@ -66,7 +67,7 @@ def measure(case: Case, topology: Topology) -> dict[str, Any]:
     config = config_of(case, topology)
     shape = gpt_config(config.model, vocab_size=case["vocabulary"], image_tokens=case["tokens"], num_classes=10)
     try:
-        task = GPTTask(build_gpt(shape, seed=1), config, topology, "check", lambda: [])
+        task = GPTTask(whole_gpt(shape, seed=1), config, topology, "check", lambda: [])
         losses, seconds = [], []
         for step in range(case["steps"] + 2):
             batch = batch_at(step, case, topology)

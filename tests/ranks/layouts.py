@@ -13,12 +13,13 @@ import megatron.core.tensor_parallel  # noqa: F401
 import pytest
 import torch
 
-from llamagen_dist.build import build_gpt, build_gpt_on_meta, fresh_weights, gpt_config
+from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.training.gpt_task import GPTTask
+from tests.plain_gpt import whole_gpt
 
 VOCABULARY, TOKENS, CLASSES, BATCH, STEPS = 96, 16, 10, 12, 10
 TOLERANCE = 1e-5  # rounding of sums in another order; at lr 1e-3 Adam does not amplify it beyond that in ten steps
@@ -50,7 +51,7 @@ def mostly_long(*cases: Any, quick: Sequence[Any]) -> list[Any]:
 def config(layout: Layout, *settings: str, **train: Any) -> GPTConfigFile:
     """settings: further ``key=value`` words; train: keys of its train section."""
     from llamagen_dist.config import parse
-    from llamagen_dist.config.loader import merge
+    from llamagen_dist.config.yaml_text import merge
 
     base = {
         "kind": "gpt",
@@ -81,7 +82,7 @@ def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any)
     chosen = config(layout, *settings, **train)
     topology = start(chosen.parallel.tensor)
     sizes = gpt_config(chosen.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES)
-    model = build_gpt(sizes, seed=3) if whole else build_gpt_on_meta(sizes, seed=3)
+    model = whole_gpt(sizes, seed=3) if whole else build_gpt_on_meta(sizes, seed=3)
     fresh, head = fresh_weights(sizes, 3), torch.empty(VOCABULARY, sizes.dim)
     torch.nn.init.normal_(head, std=0.05, generator=torch.Generator().manual_seed(1))  # gradients everywhere
     if whole:

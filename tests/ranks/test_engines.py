@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from llamagen_dist.build import build_gpt, gpt_config
+from llamagen_dist.build import gpt_config
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT
 from llamagen_dist.parallel.tensor_parallel import TABLE, cut, merge, split_of
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.guards import NonFiniteError
+from tests.plain_gpt import whole_gpt
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import (
     BATCH,
@@ -58,7 +59,7 @@ def test_every_layout_equals_one_plain_process(serial, layout):
 
 
 def tiny() -> GPT:
-    return build_gpt(
+    return whole_gpt(
         gpt_config(config(SERIAL).model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES), 0
     )
 

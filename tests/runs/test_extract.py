@@ -44,7 +44,7 @@ def work(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("extract")
     torch.manual_seed(0)
-    section = TokenizerModelSection.model_validate(TINY)
+    section = TokenizerModelSection(**TINY)
     model = build_vq(section)
     for number in (1, 2):
         save_tokenizer(folder / f"tokenizer{number}", model, TINY)
@@ -116,7 +116,7 @@ def test_codes_are_the_tokenizers_own(work, alone):
         assert manifest.classes == ["class0", "class1", "class2"]
         assert [record.samples for record in manifest.shards] == [5] * (count // 5) + [count % 5]
         verify(shards)
-        model = build_vq(TokenizerModelSection.model_validate(TINY)).eval()
+        model = build_vq(TokenizerModelSection(**TINY)).eval()
         model.load_state_dict(store.read_weights(work / "tokenizer1"))
         pixels = images.load_images(pictures, range(count), SIZE)
         reader, numbers = TokenReader(shards), np.arange(count)
@@ -189,7 +189,7 @@ def test_ten_crops_from_the_originals(work, tmp_path):
     extract(work, tmp_path / "out", *settings)
     shards, pictures = open_shards(tmp_path / "out"), open_shards(work / "originals")
     assert (shards.manifest.crops, shards.manifest.count) == (20, COUNT)
-    model = build_vq(TokenizerModelSection.model_validate(TINY)).eval()
+    model = build_vq(TokenizerModelSection(**TINY)).eval()
     model.load_state_dict(store.read_weights(work / "tokenizer1"))
     image = images.read_image(pictures, 7)
     views = np.stack([np.asarray(v) for r in (1.1, 1.5) for v in images.ten_crops(image, SIZE, r)])

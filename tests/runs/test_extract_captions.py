@@ -67,7 +67,7 @@ def write_images(folder: Path, captions: list[bytes | None], classes: list[str] 
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
     torch.manual_seed(0)
-    model = build_vq(TokenizerModelSection.model_validate(TINY))
+    model = build_vq(TokenizerModelSection(**TINY))
     for name in ("tokenizer", "other"):
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
         torch.nn.init.normal_(model.quant_conv.weight)

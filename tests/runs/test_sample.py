@@ -24,7 +24,7 @@ from llamagen_dist import cli
 from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile, dump
-from llamagen_dist.config.loader import build
+from llamagen_dist.config.section import build
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import read_manifest, write_manifest
 from llamagen_dist.data.shards import open_shards
@@ -167,7 +167,7 @@ def test_the_pictures_are_the_models_own(work, alone):
 def build_section(values: dict):
     from llamagen_dist.config import TokenizerModelSection
 
-    return TokenizerModelSection.model_validate(values)
+    return TokenizerModelSection(**values)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -16,7 +16,7 @@ import eval.sample as program
 from llamagen_dist import cli
 from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile, dump
-from llamagen_dist.config.loader import build
+from llamagen_dist.config.section import build
 from llamagen_dist.data.manifest import CaptionEncoding, read_manifest, write_manifest
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamagen_dist.config import KINDS, difference, dump, load, parse, shrink
-from llamagen_dist.config.loader import _every_key
-from llamagen_dist.config.section import Scaled, scaled_keys
+from llamagen_dist.config.loader import resolve
+from llamagen_dist.config.section import Scaled, keys_of, scaled_keys
 from llamagen_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,6 +133,132 @@ def test_the_difference_of_two_configs_names_keys(file):
     assert difference(old, old) == []
 
 
+# --- numbers that no run can have ---
+
+NUMBERS = sorted(
+    (kind, key, int in parts)
+    for kind, section in KINDS.items()
+    for key, parts in keys_of(section)
+    if {int, float} & set(parts) and "*" not in key
+)
+IMPOSSIBLE = (".inf", "-.inf", ".nan", "inf", "nan", "1e400", "-1e400", "9" * 19, "9" * 400, "9" * 5000)
+
+
+@pytest.mark.parametrize(("kind", "key", "whole"), NUMBERS)
+def test_every_numeric_key_refuses_what_is_no_number_of_a_run(kind, key, whole):
+    """In a file and as a word, quoted (``"nan"``, which pydantic reads as a float) or not; one line, no traceback."""
+    for text in IMPOSSIBLE:
+        for value in (text, f'"{text}"', f"[{text}]", f"[{text}, {text}]"):
+            if not whole and text == "9" * 19 and '"' in value:
+                continue  # as a floating-point number it is one
+            with pytest.raises(UserError) as caught:
+                resolve(parse([f"kind={kind}", f"{key}={value}"]), "file")
+            wrong = [line for line in str(caught.value).splitlines() if line.startswith(f"file: {key}")]
+            assert wrong, (key, value)
+    with pytest.raises(UserError) as caught:  # sabotage twin: a number is not refused as such
+        resolve(parse([f"kind={kind}", f"{key}=1", "no_such_key=1"]), "file")
+    assert f"{key}: 1 is not a finite" not in str(caught.value)
+
+
+def test_numbers_in_mappings_and_lists_are_looked_at_too(file):
+    assert [
+        "ladder.a.optim.lr: nan is not a finite number" in e for e in errors(file(GPT), "ladder.a={optim.lr: .nan}")
+    ]
+    sweep = "kind: sweep\ntitle: t\nmodule: m\nconfig: c\ngrid: {optim.lr: [1e-3, 1e400]}\n"
+    assert "grid.optim.lr.1: inf is not a finite number" in errors(file(sweep))[0]
+
+
+def test_a_number_too_long_to_read_is_one_sentence(file):
+    assert "a number of 5000 digits" in errors(file(GPT + f"log: {{every_steps: {'9' * 5000}}}"))[0]
+
+
+# --- what only a start would find ---
+
+
+def command(*words: str) -> tuple[int, list[str]]:
+    from llamagen_dist import cli
+
+    try:
+        cli.main(["config", *map(str, words)])
+    except UserError as error:
+        return 2, str(error).splitlines()
+    return 0, []
+
+
+def test_a_size_that_does_not_exist_is_found_with_all_other_mistakes(file):
+    words = ["model.size=GPT-XXS", "optim.lrr=1", "train.images=5", "compute.precision=bf16", "parallel.zero=0"]
+    code, lines = command(file(GPT), *words)
+    assert (code, len(lines)) == (2, 4)
+    assert any("model.size: 'GPT-XXS' is unknown; did you mean GPT-XXL?" in line for line in lines)
+    assert any("set parallel.zero to 1, 2 or 3" in line for line in lines), "rules between other sections are heard"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("gpt/GPT-B", ["model={size: ~, n_layer: 2, n_head: 3, dim: 64}"], "dim 64 is not a multiple of n_head 3"),
+        (
+            "gpt/GPT-B",
+            ["model={size: ~, n_layer: 2, n_head: 32, dim: 64}"],
+            "must be a multiple of 4: half of it turns",
+        ),
+        ("gpt/GPT-B", ["model.n_kv_head=5"], "n_kv_head 5 does not divide n_head 12"),
+        ("gpt/GPT-B", ["model.prefix_tokens=2"], "a class is one token"),
+        ("gpt/GPT-B", ["parallel.tensor=5"], "parallel.tensor: 5 does not divide this model's heads 12"),
+        ("gpt/ladder", ["ladder.tiny.model.n_head=5"], "ladder.tiny: model: dim"),
+        ("gpt/ladder", ["ladder.tiny={model.dims: 5}"], "did you mean model.dim?"),
+        ("gpt/ladder", ["ladder.tiny={parallel.tensor: 2}"], "cannot differ between rungs"),
+        ("tokenizer/VQ-16", ["model.size=VQ-61"], "model.size: 'VQ-61' is unknown; did you mean VQ-16?"),
+        ("tokenizer/VQ-16", ["model.codebook_size=64"], "codebook_size: a released size has its own"),
+        ("tokenizer/VQ-16", ["model.channels=64"], "give either size (VQ-8 or VQ-16) or both"),
+        ("tokenizer/quickstart", ["model.channel_multipliers=[]"], "model.channel_multipliers: "),
+        ("tokenizer/quickstart", ["data.image_size=30"], "data.image_size: 30 pixels cannot be cut into"),
+        (
+            "tokenizer/quickstart",
+            ["loss.discriminator={kind: patchgan, layers: 9}"],
+            "layers need at least 1536 pixels",
+        ),
+        ("extract/imagenet", ["model.size=VQ-16", "image_size=100"], "image_size: 100 pixels cannot be cut"),
+        ("eval/sample", ["tokenizer_model.size=VQ-7"], "tokenizer_model.size: 'VQ-7' is unknown"),
+        ("eval/sample", ["model={size: GPT-W}"], "model.size: 'GPT-W' is unknown"),
+    ],
+)
+def test_what_a_start_would_stumble_over_is_found_by_the_command(name, words, expected, capsys):
+    paths = ["run_dir=r", "data.train=a", "data.validation=b"] if name.split("/")[0] in ("gpt", "tokenizer") else []
+    if name.startswith("eval"):
+        paths = ["checkpoint=c", "tokenizer=t", "out=o"]
+    if name.startswith("extract"):
+        paths = ["tokenizer=t", "images=i", "out=o"]
+    if name.startswith("tokenizer/VQ"):
+        paths.append("loss.perceptual=none")
+    code, lines = command(ROOT / "configs" / f"{name}.yaml", *paths, *words)
+    assert code == 2
+    assert any(expected in line for line in lines), lines
+    assert command(ROOT / "configs" / f"{name}.yaml", *paths)[0] == 0, "sabotage twin"
+
+
+def test_a_plan_may_ask_about_a_split_that_cannot_be(file):
+    assert load(file(GPT), ["parallel.tensor=5"]).parallel.tensor == 5
+
+
+# --- words of the command line ---
+
+
+@pytest.mark.parametrize(
+    "text", ["a #b", "#b", "a # b", "'a' #b", "a\t#b", "runs/x #1/y", "&x a", "!x a", "a: #b", '"a" b', "[a] #b"]
+)
+def test_no_part_of_a_word_is_dropped(file, text):
+    """YAML takes `` #b`` for a comment; the shell has already said that it belongs to the value."""
+    (value,) = parse([f"run_dir={text}"]).values()
+    assert value == text.strip()
+    assert load(file(GPT), [f"run_dir={text}"]).run_dir == Path(text)
+
+
+def test_words_are_still_yaml():
+    words = {"1": 1, "[1, 2]": [1, 2], "{a: 1}": {"a": 1}, "'a #b'": "a #b", "a#b": "a#b", "": None, "~": None}
+    assert {word: parse([f"k={word}"])["k"] for word in words} == words
+
+
 # --- --small ---
 
 
@@ -161,14 +287,14 @@ def test_every_length_of_a_run_shrinks(file):
 def test_no_number_of_images_is_left_out():
     """Every key whose name speaks of images is marked, so that nobody keeps a list of them elsewhere."""
     for kind, section in KINDS.items():
-        marked = {key for key, _ in scaled_keys(section)}
+        marked = set(scaled_keys(section))
         named = {
             key
-            for key in _every_key(section)
+            for key, _ in keys_of(section)
             if key.split(".")[-1].endswith("_images") or key.endswith("cooldown_from")
         }
         assert named <= marked, kind
-    assert dict(scaled_keys(KINDS["gpt"]))["optim.cosine_images"] == Scaled()
+    assert scaled_keys(KINDS["gpt"])["optim.cosine_images"] == Scaled()
 
 
 def test_lengths_that_no_longer_go_together_are_one_sentence(file):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llamagen_dist.build import gpt_config
-from llamagen_dist.config import GPTModelSection
+from llamagen_dist.config import GPTModelSection, SampleConfig
+from llamagen_dist.config.section import build
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.initial import initial_weight
@@ -86,9 +87,9 @@ def test_gpt_3b_is_built_on_meta_at_once_and_takes_no_memory():
     ],
 )
 def test_impossible_sizes_are_refused(settings, message):
-    section = GPTModelSection(**{"n_layer": 1, "n_head": 4, "dim": 64, **settings})
+    data = {"kind": "sample", "checkpoint": "c", "tokenizer": "t", "out": "o"}
     with pytest.raises(UserError, match=message):
-        gpt_config(section, vocab_size=96, image_tokens=16, num_classes=10)
+        build(SampleConfig, {**data, "model": {"n_layer": 1, "n_head": 4, "dim": 64, **settings}}, "file")
 
 
 def test_every_key_of_the_section_reaches_the_model():

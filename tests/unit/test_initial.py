@@ -10,7 +10,7 @@ from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.entries import buffers, replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.initial import class_rows, initial_weights

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamagen_dist import cli
 from llamagen_dist.commands.quickstart import headline
 from llamagen_dist.config import GPTConfigFile, difference, dump, load, shrink
-from llamagen_dist.config.loader import build
+from llamagen_dist.config.section import build
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import only_launcher, own_folder
 from llamagen_dist.launch import cluster, listing, snapshot

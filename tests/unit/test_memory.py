@@ -7,7 +7,7 @@ import pytest
 from llamagen_dist.models import loss as loss_module
 from llamagen_dist.models.cost import total_parameters
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.gpt_config import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.planning import memory
 from llamagen_dist.planning.memory import Layout, activations
 from tests.live_bytes import kept_for_backward, peak_of_a_pass

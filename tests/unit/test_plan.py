@@ -17,8 +17,7 @@ from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import forward_flops, parameters, total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.gpt_config import GPTConfig
-from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.sizes import GPT_SIZES, GPTConfig
 from llamagen_dist.parallel.division import check_split, data_ranks, divide_batch
 from llamagen_dist.parallel.tensor_parallel import cut
 from llamagen_dist.planning import layouts, memory

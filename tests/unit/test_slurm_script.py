@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamagen_dist.config import ClusterConfig, load
-from llamagen_dist.config.cluster import minutes
+from llamagen_dist.config.launch import minutes
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import batch, lock
 from llamagen_dist.launch.slurm.records import Limits, Place, Work, read_work, steps_done, write_works

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamagen_dist import cli
 from llamagen_dist.config import dump, load
-from llamagen_dist.config.sweep import SweepConfig
+from llamagen_dist.config.launch import SweepConfig
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import pipeline, points, sweep

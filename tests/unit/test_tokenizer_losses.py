@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection
+from llamagen_dist.config.section import build
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
@@ -101,13 +102,14 @@ def test_group_norm_looks_at_one_image_at_a_time_and_batch_norm_does_not():
 def settings(folder: Path, **changes: Any) -> TokenizerConfigFile:
     loss = {"perceptual": "none",
             "discriminator": {"start_images": 8, "channels": 8, "layers": 2, "norm": "group"}}  # fmt: skip
-    return TokenizerConfigFile.model_validate(
+    return build(TokenizerConfigFile,
         {"kind": "tokenizer", "run_dir": folder / "run",
          "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "codebook_size": 32,
                    "codebook_dim": 4, **changes.pop("model", {})},
          "data": {"train": folder, "validation": folder, "image_size": 16},
          "train": {"images": 32, "global_batch": 4, **changes.pop("train", {})},
-         "optim": {"lr": 1e-3, "weight_decay": 0}, "loss": {**loss, **changes.pop("loss", {})}, **changes})  # fmt: skip
+         "optim": {"lr": 1e-3, "weight_decay": 0}, "loss": {**loss, **changes.pop("loss", {})}, **changes},
+        "test")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def partition(name: str | None) -> list[NodeKind]:
 
     Raises UserError where there is no such partition.
     """
-    from llamagen_dist.config.cluster import minutes  # pydantic, which nothing else here needs
+    from llamagen_dist.config.launch import minutes  # pydantic, which nothing else here needs
 
     if shutil.which("sinfo") is None:
         return []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import ClusterConfig
-from llamagen_dist.config.locations import STAGE
+from llamagen_dist.config.data import STAGE
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.batch import REQUEUE

