@@ -150,6 +150,10 @@ def _index(args: argparse.Namespace) -> None:
     with Progress("indexing", len(list(args.folder.glob("*.tar")))) as progress:
         manifest = index_folder(args.folder, classes, progress.advance)
     print(f"{args.folder}: {len(manifest.shards)} shards, {manifest.count:,} samples indexed")
+    if ignored := manifest.noticed.get("ignored_files"):
+        print(
+            f"{ignored:,} files passed over: hidden ones, such as ._ files of AppleDouble, or names without an ending"
+        )
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ def index_folder(
             members=members,
             shards=tuple(written),
             source={"made_by": "llamagen shards index"},
+            noticed={"ignored_files": ignored} if (ignored := sum(len(index.ignored) for _, index in found)) else {},
         )
         if LABEL_MEMBER in members:
             manifest = _with_classes(folder, manifest, classes)
@@ -122,6 +123,11 @@ def _index_again(folder: Path, advance: Callable[[int, str], None]) -> Manifest:
             raise UserError(
                 f"{path}: is not the shard that {MANIFEST} records; look for the damage with llamagen shards verify "
                 f"{folder}"
+            )
+        if len(index.spans) != record.samples:  # an earlier version read only the first of several tars in a file
+            raise UserError(
+                f"{path}: holds {len(index.spans)} samples, but {MANIFEST} records {record.samples}; delete {MANIFEST} "
+                "and run the same command again"
             )
         if record.layout is None:
             _write_index(path, index.columns(manifest.members))

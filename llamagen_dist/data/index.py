@@ -11,22 +11,29 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.errors import UserError
 
+_BLOCK = tarfile.BLOCKSIZE
 _META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itself
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)(\.[^/]+)$")
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """spans: uint64 [samples, members, 2] of (offset, size); (0, 0) where a sample lacks the member."""
+    """spans: uint64 [samples, members, 2] of (offset, size); (0, 0) where a sample lacks the member.
+
+    ignored: the names of files that are no part of a sample (hidden ones, such as AppleDouble's ``._`` files, and those
+    without an ending), as WebDataset ignores them.
+    """
 
     members: tuple[str, ...]
     spans: NDArray[np.uint64]
+    ignored: tuple[str, ...] = ()
 
     def columns(self, members: tuple[str, ...]) -> "TarIndex":
         """The same index with the columns named ``members``; all of this index's own must be among them."""
@@ -49,29 +56,25 @@ class TarIndex:
 def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
     """The files (no folders) in the uncompressed tar that fills bytes ``start`` … ``end`` of ``path``.
 
-    ``offset_data`` counts from the beginning of ``path``. Raises UserError, naming the file and the member: not an
-    uncompressed tar, cut short or damaged, a link, device or sparse file, a name that is absolute or holds ``..``.
+    Several tars one after another, as ``cat a.tar b.tar`` leaves them, are read as ``tar --ignore-zeros`` does: all of
+    them. ``offset_data`` counts from the beginning of ``path``. Raises UserError, naming the file and the member: not
+    an uncompressed tar, cut short or damaged, a link, device or sparse file, a name that is absolute or holds ``..``.
     """
     try:
         end = path.stat().st_size if end is None else end
         with open(path, "rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for item in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
-                    _check(path, item)
-                    if item.offset_data + (item.size if item.isreg() else 0) > end:
-                        raise UserError(f"{path}: cut short inside {shown(item.name)}; copy the tar again")
-                    if item.isreg():
-                        yield item
-                # tarfile takes a damaged header for the end: what lies there must be the empty block that closes a tar
-                place = tar.offset
-                file.seek(place)
-                if place + 512 > end or any(file.read(512)):
-                    raise UserError(
-                        f"{path}: cut short or damaged at byte {place} of {end}, where the next member or the closing "
-                        "empty block should be; copy the tar again"
-                    )
+            archive: int | None = start
+            while archive is not None:
+                file.seek(archive)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for item in tar:
+                        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+                        _check(path, item)
+                        if item.offset_data + (item.size if item.isreg() else 0) > end:
+                            raise UserError(f"{path}: cut short inside {shown(item.name)}; copy the tar again")
+                        if item.isreg():
+                            yield item
+                    archive = _next_archive(path, file, tar.offset, end)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path}: not a complete uncompressed tar ({error}); unpack a compressed one first, "
@@ -79,6 +82,43 @@ def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarf
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _next_archive(path: Path, file: BinaryIO, position: int, end: int) -> int | None:
+    """Where the next header stands after the archive that ends at ``position``; None: there is no further archive.
+
+    Raises UserError where damage could hide samples.
+    """
+    file.seek(position)
+    # tarfile takes a damaged header for the end: what lies there must be the empty block that closes a tar
+    if position + _BLOCK > end or any(file.read(_BLOCK)):
+        raise UserError(
+            f"{path}: cut short or damaged at byte {position} of {end}, where the next member or the closing "
+            "empty block should be; copy the tar again"
+        )
+    position += _BLOCK
+    while position < end:
+        piece = file.read(min(1 << 20, end - position))
+        if not piece:
+            break
+        if stripped := piece.lstrip(b"\0"):
+            position += (len(piece) - len(stripped)) // _BLOCK * _BLOCK
+            break
+        position += len(piece)
+    else:
+        return None
+    file.seek(position)
+    try:
+        tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        # POSIX leaves it open what the last record is filled up with, and nothing else may stand here
+        if end - position < tarfile.RECORDSIZE:
+            return None
+        raise UserError(
+            f"{path}: after the end of a tar, at byte {position} of {end}, stands something that is no other tar; copy "
+            "the tar again, or cut it off there"
+        ) from None
+    return position
 
 
 def _check(path: Path, item: tarfile.TarInfo) -> None:
@@ -105,10 +145,11 @@ def scan(path: Path) -> TarIndex:
     member whose ending is not UTF-8.
     """
     columns: dict[str, array[int]] = {}
-    rows, current, seen = 0, None, set[str]()
+    rows, current, seen, ignored = 0, None, set[str](), list[str]()
     for item in entries(path):
         key, member = _split(item.name)
         if key is None:
+            ignored.append(item.name)
             continue
         if key != current:
             if key in seen:
@@ -130,7 +171,7 @@ def scan(path: Path) -> TarIndex:
     for number, member in enumerate(members):
         filled = np.array(columns[member], np.uint64).reshape(-1, 2)
         spans[: len(filled), number] = filled
-    return TarIndex(members, spans)
+    return TarIndex(members, spans, tuple(ignored))
 
 
 def _split(name: str) -> tuple[str | None, str]:

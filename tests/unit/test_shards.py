@@ -1,8 +1,10 @@
 """Shards: what is written is read, by us and by WebDataset; every damage is found and named."""
 
+import dataclasses
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 
 import numpy as np
@@ -11,6 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamagen_dist.cli import main
 from llamagen_dist.data.adopt import index_folder
 from llamagen_dist.data.index import scan
 from llamagen_dist.data.manifest import Manifest, read_manifest, write_manifest
@@ -224,6 +227,87 @@ def test_names_that_escape_and_links_are_refused(tmp_path, entry):
     assert not (tmp_path / "manifest.json").exists()
     foreign_tar(tmp_path / "x.tar", [("fine.png", b"ok"), ("also.png", b"x")])
     assert index_folder(tmp_path).count == 2
+
+
+def pieces(folder, first=0, record=tarfile.RECORDSIZE):
+    """Three tars of four samples each, as tools write them (filled up to whole records) or without filling."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for k in range(3):
+        numbers = range(first + 4 * k, first + 4 * k + 4)
+        foreign_tar(
+            folder / "piece",
+            [(f"{n:03d}{e}", d) for n in numbers for e, d in ((".png", payload(n)), (".cls", b"%d" % (n % 3)))],
+        )
+        data = (folder / "piece").read_bytes().rstrip(b"\0")
+        parts.append(data + bytes(-len(data) % 512 + 1024))
+        parts[-1] += bytes(-len(parts[-1]) % record)
+    (folder / "piece").unlink()
+    return parts
+
+
+@pytest.mark.parametrize("record", [tarfile.RECORDSIZE, 512])
+@pytest.mark.parametrize("between", [b"", bytes(512), bytes(3 << 20)])
+def test_tars_joined_by_cat_are_read_whole(tmp_path, between, record, capsys):
+    folder = tmp_path / "set"
+    parts = pieces(folder, record=record)
+    (folder / "x.tar").write_bytes(between.join(parts))
+    main(["shards", "index", str(folder)])
+    assert "1 shards, 12 samples indexed" in capsys.readouterr().out
+    shards = open_shards(folder)
+    assert [shards.read(n, ".png") for n in range(12)] == [payload(n) for n in range(12)]
+    assert shards.labels(range(12)).tolist() == [n % 3 for n in range(12)]
+    (folder / "x.index.npy").unlink()
+    assert open_shards(folder).read(11, ".png") == payload(11)  # made again on reading
+    listed = subprocess.run(["tar", "-tif", folder / "x.tar"], capture_output=True, text=True, check=True).stdout
+    assert listed.split() == [f"{n:03d}{end}" for n in range(12) for end in (".png", ".cls")]
+    (folder / "y.tar").write_bytes(parts[0][:4096])  # sabotage twin: one of them is cut
+    with pytest.raises(UserError, match=r"y\.tar: cut short"):
+        scan(folder / "y.tar")
+
+
+def test_what_stands_between_joined_tars_is_read_or_refused(tmp_path):
+    first, second, third = pieces(tmp_path)
+    path = tmp_path / "x.tar"
+    damaged = bytearray(second)
+    damaged[0] ^= 1  # the first header of the second tar
+    for data in (damaged + third, b"x" * 512 + second + third, second + bytes(1024) + b"junk" * 5000):
+        path.write_bytes(first + data)
+        with pytest.raises(UserError, match=r"x\.tar: after the end of a tar, at byte \d+ of \d+, stands something"):
+            scan(path)
+    path.write_bytes(first + second[:1024])
+    with pytest.raises(UserError, match=r"x\.tar: cut short"):
+        scan(path)
+    path.write_bytes(first[:-512] + b"what a tape had in its buffer".ljust(512))  # the last record's filling
+    assert len(scan(path).spans) == 4
+    path.write_bytes(first + first)
+    with pytest.raises(UserError, match="the key '000' comes twice"):
+        scan(path)
+
+
+def test_a_manifest_of_the_first_tar_alone_is_not_indexed_again(tmp_path):
+    first, second, _ = pieces(tmp_path)
+    (tmp_path / "x.tar").write_bytes(first)
+    manifest = index_folder(tmp_path)
+    (tmp_path / "x.tar").write_bytes(first + second)  # and what an earlier version recorded of it:
+    whole = hashlib.sha256(first + second).hexdigest()
+    record = dataclasses.replace(manifest.shards[0], bytes=len(first + second), sha256=whole)
+    write_manifest(tmp_path, dataclasses.replace(manifest, shards=(record,)))
+    with pytest.raises(UserError, match=r"x.tar: holds 8 samples, but manifest.json records 4; delete manifest.json"):
+        index_folder(tmp_path)
+
+
+def test_hidden_files_in_a_tar_are_passed_over_and_counted(tmp_path, capsys):
+    apple = [("./._000.png", b"\0\5\x16\7"), ("._000.cls", b"\0\5\x16\7"), ("README", b"no ending")]
+    foreign_tar(tmp_path / "x.tar", [("000.png", b"x"), *apple, ("001.png", b"y")])
+    main(["shards", "index", str(tmp_path)])
+    assert "3 files passed over: hidden ones" in capsys.readouterr().out
+    shards = open_shards(tmp_path)
+    assert shards.manifest.noticed == {"ignored_files": 3}
+    assert [shards.image_bytes(n) for n in range(len(shards))] == [b"x", b"y"]
+    foreign_tar(tmp_path / "x.tar", [("000.png", b"x"), ("001.png", b"y")])  # sabotage twin
+    (tmp_path / "manifest.json").unlink()
+    assert index_folder(tmp_path).noticed == {}
 
 
 def test_tars_that_cannot_be_read_in_the_middle_are_refused(tmp_path):
