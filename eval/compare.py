@@ -19,8 +19,8 @@ def main(argv: list[str]) -> None:
     a, b = (read_result(Path(name)) for name in argv)
     shared = common(a, b)
     if not shared:
-        found = [f"{name}: {', '.join(result['sets']) or 'none'}" for name, result in zip(argv, (a, b), strict=True)]
-        raise UserError(f"no set with a metric in both ({'; '.join(found)}); evaluate the same sets in both")
+        known = [f"{name}: {', '.join(result['sets']) or 'none'}" for name, result in zip(argv, (a, b), strict=True)]
+        raise UserError(f"no set with a metric in both ({'; '.join(known)}); evaluate the same sets in both")
     differing = differences(a, b)
     if differing:
         raise UserError("\n".join([f"{argv[0]} and {argv[1]} were not measured alike:", *differing]))

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=8 -m eval.reconstruct CONFIG tokenizer=RUN images=SHARDS out=DIR
 
-also plain ``python -m`` for one rank, or ``srun``. The same command again goes on where it was cut off. Images are
-computed at the same place of the same batch shape on any number of ranks, so the files' bytes do not depend on it.
+also plain ``python -m`` for one rank, or ``srun``. The same command again resumes where it was cut off. Images are
+computed at the same position of the same batch shape on any number of ranks, so the files' bytes do not depend on it.
 """
 
 from collections.abc import Iterator
@@ -94,8 +94,8 @@ class Reconstruction:
                 if progress is not None:
                     progress.advance(len(self._samples(name)))
         self.topology.barrier()
-        found = self.topology.broadcast_from_rank0(self._finish)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        averages = self.topology.broadcast_from_rank0(self._finish)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in averages.items())
         self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")
 
     def _samples(self, name: str) -> range:

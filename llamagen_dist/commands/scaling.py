@@ -36,25 +36,25 @@ def run(args: argparse.Namespace) -> None:
 
     ladder = read_ladder(args.runs, args.params) if args.runs.is_dir() else None
     points = ladder.points if ladder else read_csv(args.runs)
-    found = study(points, Options(args.form, args.loss, args.delta, args.hold_out), ladder)
+    result = study(points, Options(args.form, args.loss, args.delta, args.hold_out), ladder)
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; name the JSON file to write")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-    _show(found)
+    _show(result)
 
 
-def _show(found: dict[str, Any]) -> None:
-    values = "  ".join(f"{name} {value:.6g}" for name, value in found["parameters"].items())
-    print(f"{found['formula']}: {values}")
-    for text in found["diagnostics"]["warnings"]:
+def _show(result: dict[str, Any]) -> None:
+    values = "  ".join(f"{name} {value:.6g}" for name, value in result["parameters"].items())
+    print(f"{result['formula']}: {values}")
+    for text in result["diagnostics"]["warnings"]:
         print(f"note: {text}")
-    for text in found.get("absent", {}).values():
+    for text in result.get("absent", {}).values():
         print(f"no interval: {text}")
-    for one in found.get("predictions", []):
+    for one in result.get("predictions", []):
         band = "{:.4f} to {:.4f}".format(*one["ci95"]) if "ci95" in one else "no band"
         naive = f", {one['naive_from']} had {one['naive']:.4f}" if "naive" in one else ""
         print(

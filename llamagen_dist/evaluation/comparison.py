@@ -25,7 +25,7 @@ FEATURE_METRICS = ("fid", "sfid", "kid", "precision_recall", "inception_score")
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: the open images, and its place among the selections (None: only statistics)."""
+    """One side of a comparison: the open images, and its index among the selections (None: only statistics)."""
 
     images: ImageSet
     selection: int | None
@@ -41,7 +41,7 @@ class Comparison:
         self.config = config
         self.selections: list[Selection] = []
         self.absent: dict[str, str] = {}
-        self._places: dict[tuple[str, bytes], int] = {}
+        self._numbers: dict[tuple[str, bytes], int] = {}
         self._opened: dict[Path, ImageSet] = {}
         self._radii: dict[int, Tensor] = {}
         self._left_out: set[str] = set()
@@ -106,10 +106,10 @@ class Comparison:
         if len(indices) > config.keep:
             kept = balanced(labels, len(indices), config.subsample or 0, config.seed)
         selection = Selection(images, indices, kept)
-        if selection.key() not in self._places:
-            self._places[selection.key()] = len(self.selections)
+        if selection.key() not in self._numbers:
+            self._numbers[selection.key()] = len(self.selections)
             self.selections.append(selection)
-        return self._places[selection.key()]
+        return self._numbers[selection.key()]
 
     def _check(self, name: str) -> None:
         """Enough images for the metrics asked for; kept features where KID, precision and recall need them."""

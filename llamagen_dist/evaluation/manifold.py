@@ -11,7 +11,7 @@ from torch import Tensor
 from llamagen_dist.evaluation.finite import require_finite
 from llamagen_dist.parallel.topology import Topology
 
-BLOCK = 1024  # rows of the distance matrix held at a time
+BLOCK = 1024  # rows of the distance matrix in memory at a time
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def precision_recall(
 
     generated, reference: floats [n, d], all of them on every rank.
     k: an image's ball reaches to its k-th nearest neighbour in its own set.
-    block: rows of the distance matrix that are held at a time.
+    block: rows of the distance matrix that are in memory at a time.
     radii: ``squared_radii`` of both sets, where they are known.
     Raises ValueError for features that are not finite and for sets of at most k images.
     """

@@ -65,9 +65,9 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     pairs: list[tuple[str, Any, Any]] = []
     for metric in metrics:
         pairs += _leaves(metric, *(result["record"]["metrics"].get(metric) for result in (a, b)))
-    for name, found in shared.items():
+    for name, known in shared.items():
         pairs.append((f"{name}: number of images", a["sets"][name]["n"], b["sets"][name]["n"]))
-        if found != ["class_agreement"] and found != ["inception_score"]:
+        if known != ["class_agreement"] and known != ["inception_score"]:
             for key in ("n", "sha256"):
                 references = [result["record"]["sets"][name]["reference"].get(key) for result in (a, b)]
                 pairs.append((f"{name}: reference images, {key}", *references))

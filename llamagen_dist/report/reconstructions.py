@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -14,6 +13,7 @@ from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.models.vq import to_uint8
 from llamagen_dist.report.blocks import ImageGrid
 
 PER_CLASS = 2
@@ -25,7 +25,8 @@ _BATCH = 16
 def reconstruct(config: TokenizerConfigFile, tokenizer: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """images, and the result: uint8 [n, S, S, 3]. tokenizer: anything checkpoint.store.read_weights takes.
 
-    Rounding is LlamaGen's: 127.5 x + 128, cut to 0 … 255 and truncated.
+    Rounding is LlamaGen's (``models.vq.to_uint8``). eval.reconstruct's file is not read: it may be of another
+    checkpoint, or not be there, while this picture belongs to every report of a tokenizer.
     """
     model = build_vq(config.model)
     model.load_state_dict(store.read_weights(tokenizer))
@@ -33,7 +34,7 @@ def reconstruct(config: TokenizerConfigFile, tokenizer: Path, images: NDArray[np
     parts = []
     for start in range(0, len(images), _BATCH):
         decoded = model.decode(model.encode(to_floats(images[start : start + _BATCH])))
-        parts.append((127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        parts.append(to_uint8(decoded).permute(0, 2, 3, 1).numpy())
     return np.concatenate(parts)
 
 
@@ -44,10 +45,11 @@ def first_of_each_class(shards: Shards) -> list[tuple[str, list[int]]]:
         return [("", [PER_CLASS * group + i for i in range(PER_CLASS)]) for group in range(last)]
     wanted = len(shards.manifest.classes)
     found: dict[int, list[int]] = {}
-    for sample in range(len(shards)):
-        label = int(shards.labels([sample])[0])
-        if len(found.setdefault(label, [])) < PER_CLASS:
-            found[label].append(sample)
+    for start in range(0, len(shards), 1024):
+        block = range(start, min(start + 1024, len(shards)))
+        for sample, label in zip(block, shards.labels(block).tolist(), strict=True):
+            if len(found.setdefault(label, [])) < PER_CLASS:
+                found[label].append(sample)
         if len(found) == wanted and all(len(numbers) == PER_CLASS for numbers in found.values()):
             break
     return [(shards.manifest.classes[label], found[label]) for label in sorted(found)[:MOST_CLASSES]]

@@ -54,12 +54,16 @@ def bootstrap(fit: Fit, replicates: int = 1000, seed: int = SEED) -> Bootstrap:
             f"its {k} parameters need at least {k + 3}"
         )
     random = np.random.default_rng(seed)
+    # A fit with k parameters bends towards its points, so its residuals are smaller than the noise they come from;
+    # for least squares their variance is (n - k) / n of it.
     inflated = fit.residuals * np.sqrt(n / (n - k))
     inflated = inflated - inflated.mean()
     names = sorted(set(fit.points.runs))
     if len(names) >= k + 3:
         method = f"cluster bootstrap: {replicates:,} draws of {len(names)} whole runs"
         members = np.array([[run == name for run in fit.points.runs] for name in names], float)
+        # Losses along one run share its initial weights and data order: drawn one by one they would look like
+        # independent evidence and the interval would be too narrow. A run drawn twice has weight two.
         weights = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates) @ members
         problems = [fit.problem(weights=weights[i : i + _CHUNK]) for i in range(0, replicates, _CHUNK)]
     else:
@@ -70,15 +74,16 @@ def bootstrap(fit: Fit, replicates: int = 1000, seed: int = SEED) -> Bootstrap:
         fitted = np.log(fit.points.loss) - fit.level - fit.residuals
         drawn = fitted + random.choice(inflated, (replicates, n))
         problems = [fit.problem(target=drawn[i : i + _CHUNK]) for i in range(0, replicates, _CHUNK)]
-    found, stationary = [], []
+    refits, stationary = [], []
     for problem in problems:
+        # From the fit itself: a resample's optimum is near it. First at a wider delta, where the loss is smoother.
         theta = _start(fit, len(problem.target) if len(problem.target) > 1 else len(problem.weights))
         theta = solve.newton(problem, theta, max(fit.delta, 1e-2), 40)
         theta = solve.newton(problem, theta, fit.delta, 200)
-        found.append(theta)
+        refits.append(theta)
         stationary.append(solve.stationarity(problem, theta, fit.delta) < 1e-3)
     share = float(np.concatenate(stationary).mean())
-    return Bootstrap(method, np.concatenate(found), inflated, seed, share)
+    return Bootstrap(method, np.concatenate(refits), inflated, seed, share)
 
 
 def _start(fit: Fit, rows: int) -> Floats:
@@ -89,9 +94,9 @@ def _start(fit: Fit, rows: int) -> Floats:
     return theta
 
 
-def parameter_intervals(fit: Fit, made: Bootstrap, level: float = 0.95) -> dict[str, list[float]]:
+def parameter_intervals(fit: Fit, resampled: Bootstrap, level: float = 0.95) -> dict[str, list[float]]:
     """95% (``level``) percentile intervals of the parameters in the caller's units."""
-    rows = [fit.in_units(theta) for theta in made.theta]
+    rows = [fit.in_units(theta) for theta in resampled.theta]
     return {
         name: [float(x) for x in np.quantile([row[name] for row in rows], [(1 - level) / 2, (1 + level) / 2])]
         for name in fit.law.names

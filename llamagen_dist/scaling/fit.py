@@ -75,14 +75,17 @@ def fit_law(points: Points, form: str = "chinchilla", loss: Loss = "huber", delt
         raise UserError(f"delta {delta:g}: give a positive number, such as 1e-3")
     delta = float("inf") if loss == "l2" else float(delta)
     check_identifiable(points, law)
+    # Around the means of log N, log D and log loss all unknowns are of order one, whatever the units, and a coefficient
+    # and its exponent are nearly independent: without it, moving alpha by 0.01 moves A by a fifth at N = 10^8.
     logs = law.logs(points.params, points.tokens)
     centre = logs.mean(axis=0)
     level = float(np.log(points.loss).mean())
     problem = solve.Problem(law, logs - centre, np.log(points.loss)[None] - level, np.ones((1, len(points))))
-    found = solve.minimise(problem, solve.starts(problem, delta), delta)
-    values = solve.objective(problem, found, delta)
+    optima = solve.minimise(problem, solve.starts(problem, delta), delta)
+    values = solve.objective(problem, optima, delta)
+    # The objective is not convex: from several starts, the lowest end is kept, and it has to be a stationary point.
     best = int(values.argmin())
-    theta = found[best : best + 1]
+    theta = optima[best : best + 1]
     slope = float(solve.stationarity(problem, theta, delta)[0])
     if slope > solve.STATIONARY:
         raise ArithmeticError(
@@ -136,7 +139,7 @@ def check_identifiable(points: Points, law: Law) -> None:
                 f"every point has the same {variable}, so {coefficient} and {law.exponents[exponent]} of {law.name} "
                 f"cannot be told from E{hint}"
             )
-    if len(law.terms) == 2:
+    if len(law.terms) == 2:  # 1 - r^2 of the two logs: at 0 one is a function of the other
         x, y = (logs[:, i] - logs[:, i].mean() for i in range(2))
         if 1 - (x @ y) ** 2 / ((x @ x) * (y @ y)) < 1e-9:
             raise UserError(
@@ -170,19 +173,19 @@ def _distinct(values: Floats) -> int:
 
 
 def _warnings(condition: float, bound: tuple[str, ...], law: Law) -> tuple[str, ...]:
-    found = []
+    warnings = []
     if condition > _ILL:
-        found.append(
+        warnings.append(
             f"the points hardly tell the parameters of {law.name} apart (condition {condition:.1e}): predictions near "
             "the points can be used, the parameters themselves cannot"
         )
     zero = [name for name in bound if name in law.coefficients]
     if zero:
-        found.append(f"{' and '.join(zero)} came out as zero: the points do not show that term")
+        warnings.append(f"{' and '.join(zero)} came out as zero: the points do not show that term")
     edge = [name for name in bound if name in law.exponents]
     if edge:
-        found.append(f"{' and '.join(edge)} ended at a bound of the search {solve.EXPONENTS}: the form does not fit")
-    return tuple(found)
+        warnings.append(f"{' and '.join(edge)} ended at a bound of the search {solve.EXPONENTS}: the form does not fit")
+    return tuple(warnings)
 
 
 def describe(fit: Fit) -> dict[str, Any]:

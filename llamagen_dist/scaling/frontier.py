@@ -29,11 +29,11 @@ def closed_form(fit: Fit, flops: Sequence[float] | Floats) -> list[Best]:
     if min(p["A"], p["B"]) <= 0:
         raise ValueError("without both terms there is no optimum")
     ratio = (alpha * p["A"] / (beta * p["B"])) ** (1 / (alpha + beta))
-    found = []
+    best = []
     for c in flops:
         n = ratio * (c / 6) ** (beta / (alpha + beta))
-        found.append(Best(float(c), n, c / (6 * n), float(fit.predict(n, c / (6 * n)))))
-    return found
+        best.append(Best(float(c), n, c / (6 * n), float(fit.predict(n, c / (6 * n)))))
+    return best
 
 
 def non_embedding(config: GPTConfig) -> int:
@@ -56,11 +56,11 @@ def over_shapes(fit: Fit, like: GPTConfig, flops: Sequence[float] | Floats, tota
     sizes = np.array([total_parameters(s) for s in shapes], float)
     fitted = sizes if total else np.array([non_embedding(s) for s in shapes], float)
     each = np.array([training_flops_per_image(s) for s in shapes], float)
-    found = []
+    best = []
     for c in flops:
         tokens = c / each * like.image_tokens
         losses = fit.predict(fitted, tokens)
         i = int(losses.argmin())
         shape = f"{shapes[i].n_layer} layers of width {shapes[i].dim}"
-        found.append(Best(float(c), float(sizes[i]), float(tokens[i]), float(losses[i]), shape))
-    return found
+        best.append(Best(float(c), float(sizes[i]), float(tokens[i]), float(losses[i]), shape))
+    return best

@@ -67,17 +67,19 @@ def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
         raise UserError(f"{folder}: no finished run in it (a finished run has a summary.json); train the ladder first")
     configs = [(path, _config(path)) for path in paths]
     decayed = all(config.optim.constant_until < math.inf for _, config in configs)
-    found = sorted((_rung(*pair, decayed) for pair in configs), key=lambda pair: (pair[0].params, pair[0].name))
+    measured_rungs = sorted(
+        (_rung(*pair, decayed) for pair in configs), key=lambda pair: (pair[0].params, pair[0].name)
+    )
     rows = [
-        (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, place)
-        for rung, measured in found
-        for tokens, loss, place in measured
+        (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, source)
+        for rung, measured in measured_rungs
+        for tokens, loss, source in measured
     ]
     if not rows:
         raise UserError(f"{folder}: its runs have no held-out loss; train them with validation.at_images")
-    params, tokens, loss, names, places = zip(*rows, strict=True)
-    points = Points(np.array(params), np.array(tokens), np.array(loss), names, places)
-    return Ladder(tuple(rung for rung, _ in found), points, count, decayed)
+    params, tokens, loss, names, sources = zip(*rows, strict=True)
+    points = Points(np.array(params), np.array(tokens), np.array(loss), names, sources)
+    return Ladder(tuple(rung for rung, _ in measured_rungs), points, count, decayed)
 
 
 def _config(folder: Path) -> GPTConfigFile:

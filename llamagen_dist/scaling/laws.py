@@ -72,8 +72,8 @@ def evaluate(law: Law, logs: Floats, theta: Floats) -> tuple[Floats, Floats]:
     total = np.einsum("rni,ri->rn", powers, coefficients)
     gradient = np.zeros((*total.shape, law.k))
     gradient[:, :, : powers.shape[2]] = powers
-    for i, place in enumerate(exponents):
-        gradient[:, :, place] -= coefficients[:, None, 1 + i] * logs[None, :, i] * powers[:, :, 1 + i]
+    for i, at in enumerate(exponents):
+        gradient[:, :, at] -= coefficients[:, None, 1 + i] * logs[None, :, i] * powers[:, :, 1 + i]
     return np.log(total), gradient / total[:, :, None]
 
 
@@ -83,13 +83,13 @@ def weighted_hessian(law: Law, logs: Floats, theta: Floats, weights: Floats) -> 
     fitted, gradient = evaluate(law, logs, theta)
     scaled = weights / np.exp(fitted)
     hessian = -np.einsum("rn,rnk,rnl->rkl", weights, gradient, gradient, optimize=True)
-    for i, place in enumerate(exponents):
+    for i, at in enumerate(exponents):
         column = 1 + i
         mixed = -np.einsum("rn,n,rn->r", scaled, logs[:, i], powers[:, :, column])
-        hessian[:, column, place] += mixed
-        hessian[:, place, column] += mixed
+        hessian[:, column, at] += mixed
+        hessian[:, at, column] += mixed
         squared = np.einsum("rn,n,rn->r", scaled, logs[:, i] ** 2, powers[:, :, column])
-        hessian[:, place, place] += theta[:, column] * squared
+        hessian[:, at, at] += theta[:, column] * squared
     return hessian
 
 

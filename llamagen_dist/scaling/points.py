@@ -18,14 +18,14 @@ _COLUMNS = ("params", "tokens", "loss")
 class Points:
     """params, tokens, loss: float64 [n], all positive and finite. runs: n names; points of one run share its name.
 
-    Raises UserError that names the first bad point, by ``places`` (such as file lines) where they are given.
+    Raises UserError that names the first bad point, by ``sources`` (such as file lines) where they are given.
     """
 
     params: Floats
     tokens: Floats
     loss: Floats
     runs: tuple[str, ...]
-    places: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.params) == len(self.tokens) == len(self.loss) == len(self.runs):
@@ -34,9 +34,9 @@ class Points:
             values = getattr(self, name)
             bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
             if len(bad):
-                place = self.places[bad[0]] if self.places else f"point {bad[0] + 1} (run {self.runs[bad[0]]})"
+                source = self.sources[bad[0]] if self.sources else f"point {bad[0] + 1} (run {self.runs[bad[0]]})"
                 raise UserError(
-                    f"{place}: {name} is {values[bad[0]]:g}, and a law is fitted to logarithms, so every {name} must "
+                    f"{source}: {name} is {values[bad[0]]:g}, and a law is fitted to logarithms, so every {name} must "
                     f"be a positive number; correct or remove "
                     f"{'it' if len(bad) == 1 else f'all {len(bad)} such points'}"
                 )
@@ -52,7 +52,7 @@ class Points:
             self.tokens[chosen],
             self.loss[chosen],
             tuple(self.runs[i] for i in picked),
-            tuple(self.places[i] for i in picked) if self.places else (),
+            tuple(self.sources[i] for i in picked) if self.sources else (),
         )
 
 
@@ -83,7 +83,7 @@ def parse_csv(text: str, name: str) -> Points:
                 "it needs params, tokens, loss and, for several points of one run, run"
             )
     values: dict[str, list[float]] = {column: [] for column in _COLUMNS}
-    runs, places = [], []
+    runs, sources = [], []
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(f"{name}, line {line}: {len(row)} cells under a header of {len(header)}; correct the line")
@@ -91,13 +91,13 @@ def parse_csv(text: str, name: str) -> Points:
         for column in _COLUMNS:
             values[column].append(_number(cells[column], column, f"{name}, line {line}"))
         runs.append(cells.get("run") or f"line {line}")
-        places.append(f"{name}, line {line}")
+        sources.append(f"{name}, line {line}")
     arrays = {column: np.array(numbers, float) for column, numbers in values.items()}
-    return Points(**arrays, runs=tuple(runs), places=tuple(places))
+    return Points(**arrays, runs=tuple(runs), sources=tuple(sources))
 
 
-def _number(text: str, column: str, place: str) -> float:
+def _number(text: str, column: str, source: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"{place}: {column} is {text[:60]!r}, not a number; correct or remove the line") from None
+        raise UserError(f"{source}: {column} is {text[:60]!r}, not a number; correct or remove the line") from None

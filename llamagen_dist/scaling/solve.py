@@ -84,7 +84,7 @@ def newton(problem: Problem, theta: Floats, delta: float, iterations: int = 1500
     A step solves (|H| + shift) d = -g on the free unknowns, |H| having the absolute eigenvalues of the scaled
     Hessian; the shift grows after a step that does not descend and shrinks after one that does. After a few
     failed steps the next one uses the touching parabolas: where most residuals lie beyond delta the loss has hardly
-    any curvature of its own, and plain Newton would jump over the kinks for ever.
+    any curvature of its own, and plain Newton would jump back and forth over the kinks.
     """
     low, high = problem.bounds()
     theta = np.clip(theta, low, high)
@@ -96,12 +96,17 @@ def newton(problem: Problem, theta: Floats, delta: float, iterations: int = 1500
         if not len(at):
             break
         g, h, x = gradient[at], hessian[at], theta[at]
+        # Unknowns at a bound whose gradient pushes them outwards take no part in the step (an active set); those just
+        # above one are put on it below, as Newton steps would only ever halve the distance.
         near, g0 = x - low < _NEAR, g
         free = ~((near & (g > 0)) | ((x >= high) & (g < 0)))
         g = np.where(free, g, 0.0)
         h = np.where(free[:, :, None] & free[:, None, :], h, 0.0)
+        # Unit diagonal first: coefficients and exponents differ in curvature by orders of magnitude, and one shift has
+        # to suit them all.
         scale = np.sqrt(np.maximum(np.abs(np.einsum("rkk->rk", h)), 1e-300))
         scale = np.where(free, np.maximum(scale, 1e-8 * scale.max(axis=1, keepdims=True)), 1.0)
+        # Absolute eigenvalues: where the objective curves downwards, the step goes down, not to the maximum.
         values, vectors = np.linalg.eigh(h / (scale[:, :, None] * scale[:, None, :]))
         damped = np.maximum(np.abs(values), 1e-14) + shift[at][:, None]
         step = np.einsum("rij,rj->ri", vectors, np.einsum("rji,rj->ri", vectors, -g / scale) / damped) / scale
@@ -116,6 +121,8 @@ def newton(problem: Problem, theta: Floats, delta: float, iterations: int = 1500
         won = at[better]
         theta[won], value[won] = trial[better], there[0][better]
         gradient[won], hessian[won] = there[1][better], there[2][better]
+        # Levenberg-Marquardt: towards Newton after a success, towards a short gradient step after a failure. A row is
+        # done when it no longer moves, or when no step however short descends.
         shift[at] = np.where(better, np.maximum(shift[at] / 10, 1e-16), np.maximum(shift[at] * 10, 1e-9))
         live[at] = ~sound | (moved > 1e-15) & (shift[at] < 1e8)
         failed[at] = np.where(better, 0, failed[at] + 1)
@@ -134,7 +141,7 @@ def _rows(problem: Problem, rows: NDArray[np.int64]) -> Problem:
 
 
 def minimise(problem: Problem, theta: Floats, delta: float) -> Floats:
-    """Newton with delta shrinking to the wanted one. theta [r, k] -> [r, k]."""
+    """Newton with delta shrinking to the one asked for. theta [r, k] -> [r, k]."""
     stages = [d for d in _CONTINUATION if d > delta] if np.isfinite(delta) else []
     for stage in stages:
         theta = newton(problem, theta, stage, 60)
@@ -175,7 +182,7 @@ def _non_negative(columns: Floats, weights: Floats) -> Floats:
     cells, _, m = columns.shape
     normal = np.einsum("cni,n,cnj->cij", columns, weights, columns, optimize=True)
     right = np.einsum("cni,n->ci", columns, weights)
-    best, found = np.full(cells, np.inf), np.zeros((cells, m))
+    best, solution = np.full(cells, np.inf), np.zeros((cells, m))
     for size in range(1, m + 1):
         for active in combinations(range(m), size):
             index = np.array(active)
@@ -185,6 +192,6 @@ def _non_negative(columns: Floats, weights: Floats) -> Floats:
             drop = -(solved * right[:, index]).sum(axis=1)  # the residual's square, up to a constant
             good = (solved >= 0).all(axis=1) & (drop < best)
             best[good] = drop[good]
-            found[good] = 0.0
-            found[np.ix_(good, index)] = solved[good]
-    return found
+            solution[good] = 0.0
+            solution[np.ix_(good, index)] = solved[good]
+    return solution

@@ -31,9 +31,9 @@ def study(points: Points, options: Options, ladder: Ladder | None = None) -> dic
     """ladder: where ``points`` came from, for exact FLOPs and counts; without it C = 6 N D. Raises UserError."""
     held = np.array([run == _held_out(points, options.hold_out) for run in points.runs])
     fit = fit_law(points.where(~held), options.form, options.loss, options.delta)
-    made, refused = None, None
+    resampled, refused = None, None
     try:
-        made = bootstrap(fit)
+        resampled = bootstrap(fit)
     except UserError as error:
         refused = str(error)
     fitted = fit.predict(points.params, points.tokens)
@@ -50,13 +50,13 @@ def study(points: Points, options: Options, ladder: Ladder | None = None) -> dic
         for i in range(len(points))
     ]
     result: dict[str, Any] = {**describe(fit), "points": rows}
-    if made is not None:
-        result["parameters_ci95"] = parameter_intervals(fit, made)
-        result["bootstrap"] = {"method": made.method, "seed": made.seed, "stationary": made.stationary}
+    if resampled is not None:
+        result["parameters_ci95"] = parameter_intervals(fit, resampled)
+        result["bootstrap"] = {"method": resampled.method, "seed": resampled.seed, "stationary": resampled.stationary}
     else:
         result["absent"] = {"ci95": refused}
     if held.any():
-        result["predictions"] = _predictions(points, held, fit, made, ladder)
+        result["predictions"] = _predictions(points, held, fit, resampled, ladder)
         result["prediction"] = result["predictions"][-1]
     result["curves"] = _curves(points, fit)
     result["frontier"] = [
@@ -88,10 +88,10 @@ def _params(points: Points, ladder: Ladder | None, i: int) -> float:
 
 
 def _predictions(
-    points: Points, held: np.ndarray, fit: Fit, made: Bootstrap | None, ladder: Ladder | None
+    points: Points, held: np.ndarray, fit: Fit, resampled: Bootstrap | None, ladder: Ladder | None
 ) -> list[dict[str, Any]]:
     """One per held-out point, fewest tokens first. naive: the next smaller run's loss after the same tokens."""
-    found = []
+    predictions = []
     order = sorted(np.flatnonzero(held).tolist(), key=lambda i: points.tokens[i])
     smaller = points.params[(~held) & (points.params < points.params[held].max())]
     before = smaller.max() if len(smaller) else None
@@ -107,15 +107,15 @@ def _predictions(
         same = np.flatnonzero((points.params == before) & (points.tokens == points.tokens[i]) & ~held)
         if len(same):
             one |= {"naive": float(points.loss[same[0]]), "naive_from": points.runs[same[0]]}
-        if made is not None:
-            low, high = made.band(fit, points.params[i : i + 1], points.tokens[i : i + 1])
+        if resampled is not None:
+            low, high = resampled.band(fit, points.params[i : i + 1], points.tokens[i : i + 1])
             one |= {
                 "ci95": [float(low[0]), float(high[0])],
                 "inside": bool(low[0] <= points.loss[i] <= high[0]),
-                "band": f"95% prediction band; {made.method}, with the scatter of the points",
+                "band": f"95% prediction band; {resampled.method}, with the scatter of the points",
             }
-        found.append(one)
-    return found
+        predictions.append(one)
+    return predictions
 
 
 def _curves(points: Points, fit: Fit) -> list[dict[str, Any]]:
