@@ -32,7 +32,7 @@ def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_si
         "run_dir": "x",
         "model": dict(sizes),
         "data": {"train": "x", "validation": "x", "image_size": image_size},
-        "loss": {"perceptual": "none"},
+        "loss": {"perceptual": "none", "discriminator": {"kind": "none"}},
         "train": {"images": 256},
     }
     entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
