@@ -2,13 +2,14 @@
 
 import argparse
 
+from llamagen_dist.commands import options
+from llamagen_dist.config import dump, load
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a YAML file of any kind (gpt, tokenizer, extract, sweep, cluster, …)")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="laid on top of the file")
+    options.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.config import dump, load
-
     print(dump(load(args.file, args.settings, complete=True)), end="")

@@ -5,13 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.launch import options
+from llamagen_dist.commands import options
+from llamagen_dist.commands.pipeline import rehearsal, run_here
+from llamagen_dist.errors import UserError
+from llamagen_dist.launch.snapshot import code_root
+from llamagen_dist.launch.stages import plan, words
+from llamagen_dist.report.quantities import count
 
 OWN_HELD_OUT = "0.1"  # of --images: nobody knows beforehand how many there are
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="the pipeline's variables")
+    options.add_settings(parser, "the pipeline's variables")
     parser.add_argument(
         "--images",
         type=Path,
@@ -22,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/quickstart"),
-        help="folder for everything; the same again goes on with it (default: runs/quickstart)",
+        help="folder for everything; the same again resumes it (default: runs/quickstart)",
     )
     parser.add_argument(
         "--config",
@@ -30,27 +35,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="another pipeline file (default: configs/pipeline/quickstart.yaml)",
     )
-    options.add(parser)
+    rehearsal(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.data.sources import open_source
-    from llamagen_dist.errors import UserError
-    from llamagen_dist.launch.snapshot import code_root
-    from llamagen_dist.launch.stages import plan, words
-
     variables = words(args.settings)
     if args.images is not None:
         if not args.images.is_dir():
             raise UserError(
                 f"--images {args.images}: there is no such folder; give one with a sub-folder of images per class"
             )
-        count = len(open_source(str(args.images)))  # what packing will read, and not every file that lies there
-        own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(count)}
+        from llamagen_dist.data.sources import open_source
+
+        number = len(open_source(str(args.images)))  # what packing will read, and not every file that lies there
+        own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(number)}
         variables = {**own, **variables}
     file = args.config or code_root() / "configs/pipeline/quickstart.yaml"
     made = plan(file, args.out.absolute(), variables, args.small)
-    options.execute(made, args.dry_run)
+    run_here(made, args.dry_run)
     if not args.dry_run:
         results = json.loads((made.out / "results.json").read_text(encoding="utf-8"))
         for line in headline(results):
@@ -60,8 +62,6 @@ def run(args: argparse.Namespace) -> None:
 
 def headline(results: dict[str, Any]) -> list[str]:
     """The numbers that matter, as lines; what was not measured is left out."""
-    from llamagen_dist.report.quantities import count
-
     lines = []
     tokenizer = results.get("tokenizer", {})
     if "psnr" in tokenizer:

@@ -1,7 +1,12 @@
 """``llamagen status [FOLDER …]``: what runs, how far it is, and why something does not."""
 
 import argparse
+import json
 from pathlib import Path
+
+from llamagen_dist.errors import UserError
+from llamagen_dist.launch.status import screen
+from llamagen_dist.launch.status.survey import look
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,20 +22,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.errors import UserError
-    from llamagen_dist.launch.status.survey import look
-
     if args.watch and args.json:
         raise UserError("--watch and --json: give one of the two; a program calls llamagen status --json again")
     folders = args.folders or [Path("runs")]
     if args.json:
-        import json
-
         print(json.dumps(look(folders).as_json(), indent=1, allow_nan=False))
-        return
-    from llamagen_dist.launch.status import screen
-
-    if args.watch:
+    elif args.watch:
         screen.watch(lambda: look(folders))
     else:
         screen.show(look(folders))

@@ -139,6 +139,15 @@ def test_help_and_import_load_nothing_heavy():
     assert "quickstart" in out.stdout
 
 
+def test_no_command_loads_torch_before_it_runs():
+    code = (
+        "import sys, importlib; from llamagen_dist.cli import COMMANDS; "
+        "[importlib.import_module('llamagen_dist.commands.' + name.replace('-', '_')) for name in COMMANDS]; "
+        "print('torch' in sys.modules)"
+    )
+    assert fresh(code).stdout.strip() == "False"
+
+
 def test_a_single_process_model_needs_neither_megatron_nor_deepspeed():
     code = (
         "import sys, torch, llamagen_dist.training.gpt_task, llamagen_dist.training.fit; "
