@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     topology = start(threads=config.threads)
     torch.backends.cudnn.allow_tf32 = False  # codes are chosen in full fp32
     torch.backends.cudnn.deterministic = True
-    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    tokenizer = load_tokenizer(config.tokenizer, config.model, topology=topology)
     images = open_shards(config.images, "images")
     Reconstruction(config, topology, tokenizer, images, picture_size(config, tokenizer)).run()
 

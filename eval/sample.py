@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamagen_dist.checkpoint.store import identity
 from llamagen_dist.config import SampleConfig, load
 from llamagen_dist.console import main_rank_progress
 from llamagen_dist.data.shards import Shards, open_shards
@@ -28,7 +27,7 @@ from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import save, shown_classes
-from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer
+from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint
 from llamagen_dist.sampling.parts import Parts, write_npz
 from llamagen_dist.tracking.provenance import versions
 
@@ -50,13 +49,13 @@ def main(argv: list[str]) -> None:
     topology = start(threads=config.threads)
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
     torch.backends.cudnn.deterministic = True
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model")
-    group = "ema" if config.weights == "ema" else "weights"
-    gpt = load_gpt(config.checkpoint, tokenizer, config.model, config.image_size, group)
+    which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
+    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model", topology=topology)
+    checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
+    gpt = load_gpt(checkpoint, tokenizer, config.model, config.image_size)
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
     wanted = conditions(gpt, tokenizer, config.captions, config.text_encoder, topology.device)
-    checkpoint_sha256 = topology.broadcast_from_rank0(lambda: identity(config.checkpoint, group))
-    Sampling(config, topology, gpt, tokenizer, tokens, wanted, checkpoint_sha256).run()
+    Sampling(config, topology, gpt, tokenizer, tokens, wanted).run()
 
 
 def training_tokens(config: SampleConfig, gpt: TrainedGPT, tokenizer: Tokenizer) -> Shards:
@@ -84,7 +83,6 @@ class Sampling:
         tokenizer: Tokenizer,
         tokens: Shards | None,
         wanted: Conditions,
-        checkpoint_sha256: str,
     ) -> None:
         self.config, self.topology, self.gpt, self.tokenizer, self.tokens = config, topology, gpt, tokenizer, tokens
         self.conditions = wanted
@@ -95,7 +93,7 @@ class Sampling:
         )
         self.histogram: Tensor | None = None
         made_from = {
-            "checkpoint_sha256": checkpoint_sha256,
+            "checkpoint_sha256": gpt.checkpoint.identity,
             "tokenizer_sha256": tokenizer.sha256,
             "tokens": tokens.manifest.fingerprint() if tokens else None,
             "captions": wanted.identity,

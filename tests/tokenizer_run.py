@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from llamagen_dist.build import build_vq
-from llamagen_dist.checkpoint import store
 from llamagen_dist.config import TokenizerConfigFile, TokenizerModelSection, dump
 from llamagen_dist.config.section import build
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
+from tests import checkpoints as store
 
 TINY = {
     "channels": 32,

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     sets = image_sets(config)
-    trained = tokenizer(config)
+    trained = tokenizer(config, topology)
     captions = caption_features(config, topology)
     coder = CropCoder(config, trained.model.to(topology.device))
     jobs = [Extraction(config, topology, coder, trained, captions, name, shards) for name, shards in sets.items()]
@@ -93,7 +93,7 @@ def image_sets(config: ExtractConfig) -> dict[str, Shards]:
     return sets
 
 
-def tokenizer(config: ExtractConfig) -> Tokenizer:
+def tokenizer(config: ExtractConfig, topology: Topology) -> Tokenizer:
     """The trained tokenizer. Raises UserError: not there, another kind, or codes that shards cannot hold."""
 
     def fits(model: VQModel) -> None:
@@ -105,7 +105,7 @@ def tokenizer(config: ExtractConfig) -> Tokenizer:
                 f"pixels per token of {config.tokenizer}"
             )
 
-    return load_tokenizer(config.tokenizer, config.model, check=fits)
+    return load_tokenizer(config.tokenizer, config.model, check=fits, topology=topology)
 
 
 def caption_features(config: ExtractConfig, topology: Topology) -> CaptionFeatures | None:

@@ -1,7 +1,5 @@
 """The tokenizer's objective (paper section 2.2): reconstruction, perceptual, adversarial, codebook."""
 
-import hashlib
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.config import TokenizerLossSection
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import sha256_file
 from llamagen_dist.models.vq import VQLosses
 
 VGG16_SHA256_START = "397923af"
@@ -81,20 +81,19 @@ def _not_vgg16(path: Path, reason: str) -> str:
 def _read_vgg16(path: Path) -> tuple[dict[str, Tensor], str]:
     """The state dict and a word on where it is from."""
     try:
-        data = path.read_bytes()
+        digest = sha256_file(path)
     except OSError as error:
         raise UserError(
             f"loss.vgg16_weights: {path} cannot be read ({error.strerror}); put torchvision's "
             "vgg16-397923af.pth there (it is not downloaded for you), or set loss.perceptual=none"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(_not_vgg16(path, f"not a weights file: {str(error).splitlines()[0]}")) from None
+        state = llamagen.read(path)
+    except UserError as error:
+        raise UserError(_not_vgg16(path, f"not a weights file: {error}")) from None
     needed = [f"features.{n}.{kind}" for n in _VGG16_CONVOLUTIONS for kind in ("weight", "bias")]
-    if not isinstance(state, dict) or (missing := [name for name in needed if name not in state]):
-        raise UserError(_not_vgg16(path, f"{missing[0]} is missing" if isinstance(state, dict) else "no dictionary"))
-    digest = hashlib.sha256(data).hexdigest()
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(_not_vgg16(path, f"{missing[0]} is missing"))
     known = digest.startswith(VGG16_SHA256_START)
     return (
         state,

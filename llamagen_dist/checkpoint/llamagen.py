@@ -1,8 +1,15 @@
-"""Released LlamaGen weight files: a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``."""
+"""Released LlamaGen weight files: reading them, which model they are, and what they lack of it.
+
+A file is a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``. ``Weights.notes`` tells what
+was taken where a file leaves a choice, and which wrapper's prefix its names carried.
+"""
 
 import argparse
-import pickle
+import re
+import struct
 import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +17,253 @@ import torch
 from torch import Tensor
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import cut_short
+from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 
-CONTAINERS = ("ema", "model", "module", "state_dict")  # first match wins; EMA is what upstream evaluates
+STATISTIC = "quantize.codebook_used"  # a tokenizer's usage counter, absent from some files
+SIZES = (*GPT_SIZES, *VQ_SIZES)
+CLASSES, _CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
+TRAINED = ("model", "module", "state_dict")
+CONTAINERS = ("ema", *TRAINED)  # first match wins; the average is what upstream evaluates
+
+# torch.compile, FSDP and activation checkpointing put a segment of their own before whatever they wrap, at any depth;
+# DDP (module.) and training modules that hold the model (model.) only stand in front.
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_FRONT = re.compile(r"^(?:(?:module|model)\.)+")
 
 
-def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside any of the containers, without the stray ``freqs_cis`` table."""
+@dataclass(frozen=True)
+class Weights:
+    """tensors: by LlamaGen's names. notes: what was chosen or left out on the way, one sentence each."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Described:
+    """kind: ``class-conditional GPT``, ``text-conditional GPT`` or ``tokenizer``. size: a released name, or None."""
+
+    kind: str
+    size: str | None
+    parameters: int
+
+
+# --- reading ---
+
+
+def load(path: Path) -> Any:
+    """What a .safetensors, .pt or .pth file holds, mapped into memory where its format allows: the processes of one
+    machine then share the pages, so that the file is read once. Nothing in it is ever executed.
+
+    Raises UserError, with the likely cause, for a file that is missing, cut short, damaged, or holds more than data.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # LlamaGen's own training checkpoints carry their argparse.Namespace: plain values, nothing that runs
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are no such file make the readers stumble over anything
+        raise UserError(unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """One sentence for a weights file that its reader refused with ``error``."""
+    ended = isinstance(error, (EOFError, struct.error)) or "unexpected EOF" in str(error)
+    if ended or cut_short(path):
+        return (
+            f"{path}: the file ends too early ({path.stat().st_size:,} bytes), most likely because its download or "
+            "copy was interrupted; fetch it again"
+        )
+    first = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{path}: cannot be read as a file of weights ({first})"
+
+
+def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """(name without wrappers' prefixes -> name in the file, the prefixes that were left out, sorted).
+
+    Raises UserError where two tensors would share a name.
+    """
+    plain: dict[str, str] = {}
+    prefixes: set[str] = set()
+    for name in names:
+        bare = _WRAPPER.sub("", name)
+        bare = _FRONT.sub("", bare)
+        prefixes |= {segment + "." for segment in name.split(".")} - {segment + "." for segment in bare.split(".")}
+        if bare in plain:
+            raise UserError(f"holds both {plain[bare]} and {name}, which are one tensor but for a wrapper's prefix")
+        plain[bare] = name
+    return plain, sorted(prefixes)
+
+
+def unwrap(content: Any, path: Path, group: str | None = None) -> Weights:
+    """The state dict in any of the containers, without wrappers' prefixes and the stray ``freqs_cis`` table.
+
+    group: ``weights`` or ``ema``; None takes the average where the file holds one, as LlamaGen's own evaluation does.
+    Raises UserError where there is no such thing in it.
+    """
+    notes = []
     if isinstance(content, dict):
-        for key in CONTAINERS:
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
+        there = [key for key in CONTAINERS if isinstance(content.get(key), dict)]
+        wanted = [key for key in there if group is None or (key == "ema") == (group == "ema")]
+        if group == "ema" and not wanted:
+            raise UserError(f"{path}: one file of weights has no ema in it; give a run directory, or take the weights")
+        if there and not wanted:
+            raise UserError(f"{path}: holds nothing but an average (ema); take that")
+        if wanted:
+            content = content[wanted[0]]
+        if len(there) > 1:
+            others = ", ".join(f"`{key}`" for key in there if key != wanted[0])
+            notes.append(f"took `{wanted[0]}` and not {others}, which the file also holds")
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path}: holds no state dict (looked at the top level and under {', '.join(CONTAINERS)})")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor) and k != "freqs_cis"}
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    try:
+        plain, prefixes = plain_names(tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if prefixes:
+        notes.append(f"its tensors' names carry {', '.join(f'`{p}`' for p in prefixes)}, which was left out")
+    return Weights({k: tensors[name] for k, name in plain.items() if k != "freqs_cis"}, tuple(notes))
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """Read a .safetensors or .pt/.pth file; pickles are read with weights_only=True. Raises UserError."""
+    """The state dict in a .safetensors or .pt/.pth file. Raises UserError (``load``, ``unwrap``)."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    return unwrap(load(path), path).tensors
 
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    try:
-        # LlamaGen's own training checkpoints carry their argparse.Namespace: plain values, nothing that runs
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # mapped where the format allows: ranks of one host then share the pages
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
-        # whatever bytes that are no such file make the unpickler stumble over
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as tensors only ({first})") from None
-    return unwrap(content, path)
+
+# --- which model it is ---
+
+
+def describe(weights: Mapping[str, Tensor]) -> Described:
+    """Tell the model from its names and shapes alone. Raises UserError for neither a GPT nor a tokenizer."""
+    kind = kind_of(weights)
+    sizes = VQ_SIZES if kind == "tokenizer" else GPT_SIZES
+    size = next((name for name in sizes if difference(weights, name) is None), None)
+    buffers = (STATISTIC, _CAPTION)
+    return Described(kind, size, sum(t.numel() for name, t in weights.items() if name not in buffers))
+
+
+def kind_of(weights: Collection[str]) -> str:
+    """From the tensors' names. Raises UserError, naming what is missing where they are nearly one of the kinds."""
+    needed = ["tok_embeddings.weight", "output.weight"]
+    if any(name in needed or name.startswith("layers.") for name in weights):
+        missing = [name for name in needed if name not in weights]
+        if not missing and CLASSES in weights:
+            return "class-conditional GPT"
+        if not missing and _CAPTION in weights:
+            return "text-conditional GPT"
+        raise UserError(f"a GPT that lacks {', '.join(missing) or f'{CLASSES} or {_CAPTION}'}")
+    parts = {"encoder.", "decoder."} & {name.split(".")[0] + "." for name in weights}
+    if "quantize.embedding.weight" in weights or len(parts) == 2:
+        missing = [part for part in ("encoder.", "decoder.") if part not in parts]
+        missing += [name for name in ("quantize.embedding.weight",) if name not in weights]
+        if missing and missing != ["decoder."]:
+            raise UserError(f"a tokenizer that lacks {', '.join(missing)}")
+        return "tokenizer"
+    some = ", ".join(sorted(weights)[:3])
+    raise UserError(f"neither a LlamaGen GPT nor a tokenizer: the first of its {len(weights)} tensors are {some}")
+
+
+def difference(weights: Mapping[str, Tensor], size: str) -> str | None:
+    """The first key (in the model's own order) where ``weights`` are not a model of this released size; None: they
+    are. The vocabulary, the classes and the length of captions are not part of a size. Raises UserError (kind_of)."""
+    kind = kind_of(weights)
+    if (kind == "tokenizer") != (size in VQ_SIZES):
+        return f"it is a {kind}, and {size} is a {'tokenizer' if size in VQ_SIZES else 'GPT'}"
+    own = VQ_SIZES[size] if kind == "tokenizer" else GPT_SIZES[size]
+    return first_difference(_shapes_in(weights), _expected(weights, kind, own), size)
+
+
+def incomplete(weights: Mapping[str, Tensor]) -> str | None:
+    """What is missing or does not belong to a model of the file's own size, whatever that is; None: it is whole.
+
+    The sizes are read off the tensors that are there: the number of layers from the largest index, widths from the
+    embeddings, so that a gap anywhere shows. Raises UserError (kind_of).
+    """
+    kind, found = kind_of(weights), _shapes_in(weights)
+    if kind == "tokenizer":
+        own = _vq_sizes(found)
+        if own is None:
+            return "encoder.conv_in.weight or encoder.conv_out.weight is missing"
+        return first_difference(found, _expected(weights, kind, own), "this tokenizer")
+    layers = 1 + max((int(name.split(".")[1]) for name in found if re.match(r"layers\.\d+\.", name)), default=0)
+    dim = found["tok_embeddings.weight"][1]
+    # one head: the number of heads shows in no shape; the two widths that are free are then taken from the layers
+    expected = _expected(weights, kind, {"n_layer": layers, "n_head": 1, "dim": dim, "multiple_of": 1})
+    for part, free in (("attention.wqkv", 0), ("feed_forward.w1", 0), ("feed_forward.w3", 0), ("feed_forward.w2", 1)):
+        names = [f"layers.{layer}.{part}.weight" for layer in range(layers)]
+        width = next((found[name][free] for name in names if len(found.get(name, ())) == 2), 0)
+        for name in names:
+            expected[name] = (width, dim) if free == 0 else (dim, width)
+    return first_difference(found, expected, "this GPT")
+
+
+def first_difference(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
+) -> str | None:
+    """The first key (in the order of ``expected``) that is missing, of another shape, or does not belong there."""
+    missing = [name for name in expected if name not in found and name != STATISTIC]
+    for name, shape in expected.items():
+        if name == STATISTIC:
+            continue
+        if name not in found:
+            return f"{name} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        if found[name] != shape:
+            return f"{name} has shape {list(found[name])}, and {what} has {list(shape)}"
+    extra = next((name for name in found if name not in expected), None)
+    return None if extra is None else f"{extra} does not belong to {what}"
+
+
+def _shapes_in(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _vq_sizes(found: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """VQConfig's keys as the shapes show them; None where a tensor that shows one is missing."""
+    first, last = found.get("encoder.conv_in.weight"), found.get("encoder.conv_out.weight")
+    blocks = re.compile(r"(?:encoder|decoder)\.conv_blocks\.(\d+)\.")
+    res = re.compile(r"encoder\.conv_blocks\.\d+\.res\.(\d+)\.")
+    levels = 1 + max((int(match[1]) for name in found if (match := blocks.match(name))), default=-1)
+    deep = 1 + max((int(match[1]) for name in found if (match := res.match(name))), default=-1)
+    if first is None or last is None or levels == 0 or deep == 0:
+        return None
+    widths = []
+    for level in range(levels):  # the last convolution of a level has its width; any block of it will do
+        names = [f"encoder.conv_blocks.{level}.res.{block}.conv2.weight" for block in range(deep)]
+        widths.append(next((found[name][0] for name in names if name in found), first[0]))
+    return {
+        "channels": first[0],
+        "image_channels": first[1],
+        "z_channels": last[0],
+        "channel_multipliers": tuple(max(1, width // first[0]) for width in widths),
+        "res_blocks": deep,
+    }
+
+
+def _expected(weights: Mapping[str, Tensor], kind: str, own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """name -> shape of the model of the sizes ``own``, with the vocabulary and the conditions of ``weights``."""
+    with torch.device("meta"):
+        model: torch.nn.Module
+        if kind == "tokenizer":
+            codes, dim = weights["quantize.embedding.weight"].shape
+            model = VQModel(VQConfig(codebook_size=codes, codebook_dim=dim, **own))
+        else:
+            sizes: dict[str, Any] = {**own, "vocab_size": weights["output.weight"].shape[0], "image_tokens": 4}
+            if kind == "class-conditional GPT":
+                sizes["num_classes"] = weights[CLASSES].shape[0] - 1
+            else:
+                length, dim = weights[_CAPTION].shape
+                sizes |= {"condition": "text", "prefix_tokens": length, "caption_dim": dim}
+            model = GPT(GPTConfig(**sizes))
+    return _shapes_in(model.state_dict())

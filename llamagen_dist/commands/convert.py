@@ -8,18 +8,24 @@ FORMATS = ("llamagen", "safetensors")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    from llamagen_dist.checkpoint.released import SIZES
+    from llamagen_dist.checkpoint.llamagen import SIZES
 
     parser.add_argument("source", type=Path, metavar="IN", help="a weights file, a run directory or a step_… folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write; it must not exist")
     parser.add_argument("--from", dest="origin", choices=FORMATS, help="default: by the suffix of IN")
     parser.add_argument("--to", choices=FORMATS, help="default: by the suffix of OUT")
     parser.add_argument("--size", choices=SIZES, help="refuse anything but this size (default: find out which it is)")
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        help="the trained weights, or their moving average (default: a run's trained weights; of a file that holds "
+        "both, the average)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamagen_dist.checkpoint import released
-    from llamagen_dist.checkpoint.store import identity_of, read_weights
+    from llamagen_dist.checkpoint import llamagen
+    from llamagen_dist.checkpoint.checkpoint import Checkpoint
     from llamagen_dist.errors import UserError
 
     if args.origin is not None and args.source.is_file() and args.origin != format_of(args.source):
@@ -29,16 +35,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: {args.out} must end in {'.safetensors' if to == 'safetensors' else '.pt or .pth'}")
     if args.out.exists():
         raise UserError(f"{args.out} is there already; remove it or choose another OUT")
-    weights = read_weights(args.source)
+    source = Checkpoint.open(args.source, which={"model": "weights"}.get(args.weights, args.weights))
+    weights = source.read_all()
     for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
         weights[name] = tensor.contiguous().clone()
     try:
-        found = released.describe(weights)
-        differs = released.difference(weights, args.size) if args.size else None
+        found = llamagen.describe(weights)
+        differs = llamagen.difference(weights, args.size) if args.size else None
+        lacks = llamagen.incomplete(weights)
     except UserError as error:
         raise UserError(f"{args.source}: {error}") from None
     if differs is not None:
         raise UserError(f"{args.source}: not {args.size}: {differs}")
+    if lacks is not None:
+        raise UserError(f"{args.source}: not a whole {found.kind}: {lacks}")
 
     def save(path: Path) -> None:
         if to == "safetensors":
@@ -50,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
             torch.save({"model": weights}, path)
 
-    written = write_checked(args.out, save, identity_of(weights))
+    written = write_checked(args.out, save, source.identity)
     print(f"{args.out}: {found.kind}, {found.size or 'a size of its own'}, {found.parameters:,} parameters")
     print(f"identity (names, shapes and bytes of the weights, the same in both formats): {written}")
 
@@ -68,7 +78,7 @@ def format_of(path: Path) -> str:
 
 def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str:
     """Write aside, read back, compare, rename; returns the identity. Raises UserError when the disk refuses."""
-    from llamagen_dist.checkpoint.store import identity_of, read_weights
+    from llamagen_dist.checkpoint.checkpoint import Checkpoint
     from llamagen_dist.errors import UserError
     from llamagen_dist.files import written_aside
 
@@ -76,7 +86,7 @@ def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str
         out.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(out) as aside:
             save(aside)
-            if identity_of(read_weights(aside)) != identity:
+            if Checkpoint.open(aside).identity != identity:
                 raise UserError(f"{out}: read back, the weights are not those that were written; is the disk in order?")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None

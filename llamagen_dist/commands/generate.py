@@ -28,7 +28,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all codes")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, if the run kept one")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        help="the trained weights, or their moving average (default: a run's trained weights; of a file that holds "
+        "both, the average)",
+    )
+    weights.add_argument("--ema", action="store_true", help="short for --weights ema")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
@@ -38,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from llamagen_dist.errors import UserError
     from llamagen_dist.sampling.conditions import Classes, Conditions, written
     from llamagen_dist.sampling.grid import save
-    from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, tokenizer_of
+    from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
     from llamagen_dist.sampling.pictures import Settings, rows_of_pictures
 
     for option, fits, wanted in (
@@ -51,8 +58,10 @@ def run(args: argparse.Namespace) -> None:
     ):
         if not fits:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
-    tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(args.checkpoint), key="--tokenizer")
-    gpt = load_gpt(args.checkpoint, tokenizer, group="ema" if args.ema else "weights")
+    which = {"model": "weights", None: "ema" if args.ema else None}.get(args.weights, args.weights)
+    checkpoint = open_checkpoint(args.checkpoint, "checkpoint", which=which)
+    tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(checkpoint), key="--tokenizer")
+    gpt = load_gpt(checkpoint, tokenizer)
     asked: Conditions
     if args.captions:
         if gpt.config.condition == "class":

@@ -19,8 +19,9 @@ class SampleConfig(Section):
     kind: Literal["sample"]
     checkpoint: Path
     """The GPT: a run directory (its newest checkpoint), a step_… folder, or a weights file."""
-    weights: Literal["trained", "ema"] = "trained"
-    """``ema``: the moving average, from a run that was trained with one."""
+    weights: Literal["trained", "ema"] | None = None
+    """``ema``: the moving average, from a run that was trained with one. Empty: a run's trained weights; of a weights
+    file that holds both, the average, as LlamaGen evaluates it."""
     model: GPTModelSection | None = None
     """The GPT's sizes, for a bare weights file (a checkpoint knows them itself)."""
     tokenizer: Path

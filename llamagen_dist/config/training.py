@@ -203,6 +203,8 @@ class GPTConfigFile(Section):
     compute: ComputeSection = ComputeSection()
     init_from: Path | None = None
     """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
+    init_weights: Literal["trained", "ema"] | None = None
+    """Which weights of ``init_from``. Empty: a run's trained ones; of a file that also holds an average, that."""
     init_classes: Path | None = None
     """Class names of ``init_from``, one a line, where it does not carry them (a bare weights file)."""
     validation: ValidationSection = ValidationSection()
@@ -240,12 +242,13 @@ class GPTConfigFile(Section):
             )
         return compute
 
-    @field_validator("init_classes")
+    @field_validator("init_weights", "init_classes")
     @classmethod
-    def _classes_of_something(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        if path is not None and info.data.get("init_from", path) is None:
-            raise ValueError("names the classes of init_from, which is empty")
-        return path
+    def _of_something(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("init_from", value) is None:
+            what = "classes" if info.field_name == "init_classes" else "weights"
+            raise ValueError(f"names the {what} of init_from, which is empty")
+        return value
 
     def rung(self, name: str, complete: bool = False) -> "GPTConfigFile":
         """The run of one ladder entry. Raises pydantic's ValidationError for keys or values that cannot be."""

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from llamagen_dist.data.captions import clean
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import sha256_file
+from llamagen_dist.files import cut_short, sha256_file
 
 MAX_TOKENS = 120
 """LlamaGen's caption prefix."""
@@ -35,7 +34,6 @@ class CaptionEncoder:
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu", max_tokens: int = MAX_TOKENS) -> None:
-        from safetensors import SafetensorError
         from transformers import AutoTokenizer, T5EncoderModel
         from transformers.utils import logging
 
@@ -48,8 +46,14 @@ class CaptionEncoder:
             loaded: Any = T5EncoderModel.from_pretrained(
                 path, local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-            raise UserError(f"text encoder {path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file makes the readers stumble over anything
+            cut = next((file for file in self._files if file.suffix != ".json" and cut_short(file)), None)
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            if cut is not None:
+                why = f"{cut.name} ends too early, most likely because its download was interrupted; fetch it again"
+            raise UserError(f"text encoder {path}: cannot be loaded: {why}") from None
         finally:
             if shown:
                 logging.enable_progress_bar()

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.config import InceptionSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, Inception, assemble, conv_names
@@ -201,22 +201,9 @@ def _write_cache(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"inception.weights: {path} does not exist") from None
-    except Exception as error:  # whatever a broken file makes the readers say
-        if isinstance(error, (OSError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError)) or (
-            type(error).__name__ == "UnpicklingError"
-        ):
-            first = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: cannot be read as a file of weights ({first})") from None
-        raise
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise UserError(f"{path}: holds {type(loaded).__name__}, not a mapping of names to tensors (a state dict)")
-    return loaded
+    if not path.exists():
+        raise UserError(f"inception.weights: {path} does not exist")
+    return llamagen.read(path)
 
 
 def _expected() -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llamagen_dist.build import build_vq
-from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.checkpoint import Checkpoint
+from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards, open_shards
@@ -22,14 +23,14 @@ _LARGEST_SIDE = 192  # pixels in the report; larger images are shown smaller
 _BATCH = 16
 
 
-def reconstruct(config: TokenizerConfigFile, tokenizer: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """images, and the result: uint8 [n, S, S, 3]. tokenizer: anything checkpoint.store.read_weights takes.
+def reconstruct(config: TokenizerConfigFile, checkpoint: Checkpoint, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """images, and the result: uint8 [n, S, S, 3]. checkpoint: the tokenizer's.
 
     Rounding is LlamaGen's (``models.vq.to_uint8``). eval.reconstruct's file is not read: it may be of another
     checkpoint, or not be there, while this picture belongs to every report of a tokenizer.
     """
     model = build_vq(config.model)
-    model.load_state_dict(store.read_weights(tokenizer))
+    model.load_state_dict(checkpoint.read_all())
     model.eval()
     parts = []
     for start in range(0, len(images), _BATCH):
@@ -57,9 +58,10 @@ def first_of_each_class(shards: Shards) -> list[tuple[str, list[int]]]:
 
 def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> ImageGrid | None:
     """One tile per class: originals on top, reconstructions below. None where either is missing."""
-    if not store.complete(run_dir) or not (image_shards / "manifest.json").exists():
+    if not complete(run_dir) or not (image_shards / "manifest.json").exists():
         return None
-    if store.newest(run_dir, warn=False) is None:
+    checkpoint = Checkpoint.newest(run_dir, which="weights", warn=False)
+    if checkpoint is None:
         raise UserError(f"{run_dir}: every checkpoint there is damaged; run the tokenizer's stage again")
     shards = open_shards(image_shards, "images")
     groups = first_of_each_class(shards)
@@ -67,7 +69,7 @@ def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> Imag
         return None
     numbers = [number for _, members in groups for number in members]
     originals = load_images(shards, numbers, config.data.image_size)
-    rebuilt = reconstruct(config, run_dir, originals)
+    rebuilt = reconstruct(config, checkpoint, originals)
     tiles, at = [], 0
     for _, members in groups:
         span = slice(at, at + len(members))

@@ -1,8 +1,7 @@
 """A trained GPT and its tokenizer from checkpoints, checked to belong together."""
 
 import difflib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ import torch
 from torch import Tensor
 
 from llamagen_dist.build import build_vq, gpt_config
-from llamagen_dist.checkpoint import store
-from llamagen_dist.checkpoint.released import CLASSES as _CLASSES
+from llamagen_dist.checkpoint.checkpoint import ALONE, Checkpoint
+from llamagen_dist.checkpoint.llamagen import CLASSES, STATISTIC
 from llamagen_dist.config import GPTConfigFile, GPTModelSection, TokenizerConfigFile, TokenizerModelSection, is_remote
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import VQModel
+from llamagen_dist.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,18 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TrainedGPT:
-    """model: in evaluation mode. seed: of its initial weights (0 where unknown). classes: their names, none for a
-    text-conditional model. captions: which encoder made the caption features it was trained on (``encoder``,
-    ``encoder_sha256``), where that is known. tokens: the folder of the token shards it was trained on, if that is still
-    there, with its manifest."""
+    """A GPT that can be sampled, and what its checkpoint says of it.
 
-    path: Path
+    model: in evaluation mode.
+    seed: of its initial weights; 0 where unknown.
+    classes: their names; none for a text-conditional model.
+    captions: which encoder made the caption features it was trained on (``encoder``, ``encoder_sha256``), where that
+        is known.
+    image_size: pixels along a side.
+    tokens, manifest: the folder of the token shards it was trained on, if that is still there, and its manifest.
+    """
+
+    checkpoint: Checkpoint
     model: GPT
     seed: int
     classes: list[str]
@@ -48,8 +54,22 @@ class TrainedGPT:
     manifest: Manifest | None
 
     @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
     def config(self) -> GPTConfig:
         return self.model.config
+
+
+def open_checkpoint(path: Path, key: str, topology: Topology = ALONE, which: str | None = None) -> Checkpoint:
+    """``Checkpoint.open`` (collective) whose refusals name the config key or option ``key``."""
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; give a run directory, a step_… folder or a weights file")
+    try:
+        return Checkpoint.open(path, topology, which)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def load_tokenizer(
@@ -58,14 +78,18 @@ def load_tokenizer(
     key: str = "tokenizer",
     sizes: str = "model",
     check: Callable[[VQModel], None] | None = None,
+    topology: Topology = ALONE,
 ) -> Tokenizer:
-    """path: a run directory, a step folder, or (with ``section``, its sizes) a weights file.
+    """The tokenizer at ``path`` (collective over ``topology``).
 
-    key, sizes: the config keys that messages name. check: may refuse the model before its weights are put in.
+    path: a run directory, a step folder, or (with ``section``, its sizes) a weights file.
+    key, sizes: the config keys that messages name.
+    check: may refuse the model before its weights are put in.
+
     Raises UserError: not there, another kind, does not fit.
     """
-    weights, trained = _read(path, key)
-    image_size = None
+    checkpoint = open_checkpoint(path, key, topology)
+    trained, image_size = checkpoint.config, None
     if trained is not None:
         if not isinstance(trained, TokenizerConfigFile):
             raise UserError(f"{key}: {path} is not a tokenizer's run")
@@ -75,27 +99,25 @@ def load_tokenizer(
     model = build_vq(section)
     if check is not None:
         check(model)
-    sha256 = store.identity_of(weights)
-    weights.setdefault("quantize.codebook_used", model.state_dict()["quantize.codebook_used"])  # a statistic
-    _fill(model, weights, key, path)
-    return Tokenizer(path, model.eval(), sha256, image_size)
+    _fill(model, {STATISTIC: model.state_dict()[STATISTIC]} | checkpoint.read_all(), key, path)
+    return Tokenizer(path, model.eval(), checkpoint.identity, image_size)
 
 
 def load_gpt(
-    path: Path,
+    checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     section: GPTModelSection | None = None,
     image_size: int | None = None,
-    group: str = "weights",
 ) -> TrainedGPT:
-    """The GPT at ``path``, which must have been trained on ``tokenizer``'s tokens.
+    """The GPT of an open checkpoint, which must have been trained on ``tokenizer``'s tokens.
 
-    group: ``weights`` or ``ema``, the moving average that a run may have kept.
+    section: its sizes, for a bare weights file; vocabulary and classes are read off the weights.
+    image_size: pixels along a side, from which the number of tokens follows; None takes what the token shards'
+        manifest says, or what the tokenizer was trained on.
 
-    Vocabulary and classes are read off the weights; the number of tokens follows from the picture's size: image_size,
-    or what the token shards' manifest says, or what the tokenizer was trained on. Raises UserError.
+    Raises UserError: not a GPT, of another tokenizer, does not fit.
     """
-    weights, trained = _read(path, "checkpoint", group)
+    path, shapes, trained = checkpoint.path, checkpoint.shapes, checkpoint.config
     seed, tokens = 0, None
     if trained is not None:
         if not isinstance(trained, GPTConfigFile):
@@ -104,15 +126,15 @@ def load_gpt(
         tokens = None if is_remote(trained.data.train) else Path(trained.data.train)
     if section is None:
         raise UserError(f"checkpoint: {path} is a bare weights file; say what it is, as in model.size=GPT-B")
-    if "output.weight" not in weights:
+    if "output.weight" not in shapes:
         raise UserError(f"checkpoint: {path} holds no output.weight: these are not the weights of a GPT")
-    by_class = _CLASSES in weights
+    by_class = CLASSES in shapes
     if by_class != (section.condition == "class"):
         kind = "classes" if by_class else "text"
         raise UserError(f"checkpoint: {path} is conditioned on {kind}; say so with model.condition")
     manifest = read_manifest(tokens) if tokens is not None and (tokens / MANIFEST).exists() else None
-    _check_pair(path, weights, tokenizer, manifest)
-    num_classes = weights[_CLASSES].shape[0] - 1 if by_class else 0
+    _check_pair(path, shapes["output.weight"][0], tokenizer, manifest)
+    num_classes = shapes[CLASSES][0] - 1 if by_class else 0
     size = image_size or (manifest.image_size if manifest else None) or tokenizer.image_size
     factor = tokenizer.model.config.downsampling
     if size is None:
@@ -123,29 +145,23 @@ def load_gpt(
         raise UserError(f"image_size: {size} is not a multiple of {factor}, the pixels per token of {tokenizer.path}")
     config = gpt_config(
         section,
-        vocab_size=weights["output.weight"].shape[0],
+        vocab_size=shapes["output.weight"][0],
         image_tokens=(size // factor) ** 2,
         num_classes=num_classes,
     )
     model = GPT(config)
-    _fill(model, weights, "checkpoint", path)
-    folder = path if (path / "index.json").exists() else store.newest(path, warn=False) if path.is_dir() else None
-    classes = _class_names(folder) or (manifest.classes if manifest else None)
+    _fill(model, checkpoint.read_all(), "checkpoint", path)
+    classes = checkpoint.classes or (manifest.classes if manifest else None)
     if classes is None or len(classes) != num_classes:
         classes = [str(number) for number in range(num_classes)]
-    captions = None if folder is None or by_class else store.read_state(folder).get("captions")
-    return TrainedGPT(path, model.eval(), seed, list(classes), captions, size, tokens if manifest else None, manifest)
+    captions = None if by_class else checkpoint.state.get("captions")
+    return TrainedGPT(
+        checkpoint, model.eval(), seed, list(classes), captions, size, tokens if manifest else None, manifest
+    )
 
 
-def _class_names(folder: Path | None) -> list[str] | None:
-    """From classes.json of the checkpoint, where there is one."""
-    if folder is None or not (folder / "classes.json").exists():
-        return None
-    return [str(name) for name in json.loads((folder / "classes.json").read_text(encoding="utf-8"))]
-
-
-def _check_pair(path: Path, weights: dict[str, Tensor], tokenizer: Tokenizer, manifest: Manifest | None) -> None:
-    vocabulary, codes = weights["output.weight"].shape[0], tokenizer.model.config.codebook_size
+def _check_pair(path: Path, vocabulary: int, tokenizer: Tokenizer, manifest: Manifest | None) -> None:
+    codes = tokenizer.model.config.codebook_size
     if vocabulary != codes:
         raise UserError(
             f"tokenizer: {tokenizer.path} has {codes} codes, but {path} was trained on {vocabulary}; "
@@ -158,16 +174,7 @@ def _check_pair(path: Path, weights: dict[str, Tensor], tokenizer: Tokenizer, ma
         )
 
 
-def _read(path: Path, key: str, group: str = "weights") -> tuple[dict[str, Tensor], object]:
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist; give a run directory, a step_… folder or a weights file")
-    try:
-        return store.read_weights(path, group), store.read_config(path)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-
-
-def _fill(model: torch.nn.Module, weights: dict[str, Tensor], key: str, path: Path) -> None:
+def _fill(model: torch.nn.Module, weights: Mapping[str, Tensor], key: str, path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -175,27 +182,36 @@ def _fill(model: torch.nn.Module, weights: dict[str, Tensor], key: str, path: Pa
         raise UserError(f"{key}: the weights in {path} do not fit its sizes: {first}") from None
 
 
-def tokenizer_of(checkpoint: Path) -> Path:
+def tokenizer_of(checkpoint: Checkpoint) -> Path:
     """Where the token shards' manifest says the GPT's tokenizer lies. Raises UserError if that cannot be found."""
-    _, trained = _read(checkpoint, "checkpoint")
+    path, trained = checkpoint.path, checkpoint.config
     hint = "say where it is with --tokenizer PATH"
     if not isinstance(trained, GPTConfigFile):
-        raise UserError(f"{checkpoint}: does not say which tokenizer it was trained with; {hint}")
+        raise UserError(f"{path}: does not say which tokenizer it was trained with; {hint}")
     tokens = trained.data.train
     if not is_remote(tokens) and not (Path(tokens) / MANIFEST).exists():
-        raise UserError(f"{checkpoint}: its token shards ({tokens}), which name the tokenizer, are gone; {hint}")
+        raise UserError(f"{path}: its token shards ({tokens}), which name the tokenizer, are gone; {hint}")
     named = manifest_of(tokens, trained.data).tokenizer_path
     if named is None or not Path(named).exists():
-        raise UserError(f"{checkpoint}: its tokenizer ({named or 'not named'}) is gone; {hint}")
+        raise UserError(f"{path}: its tokenizer ({named or 'not named'}) is gone; {hint}")
     return Path(named)
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
-    """The label of a class given by name (upper or lower case) or number. Raises UserError with the nearest name."""
+    """The label of a class given by name or number.
+
+    A name that is exactly a class's comes first, then one that differs in upper and lower case only, then a number.
+    Raises UserError for a name that several classes have, with their numbers, and for an unknown one, with the nearest.
+    """
     lower = [known.lower() for known in classes]
-    if name.lower() in lower:
-        return lower.index(name.lower())
-    if name.isdigit():
+    for wanted, names in ((name, list(classes)), (name.lower(), lower)):
+        numbers = [number for number, known in enumerate(names) if known == wanted]
+        if len(numbers) > 1:
+            which = ", ".join(f"{number} ({classes[number]})" for number in numbers)
+            raise UserError(f"class {name!r} is the name of {len(numbers)} classes: {which}; give the number")
+        if numbers:
+            return numbers[0]
+    if name.isdecimal():
         if int(name) < len(classes):
             return int(name)
         raise UserError(f"class {name}: there are {len(classes)} classes, 0 to {len(classes) - 1}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile
 from llamagen_dist.console import Progress
@@ -145,17 +145,17 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
 def _resume(task: Task, images: int, run: Run) -> tuple[int, int, int]:
     """(step, images_seen, digest of the samples shown) that the run stands at; (0, 0, 0) for a new one."""
     # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
-    folder = task.topology.broadcast_from_rank0(lambda: store.newest(run.directory))
-    if folder is None:
+    checkpoint = Checkpoint.newest(run.directory, task.topology)
+    if checkpoint is None:
         run.cut_metrics(0)
         return 0, 0, 0
-    state = store.read_state(folder)
+    folder, state = checkpoint.folder, checkpoint.state
     if run.fingerprint is not None and state["data"] != run.fingerprint:
         raise UserError(
             f"{folder}: was trained on other data (fingerprint {state['data']}, now {run.fingerprint}); "
             "point data.train at the same shards, or choose another run_dir"
         )
-    store.restore(folder, task.entries())
+    checkpoint.restore(task.entries())
     task.load_scalars(state["task"])
     task.guard.skipped = state["skipped"]
     step, images_seen = state["step"], state["images_seen"]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.checkpoint import released, store
-from llamagen_dist.config import GPTConfigFile, load
+from llamagen_dist.build import gpt_config
+from llamagen_dist.checkpoint import llamagen
+from llamagen_dist.checkpoint.checkpoint import Checkpoint
+from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import write_text
+from llamagen_dist.files import read_json, write_text
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.sizes import GPT_SIZES, GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.run import Run
 
@@ -32,7 +34,7 @@ LISTED = 20  # classes printed one by one
 class Initial:
     """Where a new run's weights come from. Tensors are read one at a time, so that no rank has to hold the source."""
 
-    weights: store.Weights
+    source: Checkpoint
     rows: tuple[int, ...] | None
     """The source row of each row of the class table (the null row is the last); None for captions."""
     record: dict[str, Any]
@@ -40,11 +42,11 @@ class Initial:
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """The full fp32 tensor that the parameter or buffer ``name`` starts from."""
-        found = self.weights.read(name).float()
-        if name == released.CLASSES and self.rows is not None:
-            found = found[list(self.rows)]
-        assert tuple(found.shape) == tuple(shape), f"{name}: {tuple(found.shape)} for {tuple(shape)}"
-        return found
+        tensor = self.source.read(name).float()
+        if name == llamagen.CLASSES and self.rows is not None:
+            tensor = tensor[list(self.rows)]
+        assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)} for {tuple(shape)}"
+        return tensor
 
 
 def initial_weights(
@@ -52,81 +54,58 @@ def initial_weights(
 ) -> Initial | None:
     """What ``config.init_from`` means for a run on the token shards of ``manifest``; None: nothing, or a resume.
 
-    Collective: rank 0 verifies the source, and prints what is taken over. A run that has a checkpoint goes on from
+    Collective: rank 0 verifies the source, and prints what is taken over. A run that has a checkpoint continues from
     that, whatever ``init_from`` says. Raises UserError for a source that is missing, damaged or does not fit.
     """
-    if (
-        config.init_from is None
-        or topology.broadcast_from_rank0(lambda: store.newest(config.run_dir, warn=False)) is not None
-    ):
+    if config.init_from is None or Checkpoint.newest(config.run_dir, topology, warn=False) is not None:
         return None
+    which = "weights" if config.init_weights == "trained" else config.init_weights
     try:
-        return _initial(config.init_from, config, model, manifest, topology, label)
+        source = Checkpoint.open(config.init_from, topology, which)
+        return _initial(source, config, model, manifest, topology, label)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
 
 
 def _initial(
-    path: Path, config: GPTConfigFile, model: GPTConfig, manifest: Manifest, topology: Topology, label: str
+    source: Checkpoint, config: GPTConfigFile, model: GPTConfig, manifest: Manifest, topology: Topology, label: str
 ) -> Initial:
-    sha256, folder = topology.broadcast_from_rank0(lambda: _identity(path))
-    weights = store.open_weights(folder or path, verified=False)
-    source = _Source(path, folder, weights)
-    _check(source, config, model, manifest)
+    path, folder, sha256 = source.path, source.folder, source.identity
+    tokenizer, grid = _codes(source)
+    _check(source, tokenizer, model, manifest)
     record: dict[str, Any] = {"path": str(path), "weights_sha256": sha256}
     if folder is not None:
         record |= {"folder": str(folder), "images_seen": source.state.get("images_seen")}
-    told, rows = "", None
+    classes, rows = "", None
     if model.condition == "class":
-        old = _source_classes(config, source)
-        rows, told = class_rows(old, source.classes, manifest.classes, model.num_classes, str(path))
+        count = source.shapes[llamagen.CLASSES][0] - 1  # the last row is the null class
+        old = _class_names(config, source, count)
+        rows, classes = class_rows(old, count, manifest.classes, model.num_classes, str(path))
         record["class_rows"] = list(rows)
-    was = f"{source.grid[0]}x{source.grid[1]}" if source.grid else "any number of"
+    was = f"{grid[0]}x{grid[1]}" if grid else "any number of"
     now = f"{manifest.grid[0]}x{manifest.grid[1]}" if manifest.grid else str(model.image_tokens)
     topology.log0(
         f"{label}: weights of {folder or path} (sha256 {sha256[:12]}…), from {was} to {now} tokens per image, on which "
-        f"no weight depends; optimizer and image count start fresh{told}"
+        f"no weight depends; optimizer and image count start fresh{classes}"
     )
-    return Initial(weights, rows, record)
+    return Initial(source, rows, record)
 
 
-def _identity(path: Path) -> tuple[str, Path | None]:
-    weights = store.open_weights(path)
-    return store.identity_of(weights.read_all()), weights.folder
+def _codes(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]:
+    """(sha256 of the tokenizer, grid of tokens) that the source was trained on, where they are known."""
+    tokenizer, grid = (source.state.get("tokenizer") or {}).get("sha256"), source.state.get("grid")
+    if tokenizer is None and isinstance(source.config, GPTConfigFile):
+        # an older checkpoint, whose state did not name it: its token shards may still be there
+        shards = Path(source.config.data.train)
+        if (shards / MANIFEST).exists():
+            manifest = read_manifest(shards)
+            return manifest.tokenizer_sha256, manifest.grid
+    return tokenizer, grid
 
 
-class _Source:
-    """The weights and what is known of their run: nothing for a bare file."""
-
-    def __init__(self, path: Path, folder: Path | None, weights: store.Weights) -> None:
-        self.path, self.folder, self.shapes = path, folder, weights.shapes
-        self.state: dict[str, Any] = {}
-        self.config: GPTConfigFile | None = None
-        self.tokenizer: str | None = None
-        self.grid: tuple[int, ...] | None = None
-        if folder is None:
-            return
-        self.state = store.read_state(folder)
-        config = load(folder / "config.yaml")
-        self.config = config if isinstance(config, GPTConfigFile) else None
-        self.tokenizer, self.grid = (self.state.get("tokenizer") or {}).get("sha256"), self.state.get("grid")
-        if (
-            self.config is not None and self.tokenizer is None
-        ):  # an older checkpoint: its token shards may still be there
-            shards = self.config.data.train
-            if (Path(shards) / MANIFEST).exists():
-                manifest = read_manifest(Path(shards))
-                self.tokenizer, self.grid = manifest.tokenizer_sha256, manifest.grid
-
-    @property
-    def classes(self) -> int:
-        """How many, the null class not counted."""
-        return self.shapes[released.CLASSES][0] - 1
-
-
-def _check(source: _Source, config: GPTConfigFile, model: GPTConfig, manifest: Manifest) -> None:
+def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest: Manifest) -> None:
     path, shapes = source.path, source.shapes
-    kind, wanted = released.kind_of(shapes), f"{model.condition}-conditional GPT"
+    kind, wanted = llamagen.kind_of(shapes), f"{model.condition}-conditional GPT"
     if kind == "tokenizer":
         raise UserError(f"{path} is a tokenizer; give a GPT's run directory, step folder or weights file")
     if kind != wanted:
@@ -140,55 +119,52 @@ def _check(source: _Source, config: GPTConfigFile, model: GPTConfig, manifest: M
             f"{path} knows {codes} codes and the token shards of data.train have {model.vocab_size}: another "
             "tokenizer, whose codes mean other things; extract the tokens with the tokenizer of those weights"
         )
-    if None not in (source.tokenizer, manifest.tokenizer_sha256) and source.tokenizer != manifest.tokenizer_sha256:
+    if None not in (tokenizer, manifest.tokenizer_sha256) and tokenizer != manifest.tokenizer_sha256:
         raise UserError(
-            f"{path} was trained on the codes of another tokenizer (sha256 {str(source.tokenizer)[:12]}…, the shards "
+            f"{path} was trained on the codes of another tokenizer (sha256 {str(tokenizer)[:12]}…, the shards "
             f"of data.train: {str(manifest.tokenizer_sha256)[:12]}…), so the same numbers mean other things; extract "
             "the tokens with that tokenizer, or, if only its decoder differs, give the weights as a bare file "
             "(llamagen convert)"
         )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(model).state_dict().items()}
-    rows = released.CLASSES
+    rows = llamagen.CLASSES
     if rows in shapes:  # the number of classes may differ
         expected[rows] = (shapes[rows][0], *expected[rows][1:])
-    problem = released.first_difference(shapes, expected, "this run's model")
+    problem = llamagen.first_difference(shapes, expected, "this run's model")
     if problem is not None:
         raise UserError(f"{path}: {problem}; make model.* the source's own sizes")
-    if source.config is not None:
-        for key in ("n_head", "n_kv_head", "prefix_rotation"):  # what no shape shows
-            theirs, ours = _model_key(source.config, key), _model_key(config, key)
-            if theirs != ours:
-                raise UserError(f"{path} has model.{key} {theirs} and this run {ours}: the weights mean other things")
+    if isinstance(source.config, GPTConfigFile):
+        theirs = gpt_config(
+            source.config.model,
+            vocab_size=model.vocab_size,
+            image_tokens=model.image_tokens,
+            num_classes=model.num_classes,
+        )
+        for key, name in (("n_head", "n_head"), ("n_kv_head", "kv_heads"), ("prefix_rotation", "prefix_rotation")):
+            was, now = getattr(theirs, name), getattr(model, name)  # no shape shows these
+            if was != now:
+                raise UserError(f"{path} has model.{key} {was} and this run {now}: the weights mean other things")
 
 
-def _model_key(config: GPTConfigFile, key: str) -> Any:
-    section = config.model
-    if key == "n_kv_head":
-        return section.n_kv_head or _model_key(config, "n_head")
-    if key == "n_head" and section.size is not None:
-        return GPT_SIZES[section.size]["n_head"]
-    return getattr(section, key)
-
-
-def _source_classes(config: GPTConfigFile, source: _Source) -> list[str] | None:
-    """The source's class names: of ``init_classes`` or its own classes.json."""
+def _class_names(config: GPTConfigFile, source: Checkpoint, count: int) -> list[str] | None:
+    """The names of the source's ``count`` classes: of ``init_classes`` or its own classes.json."""
     if config.init_classes is not None:
         try:
             text = config.init_classes.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"init_classes={config.init_classes} cannot be read ({error})") from None
         names, where = text.rstrip().splitlines(), f"init_classes={config.init_classes}"
-    elif source.folder is not None and (source.folder / "classes.json").exists():
-        names, where = json.loads((source.folder / "classes.json").read_text(encoding="utf-8")), "its classes.json"
+    elif source.classes is not None:
+        names, where = source.classes, "its classes.json"
     else:
         return None
-    if len(names) != source.classes:
+    if len(names) != count:
         raise UserError(
-            f"{source.path} has {source.classes} classes and {where} names {len(names)}; give one name a line, in the "
+            f"{source.path} has {count} classes and {where} names {len(names)}; give one name a line, in the "
             "order of its labels"
         )
-    return [str(name).strip() for name in names]
+    return [name.strip() for name in names]
 
 
 def class_rows(
@@ -238,7 +214,7 @@ def note_origin(run: Run, initial: Initial | None, manifest: Manifest) -> None:
     if run.topology.rank != 0:
         return
     path = run.directory / "record.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     if initial is not None:
         record["init_from"] = initial.record
         write_text(path, json.dumps(record, indent=1))

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.checkpoint import plan, store
+from llamagen_dist.checkpoint import plan
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import start
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from llamagen_dist.build import gpt_config
-from llamagen_dist.checkpoint import store
 from llamagen_dist.planning.memory import Layout as MemoryLayout
+from tests import checkpoints as store
 from tests.live_bytes import kept_for_backward, storages
 from tests.ranks import layouts
 

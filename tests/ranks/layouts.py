@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
-from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.training.gpt_task import GPTTask
+from tests import checkpoints as store
 from tests.plain_gpt import whole_gpt
 
 VOCABULARY, TOKENS, CLASSES, BATCH, STEPS = 96, 16, 10, 12, 10

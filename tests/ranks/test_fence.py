@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.training.fence import Fence
 from llamagen_dist.training.gpt_task import GPTTask
+from tests import checkpoints as store
 from tests.ranks.fit_run import lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout

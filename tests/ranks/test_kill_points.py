@@ -12,9 +12,9 @@ import torch
 
 from llamagen_dist import files
 from llamagen_dist.checkpoint import folder as folders
-from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.topology import Topology
+from tests import checkpoints as store
 from tests.ranks.test_saver import save, tensors
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen_dist.checkpoint import plan, staging, store
+from llamagen_dist.checkpoint import checkpoint, plan, staging
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import Topology, start
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 
 
@@ -216,8 +217,8 @@ def test_a_rank_reads_only_the_part_that_it_keeps(tmp_path):
 def test_each_file_is_opened_once(tmp_path, monkeypatch):
     run_ranks(save_once, 2, tmp_path, True)
     opened: list[Path] = []
-    real = store.opened
+    real = checkpoint.opened
     folder = store.newest(tmp_path)
-    monkeypatch.setattr(store, "opened", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(checkpoint, "opened", lambda path: opened.append(path) or real(path))
     store.restore(folder, entries(tensors()))
     assert sorted(opened) == sorted(folder.glob("*.safetensors"))

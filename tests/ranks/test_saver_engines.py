@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen_dist.checkpoint import plan, staging, store
+from llamagen_dist.checkpoint import plan, staging
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.errors import UserError
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task, steps
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from llamagen_dist.checkpoint import folder as folders
-from llamagen_dist.checkpoint import plan, store
+from llamagen_dist.checkpoint import plan
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.checkpoint.staging import Staging
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology, start
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.ranks.test_saver import Gate, entries, save, tensors, train_one_step
 

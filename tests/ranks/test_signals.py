@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.training import guards
 from llamagen_dist.training.gpt_task import GPTTask
+from tests import checkpoints as store
 from tests.ranks.fit_run import lines, nothing, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, STEPS, Layout

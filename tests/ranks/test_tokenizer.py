@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.errors import UserError
 from llamagen_dist.tracking.log_line import MEASURED
+from tests import checkpoints as store
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
 from tokenizer_training.train import main

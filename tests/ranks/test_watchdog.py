@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.process import Identity
 from llamagen_dist.training import heartbeat
 from llamagen_dist.training.gpt_task import GPTTask
+from tests import checkpoints as store
 from tests.ranks.fit_run import Fault, lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 import tokenizer_training.extract as program
 from llamagen_dist.build import build_vq
-from llamagen_dist.checkpoint import store
 from llamagen_dist.config import TokenizerModelSection, load
 from llamagen_dist.data import images
 from llamagen_dist.data.pack import PackOptions, pack
@@ -30,6 +29,7 @@ from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.data.verify import verify
 from llamagen_dist.errors import UserError
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.tokenizer_run import TINY, save_tokenizer
 

@@ -8,8 +8,8 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import yaml
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.training import initial
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.test_train_gpt import BATCH, call, lines
 from tests.runs.token_shards import write_tokens

@@ -22,7 +22,7 @@ import eval.reconstruct as reconstruct
 import eval.sample as program
 from llamagen_dist import cli
 from llamagen_dist.build import build_vq
-from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint import checkpoint
 from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.config.section import build
 from llamagen_dist.data import images
@@ -34,9 +34,11 @@ from llamagen_dist.evaluation.image_quality import psnr
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import to_uint8
 from llamagen_dist.parallel.entries import replicated
-from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.sampling import load
 from llamagen_dist.sampling.pictures import code_counts
 from llamagen_dist.sampling.sampler import generate
+from tests import checkpoints as store
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import CLASSES, VOCABULARY, write_tokens
@@ -44,6 +46,7 @@ from tests.tokenizer_run import random_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE, COUNT, BATCH = 16, 22, 6
+SMALL = ("config.yaml", "index.json", "state.json")  # what is read of every checkpoint beside the weights
 SIZES = {"n_layer": 2, "n_head": 2, "dim": 32, "multiple_of": 16}
 TOKENIZER = {
     "channels": 8,
@@ -82,6 +85,7 @@ def work(tmp_path_factory):
         model.output.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
     entries += [replicated("ema", name, tensor * 0.9) for name, tensor in model.state_dict().items()]
+    entries += [replicated("optimizer", f"exp_avg/{name}", tensor) for name, tensor in model.state_dict().items()]
     (folder / "gpt").mkdir()
     classes = [f"class {c}" for c in range(CLASSES)]
     store.save(folder / "gpt", 1, entries, {}, Topology(), config_text=dump(config), classes=classes)
@@ -323,6 +327,70 @@ def refused_rank(arguments: list[str]) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def files_read(work: Path) -> tuple[list[str], list[str], int]:
+    """(files hashed, files opened, times that weights were hashed for their identity) on this rank."""
+    topology = start()
+    hashed: list[Path] = []
+    mapped: list[Path] = []
+    identified: list[int] = []
+    hash_file, map_file, identify = checkpoint.sha256_file, checkpoint.opened, checkpoint.identity_of
+    checkpoint.sha256_file = lambda path: hashed.append(path) or hash_file(path)
+    checkpoint.opened = lambda path: mapped.append(path) or map_file(path)
+    checkpoint.identity_of = lambda weights: identified.append(len(weights)) or identify(weights)
+    source = load.open_checkpoint(work / "gpt", "checkpoint", topology)
+    tokenizer = load.load_tokenizer(load.tokenizer_of(source), topology=topology)
+    gpt = load.load_gpt(source, tokenizer)
+    assert (gpt.checkpoint.identity, tokenizer.sha256) == (source.identity, tokenizer.sha256)
+    names = [[f"{path.parts[-4]}/{path.name}" for path in paths] for paths in (hashed, mapped)]
+    return sorted(names[0]), sorted(names[1]), len(identified)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_is_hashed_once_by_one_rank_and_only_what_is_read_of_it(work, ranks):
+    """Twin: the files of the optimizer and of the average are there and would be seen."""
+    weights = ["gpt/weights-00000-000.safetensors", "tokenizer/weights-00000-000.safetensors"]
+    texts = ["gpt/classes.json", *(f"{run}/{name}" for run in ("gpt", "tokenizer") for name in SMALL)]
+    folder = work / "gpt" / "checkpoints" / "step_00000001"
+    assert {path.name.split("-")[0] for path in folder.glob("*.safetensors")} == {"weights", "ema", "optimizer"}
+    for rank, (hashed, mapped, identified) in enumerate(run_ranks(files_read, ranks, work)):
+        assert mapped == weights, "each weights file is mapped once on every rank"
+        assert hashed == (sorted([*weights, *texts]) if rank == 0 else [])
+        assert identified == (2 if rank == 0 else 0)
+
+
+def test_a_damaged_optimizer_does_not_keep_a_run_from_being_sampled_and_damaged_weights_do(work, tmp_path):
+    for group in ("optimizer", "weights"):
+        run = shutil.copytree(work / "gpt", tmp_path / group)
+        victim = next(run.glob(f"checkpoints/*/{group}-*"))
+        content = bytearray(victim.read_bytes())
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    assert load.open_checkpoint(tmp_path / "optimizer", "checkpoint").folder is not None
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load.open_checkpoint(tmp_path / "weights", "checkpoint")
+
+
+def test_a_training_file_with_an_average_is_sampled_as_is_said(work, tmp_path, capsys):
+    trained = store.read_weights(work / "gpt")
+    torch.save({"model": trained, "ema": {name: 0.9 * t for name, t in trained.items()}}, tmp_path / "train.pt")
+    bare = [
+        f"checkpoint={tmp_path}/train.pt",
+        *(f"model.{key}={value}" for key, value in SIZES.items()),
+        "sets=[model]",
+    ]
+    found = {}
+    for name, settings, taken in (
+        ("default", [], "ema"),
+        ("ema", ["weights=ema"], "ema"),
+        ("m", ["weights=trained"], "model"),
+    ):
+        said = quietly(program.main, words(work, tmp_path / name, *bare, *settings))
+        assert f"train.pt: took `{taken}` and not `{'model' if taken == 'ema' else 'ema'}`" in said
+        found[name] = np.load(tmp_path / name / "model.npz")["arr_0"]
+    assert np.array_equal(found["default"], found["ema"])
+    assert not np.array_equal(found["default"], found["m"])
 
 
 def test_every_rank_gets_the_main_ranks_sentence(work, alone):

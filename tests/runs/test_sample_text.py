@@ -14,7 +14,6 @@ from PIL import Image
 
 import eval.sample as program
 from llamagen_dist import cli
-from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.config.section import build
 from llamagen_dist.data.manifest import CaptionEncoding, read_manifest, write_manifest
@@ -23,6 +22,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.test_sample import SIZES, tokenizer_run

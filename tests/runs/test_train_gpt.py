@@ -19,11 +19,11 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import yaml
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
 from llamagen_dist.errors import UserError
 from llamagen_dist.train_gpt import main
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import write_tokens
 
@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, config, uninterrupted, num
         assert reached >= 160, "a kill loses at most the save interval"
     code, out, err = run_all(2, config, f"run_dir={run}")[0]
     assert code == 0, out + err
-    assert f"resumed from {store.Path(run)}" in out
+    assert f"resumed from {Path(run)}" in out
     assert lines(run) == lines(uninterrupted)
     a, b = (store.read_weights(r) for r in (run, uninterrupted))
     assert all((a[name] == b[name]).all() for name in b)

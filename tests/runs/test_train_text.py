@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.errors import UserError
@@ -19,6 +18,7 @@ from llamagen_dist.models.initial import null_caption
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.train_gpt import main
 from llamagen_dist.training.gpt_task import training_condition
+from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.token_shards import VOCABULARY, write_tokens

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
+from tests import checkpoints as store
 from tests.slurm.faults import checks
 from tests.slurm.faults.campaign import judge
 from tests.slurm.faults.injections import FAULTS

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llamagen_dist.checkpoint import llamagen, plan, store
+from llamagen_dist.checkpoint import llamagen, plan
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import Topology
+from tests import checkpoints as store
 
 ALONE = Topology()
 
@@ -246,3 +247,93 @@ def test_files_that_are_no_weights_are_one_sentence(tmp_path):
             store.read_weights(tmp_path / name)
         assert name in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+# --- files that came from elsewhere ---
+
+
+def written(folder, form: str, content: dict):
+    """A weights file in one of the three formats that are read."""
+    path = folder / f"w.{'safetensors' if form == 'safetensors' else 'pt'}"
+    if form == "safetensors":
+        save_file(content, path)
+    else:
+        torch.save({"model": content}, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_a_file_cut_anywhere_by_its_download_is_one_sentence_with_the_cause(tmp_path, form):
+    path = written(tmp_path, form, {f"layers.{n}.w": torch.randn(20, 7) for n in range(4)})
+    whole = path.read_bytes()
+    assert llamagen.read(path).keys() == {f"layers.{n}.w" for n in range(4)}, "the whole file is read"
+    for length in (*range(0, len(whole), 41), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError) as caught:
+            store.read_weights(path)
+        assert str(caught.value) == (
+            f"{path}: the file ends too early ({length:,} bytes), most likely because its download or copy was "
+            "interrupted; fetch it again"
+        )
+
+
+def test_a_whole_file_with_other_bytes_is_not_called_cut(tmp_path):
+    """The twin: the cause is looked for, not assumed."""
+    path = written(tmp_path, "zip", {"w": torch.ones(3)})
+    content = bytearray(path.read_bytes())
+    content[40:200] = bytes(160)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as a file of weights"):
+        llamagen.read(path)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "named"),
+    [
+        (("_orig_mod.", ""), "`_orig_mod.`"),
+        (("module.", ""), "`module.`"),
+        (("model.", ""), "`model.`"),
+        (("module._orig_mod.model.", ""), "`_orig_mod.`, `model.`, `module.`"),
+        (("_fsdp_wrapped_module.", "_fsdp_wrapped_module."), "`_fsdp_wrapped_module.`"),
+        (
+            ("module.", "_orig_mod._checkpoint_wrapped_module."),
+            "`_checkpoint_wrapped_module.`, `_orig_mod.`, `module.`",
+        ),
+        (("", "_orig_mod."), "`_orig_mod.`"),
+    ],
+)
+@pytest.mark.parametrize("form", ["zip", "safetensors"])
+def test_wrappers_prefixes_are_left_out_and_named(tmp_path, capsys, prefixes, named, form):
+    front, inside = prefixes
+    content = {
+        f"{front}layers.0.{inside}attention.wqkv.weight": torch.ones(2),
+        f"{front}norm.weight": torch.zeros(2),
+        "freqs_cis": torch.zeros(1),
+    }
+    path = written(tmp_path, form, content)
+    assert store.read_weights(path).keys() == {"layers.0.attention.wqkv.weight", "norm.weight"}
+    assert capsys.readouterr().out == f"{path}: its tensors' names carry {named}, which was left out\n"
+
+
+def test_without_a_prefix_nothing_is_said_and_two_names_for_one_tensor_are_refused(tmp_path, capsys):
+    assert store.read_weights(written(tmp_path, "zip", {"norm.weight": torch.ones(2)})).keys() == {"norm.weight"}
+    assert capsys.readouterr().out == ""
+    both = {"norm.weight": torch.ones(2), "module.norm.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"w\.pt: holds both norm\.weight and module\.norm\.weight"):
+        store.read_weights(written(tmp_path, "zip", both))
+
+
+def test_of_a_file_with_an_average_it_is_said_which_was_taken_and_the_other_can_be_chosen(tmp_path, capsys):
+    path = tmp_path / "train.pt"
+    torch.save({"model": {"w": torch.zeros(2)}, "ema": {"w": torch.ones(2)}, "steps": 5}, path)
+    taken = {group: store.read_weights(path, group)["w"].tolist() for group in (None, "ema", "weights")}
+    assert taken == {None: [1, 1], "ema": [1, 1], "weights": [0, 0]}
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{path}: took `ema` and not `model`, which the file also holds",
+        f"{path}: took `ema` and not `model`, which the file also holds",
+        f"{path}: took `model` and not `ema`, which the file also holds",
+    ]
+    torch.save({"ema": {"w": torch.ones(2)}}, path)
+    with pytest.raises(UserError, match=r"train\.pt: holds nothing but an average"):
+        store.read_weights(path, "weights")

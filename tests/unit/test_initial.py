@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from llamagen_dist.checkpoint import store
 from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.errors import UserError
@@ -14,6 +13,7 @@ from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.entries import buffers, replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.initial import class_rows, initial_weights
+from tests import checkpoints as store
 
 NAMES = ["cat", "crane", "dog", "crane"]
 CLASS = GPTConfig(n_layer=2, n_head=2, dim=16, vocab_size=32, image_tokens=16, num_classes=4, multiple_of=16)

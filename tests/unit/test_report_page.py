@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llamagen_dist.build import build_vq
-from llamagen_dist.checkpoint import store
 from llamagen_dist.cli import main
 from llamagen_dist.config import dump, load
 from llamagen_dist.data.images import load_images
@@ -30,6 +29,7 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.report import html, plots, quickstart, reconstructions
 from llamagen_dist.report.blocks import ImageGrid, Markdown, Report, Section, Table, describe, literal
 from llamagen_dist.report.collect import collect, results
+from tests import checkpoints as store
 from tests.unit.quickstart_folder import BATCH, SIZES, TOKENS, make, train_loss
 
 EVIL = "<script>alert(1)</script>"

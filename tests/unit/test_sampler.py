@@ -280,6 +280,18 @@ def test_class_names_and_numbers():
         class_number("4", classes)
 
 
+def test_the_exact_name_comes_first_and_a_name_of_several_classes_is_refused_with_their_numbers():
+    classes = ["Turkey", "crane", "turkey", "CRANE", "crane", "Bag"]
+    assert [class_number(name, classes) for name in ("Turkey", "turkey", "CRANE", "bag", "4")] == [0, 2, 3, 5, 4]
+    for name, numbers in (
+        ("crane", r"2 classes: 1 \(crane\), 4 \(crane\)"),
+        ("TURKEY", r"2 classes: 0 \(Turkey\), 2 \(turkey\)"),
+        ("Crane", r"3 classes: 1 \(crane\), 3 \(CRANE\), 4 \(crane\)"),
+    ):
+        with pytest.raises(UserError, match=rf"class '{name}' is the name of {numbers}; give the number"):
+            class_number(name, classes)
+
+
 def test_the_grid_shows_each_class_in_its_row():
     images = np.zeros((6, 8, 8, 3), np.uint8)
     images[:] = (np.arange(6) * 40)[:, None, None, None]

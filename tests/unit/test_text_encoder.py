@@ -113,6 +113,11 @@ def test_a_whole_t5_as_published_is_read_for_its_encoder(encoder, folder, tmp_pa
         sorted(copy.glob("*.safetensors"))[1].unlink()
         with pytest.raises(UserError, match="cannot be loaded"):
             CaptionEncoder(copy)
+    else:
+        (weights,) = (path for path in copy.iterdir() if path.suffix in (".safetensors", ".bin"))
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        with pytest.raises(UserError, match=rf"cannot be loaded: {weights.name} ends too early, most likely"):
+            CaptionEncoder(copy)
 
 
 def without(folder: Path, what: str) -> None:

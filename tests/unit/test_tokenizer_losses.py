@@ -288,6 +288,10 @@ def test_lpips_refuses_files_that_are_not_vgg16(tmp_path, vgg16):
     text.write_text("<html>not found</html>")
     with pytest.raises(UserError, match=r"does not hold torchvision's VGG16 weights \(not a weights file"):
         LPIPS(text)
+    with open(vgg16, "rb") as whole:
+        (tmp_path / "half.pth").write_bytes(whole.read(1 << 20))
+    with pytest.raises(UserError, match=r"half\.pth: the file ends too early \(1,048,576 bytes\), most likely because"):
+        LPIPS(tmp_path / "half.pth")
     state = torch.load(vgg16, weights_only=True)
     torch.save({**state, "features.28.weight": state["features.28.weight"][:, :7]}, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"features.28: size mismatch"):

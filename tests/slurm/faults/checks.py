@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.checkpoint import store
+from llamagen_dist.checkpoint.checkpoint import opened, read_index
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.errors import UserError
 from llamagen_dist.tracking.log_line import MEASURED
+from tests import checkpoints as store
 from tests.slurm.faults.trial import Step
 
 SHOWN = 3  # differences named
@@ -64,8 +65,8 @@ def same_weights(found: Path, wanted: Path, tolerance: float) -> list[str]:
 def _tensors(run: Path) -> dict[str, Tensor]:
     folder = complete(run)[-1]
     found = {}
-    for full, name in store.read_index(folder)["tensors"].items():
-        with store.opened(folder / name) as file:
+    for full, name in read_index(folder)["tensors"].items():
+        with opened(folder / name) as file:
             found[full] = file.get_tensor(full.split(":", 1)[1])
     return found
 
