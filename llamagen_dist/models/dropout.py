@@ -19,9 +19,11 @@ LEVELS = 1 << 16
 class Randomness:
     """The dropout of one forward pass. Immutable: recomputation and compilation see the same masks.
 
-    keys: int32 (B,), one per sample. first: the position, in the whole sequence, of the first row of what is dropped
-    from (a sequence-parallel rank holds a part). Sites are numbers: ``layer(n)`` has keys of its own, in which
-    ``place`` tells the dropouts of one layer apart.
+    Sites are numbers: ``layer(n)`` has keys of its own, in which ``site`` tells the dropouts of one layer apart.
+
+    keys: int32 (B,), one per sample.
+    first: the position, in the whole sequence, of the first row that is dropped from (a sequence-parallel rank holds
+        a part).
     """
 
     keys: Tensor
@@ -32,16 +34,16 @@ class Randomness:
         return replace(self, first=first)
 
     def layer(self, number: int) -> "Randomness":
-        return replace(self, keys=self._place(4 * (number + 1)))
+        return replace(self, keys=self._site_keys(4 * (number + 1)))
 
-    def _place(self, place: int) -> Tensor:
-        return prng.mix(self.keys ^ ((place + 1) * 0x632BE5AB & 0x7FFFFFFF))
+    def _site_keys(self, site: int) -> Tensor:
+        return prng.mix(self.keys ^ ((site + 1) * 0x632BE5AB & 0x7FFFFFFF))
 
-    def kept(self, x: Tensor, p: float, place: int) -> Tensor:
+    def kept(self, x: Tensor, p: float, site: int) -> Tensor:
         """int8 of x's shape (B, S, dim), dim even: 0 where x is dropped, else 1. Element x[b, s, d] has the number
         (first + s) x dim + d."""
         _, rows, dim = x.shape
-        keys, begin, count = self._place(place).view(-1, 1), self.first * dim // 2, rows * dim // 2
+        keys, begin, count = self._site_keys(site).view(-1, 1), self.first * dim // 2, rows * dim // 2
         last = threshold(p) - LEVELS // 2 - 1  # the 16 bits are compared as signed numbers: up to this one is dropped
         if torch.compiler.is_compiling():  # one fused loop, without memory; the other branch needs few passes instead
             numbers = torch.arange(2 * begin, 2 * (begin + count), dtype=torch.int32, device=x.device)
@@ -60,31 +62,31 @@ class Randomness:
             sample.copy_(halves.clamp_(last, last + 1).sub_(last))  # several times as fast as a comparison, as bool
         return kept
 
-    def dropout(self, x: Tensor, p: float, place: int) -> Tensor:
+    def dropout(self, x: Tensor, p: float, site: int) -> Tensor:
         """x (B, S, dim) with elements dropped with probability p and the others scaled up."""
         if threshold(p) == 0:
             return x
-        return x * self.kept(x, p, place) * scale(p)
+        return x * self.kept(x, p, site) * scale(p)
 
-    def add_dropped(self, x: Tensor, y: Tensor, p: float, place: int) -> Tensor:
+    def add_dropped(self, x: Tensor, y: Tensor, p: float, site: int) -> Tensor:
         """x + dropout(y)."""
         if threshold(p) == 0:
             return x + y
-        return torch.add(x, y * self.kept(y, p, place), alpha=scale(p))
+        return torch.add(x, y * self.kept(y, p, site), alpha=scale(p))
 
-    def drop_path(self, x: Tensor, p: float, place: int) -> Tensor:
+    def drop_path(self, x: Tensor, p: float, site: int) -> Tensor:
         """x (B, …) with whole samples dropped with probability p and the others scaled up."""
         if threshold(p) == 0:
             return x
-        raw = (self._place(place) >> 16) + LEVELS // 2
+        raw = (self._site_keys(site) >> 16) + LEVELS // 2
         return torch.where((raw >= threshold(p)).view(-1, *(1,) * (x.dim() - 1)), x * scale(p), 0.0)
 
-    def attention_dropout(self, probabilities: Tensor, p: float, place: int, first_head: int) -> Tensor:
+    def attention_dropout(self, probabilities: Tensor, p: float, site: int, first_head: int) -> Tensor:
         """probabilities (B, heads, S, S): elements numbered by (head in the whole model, query, key)."""
         _, heads, rows, columns = probabilities.shape
         begin = first_head * rows * columns
         numbers = torch.arange(begin, begin + heads * rows * columns, dtype=torch.int32, device=probabilities.device)
-        raw = prng.mix(prng.mix(numbers) ^ self._place(place).view(-1, 1)).view(probabilities.shape)
+        raw = prng.mix(prng.mix(numbers) ^ self._site_keys(site).view(-1, 1)).view(probabilities.shape)
         return torch.where((raw >> 16) + LEVELS // 2 >= threshold(p), probabilities * scale(p), 0.0)
 
 

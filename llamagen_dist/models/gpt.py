@@ -1,8 +1,10 @@
 """LlamaGen's Llama: image tokens in raster order after a class or caption prefix (paper section 2.3).
 
-Plain torch that knows nothing of ranks: tensor parallelism replaces layers from outside (parallel/tensor_parallel.py)
-and head counts are read off the activations. Parameter names are those of the released weights. Three properties
-that those weights depend on and that look like mistakes:
+It reads from the parts to the whole: layers, condition, rotary table, attention, feed-forward network, block, GPT.
+Plain torch that knows nothing of ranks: tensor parallelism replaces layers from outside (parallel/tensor_parallel.py),
+by the names of the attributes here, and head counts are read off the activations, since a tensor-parallel rank has its
+own share of the heads. Parameter names are those of the released weights. Three properties that those weights depend
+on and that look like mistakes:
 
 * prefix positions are rotated by cos = sin = 0, so their queries and keys are zero and every image token attends to
   the prefix with logit 0;
@@ -11,8 +13,20 @@ that those weights depend on and that look like mistakes:
 
 Captions come left-padded. Here the padding is moved behind the image (``sequence_order``): plainly causal attention
 then never sees it, and no mask exists.
+
+What a block keeps for the backward pass, for B samples of S positions (eager; tests/unit/test_gpt_training.py counts):
+
+* in the computing type: x, its norm, q, k, v, attention's output, x after attention, its norm, w1's and w3's outputs
+  (their gated product is computed again): B S (6 dim + 2 kv_dim + 2 ffn_dim) numbers. A tensor-parallel rank has
+  1 / tp of q, k, v, attention's output and the two of the feed-forward network (with sequence parallelism of the two x
+  as well);
+* in fp32: B S (2 + n_head) numbers (of norms and of attention's softmax);
+* the dropout masks: 1 byte for every element of the two outputs, B S dim each, where its probability is above 0.
+
+A recomputed block keeps x only: B S dim. With attn_dropout_p > 0 attention keeps B n_head S^2 probabilities more.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,26 +36,241 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llamagen_dist import prng
-from llamagen_dist.models.block import Block
-from llamagen_dist.models.cache import Cache
-from llamagen_dist.models.condition import Caption, CaptionEmbedder, ClassEmbedder, Condition
-from llamagen_dist.models.dropout import Randomness
+from llamagen_dist.models import ops
+from llamagen_dist.models.cache import Cache, LayerCache
+from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.initial import initial_weight, null_caption
-from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
-from llamagen_dist.models.rotary import rotary_table
 from llamagen_dist.models.sizes import GPTConfig
 
-__all__ = ["GPT", "Caption", "Condition", "GPTConfig", "Randomness", "initial_weight", "rotary_table"]
+Caption = tuple[Tensor, Tensor]  # features (B, T, caption_dim) left-padded, present (B, T) bool
+Condition = Tensor | Caption  # or labels (B,) int64
+
+# The dropout sites of one layer: outputs of attention and feed-forward network, the attention probabilities, and the
+# two paths. Numbers, because the masks of every run made so far are functions of them.
+ATTENTION_SITE, FFN_SITE, PROBABILITIES_SITE, ATTENTION_PATH_SITE, FFN_PATH_SITE = 0, 1, 2, 3, 4
+
+
+# --- layers: weights are zero until ``initialize`` or ``load_state_dict``, since torch's own constructors would fill
+# every weight once for nothing, and from the global generator ---
+
+
+class Linear(nn.Linear):
+    """x W^T, no bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Normalises in fp32, casts back, then scales."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+# --- the condition, as the first positions of the sequence ---
+
+
+class ClassEmbedder(nn.Module):
+    """labels (B,) int64, ``num_classes`` being the null class -> (B, 1, dim)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embedding_table = Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels).unsqueeze(1)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.caption_dim, config.dim)
+        self.fc2 = Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text-encoder features (B, T, caption_dim) of any floating type -> (B, T, dim)."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        self.register_buffer("uncond_embedding", torch.zeros(config.prefix, config.caption_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
+
+
+# --- attention ---
+
+
+def rotary_table(config: GPTConfig) -> Tensor:
+    """(prefix + image_tokens, head_dim / 2, 2) fp32: cos and sin.
+
+    The prefix rows are 0, 0 (``prefix_rotation: zero``, what the released weights were trained with) or 1, 0.
+    """
+    side, half = math.isqrt(config.image_tokens), config.head_dim // 2
+    theta = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+    along = torch.outer(torch.arange(side).float(), theta)
+    rows = along[:, None, :].expand(side, side, -1)
+    columns = along[None, :, :].expand(side, side, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    image = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    prefix = torch.zeros(config.prefix, half, 2)
+    if config.prefix_rotation == "identity":
+        prefix[..., 0] = 1.0
+    return torch.cat([prefix, image])
+
+
+class Attention(nn.Module):
+    """Attention over a fused [q | k | v] projection, with fewer key and value heads where the config says so.
+
+    first_head: the number, in the whole model, of the first head that this rank computes; dropout masks depend on it.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.group = config.n_head // config.kv_heads
+        self.dropout_p = config.attn_dropout_p
+        self.first_head = 0
+        self.wqkv = Linear(config.dim, config.dim + 2 * config.kv_dim)
+        self.wo = Linear(config.dim, config.dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        random: Randomness | None = None,
+        past: LayerCache | None = None,
+    ) -> Tensor:
+        """x (B, S, dim) -> the same shape.
+
+        table: rotary, (S, head_dim / 2, 2) or (B, S, …).
+        mask: what SDPA takes; None: every position sees itself and what is before it, and a single one all that is
+            cached.
+        random: this layer's dropout, in training.
+        past: keys and values of the positions before, which grow by these.
+        """
+        q, k, v = ops.split_and_rotate(self.wqkv(x), table, self.group, self.head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        causal = mask is None
+        if past is not None:
+            k, v = past.extend(k, v)
+            causal = causal and q.shape[2] == k.shape[2]
+        if random is not None and threshold(self.dropout_p) > 0:
+            out = self._with_dropout(q, k, v, random)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, random: Randomness) -> Tensor:
+        """Causal attention (training only) that holds the (B, heads, S, S) probabilities, in fp32, to drop some: the
+        fused kernels draw their masks from a generator, so that they would change with the layout."""
+        k, v = _repeated(k, self.group), _repeated(v, self.group)
+        scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return (
+            random.attention_dropout(probabilities, self.dropout_p, PROBABILITIES_SITE, self.first_head).type_as(v) @ v
+        )
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """(B, heads, S, d) -> (B, heads x times, S, d): query heads h x times … share key head h."""
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+# --- blocks ---
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor, recompute_product: bool = True) -> Tensor:
+        """recompute_product: compute the gated product again in the backward pass instead of keeping it."""
+        a, b = self.w1(x), self.w3(x)
+        product = ops.gated(a, b)
+        if torch.compiler.is_compiling() or not (recompute_product and product.requires_grad):
+            return self.w2(product)
+        with ops.recomputed(product, a, b):
+            return self.w2(product)
+
+
+class Block(nn.Module):
+    """One layer: attention and a gated feed-forward network, each normalised before and added after."""
+
+    def __init__(self, config: GPTConfig, drop_path_p: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        # LlamaGen switches the element-wise dropouts off where drop-path is on
+        self.resid_dropout_p = 0.0 if config.drop_path_rate > 0 else config.resid_dropout_p
+        self.ffn_dropout_p = 0.0 if config.drop_path_rate > 0 else config.ffn_dropout_p
+        self.drop_path_p = drop_path_p
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        random: Randomness | None,
+        past: LayerCache | None = None,
+        recompute_product: bool = True,
+    ) -> Tensor:
+        """x (B, S, dim) -> the same shape; see Attention and FeedForward for the rest."""
+        attended = self.attention(self.attention_norm(x), table, mask, random, past)
+        if random is None:
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x), recompute_product)
+        attended = random.drop_path(attended, self.drop_path_p, ATTENTION_PATH_SITE)
+        x = random.add_dropped(x, attended, self.resid_dropout_p, ATTENTION_SITE)
+        fed = self.feed_forward(self.ffn_norm(x), recompute_product)
+        fed = random.drop_path(fed, self.drop_path_p, FFN_PATH_SITE)
+        return random.add_dropped(x, fed, self.ffn_dropout_p, FFN_SITE)
+
+
+# --- the model ---
 
 
 class GPT(nn.Module):
     """``model(tokens, condition) -> logits``; ``model.loss(tokens, condition) -> nats per token``.
 
-    Weights are zero until ``initialize`` or ``load_state_dict``. token_nll and gather_vocabulary are seams for tensor
-    parallelism, where the head yields this rank's slice of the vocabulary: the first computes the loss from slices,
-    the second makes the logits whole. recompute_every: 0 keeps all activations for the backward pass; k recomputes
-    blocks 0, k, 2k, … there from their inputs, with the same numbers.
+    Weights are zero until ``initialize`` or ``load_state_dict``.
+
+    dropout_seed: of the dropout masks.
+    recompute_every: 0 keeps all activations for the backward pass; k recomputes blocks 0, k, 2k, … there from their
+        inputs, with the same numbers.
+    token_nll, gather_vocabulary: seams for tensor parallelism, where the head yields this rank's slice of the
+        vocabulary; the first computes the loss from slices, the second makes the logits whole.
     """
 
     rotary: Tensor
@@ -116,13 +345,15 @@ class GPT(nn.Module):
             x = random.dropout(x, self.config.token_dropout_p, 0)
         blocks: Any = self.layers  # to mypy a ModuleList holds modules of no particular kind
         for number, layer in enumerate(blocks):
-            own = random.layer(number) if random is not None else None
-            again = bool(self.recompute_every) and number % self.recompute_every == 0 and torch.is_grad_enabled()
-            layer.feed_forward.rederive = not again  # within a recomputed block it would keep what checkpoint drops
-            if again:
-                x = checkpoint(layer, x, table, None, own, use_reentrant=False, preserve_rng_state=False)
+            masks = random.layer(number) if random is not None else None
+            recompute = bool(self.recompute_every) and number % self.recompute_every == 0 and torch.is_grad_enabled()
+            # a recomputed block keeps nothing anyway; its product recomputed as well would hold on to w1's and w3's
+            # outputs, which checkpoint drops
+            arguments = (x, table, None, masks, None, not recompute)
+            if recompute:
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, table, None, own)
+                x = layer(*arguments)
         if present is None:
             return self.norm(x[:, prefix.shape[1] - 1 :])
         return self.norm(rows_of(x, present.sum(dim=1, keepdim=True) - 1 + torch.arange(n, device=x.device)))
@@ -138,8 +369,11 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None = None) -> Tensor:
         """Logits (B, N, V); logits[:, t] predicts tokens[:, t] from the condition and tokens[:, :t].
 
-        tokens: (B, N) int64. condition: labels (B,) int64 (``num_classes`` = null), or (features (B, T, C)
-        left-padded, mask (B, T) bool). sample_ids: (B,) int64 global sample numbers, needed when dropout is active.
+        tokens: (B, N) int64.
+        condition: labels (B,) int64 (``num_classes`` = null), or (features (B, T, C) left-padded, mask (B, T) bool).
+        sample_ids: (B,) int64 global sample numbers, needed when dropout is active.
+
+        Raises ValueError for dropout without sample_ids.
         """
         return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids)))
 
@@ -150,7 +384,10 @@ class GPT(nn.Module):
         sample_ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Mean nats per token (0-d fp32); in eval mode the validation loss. weights: (B,), 0 leaves a sample out."""
+        """Mean nats per token (0-d fp32); in eval mode the validation loss.
+
+        weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
+        """
         logits = self.output(self._hidden(tokens, condition, sample_ids)).flatten(0, 1)
         each = torch.ones_like(tokens, dtype=torch.float32)
         if weights is not None:
@@ -167,7 +404,7 @@ class GPT(nn.Module):
         return torch.full_like(condition, self.config.num_classes)
 
     def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
-        """Logits (B, V) of the first image token, and the cache that ``decode`` goes on with. Never any dropout."""
+        """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout."""
         x, present = self._prefix(condition)
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
@@ -195,7 +432,7 @@ def sequence_order(present: Tensor, tokens: int) -> Tensor:
     return F.pad(2 - 2 * present.to(torch.int8), (0, tokens), value=1).argsort(dim=1, stable=True)
 
 
-def rows_of(x: Tensor, places: Tensor) -> Tensor:
-    """x (B, S, d), places (B, n) int64 -> (B, n, d), the rows at these positions of each sample."""
+def rows_of(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, S, d), positions (B, n) int64 -> (B, n, d), the rows at these positions of each sample."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (first + places).flatten()).unflatten(0, places.shape)
+    return x.flatten(0, 1).index_select(0, (first + positions).flatten()).unflatten(0, positions.shape)

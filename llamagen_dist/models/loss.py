@@ -19,15 +19,18 @@ def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def weighted_nll(logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL = token_nll) -> Tensor:
-    """sum of weights x nll(logits, tokens), 0-d fp32. logits (n, V), tokens (n,) int64, weights (n,) fp32.
+    """sum of weights x nll(logits, tokens), 0-d fp32.
 
-    Where a gradient is wanted it is made in the forward pass, a few rows at a time, and *replaces the logits*: they
-    must not be used again. ``nll`` must treat every row by itself (tensor parallelism has one over slices of V).
+    logits: (n, V). Where a gradient is wanted it is made in the forward pass, a few rows at a time, and *replaces the
+        logits*: they must not be used again.
+    tokens: (n,) int64.
+    weights: (n,) fp32.
+    nll: must treat every row by itself (tensor parallelism has one over slices of V).
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         return _WeightedNLL.apply(logits, tokens, weights, nll)
     parts = _chunks(logits, tokens, weights)
-    return torch.stack([(nll(few, wanted) * weight).sum() for few, wanted, weight in parts]).sum()
+    return torch.stack([(nll(chunk, targets) * weight).sum() for chunk, targets, weight in parts]).sum()
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -37,20 +40,24 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class _WeightedNLL(torch.autograd.Function):
+    """Logits are the largest tensor of a step (8 x 256 tokens: 128 MiB in fp32). Cross-entropy's gradient is known as
+    soon as its value is, so it is written over them, instead of keeping a second such tensor until the backward pass.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, weights: Tensor, nll: TokenNLL) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         gradient = logits.detach()  # the same memory
-        for few, wanted, weight in _chunks(gradient, tokens, weights):
+        for logits_chunk, targets, weight in _chunks(gradient, tokens, weights):
             if nll is token_nll:
-                total += _gradient_in_place(few, wanted, weight)
+                total += _gradient_in_place(logits_chunk, targets, weight)
                 continue
             with torch.enable_grad():
-                leaf = few.detach().requires_grad_()
-                part = (nll(leaf, wanted) * weight).sum()
-            (found,) = torch.autograd.grad(part, leaf)
+                leaf = logits_chunk.detach().requires_grad_()
+                part = (nll(leaf, targets) * weight).sum()
+            (grad_chunk,) = torch.autograd.grad(part, leaf)
             total += part.detach()
-            few.copy_(found)
+            logits_chunk.copy_(grad_chunk)
         ctx.gradient = gradient
         return total
 
@@ -60,18 +67,18 @@ class _WeightedNLL(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the loss can be differentiated once: its gradient took the place of the logits")
-        if upstream.device.type != "cpu" or upstream != 1:
+        if upstream.device.type != "cpu" or upstream != 1:  # on a GPU the question would wait for the device
             gradient.mul_(upstream)
         return gradient, None, None, None
 
 
 def _gradient_in_place(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
     """logits (n, V) become weights x (softmax - one-hot); returns the weighted nll. One exponential per logit."""
-    at = tokens[:, None]
-    largest, own = logits.amax(dim=-1, keepdim=True), logits.gather(1, at)
-    likely = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    # log sum exp = largest - log(the largest probability), which is at least 1 / V and so exact enough
-    nll = (largest.float() - own.float() - likely.amax(dim=-1, keepdim=True).log()).flatten()
-    likely.scatter_add_(1, at, torch.full_like(nll[:, None], -1.0))
-    logits.copy_(likely.mul_(weights[:, None]))
+    targets = tokens[:, None]
+    max_logit, target_logit = logits.amax(dim=-1, keepdim=True), logits.gather(1, targets)
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    # log sum exp = max_logit - log(the largest probability), which is at least 1 / V and so exact enough
+    nll = (max_logit.float() - target_logit.float() - probs.amax(dim=-1, keepdim=True).log()).flatten()
+    probs.scatter_add_(1, targets, torch.full_like(nll[:, None], -1.0))
+    logits.copy_(probs.mul_(weights[:, None]))
     return (nll * weights).sum()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamagen_dist.models.quantizer import VectorQuantizer, VQLosses, code_histogram
 from llamagen_dist.models.sizes import VQ_SIZES, VQConfig
-from llamagen_dist.models.vq_quantizer import VectorQuantizer, VQLosses, code_histogram
 
 __all__ = ["VQ_SIZES", "VQConfig", "VQLosses", "VQModel", "code_histogram"]
 
@@ -168,7 +168,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation; ValueError for odd sizes."""
+        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation; ValueError unless f divides H and W."""
         factor = self.config.downsampling
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(

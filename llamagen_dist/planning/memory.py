@@ -1,6 +1,6 @@
 """Bytes that one rank of a training run holds, by part, before it exists. No torch here.
 
-State (weights to EMA) is what the engines allocate and activations are what autograd keeps of models/block.py in eager
+State (weights to EMA) is what the engines allocate and activations are what autograd keeps of models/gpt.py in eager
 mode; both are checked against real allocations on CPU (tests/ranks/test_memory.py, tests/unit/test_memory.py). What an
 accelerator's allocator and kernels add (fragmentation, cuBLAS and NCCL workspaces, a compiled block keeping other
 tensors) is not in here and was not verified.
@@ -106,7 +106,7 @@ class Kept:
 
 
 def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
-    """What one block keeps for one image, in the order of models/block.py's forward (eager).
+    """What one block keeps for one image, in the order of models/gpt.py's forward (eager).
 
     Under sequence parallelism norms, residual stream and dropout masks hold this rank's positions only; the inputs of
     the split layers are gathered and whole.

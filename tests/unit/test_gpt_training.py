@@ -1,5 +1,8 @@
 """What training asks of the model: recomputation, compilation, grouped heads, dropout, one logits buffer."""
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from llamagen_dist import prng
 from llamagen_dist.build import compile_blocks
 from llamagen_dist.errors import UserError
-from llamagen_dist.models import dropout, fused
+from llamagen_dist.models import dropout, ops
 from llamagen_dist.models.dropout import Randomness
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.loss import token_nll, weighted_nll
@@ -52,13 +55,13 @@ def test_recomputation_changes_no_bit(options):
 def test_recomputation_with_other_masks_is_noticed(monkeypatch):
     """Sabotage twin: masks from a counter, as a stateful generator would give them."""
     model, calls = small(), [0]
-    own = Randomness._place
+    own = Randomness._site_keys
 
-    def counted(self, place):
+    def counted(self, site):
         calls[0] += 1
-        return own(self, place + 100 * calls[0])
+        return own(self, site + 100 * calls[0])
 
-    monkeypatch.setattr(Randomness, "_place", counted)
+    monkeypatch.setattr(Randomness, "_site_keys", counted)
     _, gradients = step(model)
     calls[0], model.recompute_every = 0, 1
     assert not same(step(model)[1], gradients)
@@ -97,7 +100,7 @@ def saved_bytes_of_blocks(layers: int) -> int:
 
 
 def test_a_block_keeps_what_its_file_says():
-    """models/block.py states the activations that one block keeps; more would be a memory leak, less a wrong plan."""
+    """models/gpt.py states the activations that one block keeps; more would be a memory leak, less a wrong plan."""
     batch, length, dim, ffn, heads = 4, 16, 64, 192, 4
     elements = length * batch * (8 * dim + 2 * ffn)
     rows = length * batch * (2 + heads)
@@ -207,13 +210,52 @@ def test_written_gradients_are_true(part):
     shapes = {"rms_norm": [(2, 3, 8), (8,)], "gated": [(2, 3, 8)] * 2, "split_and_rotate": [(2, 3, 16)]}[part]
     inputs = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
     apply = {
-        "rms_norm": lambda x, w: fused.rms_norm(x, w, 1e-5),
-        "gated": fused.gated,
-        "split_and_rotate": lambda x: torch.cat(fused.split_and_rotate(x * 1.0, table, 2, 4), dim=-2),
+        "rms_norm": lambda x, w: ops.rms_norm(x, w, 1e-5),
+        "gated": ops.gated,
+        "split_and_rotate": lambda x: torch.cat(ops.split_and_rotate(x * 1.0, table, 2, 4), dim=-2),
     }[part]
     torch.autograd.gradcheck(apply, inputs, eps=1e-2, atol=2e-2, rtol=2e-2)
     with pytest.raises(RuntimeError):
         torch.autograd.gradcheck(lambda *x: apply(*x) + 0.1 * x[0].detach().sum(), inputs, eps=1e-2, atol=2e-2)
+
+
+def through_products(context) -> list[torch.Tensor]:
+    """Gradients of a graph that saves the gated product flattened, transposed and scaled, and others of its size."""
+    draw = torch.Generator().manual_seed(0)
+    a, b, weight = (torch.randn(8, 8, generator=draw).requires_grad_() for _ in range(3))
+    product = ops.gated(a, b)
+    with context(product, a, b):
+        total = (product.view(4, 16).square().sum() + product.t().square().matmul(weight).sum()).square()
+        for number in range(20):  # each takes memory of the product's size, and leaves it to the next
+            total = total + (product * number).sin().square().sum()
+    del product
+    return list(torch.autograd.grad(total, [a, b, weight]))
+
+
+def test_only_the_product_itself_is_recomputed(monkeypatch):
+    """A saved tensor is told by its address, which another one might get: not while the product is held."""
+    expected = through_products(lambda *_: contextlib.nullcontext())
+    assert same(through_products(ops.recomputed), expected)
+    monkeypatch.setattr(ops, "is_whole", lambda x, product: x.numel() == product.numel())
+    assert not same(through_products(ops.recomputed), expected), "sabotage twin: told by its size alone"
+
+
+def test_the_product_is_held_no_longer_than_its_layer_runs():
+    a, b = torch.randn(2, 8, 8).requires_grad_().unbind()
+    product = ops.gated(a, b)
+    layer, gone = torch.nn.Linear(8, 8, bias=False), weakref.ref(product)
+    with ops.recomputed(product, a, b):
+        out = layer(product)
+        del product
+        assert gone() is not None, "else its address could be given away"
+    assert gone() is None
+    del out
+    product = ops.gated(a, b)
+    gone = weakref.ref(product)
+    out = layer(product)
+    del product
+    assert gone() is not None, "sabotage twin: a layer alone keeps its input"
+    del out
 
 
 # --- the loss ---

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamagen_dist.models import vq_quantizer
+from llamagen_dist.models import quantizer as quantizer_module
+from llamagen_dist.models.quantizer import VectorQuantizer
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel, code_histogram, group_norm
-from llamagen_dist.models.vq_quantizer import VectorQuantizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # entries, parameters, sha256 of the sorted "name shape" lines of the reference system's state dict
@@ -139,12 +139,12 @@ def test_search_in_pieces_finds_the_nearest_code(l2_norm, rows, codes, width, se
     with torch.no_grad():
         module.embedding.weight.copy_(torch.randn(codes, width, generator=generator))
     z = module.prepare(torch.randn(1, width, 1, rows, generator=generator)).reshape(-1, width)
-    whole, kept = module.nearest(z), vq_quantizer.SEARCH_ELEMENTS
-    vq_quantizer.SEARCH_ELEMENTS = 3 * codes  # three rows at a time
+    whole, kept = module.nearest(z), quantizer_module.SEARCH_ELEMENTS
+    quantizer_module.SEARCH_ELEMENTS = 3 * codes  # three rows at a time
     try:
         assert torch.equal(module.nearest(z), whole)
     finally:
-        vq_quantizer.SEARCH_ELEMENTS = kept
+        quantizer_module.SEARCH_ELEMENTS = kept
     distance = torch.cdist(z.double(), module.codes_as_vectors().detach().double())
     chosen = distance.gather(1, whole[:, None]).squeeze(1)
     assert torch.all(chosen <= distance.min(1).values + 1e-5)
