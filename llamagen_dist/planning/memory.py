@@ -53,7 +53,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
     weights are bf16.
     """
     count = total_parameters(config, layout.tensor)
-    share = -(-count // layout.data)
+    share = -(-count // layout.data)  # rounded up: the flat state is padded to a multiple of the ranks
     optimizer = count if layout.zero == 0 else share
     weights = count
     if layout.zero == 3:
@@ -61,6 +61,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
         weights = -(-(count - whole) // layout.data) + whole
     gradients = (count if layout.zero < 2 else share) * FP32
     if layout.zero == 1 and layout.precision == "bf16":
+        # bf16 sums would lose small contributions, so DeepSpeed adds micro-batches up in fp32 beside them
         gradients += count * layout.bytes
     return {
         "weights": weights * layout.bytes,
@@ -72,10 +73,13 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
 
 
 def buckets(config: GPTConfig, layout: Layout) -> dict[str, int]:
-    """Bytes of communication buffers. ``held``: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces
-    its fp32 sums where they are). ``passing``: DDP's buckets beside gradients that still accumulate; the fp32 copy of a
-    bf16 bucket (ZeRO-2) or of sums (ZeRO-1, after the backward pass) while it is reduced; at ZeRO-3 the weights
-    gathered for the piece that computes and for the next.
+    """Bytes of communication buffers, by how long they live.
+
+    held: for the whole run: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces its fp32 sums where
+    they are).
+    passing: for a moment: DDP's buckets beside gradients that still accumulate; the fp32 copy of a bf16 bucket (ZeRO-2)
+    or of sums (ZeRO-1, after the backward pass) while it is reduced; at ZeRO-3 the weights gathered for the piece that
+    computes and, prefetched, for the next.
     """
     count = total_parameters(config, layout.tensor)
     wide = layout.precision == "fp32"
@@ -115,7 +119,7 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
     length = config.prefix + config.image_tokens - 1
     rows = -(-length // t) if layout.sequence else length
     d, f, kv = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
-    dropped = config.drop_path_rate == 0
+    dropped = config.drop_path_rate == 0  # drop path replaces the masks by one number per image
 
     def norm(name: str) -> list[Kept]:
         return [
@@ -127,7 +131,9 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
     def mask(name: str, p: float) -> list[Kept]:
         return [Kept(f"{name} kept", rows * d, 1)] if dropped and p > 0 else []
 
-    explicit = config.attn_dropout_p > 0  # no fused kernel then: the probabilities exist
+    # The fused kernel has no dropout by sample and position, so attention with dropout is written out; then the
+    # probabilities exist, and they grow with the square of the length.
+    explicit = config.attn_dropout_p > 0
     attention = [
         # one fused tensor; where products are explicit three copies, repeated for query heads that share keys
         Kept("q, k, v", length * (3 * d if explicit else d + 2 * kv) // t, b),
@@ -222,7 +228,7 @@ def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
         "working": working(config, layout),
     }
     passing = buffers["passing"]
-    if layout.zero == 1:  # it takes the place of what the backward pass has freed by then
+    if layout.zero == 1:  # comes after the backward pass, in the place of what that has freed
         passing = max(0, passing - sum(computing.values()))
     return {**state(config, layout), "buckets": buffers["held"] + passing, **computing}
 

@@ -3,7 +3,7 @@
 ``answer`` returns one dictionary of plain values, which ``--json`` prints; its keys stay. Shown by show.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,12 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is planned for. mfu: share of the peak that is reached; measured: whether somebody said so.
-    bandwidth: bytes per second at which all ranks together write a checkpoint."""
+    """What the run is planned for.
+
+    mfu: share of the peak rate that is reached.
+    mfu_given: whether the user gave it; else it is an assumption.
+    bandwidth: bytes per second at which all ranks together write a checkpoint.
+    """
 
     device: Device
     gpus: int
@@ -104,17 +108,16 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
     configured (the config's own layout: a row of layouts, or its refusal), layouts, refused, recommendation, warnings.
     """
     model, config, rung = model_of(config, tokens)
-    found, refused = lay.possible(model, config, machine.gpus)
-    if not found:
+    layouts, refused = lay.possible(model, config, machine.gpus)
+    if not layouts:
         raise UserError(_no_layout(model, config, machine.gpus, refused))
     start, why = lay.configured(model, config, machine.gpus)
-    change = lay.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
     steps = config.train.images // config.train.global_batch
     flops = cost.training_flops_per_image(model)
     seconds = gpu_seconds(model, config, machine)
     groups = cost.parameters(model)
     disk = memory.checkpoint_bytes(model, config.ema.decay > 0)
-    result: dict[str, Any] = {
+    return {
         "model": {"size": config.model.size, **asdict(model), "ffn_dim": model.ffn_dim, "prefix": model.prefix},
         "rung": rung,
         "tokens": asdict(tokens),
@@ -157,12 +160,11 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
         },
         "headroom": lay.HEADROOM,
         "configured": {"refused": why} if start is None else row(model, start, config, machine),
-        "layouts": [row(model, layout, config, machine) for layout in found],
+        "layouts": [row(model, layout, config, machine) for layout in layouts],
         "refused": [asdict(one) for one in refused],
-        "recommendation": _recommendation(model, config, machine, start, why, change),
+        "recommendation": _recommendation(model, config, machine, start, why),
+        "warnings": list(_warnings(model, config, machine, start)),
     }
-    result["warnings"] = list(_warnings(model, config, machine, start))
-    return result
 
 
 def _host_copy(disk: int, ranks: int, config: GPTConfigFile) -> int:
@@ -194,101 +196,83 @@ def row(model: GPTConfig, layout: Layout, config: GPTConfigFile, machine: Machin
 
 
 def _no_layout(model: GPTConfig, config: GPTConfigFile, gpus: int, refused: Sequence[lay.Refused]) -> str:
-    works = [n for n in range(1, max(2 * gpus, 16) + 1) if lay.possible(model, config, n)[0]]
-    near = sorted(sorted(works, key=lambda n: abs(n - gpus))[:3])
+    counts = [n for n in range(1, max(2 * gpus, 16) + 1) if lay.possible(model, config, n)[0]]
+    nearest = sorted(sorted(counts, key=lambda n: abs(n - gpus))[:3])
     reasons = "; ".join(f"{one.layout}: {one.reason}" for one in refused[:2])
-    return f"{gpus} GPUs allow no layout of this config ({reasons}); counts that do: {', '.join(map(str, near))}"
+    return f"{gpus} GPUs allow no layout of this config ({reasons}); counts that do: {', '.join(map(str, nearest))}"
 
 
 def _recommendation(
-    model: GPTConfig,
-    config: GPTConfigFile,
-    machine: Machine,
-    start: Layout | None,
-    why: str,
-    change: lay.Change | None,
+    model: GPTConfig, config: GPTConfigFile, machine: Machine, start: Layout | None, why: str
 ) -> dict[str, Any]:
-    where = f"{machine.gpus} x {machine.device.name}"
+    """text: one sentence. settings: the keys to set; empty where the config fits, None where nothing would do."""
+    there = f"{machine.gpus} x {machine.device.name}"
+    change = lay.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
     if change is None:
-        return {"text": f"no layout fits on {where}; {_what_would(model, config, machine)}", "settings": None}
+        return {"text": f"no layout fits on {there}; {_more_gpus(model, config, machine)}", "settings": None}
     need = f"{lay.total(model, change.layout) / GIB:.1f} GiB per GPU"
     if not change.settings:
-        return {"text": f"the config fits on {where} as it is: {need}", "settings": {}}
-    words = " ".join(f"{key}={_yaml(value)}" for key, value in change.settings.items())
+        return {"text": f"the config fits on {there} as it is: {need}", "settings": {}}
     now = why if start is None else f"as it is: {lay.total(model, start) / GIB:.1f} GiB per GPU, too much"
-    return {
-        "text": f"smallest change that fits on {where}: {words} ({need}; {now})",
-        "settings": change.settings,
-    }
+    text = f"smallest change that fits on {there}: {_words(change)} ({need}; {now})"
+    return {"text": text, "settings": change.settings}
 
 
-def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _words(change: lay.Change) -> str:
+    """As on a command line."""
+    values = {key: str(new).lower() if isinstance(new, bool) else new for key, new in change.settings.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _what_would(model: GPTConfig, config: GPTConfigFile, machine: Machine) -> str:
-    """More GPUs of the same kind, up to 1024, or that even those would not do."""
+def _more_gpus(model: GPTConfig, config: GPTConfigFile, machine: Machine) -> str:
+    """How many GPUs of the same kind would do, up to 1024."""
     gpus = machine.gpus
     while gpus < 1024:
         gpus *= 2
-        found = lay.smallest_change(model, config, None, gpus, machine.per_node, machine.device.memory)
-        if found is not None:
-            words = " ".join(f"{key}={_yaml(value)}" for key, value in found.settings.items())
-            return f"{gpus} of them would do{' with ' + words if words else ''}"
+        change = lay.smallest_change(model, config, None, gpus, machine.per_node, machine.device.memory)
+        if change is not None:
+            return f"{gpus} of them would do{' with ' + _words(change) if change.settings else ''}"
     return "not on 1024 of them either: choose a GPU with more memory or a smaller model"
 
 
-def _warnings(model: GPTConfig, config: GPTConfigFile, machine: Machine, start: Layout | None) -> list[str]:
-    """What is odd about the config's own layout."""
-    found = []
-    room = machine.device.memory
+def _warnings(model: GPTConfig, config: GPTConfigFile, machine: Machine, start: Layout | None) -> Iterator[str]:
+    """What is likely a mistake, or slow, about the config's own layout ``start``."""
+    memory_bytes, peaks, batch = machine.device.memory, machine.device.peaks, config.train.global_batch
     if config.compute.precision == "fp32":
-        peaks = machine.device.peaks
-        found.append(
-            "compute.precision is fp32: bf16 (with parallel.zero 1 or more) halves the activations"
-            + (f" and has {peaks['bf16'] / peaks['fp32']:.0f} x the peak rate" if peaks["bf16"] > peaks["fp32"] else "")
-        )
+        faster = f" and has {peaks['bf16'] / peaks['fp32']:.0f} x the peak rate" * (peaks["bf16"] > peaks["fp32"])
+        yield f"compute.precision is fp32: bf16 (with parallel.zero 1 or more) halves the activations{faster}"
     if start is None:
-        return found
+        return
     if start.tensor > machine.per_node:
-        found.append(
+        yield (
             f"parallel.tensor {start.tensor} reaches across nodes of {machine.per_node} GPUs: every layer waits for "
             "the network; keep it within a node"
         )
-    if start.micro == 1 and config.train.global_batch > start.data:
-        found.append("micro-batch 1: small matrix products; a larger train.micro_batch is faster where it fits")
-    if start.tensor > 1:
-        alone = replace(start, tensor=1, sequence=False, data=machine.gpus, zero=max(start.zero, 1), micro=1)
-        divides = config.train.global_batch % machine.gpus == 0
-        if divides and lay.fits(model, replace(alone, micro=min(4, config.train.global_batch // alone.data)), room):
-            found.append(
+    if start.micro == 1 and batch > start.data:
+        yield "micro-batch 1: small matrix products; a larger train.micro_batch is faster where it fits"
+    if start.tensor > 1 and batch % machine.gpus == 0:
+        alone = replace(start, tensor=1, sequence=False, data=machine.gpus, zero=max(start.zero, 1))
+        if lay.fits(model, replace(alone, micro=min(4, batch // alone.data)), memory_bytes):
+            yield (
                 f"parallel.tensor {start.tensor}: the model fits without it (ZeRO-{alone.zero}, TP 1), which "
                 "communicates less"
             )
-    if start.zero == 3:
-        lower = next((z for z in (1, 2) if lay.fits(model, replace(start, zero=z), room)), None)
-        if lower is not None:
-            found.append(
-                f"parallel.zero 3: ZeRO-{lower} fits too, and does not gather the weights in every forward and backward"
-            )
-    if start.recompute_every:
-        if lay.fits(model, replace(start, recompute_every=0), room):
-            found.append("compute.recompute_every: it fits without, and recomputing costs time")
-        else:
-            share = 1 / start.recompute_every
-            found.append(
-                f"compute.recompute_every {start.recompute_every}: about {100 * share / 3:.0f} % more computing than "
-                "the hours below the stated MFU count"
-            )
-    batch = min(config.validation.batch, config.validation.images or config.validation.batch)
-    need = memory.validation_bytes(model, start, batch) + sum(
-        memory.state(model, start)[part] for part in ("weights", "masters", "moments", "ema")
-    )
-    if need > room * (1 - lay.HEADROOM):
-        found.append(
-            f"validation.batch {config.validation.batch} would need {need / GIB:.0f} GiB per GPU: set a smaller one"
+    lower = next((zero for zero in (1, 2) if lay.fits(model, replace(start, zero=zero), memory_bytes)), None)
+    if start.zero == 3 and lower is not None:
+        yield f"parallel.zero 3: ZeRO-{lower} fits too, and does not gather the weights in every forward and backward"
+    if start.recompute_every and lay.fits(model, replace(start, recompute_every=0), memory_bytes):
+        yield "compute.recompute_every: it fits without, and recomputing costs time"
+    elif start.recompute_every:
+        # one more forward pass of the share that is recomputed, where a step is three
+        yield (
+            f"compute.recompute_every {start.recompute_every}: about {100 / start.recompute_every / 3:.0f} % more "
+            "computing than the hours below the stated MFU count"
         )
-    return found
+    images = min(config.validation.batch, config.validation.images or config.validation.batch)
+    state = memory.state(model, start)
+    need = memory.validation_bytes(model, start, images) + sum(state.values()) - state["gradients"]
+    if need > memory_bytes * (1 - lay.HEADROOM):
+        yield f"validation.batch {config.validation.batch} would need {need / GIB:.0f} GiB per GPU: set a smaller one"
 
 
 def memory_lines(model: GPTConfig, config: GPTConfigFile, ranks: int, micro: int) -> list[str]:

@@ -1,7 +1,7 @@
 """``llamagen sweep --dry-run``: what each point needs and what all of them cost. Needs no torch for GPTs."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -20,8 +20,13 @@ from llamagen_dist.tracking.devices import GIB
 
 @dataclass(frozen=True)
 class Need:
-    """Of one point; None where it is not known. gpu_hours: at the machine's MFU. rank_bytes: at the fullest moment of a
-    rank (the largest rung's, of a ladder). refused: why it cannot run on this many ranks at all."""
+    """Of one point, over all rungs where it is a ladder; None where it is not known.
+
+    parameters, rank_bytes: of the largest rung; bytes at the fullest moment of a rank.
+    gpu_hours: at the machine's MFU.
+    disk_bytes: of checkpoints in the end.
+    refused: why it cannot run on this many ranks at all.
+    """
 
     name: str
     parameters: int | None = None
@@ -80,58 +85,53 @@ def elapsed(hours: Sequence[float], at_once: int) -> float:
 
 
 def show(
-    title: str, found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int, screen: Screen
+    title: str, needs: Sequence[Need], states: Sequence[str], machine: Machine, at_once: int, screen: Screen
 ) -> None:
-    """The table and its totals. states: a word per point. beside: how many run at the same time."""
+    """The table and its totals. states: a word per point. at_once: how many run at the same time."""
     table = Table(title=title)
     table.add_column("point", overflow="fold")
     for heading in ("parameters", "images", "GPU-hours", "GiB/rank"):
         table.add_column(heading, justify="right")
     table.add_column("fits")
     table.add_column("state", overflow="fold")
-    for one, state in zip(found, states, strict=True):
-        verdict = "" if one.fits is None else "yes" if one.fits else "NO"
+    for one, state in zip(needs, states, strict=True):
+        fits = {None: "", True: "yes", False: "NO"}[one.fits]
         table.add_row(
             one.name,
             "" if one.parameters is None else count(one.parameters),
             "" if one.images is None else f"{one.images:,}",
             "" if one.gpu_hours is None else _hours(one.gpu_hours),
             "" if one.rank_bytes is None else f"{one.rank_bytes / GIB:.1f}",
-            "refused" if one.refused else verdict,
+            "refused" if one.refused else fits,
             state,
         )
     screen.console.print(table, soft_wrap=False)
-    for line in totals(found, states, machine, beside):
+    for line in totals(needs, states, machine, at_once):
         screen.say(line)
 
 
-def totals(found: Sequence[Need], states: Sequence[str], machine: Machine, beside: int) -> list[str]:
+def totals(needs: Sequence[Need], states: Sequence[str], machine: Machine, at_once: int) -> Iterator[str]:
     """What the table comes to, as sentences."""
-    left = [one for one, state in zip(found, states, strict=True) if state != "finished"]
-    lines = [f"{len(found)} points, {len(found) - len(left)} of them finished"]
-    hours = [one.gpu_hours for one in left if one.gpu_hours is not None]
-    if hours:
-        beside = min(beside, len(hours))
-        took = elapsed([one / machine.gpus for one in hours], beside)
-        each = f"{beside} point{'s' if beside > 1 else ''} of {machine.gpus} rank{'s' if machine.gpus > 1 else ''}"
+    left = [one for one, state in zip(needs, states, strict=True) if state != "finished"]
+    yield f"{len(needs)} points, {len(needs) - len(left)} of them finished"
+    if hours := [one.gpu_hours for one in left if one.gpu_hours is not None]:
+        at_once = min(at_once, len(hours))
+        took = elapsed([one / machine.gpus for one in hours], at_once)
+        each = f"{at_once} point{'s' * (at_once > 1)} of {machine.gpus} rank{'s' * (machine.gpus > 1)}"
         origin = "given" if machine.mfu_given else "assumed, not measured"
-        lines.append(
+        yield (
             f"left: {_hours(sum(hours))} GPU-hours at {100 * machine.mfu:.0f} % MFU ({origin}) on "
             f"{machine.device.name}; {_hours(took)} hours with {each} at a time, without waiting in the queue"
         )
-    disk = sum(one.disk_bytes for one in found if one.disk_bytes is not None)
-    if disk:
-        lines.append(f"checkpoints: up to {disk / 1e9:,.1f} GB on disk in the end")
-    refused = [one for one in found if one.refused]
-    if refused:
-        lines.append(f"{len(refused)} cannot run on {machine.gpus} ranks; {refused[0].name}: {refused[0].refused}")
-    tight = [one for one in found if one.fits is False]
-    if tight:
-        lines.append(
-            f"{len(tight)} do not fit on {machine.device.name} as they are (10 % left free); llamagen plan says what "
-            f"would make {tight[0].name} fit"
+    if disk := sum(one.disk_bytes for one in needs if one.disk_bytes is not None):
+        yield f"checkpoints: up to {disk / 1e9:,.1f} GB on disk in the end"
+    if refused := [one for one in needs if one.refused]:
+        yield f"{len(refused)} cannot run on {machine.gpus} ranks; {refused[0].name}: {refused[0].refused}"
+    if tight := [one for one in needs if one.fits is False]:
+        yield (
+            f"{len(tight)} do not fit on {machine.device.name} as they are ({100 * lay.HEADROOM:.0f} % left free); "
+            f"llamagen plan says what would make {tight[0].name} fit"
         )
-    return lines
 
 
 def _hours(hours: float) -> str:
