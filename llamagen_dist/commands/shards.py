@@ -102,8 +102,10 @@ def _print_stats(shards: "Shards") -> None:
         kinds = "long and short" if captions.short else "long"
         lines["captions"] = f"{kinds}, up to {captions.max_tokens} x {captions.dim} features"
         lines["encoder"] = f"{captions.encoder} (sha256 {captions.encoder_sha256}), cleaned by {captions.cleaning}"
-    for key, number in manifest.noticed.items():
-        lines[key.replace("_", " ")] = f"{number:,}"
+    for key, noticed in manifest.noticed.items():
+        if isinstance(noticed, dict):
+            noticed = [f"{number:,} {what}" for what, number in noticed.items()]
+        lines[key.replace("_", " ")] = "; ".join(noticed) if isinstance(noticed, list) else f"{noticed:,}"
     for key, value in lines.items():
         print(f"{key:20} {value}")
     if manifest.classes is not None:

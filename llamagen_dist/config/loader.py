@@ -8,6 +8,7 @@ from typing import Any
 from llamagen_dist.config.data import ExtractConfig
 from llamagen_dist.config.evaluate import EvaluateConfig, ReconstructConfig, SampleConfig
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
+from llamagen_dist.config.pack import PackConfig
 from llamagen_dist.config.section import Section, build
 from llamagen_dist.config.training import GPTConfigFile, TokenizerConfigFile
 from llamagen_dist.config.yaml_text import merge, parse, plain, read, text_of
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "cluster": ClusterConfig,
     "sweep": SweepConfig,
+    "pack": PackConfig,
 }
 
 

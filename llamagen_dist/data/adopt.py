@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llamagen_dist.data.classes import MOST_CLASSES
 from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import (
     MANIFEST,
@@ -15,7 +16,6 @@ from llamagen_dist.data.manifest import (
     write_manifest,
 )
 from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, Shards
-from llamagen_dist.data.sources.classes import MOST_CLASSES
 from llamagen_dist.data.token_reader import CODES_MEMBER
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, write_bytes

@@ -1,7 +1,7 @@
 """Images by position: decoding, LlamaGen's crops and flip, batches for the tokenizer."""
 
-import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llamagen_dist import prng
+from llamagen_dist.config.pack import MOST_PIXELS
 from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.decode import DECODE_ERRORS, decode
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
@@ -21,37 +23,24 @@ from llamagen_dist.parallel.topology import Topology
 
 _LARGEST_SHORT_SIDE = 1.25  # of image_size: LlamaGen keeps at least 80 % of the short side
 _KEPT_BYTES = 64 << 20  # a data set whose pixels fit in here is decoded once
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What PIL raises for a file that is not a whole, plausible image."""
-
-
-MOST_PIXELS = 89_478_485
-"""A larger image is taken for a decompression bomb: 256 MiB as RGB, the size that PIL warns of."""
-
-
-def decode(data: bytes, most_pixels: int = MOST_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Encoded bytes -> a loaded RGB image, white where it is transparent. Raises one of DECODE_ERRORS.
-
-    formats: the only ones that are taken, by PIL's names; None: all.
-    """
-    with Image.open(io.BytesIO(data), formats=formats) as image:
-        if image.width * image.height > most_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {most_pixels:,}")
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def resize_short_side(image: Image.Image, short: int) -> Image.Image:
     """Scale so that the shorter side is ``short`` pixels: BOX halvings while twice too large, then BICUBIC.
 
-    (The resampling of ADM's crops, which LlamaGen uses for training, extraction and reference images.)
+    (The resampling of ADM's crops, which LlamaGen uses for training, extraction and reference images.) Raises
+    ValueError for a strip so narrow that it would become larger than any picture may be.
     """
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels would become {width} x {height} with a shorter side of {short}, "
+            f"more than the limit of {MOST_PIXELS:,} pixels"
+        )
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -116,8 +105,21 @@ def load_images(shards: Shards, indices: Sequence[int], image_size: int) -> NDAr
     """uint8 [n, S, S, 3]: centre crops of the samples with these global numbers."""
     pixels = np.empty((len(indices), image_size, image_size, 3), np.uint8)
     for number, sample in enumerate(indices):
-        pixels[number] = np.asarray(center_crop(read_image(shards, int(sample)), image_size))
+        image = read_image(shards, int(sample))
+        with _named(shards, int(sample)):
+            pixels[number] = np.asarray(center_crop(image, image_size))
     return pixels
+
+
+@contextmanager
+def _named(shards: Shards, sample: int) -> Iterator[None]:
+    """Turn what cannot become a crop of the size that is asked for into a UserError about that sample."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            f"{shards.where(sample)}: {error}; leave it out (--skip-bad) by packing the images again with --size"
+        ) from None
 
 
 class ImageStream:
@@ -208,12 +210,13 @@ class _Batches(Dataset[ImageBatch]):
         mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
         for number, sample in enumerate(samples.tolist()):
             picture = self._picture(sample)
-            if self._random_crop:
-                place = float(across[number]), float(down[number])
-                image = random_crop(Image.fromarray(picture), self._size, int(short[number]), *place)
-                picture = np.asarray(image)
-            elif picture.shape[:2] != (self._size, self._size):
-                picture = np.asarray(center_crop(Image.fromarray(picture), self._size))
+            with _named(self._shards, sample):
+                if self._random_crop:
+                    position = float(across[number]), float(down[number])
+                    image = random_crop(Image.fromarray(picture), self._size, int(short[number]), *position)
+                    picture = np.asarray(image)
+                elif picture.shape[:2] != (self._size, self._size):
+                    picture = np.asarray(center_crop(Image.fromarray(picture), self._size))
             pixels[number] = picture[:, ::-1] if mirrored[number] else picture
         return ImageBatch(to_floats(pixels), samples)
 

@@ -5,6 +5,7 @@ options.
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,50 +18,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamagen_dist.config.pack import PackOptions
 from llamagen_dist.console import Progress
+from llamagen_dist.data.classes import ClassMap
+from llamagen_dist.data.decode import DECODE_ERRORS
+from llamagen_dist.data.formats import open_source
 from llamagen_dist.data.held_out import held_out_mask
-from llamagen_dist.data.images import DECODE_ERRORS, MOST_PIXELS
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.order import position_to_sample
-from llamagen_dist.data.recipe import Fit, Format, ImageRecipe, TooSmall, opened, padding
+from llamagen_dist.data.recipe import Fit, ImageRecipe, TooSmall, opened, padding
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, SHORT_CAPTION_MEMBER
-from llamagen_dist.data.sources import Caption, ClassMap, Source, open_source
+from llamagen_dist.data.source import Caption, Source
 from llamagen_dist.errors import UserError
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """size: side in pixels, None = images stay as they are. held_out: images (>= 1) or a share (< 1) kept
-    apart.
-
-    fit: ``crop`` scales and centre-crops (ADM's way), ``pad`` puts zeros around smaller images, None chooses
-    pad for arrays smaller than size and crop for all else. skip_bad: leave unreadable images out, and list
-    them in the manifest. jobs: processes. min_side: leave images out whose shorter side is smaller, and list
-    them apart. class_map: a file that fixes labels and class names (see ClassMap). format, quality,
-    most_pixels: see ImageRecipe.
-    """
-
-    size: int | None = None
-    held_out: float | None = None
-    fit: Fit | None = None
-    skip_bad: bool = False
-    samples_per_shard: int = 2500
-    jobs: int = 1
-    min_side: int = 0
-    class_map: Path | None = None
-    format: Format | None = None
-    quality: int = 95
-    most_pixels: int = MOST_PIXELS
 
 
 @dataclass
 class LeftOut:
-    """[name, reason] of every sample that could not be read, and the names of those that are too small."""
+    """What a shard lacks of its source, and what was changed; all of it goes into the manifest."""
 
     skipped: list[list[str]] = field(default_factory=list)
+    """[name, reason] of every sample that could not be read."""
     small: list[str] = field(default_factory=list)
+    """The names of those that are too small."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """How many pictures each of decode's sentences holds for."""
 
     def __len__(self) -> int:
         return len(self.skipped) + len(self.small)
@@ -82,7 +65,7 @@ class _Split:
     @property
     def members(self) -> tuple[str, ...]:
         labels = () if self.source.labels is None else (LABEL_MEMBER,)
-        captions = (SHORT_CAPTION_MEMBER, CAPTION_MEMBER) if self.source.captioned else ()
+        captions = (SHORT_CAPTION_MEMBER, CAPTION_MEMBER) if self.source.caption is not None else ()
         return (*labels, *self.recipe.members, *captions)
 
     @property
@@ -99,27 +82,36 @@ class _Split:
     def finished(self, shard: int) -> Packed | None:
         """What an earlier process made of this shard, if it need not be made again."""
         found = self.job.finished(shard_name(shard))
-        if found is None or (found[1]["skipped"] and not self.options.skip_bad):
+        # a shard of a version that did not count changes may hold pixels that this one would change
+        if found is None or "changed" not in found[1] or (found[1]["skipped"] and not self.options.skip_bad):
             return None
         return found[0], LeftOut(**found[1])
 
     def _samples(self, shard: int, left_out: LeftOut) -> Iterator[Sample]:
-        first = shard * self.options.samples_per_shard
-        for place in range(first, min(first + self.options.samples_per_shard, len(self.numbers))):
-            number = int(self.numbers[place])
+        first, source = shard * self.options.samples_per_shard, self.source
+        for position in range(first, min(first + self.options.samples_per_shard, len(self.numbers))):
+            number = int(self.numbers[position])
             try:
-                parts = dict([self.recipe.stored(self.source.picture(number))])
-                if self.source.captioned:
-                    parts |= _caption_parts(self.source.caption(number))
+                member, data, changed = self.recipe.stored(source.picture(number))
+                parts = {member: data}
+                if source.caption is not None:
+                    parts |= _caption_parts(source.caption(number))
             except TooSmall:
-                left_out.small.append(self.source.title(number))
+                left_out.small.append(source.title(number))
                 continue
             except DECODE_ERRORS as error:
-                left_out.skipped.append([self.source.title(number), str(error) or type(error).__name__])
+                left_out.skipped.append([source.title(number), _reason(error)])
                 continue
-            if self.source.labels is not None:
-                parts[LABEL_MEMBER] = label_text(int(self.source.labels[number]), len(self.source.classes or []))
-            yield f"{place:09d}", parts
+            for change in changed:
+                left_out.changed[change] = left_out.changed.get(change, 0) + 1
+            if source.labels is not None:
+                parts[LABEL_MEMBER] = label_text(int(source.labels[number]), len(source.classes or []))
+            yield f"{position:09d}", parts
+
+
+def _reason(error: BaseException) -> str:
+    """Of a missing file the reason alone: its path is the picture's name."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def _caption_parts(caption: Caption) -> dict[str, bytes]:
@@ -136,17 +128,25 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     skip_bad), a folder that cannot be written or holds something else.
     """
     class_map = None if options.class_map is None else ClassMap.read(options.class_map)
-    source = open_source(source_name, class_map)
+    source = open_source(source_name, options, class_map)
     others = ("train", "validation") if options.held_out is None else (".",)
     if taken := next((out / name for name in others if (out / name / MANIFEST).exists()), None):
         raise UserError(f"{taken}: already holds shards made with another --held-out; choose another --out")
-    _say_empty_classes(source)
+    for note in source.notes:
+        print(note)
     fit, picture_size = _how_to_fit(source, options)
-    kept = options.format, options.quality, options.min_side, options.most_pixels
+    kept = options.format, options.quality, options.min_side, options.max_pixels
     recipe = ImageRecipe(options.size, fit, picture_size, *kept)
-    chosen = _not_default(options, ("format", "quality", "min_side", "most_pixels"))
+    # Only what is not the default, so that shards packed before an option existed are still known as the same.
+    chosen = {
+        {"max_pixels": "most_pixels"}.get(name, name): getattr(options, name)
+        for name in ("format", "quality", "min_side", "max_pixels", "caption_key", "class_key")
+        if getattr(options, name) != PackOptions.model_fields[name].default
+    }
     if class_map is not None:
         chosen["class_map"] = class_map.sha256
+    if source.class_order is not None:  # such shards made when folders were always sorted as text have other labels
+        chosen["class_order"] = source.class_order
     if options.held_out is not None and source.repeats:
         raise UserError(
             f"{source.name}: {source.repeats} lines name a picture that an earlier line names, so --held-out could put "
@@ -178,22 +178,6 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     return manifests
 
 
-def _say_empty_classes(source: Source) -> None:
-    """Labels that are numbers may leave some out: no reason to refuse, but a class that nothing can be learnt about."""
-    if source.labels is None or source.classes is None:
-        return
-    empty = np.nonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)[0]
-    if len(empty):
-        first = source.classes[empty[0]]
-        print(f"{source.name}: {len(empty)} of {len(source.classes)} classes have no images, the first is {first!r}")
-
-
-def _not_default(options: PackOptions, names: tuple[str, ...]) -> dict[str, object]:
-    """Only these, so that shards packed before an option existed are still known as the same."""
-    default = PackOptions()
-    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
-
-
 def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, int] | None]:
     picture, size = source.uniform_size, options.size
     if size is None:
@@ -203,7 +187,7 @@ def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, i
         return fit, None
     for number in range(len(source)):
         try:
-            picture = picture or opened(source.picture(number), options.most_pixels).size
+            picture = picture or opened(source.picture(number), options.max_pixels)[0].size
             break
         except DECODE_ERRORS:
             continue  # it is named when its turn comes
@@ -228,6 +212,9 @@ def _pack_split(split: _Split) -> Manifest:
     records = tuple(done[shard][0] for shard in range(split.shards))
     bad = [item for shard in range(split.shards) for item in done[shard][1].skipped]
     small = [name for shard in range(split.shards) for name in done[shard][1].small]
+    changed = Counter[str]()
+    for shard in range(split.shards):
+        changed.update(done[shard][1].changed)
     count = sum(record.samples for record in records)
     if bad and not (split.options.skip_bad and count):
         advice = "none is left" if not count else "delete or replace them, or leave them out with --skip-bad"
@@ -253,9 +240,25 @@ def _pack_split(split: _Split) -> Manifest:
         skipped=tuple(sorted(name for name, _ in bad)),
         too_small=tuple(sorted(small)),
         source=split.job.source,
+        noticed={
+            key: value
+            for key, value in (("changed", dict(sorted(changed.items()))), ("source", split.source.notes))
+            if value
+        },
     )
     split.job.finish(manifest)
     return manifest
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """What became of a source, as sentences: the shards, then what was left out or changed."""
+    classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+    skipped = f", {len(manifest.skipped)} unreadable images left out" if manifest.skipped else ""
+    small = f", {len(manifest.too_small)} left out below --min-side" if manifest.too_small else ""
+    captions = ", with captions" if CAPTION_MEMBER in manifest.members else ""
+    shards = f"{manifest.count:,} images in {len(manifest.shards)} shards"
+    changed = [f"{many:,} images {what}" for what, many in manifest.noticed.get("changed", {}).items()]
+    return [f"{shards}{classes}{captions}{skipped}{small}", *changed]
 
 
 _split_of_worker: _Split | None = None

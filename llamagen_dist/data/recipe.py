@@ -6,7 +6,9 @@ from typing import Literal
 
 from PIL import Image
 
-from llamagen_dist.data.images import MOST_PIXELS, center_crop, decode
+from llamagen_dist.config.pack import MOST_PIXELS
+from llamagen_dist.data.decode import FRAMES, decode_and_tell
+from llamagen_dist.data.images import center_crop
 
 Fit = Literal["crop", "pad"]
 Format = Literal["png", "jpeg", "webp"]
@@ -42,21 +44,30 @@ class ImageRecipe:
             return (_MEMBERS[self.format],)
         return (".png",) if self.size is not None else tuple(sorted(set(_KEPT.values())))
 
-    def stored(self, picture: bytes | Image.Image) -> tuple[str, bytes]:
-        """(member, encoded bytes). Raises TooSmall, or one of images.DECODE_ERRORS where it cannot be used."""
-        image = opened(picture, self.most_pixels)
+    def stored(self, picture: bytes | Image.Image) -> tuple[str, bytes, list[str]]:
+        """(member, encoded bytes, what was done to the pixels beyond decoding and fitting: decode's sentences).
+
+        Raises TooSmall, or one of DECODE_ERRORS where the picture cannot be used.
+        """
+        image, done = opened(picture, self.most_pixels)
         if min(image.size) < self.min_side:
             raise TooSmall
         if self.size is None:
-            member = None if self.format is not None or isinstance(picture, Image.Image) else _kept(picture)
-            return (member, picture) if member and isinstance(picture, bytes) else self._encoded(image)
+            # Other readers know nothing of orientations, deep values and white behind glass: where they would see other
+            # pixels than ours the file is not kept, but encoded again. (Of several pictures they take the first, too.)
+            if isinstance(picture, bytes) and self.format is None and not {*done} - {FRAMES}:
+                with Image.open(io.BytesIO(picture)) as file:
+                    member = _KEPT.get(file.format or "")
+                if member is not None:
+                    return member, picture, done
+            return (*self._encoded(image), done)
         if self.fit == "crop":
-            return self._encoded(center_crop(image, self.size))
+            return (*self._encoded(center_crop(image, self.size)), done)
         if image.size != self.picture_size:
             raise ValueError(f"{image.width} x {image.height} pixels, where the others are {self.picture_size}")
         canvas = Image.new("RGB", (self.size, self.size))
         canvas.paste(image, padding(image.size, self.size)[:2])
-        return self._encoded(canvas)
+        return (*self._encoded(canvas), done)
 
     def _encoded(self, image: Image.Image) -> tuple[str, bytes]:
         buffer = io.BytesIO()
@@ -65,15 +76,9 @@ class ImageRecipe:
         return _MEMBERS[kind], buffer.getvalue()
 
 
-def opened(picture: bytes | Image.Image, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """What a source gave, as RGB. Raises one of images.DECODE_ERRORS."""
-    return picture if isinstance(picture, Image.Image) else decode(picture, most_pixels)
-
-
-def _kept(data: bytes) -> str | None:
-    """The member that holds these bytes as they are; None where readers would not agree on the pixels."""
-    with Image.open(io.BytesIO(data)) as image:
-        return None if image.has_transparency_data else _KEPT.get(image.format or "")
+def opened(picture: bytes | Image.Image, most_pixels: int = MOST_PIXELS) -> tuple[Image.Image, list[str]]:
+    """What a source gave, as RGB, and what was done to it. Raises one of DECODE_ERRORS."""
+    return (picture, []) if isinstance(picture, Image.Image) else decode_and_tell(picture, most_pixels)
 
 
 def padding(picture: tuple[int, int], size: int) -> tuple[int, int, int, int]:

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamagen_dist.data.formats import open_source
 from llamagen_dist.data.index import scan
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
-from llamagen_dist.data.sources import open_source
-from llamagen_dist.data.sources.source import caption_of
+from llamagen_dist.data.source import caption_of
 from llamagen_dist.errors import UserError
 from tests.unit.picture_sources import contents, encoded, one_sentence, samples, tar_bytes
 
@@ -142,7 +142,7 @@ def test_any_line_is_read_or_refused_with_one_sentence(tmp_path_factory, line):
         return
     for number in range(len(source)):
         source.title(number).encode()
-        if source.captioned:
+        if source.caption is not None:
             assert source.caption(number).text.strip()
 
 

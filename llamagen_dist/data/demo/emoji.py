@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from llamagen_dist.data.decode import DECODE_ERRORS, decode
 from llamagen_dist.data.demo.made_once import made_once
-from llamagen_dist.data.images import DECODE_ERRORS, decode
 from llamagen_dist.errors import UserError
 
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
