@@ -75,7 +75,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
 def buckets(config: GPTConfig, layout: Layout) -> dict[str, int]:
     """Bytes of communication buffers, by how long they live.
 
-    held: for the whole run: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces its fp32 sums where
+    lasting: for the whole run: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces its fp32 sums where
     they are).
     passing: for a moment: DDP's buckets beside gradients that still accumulate; the fp32 copy of a bf16 bucket (ZeRO-2)
     or of sums (ZeRO-1, after the backward pass) while it is reduced; at ZeRO-3 the weights gathered for the piece that
@@ -84,13 +84,13 @@ def buckets(config: GPTConfig, layout: Layout) -> dict[str, int]:
     count = total_parameters(config, layout.tensor)
     wide = layout.precision == "fp32"
     if layout.zero == 0:
-        return {"held": 0, "passing": count * FP32 if layout.data > 1 else 0}
+        return {"lasting": 0, "passing": count * FP32 if layout.data > 1 else 0}
     if layout.zero == 1 and not wide:
-        return {"held": 0, "passing": min(LARGEST_SUM, count) * FP32}
+        return {"lasting": 0, "passing": min(LARGEST_SUM, count) * FP32}
     count = min(LARGEST_BUCKET, count)
     if layout.zero == 3:
-        return {"held": count * FP32, "passing": 2 * largest_module(config, layout.tensor) * layout.bytes}
-    return {"held": count * layout.bytes, "passing": 0 if wide else count * FP32}
+        return {"lasting": count * FP32, "passing": 2 * largest_module(config, layout.tensor) * layout.bytes}
+    return {"lasting": count * layout.bytes, "passing": 0 if wide else count * FP32}
 
 
 def largest_module(config: GPTConfig, tensor: int) -> int:
@@ -164,24 +164,24 @@ def ends_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
     input; and the logits, whose place their gradient takes (models/loss.py)."""
     b, n, d = layout.bytes, config.image_tokens, config.dim
     length = config.prefix + n - 1
-    found = [
+    kept = [
         Kept("final norm input", (length if config.condition == "class" else n) * d, b),
         Kept("final norm 1/rms", n, FP32),
         Kept("head input", n * d, b),
         Kept("logits", n * config.vocab_size // layout.tensor, b),
     ]
     if config.token_dropout_p > 0:
-        found.append(Kept("embedded kept", length * d, 1))
+        kept.append(Kept("embedded kept", length * d, 1))
     if config.condition == "text":
-        found += [
+        kept += [
             Kept("caption before gelu", config.prefix * d, b),
             Kept("caption after gelu", config.prefix * d, b),
             Kept("caption rotary", length * config.head_dim, FP32),
             Kept("caption order", length + n, 8),
         ]
         if b != FP32:
-            found.append(Kept("caption features", config.prefix * config.caption_dim, b))
-    return found
+            kept.append(Kept("caption features", config.prefix * config.caption_dim, b))
+    return kept
 
 
 def activations(config: GPTConfig, layout: Layout) -> dict[str, int]:
@@ -230,7 +230,7 @@ def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
     passing = buffers["passing"]
     if layout.zero == 1:  # comes after the backward pass, in the place of what that has freed
         passing = max(0, passing - sum(computing.values()))
-    return {**state(config, layout), "buckets": buffers["held"] + passing, **computing}
+    return {**state(config, layout), "buckets": buffers["lasting"] + passing, **computing}
 
 
 def checkpoint_bytes(config: GPTConfig, ema: bool) -> int:

@@ -65,20 +65,20 @@ def tokens_of(
     """
     shards = config.data.train
     if is_remote(shards):
-        found = Tokens(source="assumed: nothing is fetched for a plan")
+        tokens = Tokens(source="assumed: nothing is fetched for a plan")
     elif (Path(shards) / MANIFEST).is_file():
         sizes = read_manifest(Path(shards)).gpt_sizes(shards)
         source = f"read from {Path(shards) / MANIFEST}"
-        found = Tokens(sizes["vocab_size"], sizes["image_tokens"], sizes["num_classes"], source)
+        tokens = Tokens(sizes["vocab_size"], sizes["image_tokens"], sizes["num_classes"], source)
     else:
-        found = Tokens(source=f"assumed: {Path(shards) / MANIFEST} is not there yet")
+        tokens = Tokens(source=f"assumed: {Path(shards) / MANIFEST} is not there yet")
     by_hand = {"vocab_size": vocab, "per_image": per_image, "classes": classes}
     given = {key: number for key, number in by_hand.items() if number is not None}
     if given:
         words = ", ".join(key.replace("_", " ") for key in given)
-        rest = "" if len(given) == 3 else f"; the rest {found.source}"
-        return replace(found, **given, source=f"{words} as given{rest}")
-    return found
+        rest = "" if len(given) == 3 else f"; the rest {tokens.source}"
+        return replace(tokens, **given, source=f"{words} as given{rest}")
+    return tokens
 
 
 def model_for(config: GPTConfigFile, tokens: Tokens) -> GPTConfig:

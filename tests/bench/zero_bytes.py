@@ -40,7 +40,7 @@ def main() -> None:
             model = model_of(config(layout, *settings))
             parts, buckets = memory.state(model, split), memory.buckets(model, split)
             stays = sum(size for name, size in parts.items() if name != "gradients")
-            low = sum(parts.values()) + buckets["held"]
+            low = sum(parts.values()) + buckets["lasting"]
             held, full = max(r["held"] for r in found) / count, min(r["fullest"] for r in found) / count
             alone = full if ranks == 1 else alone
             bounds = f"{low / count:.2f} to {(low + buckets['passing']) / count:.2f}"

@@ -21,7 +21,7 @@ def expected(layout: Layout, *settings: str) -> tuple[int, int]:
     model, split = model_of(chosen), memory_layout(chosen, layout)
     full = sum(memory.state(model, split).values())
     buckets = memory.buckets(model, split)
-    return full + buckets["held"], full + sum(buckets.values())
+    return full + buckets["lasting"], full + sum(buckets.values())
 
 
 def within(found: int, layout: Layout, *settings: str) -> bool:

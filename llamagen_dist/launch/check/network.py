@@ -1,4 +1,4 @@
-"""Between the ranks: how far their clocks are apart, and how fast they add up."""
+"""Between the ranks: how far apart their clocks are, and the bandwidth of an all-reduce."""
 
 import time
 from typing import Any
@@ -22,9 +22,11 @@ def gathered(topology: Topology, value: Any) -> list[Any]:
 
 
 def clock(topology: Topology) -> dict[str, float]:
-    """offset_s: this rank's clock minus rank 0's; error_s: at most so wrong (half of the quickest of ten round trips).
+    """Collective: rank 0 asks one rank after the other.
 
-    Collective: rank 0 asks one rank after the other."""
+    offset_s: this rank's clock minus rank 0's.
+    error_s: how wrong that may be: half of the quickest of ten round trips, since the answer was made within it.
+    """
     best = {"offset_s": 0.0, "error_s": 0.0}
     answer = torch.zeros(3, dtype=torch.float64)
     for other in range(1, topology.world):
@@ -50,8 +52,12 @@ def clock(topology: Topology) -> dict[str, float]:
 
 
 def all_reduce(topology: Topology) -> dict[str, Any]:
-    """Of all ranks together (collective). bus_gb_s: 2 (n - 1) / n x bytes / seconds, in 10^9 bytes, which is what the
-    slowest link carries; latency_us: of eight bytes. Medians of ten."""
+    """Of all ranks together (collective); medians of ten.
+
+    bus_gb_s: 2 (n - 1) / n x bytes / seconds, in 10^9 bytes: what the slowest link of a ring carries, and so
+    comparable between numbers of ranks.
+    latency_us: of eight bytes.
+    """
     kind, n = topology.device.type, topology.world
     size = BYTES[kind]
     large = torch.ones(size // 4, dtype=torch.float32, device=topology.device)

@@ -20,9 +20,9 @@ def name() -> str:
 
 def facts(shared: Path) -> dict[str, Any]:
     """Of this rank; sizes in GB (10^9 bytes). shared: a folder on the disk that all nodes see."""
-    places = {"shared": shared, "tmp": Path(os.environ.get("TMPDIR", "/tmp")), "shm": Path("/dev/shm")}
+    folders = {"shared": shared, "tmp": Path(os.environ.get("TMPDIR", "/tmp")), "shm": Path("/dev/shm")}
     if stage := os.environ.get("LLAMAGEN_STAGE"):
-        places["stage"] = Path(stage)
+        folders["stage"] = Path(stage)
     return {
         "host": platform.node(),
         "kernel": platform.release(),
@@ -30,13 +30,16 @@ def facts(shared: Path) -> dict[str, Any]:
         "cores": cores(),
         "memory_gb": memory_gb(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "space": {what: space(path) for what, path in places.items()},
+        "space": {what: space(path) for what, path in folders.items()},
         **devices(),
     }
 
 
 def memory_gb() -> float:
-    """Memory that is free for new processes, within the job's control group where there is one."""
+    """Memory that is free for new processes, in GB.
+
+    A job's control group may allow less than the machine has, and SLURM kills what exceeds it.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -48,27 +51,27 @@ def memory_gb() -> float:
 def space(path: Path) -> dict[str, Any]:
     """free_gb, and inodes that are left (absent where the file system does not count them)."""
     try:
-        found = os.statvfs(path)
+        disk = os.statvfs(path)
     except OSError as error:
         return {"path": str(path), "error": error.strerror}
-    room: dict[str, Any] = {"path": str(path), "free_gb": round(found.f_bavail * found.f_frsize / 1e9, 3)}
-    if found.f_files:
-        room["inodes"] = found.f_favail
+    room: dict[str, Any] = {"path": str(path), "free_gb": round(disk.f_bavail * disk.f_frsize / 1e9, 3)}
+    if disk.f_files:
+        room["inodes"] = disk.f_favail
     return room
 
 
 def devices() -> dict[str, Any]:
-    """visible: GPUs that this rank can use; gpu: the one it will use; driver."""
+    """visible: how many GPUs this rank can use. gpu: the one it will use. driver: its version, where nvidia-smi is."""
     import torch
 
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found: dict[str, Any] = {"visible": visible}
+    facts: dict[str, Any] = {"visible": visible}
     if visible:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         mine = local if local < visible else 0
         about = torch.cuda.get_device_properties(mine)
         free, total = torch.cuda.mem_get_info(mine)
-        found["gpu"] = {
+        facts["gpu"] = {
             "name": about.name,
             "uuid": str(getattr(about, "uuid", "")),
             "memory_gb": round(total / 1e9, 2),
@@ -78,5 +81,5 @@ def devices() -> dict[str, Any]:
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
         if done.returncode == 0 and done.stdout.strip():
-            found["driver"] = done.stdout.split()[0]
-    return found
+            facts["driver"] = done.stdout.split()[0]
+    return facts

@@ -18,9 +18,15 @@ VOCABULARY, TOKENS, CLASSES, PER_RANK = 256, 64, 10, 2
 
 
 def train(topology: Topology, folder: Path, as_on_gpus: bool | None = None) -> dict[str, Any]:
-    """Collective. losses: before and after one update on the same batch (None: not finite); the first has to
-    be about ``expected``. as_on_gpus: bf16 and ZeRO-1 by DeepSpeed; None: where there are GPUs.
-    seconds: of the second step. equal: whether the weights are the same on all ranks."""
+    """Collective.
+
+    as_on_gpus: bf16 and ZeRO-1 by DeepSpeed; None: where there are GPUs.
+
+    Returns losses: before and after one update on the same batch (None: not finite).
+    expected: of an untrained model, which the first loss has to be close to.
+    seconds: of the second step; the first one makes buffers and connections.
+    equal: whether the weights are the same on all ranks.
+    """
     cuda = topology.device.type == "cuda" if as_on_gpus is None else as_on_gpus
     batch_size = PER_RANK * topology.dp
     data = {

@@ -16,7 +16,7 @@ from llamagen_dist.errors import LOST_PEER, UserError
 from llamagen_dist.files import read_json
 
 Report = Mapping[str, Any]
-"""What one rank has found out (preflight.py): ``rank``, ``where``, and one entry per part that it completed."""
+"""What one rank reports (preflight.py): ``rank``, ``where``, and one entry per part that it completed."""
 # In the order of the trials, with what to do where one fails.
 ADVICE = {
     "node": "python there cannot use what it needs",
@@ -61,13 +61,13 @@ def report_of(folder: Path, rank: int) -> Path:
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
     """By rank; a report that the disk tore counts as none."""
-    found = []
+    reports = []
     for path in folder.glob("rank_*.json"):
         try:
-            found.append(read_json(path))
+            reports.append(read_json(path))
         except UserError:
             continue
-    return sorted(found, key=lambda report: report["rank"])
+    return sorted(reports, key=lambda report: report["rank"])
 
 
 def judge(reports: Sequence[Report], nodes: int, ranks_per_node: int, gpus_per_node: int, ended: str = "") -> Verdict:
@@ -267,7 +267,7 @@ def _together(reports: Sequence[Report]) -> Iterator[Finding]:
             "one (nccl: {SOCKET_IFNAME: …, IB_HCA: …}); NCCL_DEBUG=INFO in exports says what is used"
         )
     steps = [report for report in reports if "step" in report]
-    # where torch sees no GPU, that has been found already
+    # where torch sees no GPU, that is a finding already
     on_cpu = [r for r in steps if r["node"]["visible"] and not r["step"]["device"].startswith("cuda")]
     if on_cpu:
         yield _problem(f"{_who(on_cpu)} trained on {on_cpu[0]['step']['device']}, not on a GPU: is it a CUDA build?")
