@@ -1,6 +1,7 @@
 """BENCH: one training step of GPT-B (8 x 256 tokens) against its own matrix products and against a plain GPT.
 
     python -m tests.bench.gpt [--pairs 7] [--threads 2] [--layers 12] [--precisions fp32 bf16] [--compile] [--memory]
+    python -m tests.bench.gpt --against OTHER_CHECKOUT [--pairs 15] [--threads 1]     this code against another version
 
 A step is forward, backward, clipping and fused AdamW, dropout 0.1 as in training.
 floor: the linear layers' products (forward and backward) and attention alone, at the same shapes.
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,51 @@ def compare(precision: Precision, layers: int, pairs: int, reference: float, com
         print(f"  {what:17} {wall:6.3f} (wall) {cpu:6.3f} (CPU)")
 
 
+# In a process of its own, in its own checkout: one step for every line on stdin. It needs nothing of the other
+# checkout's tests but ``side``.
+WORKER = """
+import sys, time, torch
+from tests.bench.gpt import side
+torch.set_num_threads(int(sys.argv[3]))
+own = side("ours", int(sys.argv[1]), sys.argv[2])
+own.step(), own.step()
+for _ in sys.stdin:
+    wall, cpu = time.perf_counter(), time.process_time()
+    own.step()
+    print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+"""
+
+
+def against(other: Path, precision: Precision, layers: int, pairs: int, threads: int) -> None:
+    """Two versions of the model take turns, a step each; ratios of every pair of steps, and their medians."""
+    workers: list[subprocess.Popen[str]] = []
+    for root in (Path.cwd(), other):
+        command = [sys.executable, "-c", WORKER, str(layers), precision, str(threads)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        workers.append(subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes))  # type: ignore[call-overload]
+
+    def step(worker: "subprocess.Popen[str]") -> list[float]:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        return [float(number) for number in worker.stdout.readline().split()]
+
+    rounds = []
+    for number in range(pairs):
+        turn = workers if number % 2 else workers[::-1]
+        seconds = {worker.pid: step(worker) for worker in turn}
+        rounds.append([seconds[worker.pid] for worker in workers])
+    for worker in workers:
+        worker.communicate()
+    print(f"\n{precision}: {layers} layers, {threads} threads, medians of {pairs} pairs of steps")
+    for name, number in (("wall", 0), ("CPU", 1)):
+        mine, theirs = (statistics.median(r[who][number] for r in rounds) for who in (0, 1))
+        ratio = statistics.median(r[0][number] / r[1][number] for r in rounds)
+        print(f"  {name:5} this {mine:7.3f} s  other {theirs:7.3f} s  this / other {ratio:6.3f}")
+
+
 PARTS = {
     "linear layers": ("aten::mm",),
     "attention": (
@@ -253,6 +300,7 @@ def main() -> None:
     parser.add_argument("--reference", nargs=2, type=float, default=[8.97, 4.77], metavar="SECONDS")
     parser.add_argument("--compile", action="store_true", help="a further column: our blocks compiled")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another version of this code")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -260,6 +308,9 @@ def main() -> None:
         peak(*options.peak, options.layers)
         return
     for precision in options.precisions:
+        if options.against:
+            against(options.against, precision, options.layers, options.pairs, options.threads)
+            continue
         if options.memory:
             memory(precision, options.layers)
             continue
