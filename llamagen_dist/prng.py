@@ -3,7 +3,7 @@
 Nothing here has state, so there is nothing to save: the data order, crop choice, label dropout, dropout masks and
 sampling noise of a run are the same on any number of ranks and after any resume. The mixing function is the
 32-bit "lowbias32" finaliser (two odd multipliers, three xor-shifts), in int32 arithmetic that torch.compile fuses.
-Golden values in tests/unit/test_prng.py fix it for ever: a change would silently reorder every old run.
+Golden values in tests/unit/test_prng.py fix it: a change would silently reorder every old run.
 """
 
 import zlib

@@ -48,7 +48,7 @@ class ShardAccess(Section):
 
     @property
     def staged_in(self) -> Path | None:
-        """``stage``, or the cluster profile's where these keys say nothing of how to bring shards near."""
+        """``stage``, or the cluster profile's where these keys do not say how shards are brought near."""
         if self.stage is not None or self.cache is not None:
             return self.stage
         return Path(os.environ[STAGE]) if os.environ.get(STAGE) else None

@@ -12,31 +12,22 @@ from llamagen_dist.config.section import CountInt, PositiveFloat, PositiveInt, S
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OURS = {  # sbatch parameters that a key of its own, or the launcher, sets
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "nodes": "nodes",
-    "ntasks": "ranks_per_node",
-    "ntasks-per-node": "ranks_per_node",
-    "cpus-per-task": "cpus_per_rank",
-    "gpus-per-node": "gpus_per_node",
-    "mem": "memory_gb",
-    "time": "time",
-    "signal": "signal_delay_s",
-    "requeue": "requeue",
-    "no-requeue": "requeue",
-    "exclusive": "exclusive",
-    "job-name": "the launcher",
-    "output": "the launcher",
-    "error": "the launcher",
-    "open-mode": "the launcher",
-    "comment": "the launcher",
-    "array": "llamagen sweep",
-    "dependency": "llamagen pipeline",
-    "kill-on-invalid-dep": "llamagen pipeline",
-    "begin": "elastic",
+_SET_BY = {  # who sets an sbatch parameter that a profile may therefore not name: a key of its own, or the launcher
+    name: owner
+    for owner, names in {
+        "ranks_per_node": "ntasks ntasks-per-node",
+        "cpus_per_rank": "cpus-per-task",
+        "gpus_per_node": "gpus-per-node",
+        "memory_gb": "mem",
+        "signal_delay_s": "signal",
+        "requeue": "requeue no-requeue",
+        "the launcher": "job-name output error open-mode comment",
+        "llamagen sweep": "array",
+        "llamagen pipeline": "dependency kill-on-invalid-dep",
+        "elastic": "begin",
+        **{key: key for key in ("partition", "account", "qos", "constraint", "nodes", "time", "exclusive")},
+    }.items()
+    for name in names.split()
 }
 
 
@@ -45,14 +36,14 @@ def minutes(time: str) -> float:
 
     Raises ValueError for anything else.
     """
-    found = _TIME.fullmatch(time.strip())
-    if found is None:
+    match = _TIME.fullmatch(time.strip())
+    if match is None:
         raise ValueError(
             "write a time as SLURM does: 90 (minutes), 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
         )
-    days, *rest = (int(part or 0) for part in found.groups())
-    given = sum(part is not None for part in found.groups()[1:])
-    if found.group(1) is not None or given == 3:
+    days, *rest = (int(part or 0) for part in match.groups())
+    given = sum(part is not None for part in match.groups()[1:])
+    if match.group(1) is not None or given == 3:
         hours, mins, seconds = rest
     else:
         hours, mins, seconds = 0, rest[0], rest[1]
@@ -63,7 +54,7 @@ class ElasticSection(Section):
     """Going on with fewer nodes when the wanted ones do not come back, and growing again later."""
 
     nodes: tuple[PositiveInt, ...] = ()
-    """Node counts to go on with, the largest first; empty: the run waits for all its nodes."""
+    """Node counts to continue with, the largest first; empty: the run waits for all its nodes."""
     after_minutes: PositiveFloat = 30.0
     """How long the wanted nodes (then each smaller number) are waited for."""
 
@@ -137,7 +128,7 @@ class ClusterConfig(Section):
     def _are_variables(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"{name!r} is not a valid name of an environment variable")
         return value
 
     @field_validator("sbatch")
@@ -145,8 +136,8 @@ class ClusterConfig(Section):
     def _are_extra(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         for name in value:
             plain = name.replace("_", "-").lstrip("-")
-            if plain in _OURS:
-                raise ValueError(f"{name} is set by {_OURS[plain]}, not here")
+            if plain in _SET_BY:
+                raise ValueError(f"{name} is set by {_SET_BY[plain]}, not here")
         return value
 
     def rules(self) -> Iterator[str]:
@@ -179,7 +170,7 @@ class SweepConfig(Section):
     config: Path
     """What all points have in common: a YAML file, relative to this one."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys laid on it for all points; ``key=value`` on the command line goes on top."""
+    """Dotted keys merged over it for all points; ``key=value`` on the command line comes last."""
     grid: dict[str, Values] = Field(default_factory=dict)
     """Dotted key -> values: every combination."""
     zip: dict[str, Values] = Field(default_factory=dict)
@@ -202,8 +193,8 @@ class SweepConfig(Section):
             yield "give points: grid, zip or list"
         lengths = {key: len(values) for key, values in self.zip.items()}
         if len({*lengths.values()}) > 1:
-            said = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-            yield f"zip: its keys go together and need equally many values ({said})"
+            counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            yield f"zip: its keys go together and need equally many values ({counts})"
 
 
 class StageSection(Section):

@@ -77,6 +77,7 @@ def difference(old: Section, new: Section, ignore: Iterable[str] = ()) -> list[s
             return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
         return {prefix[:-1]: value}
 
+    # as text would have it: a path and its string, a tuple and a list are no difference
     left, right = (flat(plain(section.model_dump())) for section in (old, new))
     skipped = tuple(ignore)
     return [

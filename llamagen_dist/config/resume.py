@@ -36,7 +36,7 @@ def same_config(directory: Path, config: Section) -> list[str]:
     if changed:
         raise UserError(
             f"{directory}: holds a run with another config ({'; '.join(changed)}); "
-            "choose another run_dir, or use the old values to go on with it"
+            "choose another run_dir, or use the old values to continue it"
         )
     allowed = difference(before, config, ignore=("run_dir", "ladder"))
     return [f"{directory}: changed since the last start, which is allowed: {'; '.join(allowed)}"] if allowed else []

@@ -113,7 +113,7 @@ def build(section: type[S], data: Mapping[str, Any], source: str, complete: bool
     """Validate ``data`` as ``section``.
 
     source: what messages name, a file.
-    complete: also what only a start would find, because it is no mistake to ``llamagen plan``.
+    complete: also what only a start would find; ``llamagen plan`` loads such a config and says what to change.
 
     Raises UserError with every problem, one line each.
     """
@@ -127,6 +127,7 @@ def explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
     """One line per problem: dotted key, what is wrong with it, and what to write."""
     items = error.errors()
     for item in items:
+        # sections within this list or mapping that are wrong themselves
         inside = [i for i in items if i["loc"][: len(item["loc"])] == item["loc"] and i is not item]
         if item["type"] == "too_short" and inside:
             continue  # pydantic counts only the parts that are right
@@ -143,7 +144,7 @@ def explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
 
 
 def _with_key(where: str, message: str) -> str:
-    """The message behind its dotted key; one that begins with a key (``lr: …``) goes on where the section's ends."""
+    """The message behind its dotted key; one that begins with a key (``lr: …``) continues the section's."""
     inner, colon, _ = message.partition(": ")
     if colon and " " not in inner:
         return f"{where}.{message}".lstrip(".")
@@ -179,6 +180,7 @@ def shrink(config: S, factor: float) -> S:
     def scaled(value: Any, key: str, batch: int) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(sorted({scaled(inner, key, batch) for inner in value}))
+        # rounding to whole batches may make two points one, and never makes one vanish
         unit = batch if keys[key].whole_batches else 1
         return max(1, round(value * factor / unit)) * unit if value else value
 

@@ -149,10 +149,10 @@ class CheckpointSection(Section):
     """0: only at the end and when the run is told to stop."""
     keep_last: PositiveInt = 2
     keep_every_images: Images = 0
-    """Also keep, for ever, the first checkpoint at or after every multiple of this; 0: none."""
+    """Also keep permanently the first checkpoint at or after every multiple of this; 0: none."""
     background: bool = True
-    """Copy the state to memory and write it while training goes on: costs one host copy of this rank's share of it, and
-    at most one file's worth (1 GiB, and the tensor being put together) more. False: training waits, and only the file's
+    """Copy the state to memory and write it while training continues: costs one host copy of this rank's share, and at
+    most one file's worth (1 GiB, and the tensor being put together) more. False: training waits, and only the file's
     worth is held."""
 
 

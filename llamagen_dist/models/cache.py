@@ -13,8 +13,11 @@ class LayerCache:
     """One layer's keys and values, (B, heads, capacity, head_dim), of which the first ``filled`` positions are set.
 
     The memory is taken once, at the first ``extend``, in the type that the layer computes in; the number of heads is
-    read off there too (a tensor-parallel rank has its own share of them). share: (B, T) fp32, or None; with it the
-    first T positions, which come in one ``extend``, are kept as one: their means weighted by it.
+    read off there too (a tensor-parallel rank has its own share of them).
+
+    capacity: positions in all.
+    share: (B, T) fp32 or None; with it the first T positions, which come in one ``extend``, are kept as one: their
+        means weighted by it.
     """
 
     def __init__(self, capacity: int, share: Tensor | None = None) -> None:
@@ -24,9 +27,11 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, heads, S, head_dim) each; returns those of all positions so far. ValueError beyond the capacity."""
+        """Add (B, heads, S, head_dim) each; returns those of all positions so far. Raises ValueError beyond the
+        capacity."""
         if self._share is not None:
             share, self._share = self._share[:, None, None, :], None
+            # the prefix attends to itself as it is; only what comes later sees the one position it is folded into
             self.extend(*((share @ part.float()).type_as(part) for part in (keys, values)))
             return keys, values
         end = self.filled + keys.shape[2]
@@ -49,8 +54,10 @@ class LayerCache:
 class Cache:
     """The caches of all layers.
 
-    prefix: T; tokens: image positions to come. present: (B, T) bool, which prefix positions hold a caption token, or
-    None where all do. fold: keep the prefix as one slot (see the module's text).
+    prefix: T, positions of the condition.
+    tokens: image positions to come.
+    present: (B, T) bool, which prefix positions hold a caption token; None: all.
+    fold: keep the prefix as one slot (see the module's text).
     """
 
     def __init__(self, layers: int, prefix: int, tokens: int, present: Tensor | None = None, fold: bool = False):
@@ -58,6 +65,7 @@ class Cache:
         share = None
         if present is not None:
             count = present.sum(dim=1, keepdim=True)
+            # exp(log n) = n: one key whose logit is raised by log n weighs in the softmax as n equal ones do
             self._hidden = count.log() if fold else present
             share = present / count if fold else None
         self._folded = prefix - 1 if share is not None else 0
@@ -65,7 +73,7 @@ class Cache:
 
     @property
     def position(self) -> int:
-        """Of what comes next, in the sequence of prefix and image tokens."""
+        """The position of what comes next, in the sequence of prefix and image tokens."""
         filled = self.layers[0].filled
         return filled + self._folded if filled else 0
 
@@ -78,7 +86,7 @@ class Cache:
         return F.pad(self._hidden, (0, further), value=self._hidden.dtype == torch.bool)[:, None, None, :]
 
     def keep(self, rows: int) -> None:
-        """Go on with the first ``rows`` samples only."""
+        """Continue with the first ``rows`` samples only."""
         for layer in self.layers:
             layer.keep(rows)
         if self._hidden is not None:

@@ -47,7 +47,7 @@ def forward_flops(config: GPTConfig, dense: bool = False) -> dict[str, int]:
     afterwards. Not counted: norms, softmax, embeddings, and the caption's projection (0.2 % for GPT-XL).
     """
     groups = parameters(config)
-    length = config.prefix + config.image_tokens - 1
+    length = config.prefix + config.image_tokens - 1  # the last token is predicted and never read
     pairs = length * length if dense else length * (length + 1) // 2
     return {
         "blocks": 2 * (groups["attention"] + groups["feed-forward"]) * length,

@@ -37,6 +37,7 @@ class Randomness:
         return replace(self, keys=self._site_keys(4 * (number + 1)))
 
     def _site_keys(self, site: int) -> Tensor:
+        # an odd multiplier sets neighbouring sites far apart before they are mixed; masked to fit into int32
         return prng.mix(self.keys ^ ((site + 1) * 0x632BE5AB & 0x7FFFFFFF))
 
     def kept(self, x: Tensor, p: float, site: int) -> Tensor:
@@ -44,6 +45,8 @@ class Randomness:
         (first + s) x dim + d."""
         _, rows, dim = x.shape
         keys, begin, count = self._site_keys(site).view(-1, 1), self.first * dim // 2, rows * dim // 2
+        # an element's bits are half of a 32-bit hash: that of (number / 2), alike for all samples and so made once,
+        # mixed with the sample's key
         last = threshold(p) - LEVELS // 2 - 1  # the 16 bits are compared as signed numbers: up to this one is dropped
         if torch.compiler.is_compiling():  # one fused loop, without memory; the other branch needs few passes instead
             numbers = torch.arange(2 * begin, 2 * (begin + count), dtype=torch.int32, device=x.device)

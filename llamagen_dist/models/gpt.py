@@ -232,7 +232,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        # LlamaGen switches the element-wise dropouts off where drop-path is on
+        # as LlamaGen's code: it switches the element-wise dropouts off where drop-path is on
         self.resid_dropout_p = 0.0 if config.drop_path_rate > 0 else config.resid_dropout_p
         self.ffn_dropout_p = 0.0 if config.drop_path_rate > 0 else config.ffn_dropout_p
         self.drop_path_p = drop_path_p
@@ -282,6 +282,7 @@ class GPT(nn.Module):
         self.recompute_every = 0
         self.cls_embedding = ClassEmbedder(config) if config.condition == "class" else CaptionEmbedder(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        # stochastic depth grows linearly: early layers are needed by all that follow
         rates = [config.drop_path_rate * i / max(config.n_layer - 1, 1) for i in range(config.n_layer)]
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -292,7 +293,7 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GPT":
         """``to``, ``bfloat16`` and the like: the rotary table stays in fp32, as in all of LlamaGen's programs."""
-        exact = self.rotary
+        exact = self.rotary  # in bf16 neighbouring positions would share their angles
         super()._apply(fn, recurse)
         if self.rotary.dtype != exact.dtype:
             self.rotary = exact.to(self.rotary.device)
@@ -354,6 +355,7 @@ class GPT(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
+        # norm and head only where a token is predicted: of 120 caption positions that is the last one
         if present is None:
             return self.norm(x[:, prefix.shape[1] - 1 :])
         return self.norm(rows_of(x, present.sum(dim=1, keepdim=True) - 1 + torch.arange(n, device=x.device)))
@@ -389,6 +391,7 @@ class GPT(nn.Module):
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
         """
         logits = self.output(self._hidden(tokens, condition, sample_ids)).flatten(0, 1)
+        # the mean is taken by weights of each token, so that a chunked, vocabulary-parallel loss is one weighted sum
         each = torch.ones_like(tokens, dtype=torch.float32)
         if weights is not None:
             each = each * weights[:, None]

@@ -24,7 +24,7 @@ def null_caption(config: GPTConfig, seed: int) -> Tensor:
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own: the global one is nobody's to disturb."""
+    """A generator of its own, so that the global one's state does not matter and is not changed."""
     generator = torch.Generator(device="cpu")
     generator.manual_seed(int(prng.bits(seed, purpose, 0).item()))
     return generator

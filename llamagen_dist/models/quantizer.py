@@ -61,7 +61,7 @@ class VectorQuantizer(nn.Module):
         argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); unit codes need z.e only. The rows go through in pieces,
         so the N x K matrix never exists whole.
         """
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast(rows.device.type, enabled=False):  # in bf16 near ties go to the wrong code
             codes = self.codes_as_vectors()
             bias = None if self.l2_norm else -0.5 * codes.square().sum(-1)
             piece = max(1, SEARCH_ELEMENTS // self.codebook_size)
@@ -86,6 +86,7 @@ class VectorQuantizer(nn.Module):
                 commit=F.mse_loss(z, quantised.detach()),
                 entropy=self.entropy(flat) if entropy else None,
             )
+            # the value is quantised, to rounding; the gradient is z's alone, since argmin has none
             straight = z + (quantised - z).detach()
             return straight.permute(0, 3, 1, 2), losses, index.view(z.shape[:-1])
 
@@ -99,6 +100,7 @@ class VectorQuantizer(nn.Module):
         log_p = F.log_softmax(-distance / ENTROPY_TEMPERATURE, dim=-1)
         p = log_p.exp()
         mean = p.mean(0)
+        # p log p from log_softmax, which is finite where p underflows; the mean has no such form, hence 1e-5 (LlamaGen)
         return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 

@@ -17,7 +17,7 @@ __all__ = ["VQ_SIZES", "VQConfig", "VQLosses", "VQModel", "code_histogram"]
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with LlamaGen's 32 groups, or with the largest divisor of ``channels`` below that.
 
-    All channel counts of the released sizes are multiples of 32; those of a small own size (24, say) need
+    All channel counts of the released sizes are multiples of 32; those of a small size of one's own (24, say) need
     not be, and GroupNorm wants equal groups.
     """
     groups = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
@@ -64,7 +64,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one-sided, as the released weights were trained
 
 
 class Upsample(nn.Module):

@@ -147,7 +147,7 @@ def test_times_are_read_as_slurm_reads_them(written, expected):
         ({"time": "10", "signal_delay_s": 600}, "is before its start; lower it or ask for more time"),
         ({"sbatch": {"time": "5"}}, "time is set by time, not here"),
         ({"sbatch": {"job_name": "x"}}, "job_name is set by the launcher"),
-        ({"exports": {"MY VAR": "1"}}, "'MY VAR' is no name of an environment variable"),
+        ({"exports": {"MY VAR": "1"}}, "'MY VAR' is not a valid name of an environment variable"),
         ({"nodes": 2, "elastic": {"nodes": [2]}}, "node counts below nodes (2)"),
         ({"ranks_per_node": 4}, "with GPUs it is one rank per GPU"),
     ],
