@@ -45,10 +45,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--images {args.images}: there is no such folder; give one with a sub-folder of images per class"
             )
-        from llamagen_dist.data.formats import count
-
-        number = count(str(args.images))  # what packing will read, and not every file that lies there
-        own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT, "count": str(number)}
+        own = {"images": str(args.images.absolute()), "held_out": OWN_HELD_OUT}
         variables = {**own, **variables}
     file = args.config or code_root() / "configs/pipeline/quickstart.yaml"
     made = plan(file, args.out.absolute(), variables, args.small)

@@ -14,6 +14,7 @@ from llamagen_dist.config import (
     rungs,
 )
 from llamagen_dist.console import Screen
+from llamagen_dist.errors import UserError
 from llamagen_dist.files import json_if_there
 from llamagen_dist.launch.stages import Plan, Stage
 
@@ -62,6 +63,8 @@ def size(stage: Stage) -> str:
     if isinstance(config, EvaluateConfig):
         sets = {path for pair in config.pairs().values() for path in (pair.images, pair.reference)}
         return f"{len(sets)} sets of {'all' if config.limit is None else f'{config.limit:,}'} images"
+    if stage.arguments[:1] == ("pack",):
+        images = _pictures(stage.arguments[1])
     crops = ""
     if isinstance(config, ExtractConfig):
         number = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(config.crop_ranges)}[config.crops]
@@ -71,10 +74,22 @@ def size(stage: Stage) -> str:
         images = images if images is not None else _packed(config.images)
         if config.limit is not None:
             images = config.limit if images is None else min(images, config.limit)
-    return f"{images:,} images{' x ' if crops else ''}{crops}" if images is not None else crops
+    if images is None:
+        return f"{crops} per image" if crops else ""
+    return f"{images:,} images{' x ' if crops else ''}{crops}"
 
 
 def _packed(shards: str | Path) -> int | None:
     """The number of images in these shards; None where they are remote or not there yet: nothing is fetched here."""
     manifest = json_if_there(Path(shards) / "manifest.json")
     return None if manifest is None else int(manifest["count"])
+
+
+def _pictures(source: str) -> int | None:
+    """How many pictures packing will read there, and not how many files lie there; None where it would refuse."""
+    from llamagen_dist.data.formats import count  # loads PIL, which no other row needs
+
+    try:
+        return count(source)
+    except UserError:
+        return None

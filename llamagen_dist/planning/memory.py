@@ -75,7 +75,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
 def buckets(config: GPTConfig, layout: Layout) -> dict[str, int]:
     """Bytes of communication buffers, by how long they live.
 
-    lasting: for the whole run: DeepSpeed's flat buffer for gradients on their way (bf16 ZeRO-1 reduces its fp32 sums where
+    lasting: DeepSpeed's flat buffer for gradients on their way, for the whole run (bf16 ZeRO-1 reduces its sums where
     they are).
     passing: for a moment: DDP's buckets beside gradients that still accumulate; the fp32 copy of a bf16 bucket (ZeRO-2)
     or of sums (ZeRO-1, after the backward pass) while it is reduced; at ZeRO-3 the weights gathered for the piece that

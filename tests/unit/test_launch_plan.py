@@ -158,7 +158,7 @@ def test_every_stage_of_the_quickstart_has_a_size_and_a_folder(tmp_path: Path) -
     made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out")
     found = {stage.name: listing.size(stage) for stage in made.stages}
     assert found["pack"] == "10,000 images"
-    assert found["tokens"] == "10,000 images x 1 crop"
+    assert found["tokens"] == "1 crop per image"
     assert found["sample"] == "1,500 pictures"
     assert found["evaluate"] == "6 sets of 500 images"
     assert found["reconstruct"] == "1,000 images"
@@ -195,6 +195,14 @@ def test_a_dry_run_counts_the_pictures_that_packing_will_read(
     cli.main(["quickstart", "--images", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), "--dry-run"])
     row = next(line for line in capsys.readouterr().out.splitlines() if " pack " in line)
     assert " 40 images" in row
+    quickstart = str(ROOT / "configs/pipeline/quickstart.yaml")
+    variable = f"images={tmp_path / 'mine'}"  # of the same pipeline: 10,000 images were listed
+    cli.main(["pipeline", quickstart, variable, "--out", str(tmp_path / "out"), "--dry-run"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if " pack " in line)
+    assert " 40 images" in row
+    cli.main(["pipeline", quickstart, "images=/nowhere", "--out", str(tmp_path / "out"), "--dry-run"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if " pack " in line)
+    assert "images " not in row.partition("llamagen_dist.cli")[2].partition("images/train")[0]
 
 
 def test_words_of_a_command_line() -> None:
