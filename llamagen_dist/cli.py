@@ -15,8 +15,6 @@ COMMANDS = {
     "quickstart": "train a tokenizer and a ladder of GPTs on real images, end to end, and write a report",
     "config": "print a config resolved, or everything that is wrong with it",
     "pack": "turn images into WebDataset shards with an index and a manifest",
-    "emoji": "turn the emoji-datasource package into captioned images, some captions held out",
-    "text-encoder": "make a small, untrained T5 for the captions of image shards",
     "shards": "verify, count or index shards",
     "launch": "start one program on several ranks",
     "check": "try out a cluster's nodes with a short job, before anything long is launched",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
+from examples.text_encoder import make_small_text_encoder
 
 
 def write_t5(folder: Path, captions: Sequence[str], dim: int = 8, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import llamagen_dist
 
-SOURCE_FOLDERS = ("llamagen_dist", "tokenizer_training", "eval", "configs", "slurm")
+SOURCE_FOLDERS = ("llamagen_dist", "tokenizer_training", "eval", "examples", "configs", "slurm")
 """What jobs may need of the checkout."""
 ABSENT = "absent"
 """The version of a package that is not installed."""

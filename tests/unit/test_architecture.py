@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAM_FOLDERS = ("tokenizer_training", "eval", "llamagen_dist.commands")
+TREES = ("tokenizer_training", "eval", "examples")  # beside the library, run from the checkout
+PROGRAM_FOLDERS = (*TREES, "llamagen_dist.commands")
 PROGRAMS = {"llamagen_dist.train_gpt", "llamagen_dist.preflight", "llamagen_dist.cli"}
 
 
@@ -28,14 +29,10 @@ def imports(source: str, module: str) -> set[str]:
             if node.level:
                 base = ".".join([*module.split(".")[: -node.level], *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("llamagen_dist", "tokenizer_training", "eval")}
+    return {name for name in found if name.split(".")[0] in ("llamagen_dist", *TREES)}
 
 
-SOURCES = {
-    module_name(p): p
-    for folder in ("llamagen_dist", "tokenizer_training", "eval")
-    for p in sorted((ROOT / folder).rglob("*.py"))
-}
+SOURCES = {module_name(p): p for folder in ("llamagen_dist", *TREES) for p in sorted((ROOT / folder).rglob("*.py"))}
 
 
 # The rooms from the ground up, as the README lists them: a module imports its own floor and those before it.
@@ -57,7 +54,7 @@ FLOORS = (
     ("launch",),
     ("serve",),
     ("commands",),
-    ("cli", "train_gpt", "preflight", "tokenizer_training", "eval"),
+    ("cli", "train_gpt", "preflight", *TREES),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

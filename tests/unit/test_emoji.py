@@ -3,20 +3,20 @@
 import io
 import json
 import tarfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from examples import emoji, text_encoder
+from examples.emoji import TONES, prepare_emoji
 from llamagen_dist.cli import main
 from llamagen_dist.data.captions import clean
-from llamagen_dist.data.demo.emoji import TONES, prepare_emoji
-from llamagen_dist.data.demo.made_once import made_once
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
+from llamagen_dist.launch.snapshot import take
 from llamagen_dist.launch.stages import plan
 from tests.image_shards import write_images
 
@@ -110,7 +110,7 @@ def test_the_download_and_its_unpacked_folder_are_the_same(tmp_path):
     prepare_emoji(as_folder(package(), tmp_path / "package"), out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "not made again"
     other = {**package(), "img/google/64/0003.png": png(7)}
-    with pytest.raises(UserError, match="made from something else"):
+    with pytest.raises(UserError, match="already holds captioned pictures made in another way"):
         prepare_emoji(as_folder(other, tmp_path / "other"), out)
 
 
@@ -147,34 +147,28 @@ def test_a_cut_download_is_refused(tmp_path):
             prepare_emoji(tmp_path / source, tmp_path / "out")
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    out = tmp_path / "out"
-    with suppress(RuntimeError), made_once(out, {"of": [1]}) as folder:
-        (folder / "half").touch()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with made_once(out, {"of": (1,)}) as folder:
-        (folder / "file").touch()
-    with made_once(out, {"of": [1]}) as folder:
-        assert folder is None
-    for other in ({"of": [2]}, {}):
-        with pytest.raises(UserError, match="something else"), made_once(out, other):
-            pass
-    (out / "made_from.json").unlink()
-    with pytest.raises(UserError, match="not what would be made"), made_once(out, {"of": [1]}):
-        pass
-    assert (out / "file").exists()
+def test_a_folder_that_is_something_else_is_refused(tmp_path):
+    source = as_folder(package(), tmp_path / "package")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(UserError, match="holds file, which this command did not write"):
+        prepare_emoji(source, tmp_path / "mine")
+    prepare_emoji(source, tmp_path / "out")
+    (tmp_path / "out" / "made_from.json").unlink()
+    with pytest.raises(UserError, match="which this command did not write"):
+        prepare_emoji(source, tmp_path / "out")
+    assert (tmp_path / "mine" / "file").exists()
 
 
 def test_from_the_download_to_a_text_encoder_that_knows_its_captions(tmp_path, capsys):
     as_tgz(package(), tmp_path / "package.tgz")
-    main(["emoji", str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out")])
+    emoji.main([str(tmp_path / "package.tgz"), "--out", str(tmp_path / "out")])
     assert "23 captioned pictures in train.jsonl, 3 with other captions in validation.jsonl" in capsys.readouterr().out
     for name in ("train", "validation"):
         source, shards = tmp_path / f"out/{name}.jsonl", tmp_path / name
         main(["pack", str(source), "--size", "8", "--out", str(shards), "--jobs", "1"])
-    command = ["text-encoder", str(tmp_path / "train"), "--out", str(tmp_path / "t5"), "--dim", "16"]
-    main(command)
+    command = [str(tmp_path / "train"), "--out", str(tmp_path / "t5"), "--dim", "16"]
+    text_encoder.main(command)
     encoder = CaptionEncoder(tmp_path / "t5")
     held_out = open_shards(tmp_path / "validation", "images")
     for sample in range(len(held_out)):
@@ -183,17 +177,17 @@ def test_from_the_download_to_a_text_encoder_that_knows_its_captions(tmp_path, c
             assert encoder.tokenizer.unk_token_id not in ids
             assert ids[-1] == encoder.tokenizer.eos_token_id
     assert encoder.tokenizer.unk_token_id in encoder.tokenizer("a giraffe").input_ids
-    main(command)  # a pipeline may run it again
-    with pytest.raises(UserError, match="made from something else"):
-        main([*command[:-1], "24"])
+    text_encoder.main(command)  # a pipeline may run it again
+    with pytest.raises(UserError, match=r"already holds a text encoder made in another way \(dim: 16 -> 24"):
+        text_encoder.main([*command[:-1], "24"])
     with pytest.raises(UserError, match="multiple of 8"):
-        main([*command[:-1], "20"])
+        text_encoder.main([*command[:-1], "20"])
 
 
 def test_a_text_encoder_needs_captions(tmp_path):
     shards = write_images(tmp_path / "images", 4, 8)
     with pytest.raises(UserError, match="has no captions"):
-        main(["text-encoder", str(shards), "--out", str(tmp_path / "t5")])
+        text_encoder.main([str(shards), "--out", str(tmp_path / "t5")])
     assert not (tmp_path / "t5").exists()
 
 
@@ -213,4 +207,12 @@ def test_the_stages_of_the_recipe_fit_together(tmp_path):
     assert sample.captions == gpt.data.validation == extract.out / "validation"
     assert sample.checkpoint == gpt.run_dir
     assert sample.tokenizer == extract.tokenizer == tokenizer.run_dir
-    assert stages["pictures"].arguments[1] == "/somewhere.tgz"
+    assert stages["pictures"].arguments[0] == "/somewhere.tgz"
+
+
+def test_a_jobs_copy_of_the_code_holds_the_programs_of_the_recipe(tmp_path):
+    made = plan(CONFIGS / "pipeline/text-to-image.yaml", tmp_path, {"package": "/somewhere.tgz"})
+    copy = take(CONFIGS.parent, tmp_path / "code")
+    modules = {stage.module for stage in made.stages}
+    assert {"examples.emoji", "examples.text_encoder"} < modules
+    assert not [module for module in modules if not (copy / f"{module.replace('.', '/')}.py").is_file()]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+from examples.text_encoder import make_small_text_encoder
 from llamagen_dist.data import text_encoder
 from llamagen_dist.data.captions import bits, features
-from llamagen_dist.data.demo.small_text_encoder import make_small_text_encoder
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
 
@@ -171,7 +171,7 @@ def test_making_one_is_repeatable_and_never_overwrites(folder, tmp_path):
     assert CaptionEncoder(again).sha256 == CaptionEncoder(folder).sha256
     make_small_text_encoder([TEXT], tmp_path / "other", dim=32, seed=1)
     assert CaptionEncoder(tmp_path / "other").sha256 != CaptionEncoder(folder).sha256
-    with pytest.raises(UserError, match="made from something else"):
+    with pytest.raises(UserError, match="made in another way"):
         make_small_text_encoder(["a"], folder)
     with pytest.raises(UserError, match="no word"):
         make_small_text_encoder(["", "photo.jpg"], tmp_path / "empty")

@@ -1,10 +1,14 @@
-"""A captioned data set that package managers can install: the pictures of the emoji-datasource packages.
+"""PROGRAM: a captioned data set that package managers can install, the pictures of the emoji-datasource packages.
+
+    npm pack emoji-datasource-google@16.0.0
+    python -m examples.emoji emoji-datasource-google-16.0.0.tgz --out DIR      then: llamagen pack DIR/train.jsonl …
 
 Of its 3,786 pictures of 64 x 64 pixels (version 16) those that come in skin tones are kept: 323 people and hands, each
 in yellow and in five tones, couples also in pairs of them; 2,198 in all. Held out are *compositions*: of every second
 name one tone, so that name and tone are each in the training set, but the caption is not.
 """
 
+import argparse
 import hashlib
 import json
 import tarfile
@@ -19,8 +23,9 @@ from typing import Any
 from PIL import Image
 
 from llamagen_dist.data.decode import DECODE_ERRORS, decode
-from llamagen_dist.data.demo.made_once import made_once
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import OutputFolder
+from llamagen_dist.program import run as run_program
 
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 WHERE = "fetch it with: npm pack emoji-datasource-google@16.0.0"
@@ -49,14 +54,18 @@ def prepare_emoji(package: Path, out: Path) -> tuple[int, int]:
     digest = hashlib.sha256()
     for name in ("emoji.json", *(picture.file for picture in pictures)):
         digest.update(f"{name} {len(files[name])}\n".encode() + files[name])
-    with made_once(out, {"made_by": "prepare_emoji", "rules": 1, "package_sha256": digest.hexdigest()}) as folder:
-        if folder is not None:
-            (folder / "images").mkdir()
-            for picture in pictures:
-                _on_white(files[picture.file], f"{package}: {picture.file}").save(folder / "images" / picture.file)
-            for name, held_out in (("train.jsonl", False), ("validation.jsonl", True)):
-                lines = [_line(picture) for picture in pictures if picture.held_out == held_out]
-                (folder / name).write_text("".join(lines), encoding="utf-8")
+    pixels = {picture.file: _on_white(files[picture.file], f"{package}: {picture.file}") for picture in pictures}
+    identity = {"made_by": "prepare_emoji", "rules": 1, "package_sha256": digest.hexdigest()}
+    output = OutputFolder(out, identity, "made_from.json", what="captioned pictures")
+    if output.finished() is None:
+        output.begin(path for path in out.glob("*") if path != output.parts)
+        (out / "images").mkdir(exist_ok=True)
+        for file, image in pixels.items():
+            image.save(out / "images" / file)
+        for name, held_out in (("train.jsonl", False), ("validation.jsonl", True)):
+            lines = [_line(picture) for picture in pictures if picture.held_out == held_out]
+            (out / name).write_text("".join(lines), encoding="utf-8")
+        output.finish({})
     held = sum(picture.held_out for picture in pictures)
     return len(pictures) - held, held
 
@@ -131,3 +140,18 @@ def _of_entry(entry: dict[str, Any]) -> Iterator[Picture]:
 def _short(name: str, tones: list[str]) -> str:
     words = " and ".join(dict.fromkeys(TONES[tone] for tone in tones))
     return f"{name} with {words} skin" if tones else name
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.emoji", description="Captioned pictures to be packed.")
+    parser.add_argument("package", type=Path, help=f"the downloaded .tgz, or its unpacked folder; {WHERE}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for .jsonl files and images")
+    args = parser.parse_args(argv)
+    train, held_out = prepare_emoji(args.package, args.out)
+    print(
+        f"{args.out}: {train:,} captioned pictures in train.jsonl, {held_out:,} with other captions in validation.jsonl"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

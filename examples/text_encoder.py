@@ -1,9 +1,12 @@
-"""A text encoder for trying things out: T5's architecture, one token per word, weights as they are drawn.
+"""PROGRAM: a text encoder for trying things out: T5's architecture, one token per word, weights as they are drawn.
+
+    python -m examples.text_encoder SHARDS --out DIR [--dim 64] [--layers 2]
 
 Untrained it still tells captions apart: every word has a vector of its own, and two layers of attention mix in the
 others and their order. It knows nothing of words that it was not made for; real captions want a trained T5.
 """
 
+import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -11,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.data.captions import CLEANING, clean
-from llamagen_dist.data.demo.made_once import made_once
+from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import OutputFolder
+from llamagen_dist.program import run as run_program
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # numbered as T5's
 
@@ -53,9 +58,11 @@ def make_small_text_encoder(
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    with made_once(out, made_from) as folder:
-        if folder is not None:
-            _write(folder, tokenizer, len(numbers), dim, layers, heads, seed)
+    output = OutputFolder(out, made_from, "made_from.json", what="a text encoder")
+    if output.finished() is None:
+        output.begin(path for path in out.glob("*") if path != output.parts)
+        _write(out, tokenizer, len(numbers), dim, layers, heads, seed)
+        output.finish({})
     return len(words)
 
 
@@ -85,3 +92,34 @@ def _write(folder: Path, tokenizer: Any, vocabulary: int, dim: int, layers: int,
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.text_encoder",
+        description="An untrained T5 that knows the words of these captions.",
+    )
+    parser.add_argument("shards", metavar="SHARDS", help="image shards with captions, made by llamagen pack")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the encoder")
+    parser.add_argument("--dim", type=int, default=64, metavar="N", help="width of the features (default: 64)")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="default: 2")
+    args = parser.parse_args(argv)
+    if args.dim < 8 or args.dim % 8:
+        raise UserError(f"--dim {args.dim}: must be a multiple of 8")
+    if args.layers < 1:
+        raise UserError(f"--layers {args.layers}: must be at least 1")
+    shards = open_shards(args.shards, "images")
+    if CAPTION_MEMBER not in shards.manifest.members:
+        raise UserError(f"{args.shards}: has no captions ({CAPTION_MEMBER}); pack a .jsonl file with captions")
+    captions = (
+        shards.read(sample, member).decode("utf-8", "replace")
+        for sample in range(len(shards))
+        for member in shards.parts(sample)
+        if member in (CAPTION_MEMBER, SHORT_CAPTION_MEMBER)
+    )
+    words = make_small_text_encoder(captions, args.out, args.dim, args.layers, heads=8)
+    print(f"{args.out}: an untrained T5 encoder of width {args.dim} that knows {words:,} words")
+
+
+if __name__ == "__main__":
+    run_program(main)

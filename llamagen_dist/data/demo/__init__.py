@@ -1,1 +1,0 @@
-"""A captioned set and a text encoder to try everything out with."""
