@@ -12,7 +12,8 @@ from llamagen_dist.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-4 is a number, 012 is twelve, on/off/yes/no are words, a key appears once. (YAML 1.1 says otherwise.)"""
+    """1e-4 is a number, 012 is twelve, on/off/yes/no and 2026-11-26 are words, a key appears once. (YAML 1.1 says
+    otherwise.)"""
 
 
 _OURS = {
@@ -24,7 +25,7 @@ _OURS = {
     ),
 }
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _OURS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*_OURS, "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _kind, (_pattern, _first) in _OURS.items():
@@ -41,6 +42,8 @@ def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a word, no list", key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
@@ -63,7 +66,7 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config file is a mapping of keys to values, not {type(data).__name__}")
@@ -112,7 +115,7 @@ def _value(text: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
         # the same with a letter in place of every #: what has come out shorter has lost a comment
         kept = yaml.load(text.replace("#", "\ue000"), Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     words = text.strip()
     anchored = words.startswith(("&", "!"))  # an anchor or a tag, which would vanish too

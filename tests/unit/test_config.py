@@ -113,6 +113,12 @@ def test_cross_field_rules_are_told(file):
         ("- 1\n", "a mapping of keys to values"),
         ("kind: gpt\nkind: gpt\n", "appears twice"),
         ("kind: [\n", "not valid YAML"),
+        ("kind: gpt\n[1, 2]: 3\n", "a key is a word"),
+        ("{kind: gpt, {a: 1}: 3}\n", "a key is a word"),
+        ("kind: &a [*a]\n", "kind: "),
+        ("kind: " + "[" * 5000 + "\n", "not valid YAML"),
+        ("kind: [gpt]\n", "kind: ['gpt'] is unknown"),
+        ("kind: gpt\x00\n", "not valid YAML"),
     ],
 )
 def test_broken_files_are_one_sentence(file, text, expected):
@@ -255,7 +261,16 @@ def test_no_part_of_a_word_is_dropped(file, text):
 
 
 def test_words_are_still_yaml():
-    words = {"1": 1, "[1, 2]": [1, 2], "{a: 1}": {"a": 1}, "'a #b'": "a #b", "a#b": "a#b", "": None, "~": None}
+    words = {
+        "2026-11-26": "2026-11-26",
+        "1": 1,
+        "[1, 2]": [1, 2],
+        "{a: 1}": {"a": 1},
+        "'a #b'": "a #b",
+        "a#b": "a#b",
+        "": None,
+        "~": None,
+    }
     assert {word: parse([f"k={word}"])["k"] for word in words} == words
 
 

@@ -108,6 +108,16 @@ def test_a_block_keeps_what_its_file_says():
     assert saved_bytes_of_blocks(1) == 4 * (elements + rows) + masks
 
 
+def test_a_pass_changes_no_module():
+    """What a pass needs goes down as an argument: modules can be shared between passes, and compiled."""
+    model = small(n_layer=2)
+    before = [dict(vars(module)) for module in model.modules()]
+    for model.recompute_every in (0, 1, 2):
+        step(model)
+    model.recompute_every = 0
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
 # --- compilation ---
 
 
