@@ -111,6 +111,27 @@ def test_no_room_without_a_name_and_no_huge_file():
     assert not {m: n for m, p in SOURCES.items() if (n := len(p.read_text().splitlines())) > 450}
 
 
+# Names that mean something else in every module which has them, though their values happen to be equal.
+COINCIDENCES = {"T", "FORMAT", "POLL_S", "MOST_CLASSES", "SUBMITTING_S", "NAME"}
+
+
+def twins(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Constants that two modules define alike: ``NAME = value`` -> the modules. One of them will be forgotten."""
+    defined: dict[str, list[str]] = {}
+    for module, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id.strip("_")
+                if name.isupper() and name not in COINCIDENCES:
+                    defined.setdefault(f"{name} = {ast.unparse(node.value)}", []).append(module)
+    return {constant: modules for constant, modules in defined.items() if len(modules) > 1}
+
+
+def test_a_constant_has_one_home():
+    assert twins({module: path.read_text() for module, path in SOURCES.items()}) == {}
+    assert twins({"a": "_CHUNK = 1 << 22", "b": "CHUNK = 1 << 22  # as a has it"}) == {"CHUNK = 1 << 22": ["a", "b"]}
+
+
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
