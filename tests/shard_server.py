@@ -49,7 +49,14 @@ def served(folder: Path) -> Iterator[Server]:
                 data = data[: fault[1]] + bytes([data[fault[1]] ^ 1]) + data[fault[1] + 1 :]
             if isinstance(fault, tuple) and fault[0] == "long":
                 data += bytes(fault[1])
+            # as RFC 9110 asks: a range that begins at the end of the file, or behind it, cannot be answered
             first = int(re.findall(r"bytes=(\d+)-", ranged)[0]) if ranged and fault != "no ranges" else 0
+            if first >= len(data) > 0:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(206 if first else 200)
             if first:
                 self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")

@@ -16,7 +16,7 @@ from llamagen_dist.data.manifest import (
     write_manifest,
 )
 from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, Shards
-from llamagen_dist.data.token_reader import CODES_MEMBER
+from llamagen_dist.data.tokens import CODES_MEMBER
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, write_bytes
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from llamagen_dist import prng
 from llamagen_dist.config.pack import MOST_PIXELS
-from llamagen_dist.data.access.fetch_ahead import FetchAhead
 from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.cache import ShardPrefetcher
 from llamagen_dist.data.decode import DECODE_ERRORS, decode
 from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import Shards
@@ -149,7 +149,7 @@ class ImageStream:
         self._global_batch, self._offset = global_batch, topology.dp_rank * share
         self._shards = shards
         order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
-        self._ahead = FetchAhead(shards, order.windows, topology.rank)
+        self._prefetcher = ShardPrefetcher(shards.cache, shards.manifest.shards, order.windows, topology.rank)
         self._batches = _Batches(shards, order, share, seed, image_size, random_crop, horizontal_flip)
         self._workers = workers
         self._loader: Iterator[ImageBatch] | None = None
@@ -157,7 +157,7 @@ class ImageStream:
 
     def batch(self, images_seen: int) -> ImageBatch:
         """This rank's share of the global batch that starts at global position ``images_seen``."""
-        self._ahead.at(images_seen + self._offset)
+        self._prefetcher.at(images_seen + self._offset)
         if self._workers == 0:
             return self._batches[images_seen + self._offset]
         if self._loader is None or self._next != images_seen:

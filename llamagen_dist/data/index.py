@@ -4,19 +4,24 @@ The naming rule is WebDataset's: the key is the path up to the first dot of the 
 (lower case) says which part of the sample it is, and parts of one sample stand next to each other.
 """
 
+import hashlib
 import io
 import re
 import tarfile
+import tempfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamagen_dist.data import npy
+from llamagen_dist.data.manifest import ShardRecord
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import write_bytes
 
 _BLOCK = tarfile.BLOCKSIZE
 _META = re.compile(r"__[^/]*__(?:$|/)")  # WebDataset keeps such names for itself
@@ -189,3 +194,73 @@ def index_bytes(index: TarIndex) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, index.spans, allow_pickle=False)
     return buffer.getvalue()
+
+
+def index_limit(record: ShardRecord, members: tuple[str, ...]) -> int:
+    """More bytes than the index file has: 16 per member and sample, and the header."""
+    return 16 * record.samples * len(members) + 1024
+
+
+def open_index(folder: Path, record: ShardRecord, members: tuple[str, ...], trusted: set[str]) -> IO[bytes]:
+    """The index file of a shard in a mounted folder, unbuffered; made again from its tar if it is missing or damaged.
+
+    trusted: the shards whose index was compared already; it grows.
+    Raises UserError where the tar is not the one that was indexed.
+    """
+    path = folder / index_name(record.name)
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller's
+        if record.name in trusted or hashlib.sha256(file.read()).hexdigest() == record.index_sha256:
+            trusted.add(record.name)
+            return file
+        file.close()
+        problem = "is damaged"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    data = rebuilt_index(folder / record.name, str(path), record, members)
+    try:
+        write_bytes(path, data)
+        done = "and was made again"
+    except OSError:
+        done = "and was made again, for this process only, because the folder cannot be written"
+    print(f"{path}: {problem} {done}", flush=True)
+    own = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the caller's
+    own.write(data)
+    return own
+
+
+def rebuilt_index(tar: Path, name: str, record: ShardRecord, members: tuple[str, ...]) -> bytes:
+    """The content of an index file from its tar. Raises UserError where it is not the one that was recorded.
+
+    name: of the index file, for messages.
+    """
+    index = scan(tar)
+    data = index_bytes(index.columns(members)) if set(index.members) <= set(members) else b""
+    if hashlib.sha256(data).hexdigest() != record.index_sha256:
+        raise UserError(
+            f"{name}: cannot be made again, because {record.name} has changed since the manifest was written; copy or "
+            "make the shard again"
+        )
+    return data
+
+
+def spans_start(file: IO[bytes], record: ShardRecord, members: tuple[str, ...]) -> int:
+    """Where the numbers, uint64 [samples, members, 2], begin in an index file.
+
+    Raises UserError where it does not fit the manifest.
+    """
+    file.seek(0)
+    start = npy.header_size(file.read(10))
+    file.seek(0)
+    shape = (record.samples, len(members), 2)
+    if npy.shape_of(file.read(start), "<u8") != shape:
+        raise UserError(
+            f"{index_name(record.name)}: is not the uint64 {list(shape)} of the manifest; run llamagen shards index"
+        )
+    return start
+
+
+def all_spans(file: IO[bytes], record: ShardRecord, members: tuple[str, ...]) -> NDArray[np.uint64]:
+    """uint64 [samples, members, 2]: the whole index. Raises UserError."""
+    file.seek(spans_start(file, record, members))
+    return np.frombuffer(file.read(), "<u8").reshape(record.samples, len(members), 2)

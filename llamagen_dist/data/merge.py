@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.data.access.folders import all_spans
-from llamagen_dist.data.index import TarIndex, index_bytes, index_name, scan
+from llamagen_dist.data.index import TarIndex, all_spans, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name
 from llamagen_dist.data.shards import IMAGE_MEMBERS, Shards, open_shards
@@ -141,7 +140,7 @@ def _place(
     if record.layout is not None:  # a layout cannot say that a member is absent
         index = scan(out / name)
     else:
-        with part.source.index(record, held) as file:
+        with part.open_index(record) as file:
             index = TarIndex(held, all_spans(file, record, held))
     path = out / index_name(name)
     write_bytes(path, index_bytes(index.columns(members)))

@@ -139,7 +139,7 @@ class Windows:
         return self._epochs[epoch]
 
 
-class Ahead:
+class PositionCache:
     """A function of positions, computed a block of consecutive ones at a time: many small calls become one large.
 
     compute: int64 positions [n] -> tensor [n].
@@ -190,8 +190,8 @@ class Order:
             self.windows = Windows(sizes, window_shards, seed)
             self.at = self.windows.samples
             block = min(block, max(count, 64))  # every window takes a call, and a small set has many in a block
-        self._ahead = Ahead(self.at, block)
+        self._samples = PositionCache(self.at, block)
 
     def samples(self, start: int, length: int) -> Tensor:
         """int64 [length]: the samples at positions ``start`` … ``start + length - 1``."""
-        return self._ahead.at(start, length)
+        return self._samples.at(start, length)

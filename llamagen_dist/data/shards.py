@@ -1,8 +1,8 @@
 """Reading shards by global sample number: one pread per part, and no Python object per sample.
 
-A folder holds uncompressed WebDataset tars, manifest.json and, for shards whose records differ in length, offsets.
-``open_shards`` looks at every file's size; verify.py reads every byte. Nothing is memory-mapped: a file that is cut
-short, deleted on a network disk, or unreadable while it is in use then is an error with a name, not a SIGBUS.
+A folder holds uncompressed WebDataset tars, manifest.json and, for shards whose records differ in length, indexes of
+offsets. ``open_shards`` looks at every file's size; verify.py reads every byte. Nothing is memory-mapped: a file that
+is cut short, deleted on a network disk, or unreadable while it is in use then is an error with a name, not a SIGBUS.
 """
 
 import os
@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config import ShardAccess, is_remote
-from llamagen_dist.data.access.cache import Cache
-from llamagen_dist.data.access.folders import LocalFolder, RemoteFolder, ShardFolder, spans_start
-from llamagen_dist.data.access.remote import fetch_manifest
-from llamagen_dist.data.access.staging import stage
-from llamagen_dist.data.access.transport import transport
-from llamagen_dist.data.index import index_name
+from llamagen_dist.data import npy
+from llamagen_dist.data.cache import NodeCache
+from llamagen_dist.data.fetch import LocalSource, Source, source_at
+from llamagen_dist.data.index import index_name, open_index, spans_start
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
 from llamagen_dist.errors import UserError
 
@@ -31,6 +29,7 @@ CAPTION_MEMBER = ".txt"
 """The caption, UTF-8; the long one where there are two."""
 SHORT_CAPTION_MEMBER = ".short.txt"
 _OPEN_FILES = 256  # kept open, indexes among them; two sets stay far below the usual limit of 1,024 per process
+_LONGEST_LABEL = 18  # digits that fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,17 @@ class Shards:
     Threads may share one object.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, source: ShardFolder | None = None) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.source: ShardFolder = LocalFolder(folder) if source is None else source
-        self.location = self.source.location
+    def __init__(
+        self, folder: Path, manifest: Manifest, source: Source | None = None, cache: NodeCache | None = None
+    ) -> None:
+        """
+        folder: that holds the shards or, under the names of a cache, what has been fetched of them.
+        source: where they come from (default: the folder).
+        cache: through which they are read; None: where they lie.
+        """
+        self.folder, self.manifest, self.cache = folder, manifest, cache
+        self._source = LocalSource(folder) if source is None else source
+        self.location = self._source.location
         """Folder or URL, for messages."""
         self.sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         """int64 [shards]: the samples of each shard."""
@@ -59,6 +65,8 @@ class Shards:
         self._open: dict[int, _OpenShard] = {}  # in the order in which they were opened
         self._most_open = _OPEN_FILES // (1 if all(shard.layout is not None for shard in manifest.shards) else 2)
         self._tables: dict[str, NDArray[np.int64]] = {}
+        self._row_sizes: dict[str, NDArray[np.int64]] = {}
+        self._trusted_indexes: set[str] = set()
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -75,10 +83,64 @@ class Shards:
 
         Raises UserError where the sample has no such part, IndexError outside 0 … len-1.
         """
-        shards, offsets, sizes = self.spans(np.array([sample]), member)
-        data = bytearray(int(sizes[0]))
-        self.read_into(int(shards[0]), memoryview(data), int(offsets[0]))
-        return bytes(data)
+        return bytes(self.read_many(np.array([sample]), member)[0])
+
+    def read_many(self, samples: NDArray[np.int64], member: str) -> list[bytearray]:
+        """The bytes of one part of each sample.
+
+        samples: int64 [n].
+        Raises UserError where a sample has no such part, IndexError outside 0 … len-1.
+        """
+        shard_of, offsets, sizes = self.spans(samples, member)
+        parts = [bytearray(size) for size in sizes.tolist()]
+        for shard, offset, part in zip(shard_of.tolist(), offsets.tolist(), parts, strict=True):
+            self._read_into(shard, memoryview(part), offset)
+        return parts
+
+    def read_rows(
+        self, samples: NDArray[np.int64], member: str, rows: NDArray[np.int64], shape: tuple[int, int]
+    ) -> NDArray[np.uint16]:
+        """uint16 [n, W]: of each sample one row of the .npy array in its part ``member``, without reading the others.
+
+        samples, rows: int64 [n].
+        shape: (R, W), of every sample's array; its type is uint16.
+        Raises UserError, naming shard and sample: no such part, an array of another shape or type.
+        """
+        shard_of, offsets, sizes = self.spans(samples, member)
+        self._check_headers(samples, member, shape, shard_of, offsets, sizes)
+        width = 2 * shape[1]
+        values = np.empty((len(samples), shape[1]), "<u2")
+        buffer = values.reshape(-1).view(np.uint8).data
+        starts = offsets + sizes - (shape[0] - rows) * width  # from the end, as headers differ in length
+        for row, (shard, start) in enumerate(zip(shard_of.tolist(), starts.tolist(), strict=True)):
+            self._read_into(shard, buffer[row * width : (row + 1) * width], start)
+        return values
+
+    def _check_headers(
+        self,
+        samples: NDArray[np.int64],
+        member: str,
+        shape: tuple[int, int],
+        shard_of: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+    ) -> None:
+        """One header a shard is read: in one shard equal sizes mean equal shapes."""
+        if member not in self._row_sizes:
+            self._row_sizes[member] = np.full(len(self.ends), -1, np.int64)
+        checked = self._row_sizes[member]
+        for row in np.nonzero(checked[shard_of] != sizes)[0].tolist():
+            shard, size = int(shard_of[row]), int(sizes[row])
+            if checked[shard] == size:
+                continue
+            header = bytearray(max(size - 2 * shape[0] * shape[1], 0))
+            self._read_into(shard, memoryview(header), int(offsets[row]))
+            if npy.shape_of(bytes(header), "<u2") != shape:
+                raise UserError(
+                    f"{self.where(int(samples[row]))}: its {member} is not uint16 {list(shape)}, as the manifest says; "
+                    "extract them again, with one tokenizer at one image size"
+                )
+            checked[shard] = size
 
     def parts(self, sample: int) -> tuple[str, ...]:
         """The members that this sample has."""
@@ -107,13 +169,13 @@ class Shards:
             offsets[indexed] = 0
             if member in self.manifest.members:
                 members = self.manifest.members
-                places = 16 * (rows[indexed] * len(members) + members.index(member))
-                pairs = zip(shard_of[indexed].tolist(), places.tolist(), strict=True)
-                found = np.frombuffer(b"".join([self._index(shard, place, 16) for shard, place in pairs]), "<u8")
-                offsets[indexed], sizes[indexed] = found.reshape(-1, 2).T.astype(np.int64)
+                starts = 16 * (rows[indexed] * len(members) + members.index(member))
+                pairs = zip(shard_of[indexed].tolist(), starts.tolist(), strict=True)
+                spans = np.frombuffer(b"".join([self._index(shard, start, 16) for shard, start in pairs]), "<u8")
+                offsets[indexed], sizes[indexed] = spans.reshape(-1, 2).T.astype(np.int64)
         if len(samples) and offsets.min() <= 0:
             bad = int(samples[int(np.argmin(offsets))])
-            raise UserError(f"{self.where(bad)} has no {member} (found: {self.parts(bad)})")
+            raise UserError(f"{self.where(bad)} has no {member} (it has: {self.parts(bad)})")
         outside = offsets + sizes > table[4][shard_of]
         if outside.any():
             raise UserError(
@@ -140,38 +202,40 @@ class Shards:
             self._tables[member] = table
         return self._tables[member]
 
-    def _index(self, shard: int, place: int, size: int) -> bytes:
+    def _index(self, shard: int, start: int, size: int) -> bytes:
         """A piece of a shard's index, which is not kept in memory."""
         opened = self._open.get(shard) or self._shard(shard)
         assert opened.index is not None
-        data = os.pread(opened.index.fileno(), size, opened.index_start + place)
+        data = os.pread(opened.index.fileno(), size, opened.index_start + start)
         if len(data) != size:
             name = index_name(self.manifest.shards[shard].name)
             raise UserError(
-                f"{self.source.shown(name)}: was cut short while it was in use; run llamagen shards index "
+                f"{self._source.shown(name)}: was cut short while it was in use; run llamagen shards index "
                 f"{self.location}"
             )
         return data
 
-    def read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer of bytes from one place of a shard; about two microseconds.
-
-        Raises UserError, naming the shard, where it cannot be read any more or ends before.
-        """
+    def _read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from one position of a shard; about two microseconds. Raises UserError, naming the shard."""
         try:
             opened = self._open.get(shard) or self._shard(shard)
-            found = os.preadv(opened.descriptor, [buffer], offset)
+            count = os.preadv(opened.descriptor, [buffer], offset)
         except OSError as error:
-            raise self._unreadable(shard, error.strerror) from None
-        if found != len(buffer):
-            raise self._cut(shard, offset)
+            raise UserError(
+                f"{self._where_shard(shard)}: cannot be read any more ({error.strerror}); copy the shard again"
+            ) from None
+        if count != len(buffer):
+            raise UserError(
+                f"{self._where_shard(shard)}: ends before byte {offset:,}, where a sample lies: it was cut short while "
+                f"it was in use; copy the shard again (sha256 {self.manifest.shards[shard].sha256})"
+            )
 
     def image_bytes(self, sample: int) -> bytes:
         """The encoded image of one sample, in whichever format it is stored."""
         parts = self.parts(sample)
         member = next((name for name in IMAGE_MEMBERS if name in parts), None)
         if member is None:
-            raise UserError(f"{self.where(sample)}: no image (found: {parts})")
+            raise UserError(f"{self.where(sample)}: no image (it has: {parts})")
         return self.read(sample, member)
 
     def labels(self, samples: Sequence[int] | NDArray[np.int64], num_classes: int | None = None) -> NDArray[np.int64]:
@@ -180,51 +244,59 @@ class Shards:
         Raises UserError for a missing, unreadable or too large label.
         """
         classes = self.manifest.num_classes if num_classes is None else num_classes
-        labels = np.empty(len(samples), np.int64)
-        for number, sample in enumerate(samples):
-            text = self.read(int(sample), LABEL_MEMBER)
-            labels[number] = int(text) if text.strip().isdigit() else -1
-            if not 0 <= labels[number] < classes:
-                raise UserError(f"{self.where(int(sample))}: label {text!r} is not one of the {classes} classes")
+        numbers = np.asarray(samples, np.int64)
+        texts = self.read_many(numbers, LABEL_MEMBER)
+        labels = np.array(
+            [int(text) if text.strip().isdigit() and len(text) <= _LONGEST_LABEL else -1 for text in texts], np.int64
+        )
+        bad = np.nonzero((labels < 0) | (labels >= classes))[0]
+        if len(bad):
+            text = bytes(texts[bad[0]][:_LONGEST_LABEL])
+            raise UserError(f"{self.where(int(numbers[bad[0]]))}: label {text!r} is not one of the {classes} classes")
         return labels
 
     def where(self, sample: int) -> str:
         """``folder/shard.tar: sample N`` for messages."""
         shard, row = self.locate(sample)
-        return f"{self.where_shard(shard)}: sample {row}"
+        return f"{self._where_shard(shard)}: sample {row}"
 
-    def where_shard(self, shard: int) -> str:
-        """``folder/shard.tar`` for messages."""
-        return self.source.shown(self.manifest.shards[shard].name)
-
-    def _unreadable(self, shard: int, problem: str | None) -> UserError:
-        return UserError(f"{self.where_shard(shard)}: cannot be read any more ({problem}); copy the shard again")
-
-    def _cut(self, shard: int, offset: int) -> UserError:
-        return UserError(
-            f"{self.where_shard(shard)}: ends before byte {offset:,}, where a sample lies: it was cut short while it "
-            f"was in use; copy the shard again (sha256 {self.manifest.shards[shard].sha256})"
-        )
+    def _where_shard(self, shard: int) -> str:
+        return self._source.shown(self.manifest.shards[shard].name)
 
     def _shard(self, number: int) -> _OpenShard:
         opened = self._open.get(number)
         if opened is None:  # two threads may both open it, which does no harm
             record = self.manifest.shards[number]
-            file = self.source.open(record)
-            if (found := os.fstat(file.fileno()).st_size) != record.bytes:
-                raise UserError(_other_size(str(file.name), found, record))
+            file = self._shard_file(record)
+            if (size := os.fstat(file.fileno()).st_size) != record.bytes:
+                raise UserError(_other_size(str(file.name), size, record))
             index, start = None, 0
             if record.layout is None:
-                index = self.source.index(record, self.manifest.members)
+                index = self.open_index(record)
                 start = spans_start(index, record, self.manifest.members)
             opened = _OpenShard(file, file.fileno(), index, start)
-            self._let_go()
+            self._close_some()
             self._open[number] = opened
         return opened
 
-    def _let_go(self) -> None:
-        """Of the longest open, and of files that the cache has dropped: they fill the disk until they are closed."""
-        if isinstance(self.source, RemoteFolder):
+    def _shard_file(self, record: ShardRecord) -> IO[bytes]:
+        if self.cache is not None:
+            return self.cache.shard(record)
+        path = self.folder / record.name
+        try:
+            return open(path, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it here again") from None
+
+    def open_index(self, record: ShardRecord) -> IO[bytes]:
+        """The (checked) index file of a shard without layout, unbuffered. Raises UserError."""
+        if self.cache is not None:
+            return self.cache.index(record)
+        return open_index(self.folder, record, self.manifest.members, self._trusted_indexes)
+
+    def _close_some(self) -> None:
+        """The longest open, and files that the cache has dropped: those fill the disk until they are closed."""
+        if self.cache is not None:
             for number, opened in list(self._open.items()):
                 if os.fstat(opened.descriptor).st_nlink == 0:
                     self._open.pop(number, None)
@@ -239,7 +311,7 @@ class Shards:
 def manifest_of(location: str | Path, access: ShardAccess | None = None) -> Manifest:
     """The manifest alone, of a folder or a remote one. Raises UserError where there is none."""
     if is_remote(location):
-        return fetch_manifest(transport(location, access is not None and access.allow_pipe))
+        return source_at(location, access is not None and access.allow_pipe).manifest()
     return read_manifest(Path(location))
 
 
@@ -247,19 +319,20 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     """Open a folder of shards after comparing every shard's size with the manifest.
 
     location: a folder, or where ``access`` says how to bring its shards near, ``http(s)://``, ``s3://`` or ``pipe:``.
-    kind: ``images`` or ``tokens`` where only that will do. Raises UserError: no manifest, another kind, no samples, a
-    shard missing, cut short or grown (named with both sizes and the recorded sha256), a source that cannot be reached.
+    kind: ``images`` or ``tokens`` where only that will do.
+    Raises UserError: no manifest, another kind, no samples, a shard missing, cut short or grown (named with both sizes
+    and the recorded sha256), a source that cannot be reached.
     """
     stage_in = None if access is None else access.staged_in
     access = ShardAccess() if access is None else access
     near = not is_remote(location)
-    source = transport(location, access.allow_pipe)
+    source = source_at(location, access.allow_pipe)
     if not near and access.cache is None and stage_in is None:
         raise UserError(
             f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
             "(and data.cache_gb), or data.stage"
         )
-    manifest = manifest_of(location, access)
+    manifest = read_manifest(Path(location)) if near else source.manifest()
     if kind is not None and manifest.kind != kind:
         hint = "extract tokens from them first" if kind == "tokens" else "name the image shards instead"
         raise UserError(f"{source.location}: holds {manifest.kind}, but {kind} are needed here; {hint}")
@@ -268,15 +341,15 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     if near:
         _check_sizes(Path(location), manifest)
     if stage_in is not None:
-        staged = stage(source, manifest, stage_in)
-        shards = Shards(staged.folder, manifest)
-        weakref.finalize(shards, staged.release)
-        return shards
-    if near:
+        cache = NodeCache.pinned(source, manifest, stage_in)
+    elif near:
         return Shards(Path(location), manifest)
-    assert access.cache is not None
-    cache = Cache(access.cache, int(access.cache_gb * 1e9))
-    return Shards(access.cache, manifest, RemoteFolder(source, cache, manifest.members))
+    else:
+        assert access.cache is not None
+        cache = NodeCache(source, manifest.members, access.cache, int(access.cache_gb * 1e9))
+    shards = Shards(cache.folder, manifest, source, cache)
+    weakref.finalize(shards, cache.release)
+    return shards
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Token batches by position: what a GPT step is fed with is a function of (seed, images_seen) and nothing
+"""Token shards as batches by position: what a GPT step is fed with is a function of (seed, images_seen) and nothing
 else.
 """
 
@@ -8,18 +8,95 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.data.access.fetch_ahead import FetchAhead
+from llamagen_dist.data import npy
 from llamagen_dist.data.batch import TokenBatch, left_padded
-from llamagen_dist.data.order import Ahead, Order
+from llamagen_dist.data.cache import ShardPrefetcher
+from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER
+from llamagen_dist.data.manifest import CaptionEncoding
+from llamagen_dist.data.order import Order, PositionCache
 from llamagen_dist.data.shards import Shards
-from llamagen_dist.data.token_reader import CODES_MEMBER, TokenReader, codes_bytes
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import Condition
 from llamagen_dist.parallel.topology import Topology
 
-__all__ = ["CODES_MEMBER", "TokenBatch", "TokenReader", "TokenStream", "codes_bytes"]
+CODES_MEMBER = ".codes.npy"
+
+
+class TokenReader:
+    """Codes, labels and caption features of any samples of token shards, read where they lie.
+
+    num_classes: None where the samples have no labels; captions: None where they have no caption features. Raises
+    UserError where shards are not token shards.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        manifest = shards.manifest
+        if manifest.kind != "tokens" or manifest.grid is None or manifest.crops is None or not manifest.vocab_size:
+            raise UserError(f"{shards.location}: holds no tokens; make them with tokenizer_training.extract")
+        self.shards, self.crops, self.vocab_size = shards, manifest.crops, manifest.vocab_size
+        self.tokens = manifest.grid[0] * manifest.grid[1]
+        self.num_classes = manifest.class_count
+        self.captions: CaptionEncoding | None = manifest.captions
+
+    def codes(self, samples: NDArray[np.int64], crop: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n, tokens]: one crop of each sample.
+
+        samples, crop: int64 [n].
+        Raises UserError, naming shard and sample: a code outside the vocabulary, a part that is missing, is not of the
+        manifest's shape, or lies outside its file.
+        """
+        codes = self.shards.read_rows(samples, CODES_MEMBER, crop, (self.crops, self.tokens)).astype(np.int64)
+        bad = codes.max(axis=1, initial=0) >= self.vocab_size
+        if bad.any():
+            first = int(samples[int(np.argmax(bad))])
+            raise UserError(
+                f"{self.shards.where(first)}: a code lies outside the manifest's {self.vocab_size} codes; check "
+                f"llamagen shards verify {self.shards.location}"
+            )
+        return codes
+
+    def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n]. Raises UserError, naming shard and sample, for a label that is missing or outside the classes."""
+        return self.shards.labels(samples)
+
+    def caption_features(self, samples: NDArray[np.int64], short: NDArray[np.bool_]) -> list[Tensor]:
+        """bfloat16 [L, dim] each, 1 <= L <= max_tokens: the short caption's where ``short``, else the caption's.
+
+        Raises UserError, naming shard and sample: no such features, or of another type or shape than the manifest's.
+        """
+        features: list[Tensor] = [torch.empty(0)] * len(samples)
+        for member, chosen in ((CAPTION_FEATURES_MEMBER, ~short), (SHORT_FEATURES_MEMBER, short)):
+            rows = np.nonzero(chosen)[0]
+            for row, data in zip(rows.tolist(), self.shards.read_many(samples[rows], member), strict=True):
+                features[row] = self._features(int(samples[row]), member, data)
+        return features
+
+    def _features(self, sample: int, member: str, data: bytearray) -> Tensor:
+        assert self.captions is not None
+        start = npy.header_size(data)
+        shape = npy.shape_of(bytes(data[:start]), "<u2")
+        length, dim = shape if shape is not None and len(shape) == 2 else (0, 0)
+        if (
+            dim != self.captions.dim
+            or not 1 <= length <= self.captions.max_tokens
+            or len(data) != start + 2 * length * dim
+        ):
+            raise UserError(
+                f"{self.shards.where(sample)}: {member} does not hold uint16 [1 to {self.captions.max_tokens}, "
+                f"{self.captions.dim}], as the manifest says; check llamagen shards verify {self.shards.location}"
+            )
+        return torch.frombuffer(data, dtype=torch.bfloat16, offset=start).view(length, dim)
+
+
+def codes_bytes(codes: NDArray[np.uint16]) -> bytes:
+    """codes uint16 [crops, tokens] as the bytes of an .npy file."""
+    text = repr({"descr": "<u2", "fortran_order": False, "shape": codes.shape})
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    header = npy.MAGIC + len(text).to_bytes(2, "little") + text.encode()
+    return header + np.ascontiguousarray(codes, "<u2").tobytes()
 
 
 class TokenStream:
@@ -50,11 +127,11 @@ class TokenStream:
     ) -> None:
         self._reader = TokenReader(shards)
         self._order = Order(len(shards), seed, sizes=shards.sizes, window_shards=window_shards)
-        self._ahead = FetchAhead(shards, self._order.windows, topology.rank)
+        self._prefetcher = ShardPrefetcher(shards.cache, shards.manifest.shards, self._order.windows, topology.rank)
         self._topology, self._share = topology, topology.per_rank_batch(global_batch)
-        self._crop = Ahead(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
-        self._drop = Ahead(partial(prng.uniform, seed, "label-dropout"))
-        self._short = Ahead(partial(prng.uniform, seed, "short-caption"))
+        self._crop = PositionCache(partial(prng.integers, seed, "token-crop", high=self._reader.crops))
+        self._drop = PositionCache(partial(prng.uniform, seed, "label-dropout"))
+        self._short = PositionCache(partial(prng.uniform, seed, "short-caption"))
         self._dropout, self._short_share = dropout_p, short_share
         self._caption_shape = caption_shape
         if caption_shape is None:
@@ -67,7 +144,7 @@ class TokenStream:
         [share]. A caption's features are bfloat16."""
         start = images_seen + self._topology.dp_rank * self._share
         positions = torch.arange(start, start + self._share)
-        self._ahead.at(start)
+        self._prefetcher.at(start)
         samples = self._order.samples(start, self._share)
         dropped = self._drop.at(start, self._share) < self._dropout
         crop, numbers = self._crop.at(start, self._share).numpy(), samples.numpy()

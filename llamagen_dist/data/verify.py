@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from llamagen_dist.data.access.folders import LocalFolder
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import MANIFEST, ShardRecord
 from llamagen_dist.data.shards import Shards
@@ -18,13 +17,13 @@ def verify(shards: Shards, advance: Callable[[int, str], None] = lambda count, t
     """
     problems = []
     for record in shards.manifest.shards:
-        if isinstance(shards.source, LocalFolder):
+        if shards.cache is None:
             problems += _problems(shards, record)
         else:
             try:
-                shards.source.open(record).close()
+                shards.cache.shard(record).close()
                 if record.layout is None:
-                    shards.source.index(record, shards.manifest.members).close()
+                    shards.cache.index(record).close()
             except UserError as error:
                 problems.append(str(error))
         advance(record.samples, record.name)

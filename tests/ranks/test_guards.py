@@ -16,6 +16,7 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.log_line import MEASURED
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.guards import StepGuard
+from tests.expected_digest import expected
 from tests.ranks.fit_run import SAMPLES, lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout, global_batch, local, make_task, mostly_long
@@ -210,7 +211,7 @@ def test_a_line_says_what_a_step_was_and_where_its_time_went(tmp_path):
         parts = sum(line[f"{part}_s"] for part in ("data", "compute", "optimizer", "communication"))
         assert 0.5 * step_s < parts < 1.5 * step_s, "means over ranks whose windows do not begin at the same instant"
         assert 0.05 < line["peak_memory_gb"] < 4
-        assert line["samples"] == digest.text(digest.expected(Order(SAMPLES, 3), line["images_seen"]))
+        assert line["samples"] == digest.text(expected(Order(SAMPLES, 3), line["images_seen"]))
     assert [line["images_seen"] for line in found if "val_loss" in line] == [36, 72, 108, 120]
     assert all({"val_loss", "val_loss_null"} <= line.keys() for line in found if "val_loss" in line)
     summary = json.loads((tmp_path / "summary.json").read_text())

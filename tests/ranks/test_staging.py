@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from llamagen_dist.config import ShardAccess
-from llamagen_dist.data.access import remote, staging
-from llamagen_dist.data.manifest import MANIFEST
+from llamagen_dist.data import cache, fetch
+from llamagen_dist.data.manifest import MANIFEST, read_manifest
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
@@ -77,11 +77,12 @@ def test_a_copy_cut_off_in_the_middle_is_made_anew(tmp_path, monkeypatch):
     write_set(tmp_path / "made")
     pid = os.fork()
     if pid == 0:
-        staging.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        cache.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         open_shards(tmp_path / "made", access=ShardAccess(stage=tmp_path / "local"))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-    torn = next((tmp_path / "local").glob(f"llamagen-stage-*/*/{shard_name(1)}"))
+    sha256 = read_manifest(tmp_path / "made").shards[1].sha256
+    torn = next((tmp_path / "local").glob(f"llamagen-stage-*/*/{sha256}"))
     assert not (torn.parent / MANIFEST).exists()
     torn.write_bytes(b"torn")
     shards = open_shards(tmp_path / "made", access=ShardAccess(stage=tmp_path / "local"))
@@ -102,7 +103,7 @@ def test_a_forked_worker_that_ends_does_not_take_the_copy_along(tmp_path):
 
 
 def test_a_damaged_byte_is_not_staged_and_the_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
     write_set(tmp_path / "made")
     path = tmp_path / "made" / shard_name(2)
     good = path.read_bytes()
@@ -119,7 +120,7 @@ def test_a_damaged_byte_is_not_staged_and_the_shard_is_named(tmp_path, monkeypat
 def test_free_space_is_looked_at_before_anything_is_copied(tmp_path, monkeypatch):
     write_set(tmp_path / "made")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"data\.stage: .*GB free, but .*made needs .*GB; make room"):
         open_shards(tmp_path / "made", access=ShardAccess(stage=tmp_path / "local"))
     assert copies(tmp_path / "local") == []

@@ -122,7 +122,7 @@ def test_codes_are_the_tokenizers_own(work, alone):
         reader, numbers = TokenReader(shards), np.arange(count)
         for crop, view in enumerate((pixels, pixels[:, :, ::-1])):
             expected = model.encode(images.to_floats(np.ascontiguousarray(view))).reshape(count, -1).numpy()
-            tokens, labels = reader.gather(numbers, np.full(count, crop))
+            tokens, labels = reader.codes(numbers, np.full(count, crop)), reader.labels(numbers)
             assert np.array_equal(labels, pictures.labels(range(count)))
             assert (tokens == expected).mean() > 0.999  # the batch shape may move a tie
             assert (tokens == np.roll(expected, 1, axis=0)).mean() < 0.5
@@ -194,7 +194,7 @@ def test_ten_crops_from_the_originals(work, tmp_path):
     image = images.read_image(pictures, 7)
     views = np.stack([np.asarray(v) for r in (1.1, 1.5) for v in images.ten_crops(image, SIZE, r)])
     expected = model.encode(images.to_floats(views)).reshape(20, -1).numpy()
-    tokens, _ = TokenReader(shards).gather(np.full(20, 7), np.arange(20))
+    tokens = TokenReader(shards).codes(np.full(20, 7), np.arange(20))
     assert (tokens == expected).mean() > 0.999
     assert (tokens == np.roll(expected, 1, axis=0)).mean() < 0.9
 

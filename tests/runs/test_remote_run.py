@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamagen_dist.data.access import remote
+from llamagen_dist.data import fetch
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.errors import UserError
 from llamagen_dist.program import run as run_program
@@ -54,7 +54,7 @@ def trained(config: Path, runs: dict[str, list[str]]) -> dict[str, list[float]]:
 
 
 def test_the_losses_are_the_same_wherever_the_shards_lie(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
     with served(tmp_path / "made/train") as train, served(tmp_path / "made/validation") as validation:
         train.faults[shard_name(0)] = [("cut", 3000)]
         urls = [f"data.train={train.url}", f"data.validation={validation.url}"]

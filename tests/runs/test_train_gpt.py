@@ -24,6 +24,7 @@ from llamagen_dist.data.order import Order
 from llamagen_dist.errors import UserError
 from llamagen_dist.train_gpt import main
 from tests import checkpoints as store
+from tests.expected_digest import expected
 from tests.ranks.forked import run_ranks
 from tests.runs.token_shards import write_tokens
 
@@ -133,7 +134,7 @@ def test_it_learns_and_says_what_it_did(uninterrupted):
     assert held_out[1]["val_loss"] < held_out[0]["val_loss"] < 4.2, "ln 64 = 4.16 at the start"
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["layout"] == {"ranks": 2, "tensor": 1, "data": 2, "zero": 1}
-    assert summary["samples"] == digest.text(digest.expected(Order(200, 0), IMAGES)), (
+    assert summary["samples"] == digest.text(expected(Order(200, 0), IMAGES)), (
         "three epochs and a bit, each image as due"
     )
     assert summary["params"] == 64 * 32 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 96) + 5 * 32

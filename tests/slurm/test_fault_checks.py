@@ -13,6 +13,7 @@ from llamagen_dist.data.order import Order
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
 from tests import checkpoints as store
+from tests.expected_digest import expected
 from tests.slurm.faults import checks
 from tests.slurm.faults.campaign import judge
 from tests.slurm.faults.injections import FAULTS
@@ -31,7 +32,7 @@ def run(folder: Path, redone_from: int | None = 11, nudge: float = 0.0) -> Trial
     order = Order(GPT.samples, 0)
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, STEPS + 1):
-            samples = samples + digest.expected(order, step * GPT.batch, (step - 1) * GPT.batch)
+            samples = samples + expected(order, step * GPT.batch, (step - 1) * GPT.batch)
             line = {"loss": 4.0 - step / 100 + nudge, "samples": digest.text(samples), "images_per_s": id(folder) % 97}
             file.write(json.dumps({"step": step, "images_seen": step * GPT.batch, **line}) + "\n")
     for step in (20, 30):
@@ -97,7 +98,7 @@ def spoil_metrics(change: Callable[[list[dict]], object]) -> Callable[[Path], No
 def shift_a_sample(lines: list[dict]) -> None:
     """As if the images from step 12 on were those of one position later."""
     order = Order(GPT.samples, 0)
-    moved = digest.expected(order, 12 * GPT.batch + 1, 12 * GPT.batch) - digest.expected(order, 12 * GPT.batch, 191)
+    moved = expected(order, 12 * GPT.batch + 1, 12 * GPT.batch) - expected(order, 12 * GPT.batch, 191)
     for line in lines[11:]:
         line["samples"] = digest.text(digest.number(line["samples"]) + moved)
 

@@ -7,8 +7,13 @@ import time
 
 import pytest
 
-from llamagen_dist.data.access.cache import Cache
+from llamagen_dist.data.cache import NodeCache
+from llamagen_dist.data.fetch import LocalSource
 from llamagen_dist.errors import UserError
+
+
+def cache_in(folder, limit):
+    return NodeCache(LocalSource(folder), (), folder, limit)
 
 
 def blob(number, size=1000):
@@ -30,7 +35,7 @@ def put(cache, number, size=1000):
 
 
 def test_the_cache_stays_within_its_limit_and_drops_what_was_unused_longest(tmp_path):
-    cache = Cache(tmp_path, 3500)
+    cache = cache_in(tmp_path, 3500)
     assert [put(cache, number) for number in (1, 2, 3)] == [True] * 3
     for age, number in enumerate((3, 2, 1)):
         os.utime(tmp_path / blob(number)[0], (age, age))
@@ -44,7 +49,7 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_unused_longest(tmp_
 
 
 def test_threads_fetch_a_file_once(tmp_path):
-    cache, began, filled = Cache(tmp_path, 10000), threading.Barrier(4), []
+    cache, began, filled = cache_in(tmp_path, 10000), threading.Barrier(4), []
     sha256, data = blob(7)
 
     def fill(file):
@@ -71,4 +76,4 @@ def test_another_users_folder_is_not_trusted(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match=r"data\.cache: .*belongs to another user"):
-        Cache(tmp_path / "link", 10)
+        cache_in(tmp_path / "link", 10)

@@ -8,6 +8,7 @@ from llamagen_dist.data.order import Order
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.parallel.topology import Topology
+from tests.expected_digest import expected
 from tests.runs.token_shards import write_tokens
 
 COUNT, BATCH, SEED = 50, 12, 5
@@ -30,23 +31,23 @@ def shown(shards, ranks: int, first: int, last: int, shift: int = 0) -> int:
 def test_ranks_resumes_and_epochs_do_not_change_what_was_shown(tmp_path):
     shards = open_shards(write_tokens(tmp_path / "train", COUNT, 0))
     images = 180  # three epochs and a bit
-    expected = digest.text(digest.expected(ORDER, images))
+    right = digest.text(expected(ORDER, images))
     for ranks in (1, 2, 3):
-        assert digest.text(shown(shards, ranks, 0, images)) == expected
-        assert digest.text(shown(shards, ranks, 0, images, shift=1)) != expected  # sabotage twin
+        assert digest.text(shown(shards, ranks, 0, images)) == right
+        assert digest.text(shown(shards, ranks, 0, images, shift=1)) != right  # sabotage twin
     resumed = shown(shards, 2, 0, 60) + shown(shards, 3, 60, images)
-    assert digest.text(resumed) == expected
+    assert digest.text(resumed) == right
     twice = shown(shards, 2, 0, 60) + shown(shards, 3, 48, images)  # sabotage twin: a step again
-    assert digest.text(twice) != expected
+    assert digest.text(twice) != right
 
 
 def test_a_whole_epoch_is_the_data_set():
     whole = digest.digest(torch.arange(COUNT))
     for epochs in (1, 2):
-        assert digest.text(digest.expected(ORDER, epochs * COUNT)) == digest.text(epochs * int(whole))
-    assert digest.text(digest.expected(ORDER, COUNT - 1)) != digest.text(whole)
-    parts = int(digest.expected(ORDER, 30)) + int(digest.expected(ORDER, 77, first=30))
-    assert digest.text(parts) == digest.text(digest.expected(ORDER, 77))
+        assert digest.text(expected(ORDER, epochs * COUNT)) == digest.text(epochs * int(whole))
+    assert digest.text(expected(ORDER, COUNT - 1)) != digest.text(whole)
+    parts = int(expected(ORDER, 30)) + int(expected(ORDER, 77, first=30))
+    assert digest.text(parts) == digest.text(expected(ORDER, 77))
 
 
 def test_the_hash_is_wide_and_its_text_reads_back():
@@ -63,7 +64,5 @@ def test_windows_of_shards_show_the_same_set_in_every_epoch():
     sizes = np.array([7, 20, 0, 23])
     windows = Order(COUNT, SEED, sizes=sizes, window_shards=2)
     for epochs in (1, 3):
-        assert digest.text(digest.expected(windows, epochs * COUNT)) == digest.text(
-            digest.expected(ORDER, epochs * COUNT)
-        )
-    assert digest.text(digest.expected(windows, 40)) != digest.text(digest.expected(ORDER, 40))
+        assert digest.text(expected(windows, epochs * COUNT)) == digest.text(expected(ORDER, epochs * COUNT))
+    assert digest.text(expected(windows, 40)) != digest.text(expected(ORDER, 40))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from llamagen_dist.cli import main
 from llamagen_dist.config import ShardAccess, load
-from llamagen_dist.data.access import remote
-from llamagen_dist.data.access.transport import transport
+from llamagen_dist.data import cache, fetch
+from llamagen_dist.data.fetch import source_at
+from llamagen_dist.data.index import index_limit, index_name
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import manifest_of, open_shards
@@ -29,7 +30,7 @@ FIRST = shard_name(0)
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -228,15 +229,15 @@ def test_a_manifest_names_files_and_nothing_to_run(tmp_path, server):
 
 
 def test_file_names_cannot_become_commands(tmp_path):
-    way = transport("pipe:printf %s {name}", True)
+    way = source_at("pipe:printf %s {name}", True)
     with way.stream("$(touch x); echo 'y", 0) as (_, blocks):
         assert b"".join(blocks) == b"$(touch x); echo 'y"
 
 
 def test_a_command_that_is_given_up_is_ended_with_its_children(tmp_path):
-    way = transport(f"pipe:(sleep 0.2; touch {tmp_path}/alive) | yes # {{name}}", True)
+    way = source_at(f"pipe:(sleep 0.2; touch {tmp_path}/alive) | yes # {{name}}", True)
     with pytest.raises(UserError, match="longer than"):
-        remote.fetch(way, "x", io.BytesIO(), limit=1000)
+        way.fetch("x", io.BytesIO(), limit=1000)
     time.sleep(0.3)
     assert not (tmp_path / "alive").exists()
 
@@ -274,13 +275,52 @@ def test_the_next_process_goes_on_where_a_killed_one_stopped(tmp_path, server):
     server.faults[FIRST] = [("cut", 700)]
     pid = os.fork()
     if pid == 0:
-        remote.time.sleep = lambda _: os.kill(os.getpid(), 9)  # in the pause after the cut
+        fetch.time.sleep = lambda _: os.kill(os.getpid(), 9)  # in the pause after the cut
         open_shards(server.url, access=access(tmp_path)).read(0, ".png")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
     assert open_shards(server.url, access=access(tmp_path)).read(0, ".png") == payload(0)
     assert [ranged for name, ranged in server.requests if name == FIRST] == ["", "bytes=700-"]
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("synced", [1, 2])
+def test_a_download_that_was_whole_when_its_process_died_is_used(tmp_path, server, synced):
+    """Killed between the last byte and the new name: of a shard, whose size is known, and of its index."""
+    pid = os.fork()
+    if pid == 0:
+        calls = []
+        try:
+            cache.os.fsync = lambda _: calls.append(1) or (len(calls) == synced and os.kill(os.getpid(), 9))
+            open_shards(server.url, access=access(tmp_path)).read(0, ".png")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    [part] = (tmp_path / "cache").glob("*.part")
+    name = [FIRST, index_name(FIRST)][synced - 1]
+    assert part.read_bytes() == (server.folder / name).read_bytes()
+    server.requests.clear()
+    assert open_shards(server.url, access=access(tmp_path)).read(0, ".png") == payload(0)
+    asked = [ranged for asked, ranged in server.requests if asked == name]
+    assert asked == ([] if synced == 1 else [f"bytes={(server.folder / name).stat().st_size}-"])
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_what_only_looks_like_a_whole_download_is_fetched_from_its_beginning(tmp_path, server, more):
+    record = open_shards(server.folder).manifest.shards[0]
+    name = index_name(FIRST)
+    size = (server.folder / name).stat().st_size
+    shards = open_shards(server.url, access=access(tmp_path))
+    limit = index_limit(record, shards.manifest.members)
+    part = tmp_path / "cache" / f"{record.index_sha256}.{limit}.part"
+    part.write_bytes(b"x" * (size + more))
+    assert shards.read(0, ".png") == payload(0)
+    assert [ranged for asked, ranged in server.requests if asked == name] == [f"bytes={size + more}-", ""]
+    server.always[name] = 416  # sabotage twin: a server that has no range at all, not even the whole file
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"index\.npy: cannot be fetched \(HTTP 416"):
+        open_shards(server.url, access=access(tmp_path)).read(0, ".png")
 
 
 # --- the command line ---

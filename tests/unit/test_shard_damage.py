@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamagen_dist.data import index
 from llamagen_dist.data import shards as shards_module
-from llamagen_dist.data.access import folders
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import write_manifest
 from llamagen_dist.data.shard_writer import shard_name
@@ -72,7 +72,7 @@ def test_an_index_is_made_again_with_a_notice(tmp_path, monkeypatch, capsys, dam
     else:
         path.write_bytes(b"" if damage == "empty" else good[:-1] + bytes([good[-1] ^ 1]))
     if not writable:
-        monkeypatch.setattr(folders, "write_bytes", _read_only)
+        monkeypatch.setattr(index, "write_bytes", _read_only)
     shards = open_shards(tmp_path)
     assert [shards.read(n, ".png") for n in range(13)] == [payload(n) for n in range(13)]
     said = capsys.readouterr().out

@@ -208,8 +208,9 @@ def test_codes_of_another_size_among_records_of_different_lengths(tmp_path):
 
     reader = TokenReader(write(tmp_path / "mixed", change))
     assert reader.num_classes is None
-    tokens, labels = reader.gather(np.array([22, 5]), np.array([1, 0]))
+    tokens = reader.codes(np.array([22, 5]), np.array([1, 0]))
     assert tokens[:, 0].tolist() == [22 * 8 + 4, 5 * 8]
-    assert labels is None
-    with pytest.raises(UserError, match=r"shard-000001.tar: sample 3: its codes are not uint16 \[2, 4\]"):
+    with pytest.raises(UserError, match="no class labels"):
+        reader.labels(np.array([22]))
+    with pytest.raises(UserError, match=r"shard-000001.tar: sample 3: its .codes.npy is not uint16 \[2, 4\]"):
         reader.codes(np.array([22, 23]), np.array([0, 0]))

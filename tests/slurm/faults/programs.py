@@ -9,6 +9,7 @@ import yaml
 
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
+from tests.expected_digest import expected
 from tests.image_shards import write_images
 from tests.runs.token_shards import write_tokens
 from tests.slurm.local_cluster import ROOT
@@ -71,7 +72,7 @@ class Program:
 
     def digest(self, images_seen: int) -> str:
         """What metrics.jsonl must say about the samples shown so far."""
-        return digest.text(digest.expected(Order(self.samples, 0), images_seen))
+        return digest.text(expected(Order(self.samples, 0), images_seen))
 
 
 GPT = Program(

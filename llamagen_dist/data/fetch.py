@@ -1,29 +1,42 @@
-"""Ways to the files of a folder: a local one, a web server, an object store, a command.
+"""Bringing files here from a mounted folder, a web server, an object store or a command: resumed and checked.
 
-Each streams a file from a given byte on; nobody here tries twice or checks anything (remote.py does). Errors are
-``Refused`` where trying again would not help, and OSError or http.client's elsewhere.
+A ``Source`` streams a file from a given byte on; what is wrong with one attempt is ``Refused`` where trying again would
+not help, else OSError or one of http.client's errors. ``Source.fetch`` tries again and checks what arrived.
 """
 
+import hashlib
+import http.client
+import io
 import os
+import random
 import selectors
 import shlex
 import signal
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from llamagen_dist.config import is_remote
+from llamagen_dist.data.manifest import MANIFEST, Manifest, parse_manifest
 from llamagen_dist.errors import UserError
 
+FIRST_PAUSE_S = 1.0
+"""Between the first two tries; it doubles each time."""
+_LONGEST_PAUSE_S = 60.0
+_LARGEST_MANIFEST = 256 << 20
 _BLOCK = 1 << 20
 _SILENCE_S = 120.0  # a source that sends nothing for so long is given up for this try
 _WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; all 5xx are
+
+Blocks = AbstractContextManager[tuple[int, Iterator[bytes]]]
 
 
 class Refused(Exception):
@@ -34,7 +47,11 @@ class Refused(Exception):
         self.missing = missing
 
 
-class Busy(OSError):
+class NotThere(UserError):
+    """The source works, but has no such file."""
+
+
+class _Busy(OSError):
     """The source asks to be tried again after ``wait_s`` seconds."""
 
     def __init__(self, text: str, wait_s: float) -> None:
@@ -42,21 +59,99 @@ class Busy(OSError):
         self.wait_s = wait_s
 
 
-class Transport(Protocol):
+class _Incomplete(Exception):
+    """What arrived is not the file; it may be at the next try."""
+
+
+class Source(ABC):
+    """A folder of files, wherever it is."""
+
     location: str
     """The folder as messages show it, without passwords or signatures."""
+    _tries = 5
 
+    @abstractmethod
     def shown(self, name: str) -> str:
         """One of its files, as messages show it."""
 
-    def stream(self, name: str, start: int) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """(first byte's number, blocks). The first is ``start``, or 0 where the source cannot begin in the middle."""
+    @abstractmethod
+    def stream(self, name: str, start: int) -> Blocks:
+        """(number of the first byte, blocks). The first is ``start``, or 0 where it cannot begin in the middle; no
+        blocks where the file ends at ``start`` or before."""
+
+    def fetch(self, name: str, into: IO[bytes], limit: int, size: int | None = None, sha256: str | None = None) -> None:
+        """Fill a file with the file ``name``.
+
+        into: open for reading and writing; what it contains already is taken for the beginning. Left at its beginning.
+        limit: bytes after which the source is not believed.
+        size, sha256: what must have arrived, where that is known.
+        Raises UserError naming the file and the tries; NotThere where it does not exist.
+        """
+        began, problem = time.monotonic(), Exception()
+        for number in range(self._tries):
+            if number:
+                into.flush()  # a process that is ended in the pause leaves what it has to the next one
+                asked = problem.wait_s if isinstance(problem, _Busy) else 0.0
+                pause = FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # ranks should not be in step
+                time.sleep(min(max(asked, pause), _LONGEST_PAUSE_S))
+            try:
+                self._try(name, into, limit, size, sha256)
+                into.seek(0)
+                return
+            except Refused as error:
+                kind = NotThere if error.missing else UserError
+                raise kind(f"{self.shown(name)}: cannot be fetched ({error}); is this the whole folder?") from None
+            except (OSError, http.client.HTTPException, _Incomplete) as error:
+                problem = error
+        raise UserError(
+            f"{self.shown(name)}: could not be fetched in {self._tries} tries over {time.monotonic() - began:.0f} s "
+            f"({problem or type(problem).__name__}); check the source, then run the same command again"
+        )
+
+    def _try(self, name: str, into: IO[bytes], limit: int, size: int | None, sha256: str | None) -> None:
+        digest, length = hashlib.sha256(), 0
+        into.seek(0)
+        while block := into.read(_BLOCK):
+            digest.update(block)
+            length += len(block)
+        if size is None or length < size:
+            with self.stream(name, length) as (first, blocks):
+                if first != length:
+                    digest, length = hashlib.sha256(), first
+                    into.seek(first)
+                    into.truncate()
+                for block in blocks:
+                    length += len(block)
+                    if length > limit:
+                        break
+                    _write(into, block)
+                    digest.update(block)
+        if length > limit or (size is not None and length > size):
+            into.truncate(0)
+            raise _Incomplete(f"it is longer than {size or limit:,} bytes, which is all that {MANIFEST} allows")
+        if size is not None and length < size:
+            raise _Incomplete(f"it ended after {length:,} of the {size:,} bytes that {MANIFEST} records")
+        if sha256 is not None and digest.hexdigest() != sha256:
+            into.truncate(0)
+            raise _Incomplete(f"sha256 {digest.hexdigest()}, but {MANIFEST} records {sha256}")
+
+    def manifest(self) -> Manifest:
+        """The folder's manifest. Raises UserError: it cannot be fetched, or is none of ours."""
+        memory = io.BytesIO()
+        try:
+            self.fetch(MANIFEST, memory, _LARGEST_MANIFEST)
+        except NotThere:
+            raise UserError(
+                f"{self.location}: no shards here ({MANIFEST} is missing); copy it there with the shards, which "
+                "llamagen pack, tokenizer_training.extract or llamagen shards index make"
+            ) from None
+        return parse_manifest(memory.getvalue(), self.shown(MANIFEST))
 
 
-def transport(location: str | Path, allow_pipe: bool) -> Transport:
-    """The way to ``location``. Raises UserError for ``pipe:`` without permission and for a URL with a password."""
+def source_at(location: str | Path, allow_pipe: bool = False) -> Source:
+    """The source at a folder or URL. Raises UserError for ``pipe:`` without permission, a URL with a password."""
     if not is_remote(location):
-        return Local(Path(location))
+        return LocalSource(Path(location))
     location = str(location)
     if location.startswith("pipe:"):
         if not allow_pipe:
@@ -64,13 +159,25 @@ def transport(location: str | Path, allow_pipe: bool) -> Transport:
                 f"{location}: runs a command, which is only done on request: set data.allow_pipe=true, or give "
                 "--allow-pipe, if you trust it"
             )
-        return Pipe(location)
+        return PipeSource(location)
     if urlsplit(location).password is not None:
         raise UserError(
             f"{_without_secrets(location)}: a password in a URL ends up in logs and snapshots; use a signed URL, or "
             "the credentials that the object store's client reads from the environment"
         )
-    return Http(location) if location.startswith(("http://", "https://")) else ObjectStore(location)
+    return HttpSource(location) if location.startswith(("http://", "https://")) else ObjectStoreSource(location)
+
+
+def _write(into: IO[bytes], block: bytes) -> None:
+    """A full disk here is not the source's fault, and does not get better by fetching again."""
+    try:
+        into.write(block)
+    except OSError as error:
+        name = getattr(into, "name", "memory")
+        raise UserError(
+            f"{name}: cannot be written ({error.strerror}); make room there, or name another folder as data.cache or "
+            "data.stage"
+        ) from None
 
 
 def _without_secrets(url: str) -> str:
@@ -79,19 +186,15 @@ def _without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
 
 
-def _joined(url: str, name: str) -> str:
-    """The URL of a file in a folder; a query, such as a signature, stays at the end."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quote(name)}", parts.query, ""))
-
-
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
     while block := file.read(_BLOCK):
         yield block
 
 
-class Local:
+class LocalSource(Source):
     """A mounted folder."""
+
+    _tries = 2
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.location = folder, str(folder)
@@ -110,29 +213,40 @@ class Local:
             yield start, _blocks(file)
 
 
-class Http:
-    """``http(s)://``, proxies as the environment names them."""
-
+class _UrlSource(Source):
     def __init__(self, url: str) -> None:
         self._url, self.location = url, _without_secrets(url)
 
     def shown(self, name: str) -> str:
-        return _without_secrets(_joined(self._url, name))
+        return _without_secrets(self._joined(name))
+
+    def _joined(self, name: str) -> str:
+        """The URL of a file in the folder; a query, such as a signature, stays at the end."""
+        parts = urlsplit(self._url)
+        path = f"{parts.path.rstrip('/')}/{quote(name)}"
+        return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+class HttpSource(_UrlSource):
+    """``http(s)://``, proxies as the environment names them."""
 
     @contextmanager
     def stream(self, name: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         headers = {"User-Agent": "llamagen-dist", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        request = urllib.request.Request(_joined(self._url, name), headers=headers)
+        request = urllib.request.Request(self._joined(name), headers=headers)
         try:
             response = urllib.request.urlopen(request, timeout=_SILENCE_S)
         except urllib.error.HTTPError as error:
-            text = f"HTTP {error.code} {error.reason}"
-            if error.code < 500 and error.code not in _WORTH_A_RETRY:
-                raise Refused(text, missing=error.code in (404, 410)) from None
-            after = error.headers.get("Retry-After", "")
-            raise Busy(text, float(after) if after.isdigit() else 0.0) from None
+            if error.code != 416 or not start:
+                raise _problem(error) from None
+            response = None
+        if response is None:
+            # 416 (RFC 9110, 15.5.17): no range begins at the end of a file or behind it. This is how servers answer
+            # where an earlier download was complete when its process died; whether it is the file, its sha256 tells.
+            yield start, iter(())
+            return
         with response:
             resumed = response.status == 206
             if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -140,16 +254,21 @@ class Http:
             yield start if resumed else 0, _blocks(response)
 
 
-class ObjectStore:
+def _problem(error: urllib.error.HTTPError) -> Exception:
+    text = f"HTTP {error.code} {error.reason}"
+    if error.code < 500 and error.code not in _WORTH_A_RETRY:
+        return Refused(text, missing=error.code in (404, 410))
+    after = error.headers.get("Retry-After", "")
+    return _Busy(text, float(after) if after.isdigit() else 0.0)
+
+
+class ObjectStoreSource(_UrlSource):
     """Every other ``scheme://`` that fsspec knows: ``s3://`` with s3fs installed, ``gs://`` with gcsfs, …"""
 
     def __init__(self, url: str) -> None:
-        self._url, self.location = url, _without_secrets(url)
+        super().__init__(url)
         self._store: Any = None
         self._process = 0  # whose connections these are: they do not survive a fork
-
-    def shown(self, name: str) -> str:
-        return _without_secrets(_joined(self._url, name))
 
     def _opened(self, name: str) -> Any:
         import fsspec  # type: ignore[import-untyped]
@@ -192,7 +311,7 @@ class ObjectStore:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-class Pipe:
+class PipeSource(Source):
     """``pipe:COMMAND``: what a shell command writes, with {name} replaced by the (quoted) file name."""
 
     def __init__(self, location: str) -> None:
@@ -242,5 +361,5 @@ class Pipe:
                 yield block
         if status := process.wait(_SILENCE_S):
             complaints.seek(0)
-            said = " ".join(complaints.read(2000).decode(errors="replace").split())
-            raise OSError(f"the command ended with status {status}: {said}" if said else f"exit status {status}")
+            text = " ".join(complaints.read(2000).decode(errors="replace").split())
+            raise OSError(f"the command ended with status {status}: {text}" if text else f"exit status {status}")
