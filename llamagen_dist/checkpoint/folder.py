@@ -70,12 +70,16 @@ def write_report(folder: Path, rank: int, sums: Mapping[str, str]) -> None:
 
 
 def collect_reports(
-    folder: Path, plan: Plan, world: int, patience_s: "Patience", given_up: threading.Event
+    folder: Path, plan: Plan, world: int, patience_s: Callable[[], float], given_up: threading.Event
 ) -> dict[str, str]:
     """Wait for every rank's report; returns file -> sha256 of all of them.
 
-    Files are used, not collectives: this runs beside training, whose collectives must keep their order. Raises
-    Abandoned if told to, or if a rank neither reports nor writes anything for so long.
+    Files are used, not collectives: this runs beside training, whose collectives must keep their order.
+
+    patience_s(): how long a rank may neither report nor write anything; asked again and again, as it may shrink.
+    given_up: set when another rank has failed.
+
+    Raises Abandoned in both cases.
     """
     sums: dict[str, str] = {}
     missing = list(range(world))
@@ -94,17 +98,10 @@ def collect_reports(
         now = {rank: _written(folder, plan, rank) for rank in missing}
         if now != sizes:
             sizes, since = now, time.monotonic()
-        elif time.monotonic() - since > patience_s.seconds:
+        elif time.monotonic() - since > patience_s():
             who = ", ".join(str(rank) for rank in missing)
-            raise Abandoned(f"rank {who} neither reported nor wrote anything for {patience_s.seconds:.0f} s")
+            raise Abandoned(f"rank {who} neither reported nor wrote anything for {patience_s():.0f} s")
     return sums
-
-
-class Patience:
-    """How long a silent rank is waited for; shortened while somebody is waiting already."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
 
 
 def _written(folder: Path, plan: Plan, rank: int) -> int:

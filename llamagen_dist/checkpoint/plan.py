@@ -10,8 +10,7 @@ import torch
 
 from llamagen_dist.parallel.entries import TensorEntry
 
-SHARD_BYTES = 1 << 30  # what a rank holds at once in a foreground save, and the size at which it starts another file
-ALIGNMENT = 64  # of a file's bytes within the staging buffer
+SHARD_BYTES = 1 << 30  # what a rank gathers before it writes it, which is the size at which it starts another file
 
 _NAMES = {  # safetensors' names of the types
     torch.float64: "F64",
@@ -28,53 +27,40 @@ _NAMES = {  # safetensors' names of the types
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where the tensor of entry ``number`` lies in the staging buffer (bytes)."""
-
-    number: int
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    size: int
-
-
-@dataclass(frozen=True)
 class ShardFile:
-    """One safetensors file: its slots lie one behind the other from ``begin`` to ``end`` of the staging buffer."""
+    """One safetensors file. members: (number, entry) of its tensors, one behind the other."""
 
     name: str
     group: str
-    begin: int
-    end: int
-    slots: tuple[Slot, ...]
+    members: tuple[tuple[int, TensorEntry], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(size_of(entry) for _, entry in self.members)
 
     def header(self) -> bytes:
         """What stands before the data: its length (uint64), then JSON of types, shapes and offsets."""
-        content = {
-            slot.key: {
-                "dtype": _NAMES[slot.dtype],
-                "shape": slot.shape,
-                "data_offsets": [slot.begin - self.begin, slot.begin - self.begin + slot.size],
-            }
-            for slot in self.slots
-        }
+        content, end = {}, 0
+        for _, entry in self.members:
+            begin, end = end, end + size_of(entry)
+            content[entry.key] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
         text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # so that the data behind it is aligned
         return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)
 class Round:
-    """Entries ``first`` to ``last - 1`` are staged together; ``files[rank]`` is what the rank then writes."""
+    """Entries ``first`` to ``last - 1`` are gathered together; ``files[rank]`` is what the rank then writes."""
 
     first: int
     last: int
     files: tuple[tuple[ShardFile, ...], ...]
 
     def staged(self, rank: int) -> int:
-        """Bytes of the rank's staging buffer."""
-        return max((file.end for file in self.files[rank]), default=0)
+        """Bytes that the rank gathers."""
+        return sum(file.size for file in self.files[rank])
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ class Plan:
     def where(self) -> dict[str, str]:
         """``group:key`` -> file, over all ranks."""
         files = [file for part in self.rounds for mine in part.files for file in mine]
-        return {f"{file.group}:{slot.key}": file.name for file in files for slot in file.slots}
+        return {f"{file.group}:{entry.key}": file.name for file in files for _, entry in file.members}
 
 
 def size_of(entry: TensorEntry) -> int:
@@ -109,10 +95,10 @@ def deal(entries: Sequence[TensorEntry], world: int) -> tuple[int, ...]:
 
 
 def make_plan(entries: Sequence[TensorEntry], world: int, limit: int | None = None) -> Plan:
-    """Cut the entries into rounds in which no rank stages more than ``limit`` bytes (or one tensor).
+    """Cut the entries into rounds in which no rank gathers more than ``limit`` bytes (or one tensor).
 
-    All ranks stage a round and then write it at the same time; were each tensor written as it comes, the collective
-    read of the next one would make the ranks write one after another. limit: SHARD_BYTES if None.
+    All ranks gather a round and then write it at the same time; were each tensor written as it comes, gathering the
+    next one would make the ranks write one after another. limit: SHARD_BYTES if None.
     """
     limit = SHARD_BYTES if limit is None else limit
     owners = deal(entries, world)
@@ -140,15 +126,11 @@ def _files(
     for number in range(first, last):
         if owners[number] == rank:
             groups.setdefault(entries[number].group, []).append(number)
-    found: list[ShardFile] = []
-    end = 0
-    for group, numbers in groups.items():
-        begin = end = -(-end // ALIGNMENT) * ALIGNMENT
-        slots = []
-        for number in sorted(numbers, key=lambda n: -entries[n].dtype.itemsize):
-            entry = entries[number]
-            slots.append(Slot(number, entry.key, entry.dtype, tuple(entry.shape), end, size_of(entry)))
-            end += size_of(entry)
-        name = f"{group}-{rank:05d}-{count + len(found):03d}.safetensors"
-        found.append(ShardFile(name, group, begin, end, tuple(slots)))
-    return tuple(found)
+    return tuple(
+        ShardFile(
+            f"{group}-{rank:05d}-{count + position:03d}.safetensors",
+            group,
+            tuple((n, entries[n]) for n in sorted(numbers, key=lambda n: -entries[n].dtype.itemsize)),
+        )
+        for position, (group, numbers) in enumerate(groups.items())
+    )

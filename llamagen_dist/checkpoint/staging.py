@@ -1,9 +1,9 @@
-"""Full tensors on their way to disk: host buffers laid out as the files will be, and the writing of one file."""
+"""What a rank holds of the state on its way to disk: copied at one moment, gathered where it is written, written."""
 
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,117 +12,111 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamagen_dist.checkpoint.plan import ALIGNMENT, Plan, Round, ShardFile
+from llamagen_dist.checkpoint.plan import Plan, Round, ShardFile
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.entries import TensorEntry
 
 BLOCK = 8 << 20  # bytes hashed and written at once
+ALIGNMENT = 64  # of a tensor's bytes within the host buffer
 
 
-class Staging:
-    """Host buffers that stay from one save to the next: the page faults of fresh memory cost as much as the copy.
+class HostBuffer:
+    """Host memory that stays from one save to the next: the page faults of fresh memory cost as much as the copy.
 
     pinned: for copies from a GPU at full speed.
     """
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._buffers: list[Tensor] = []
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def buffer(self, number: int, size: int) -> Tensor:
-        """uint8, at least ``size`` long; the same memory as at the last call with this number where that fits."""
-        while len(self._buffers) <= number:
-            self._buffers.append(torch.empty(0, dtype=torch.uint8))
-        if self._buffers[number].numel() < size:
-            self._buffers[number] = torch.empty(0, dtype=torch.uint8)  # free the old one first
+    def take(self, size: int) -> Tensor:
+        """uint8, at least ``size`` long; the same memory as last time where that suffices. Raises UserError."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old one first
             try:
-                self._buffers[number] = _fresh(size, self._pinned)
+                if self._pinned:
+                    self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                else:  # numpy asks for huge pages: the first copy is 3 times as fast
+                    self._memory = torch.from_numpy(np.empty(size, np.uint8))
             except (MemoryError, RuntimeError) as error:
                 raise UserError(
-                    f"checkpoint: no host memory for {size / 1e9:.2f} GB beside the {self.held / 1e9:.2f} GB copied so "
-                    f"far ({error}); set checkpoint.background=false, which needs one file's worth"
+                    f"checkpoint: no host memory for the {size / 1e9:.2f} GB that this rank copies ({error}); set "
+                    "checkpoint.background=false, which copies nothing"
                 ) from None
-        return self._buffers[number]
-
-    def drop(self) -> None:
-        self._buffers.clear()
+        return self._memory
 
     @property
-    def held(self) -> int:
-        """Bytes in all buffers."""
-        return sum(buffer.numel() for buffer in self._buffers)
-
-
-def _fresh(size: int, pinned: bool) -> Tensor:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.empty(size, np.uint8))  # numpy asks for huge pages: the first copy is 3 times as fast
-
-
-def stage(entries: Sequence[TensorEntry], plan: Plan, part: Round, rank: int, buffer: Tensor) -> None:
-    """Gather the round's entries one by one (collective) and copy those dealt to this rank into ``buffer``.
-
-    A copy in any case: what ``read`` returns may be the live tensor that the next step changes.
-    """
-    slots = {slot.number: slot for file in part.files[rank] for slot in file.slots}
-    for number in range(part.first, part.last):
-        tensor = entries[number].read(plan.owners[number])
-        slot = slots.get(number)
-        if slot is None:
-            continue
-        if tensor is None or tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-            found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise AssertionError(f"{slot.key}: the writer rank got {found}, not {slot.dtype} {slot.shape}")
-        if slot.size:
-            target = buffer[slot.begin : slot.begin + slot.size].view(slot.dtype).view(slot.shape)
-            target.copy_(tensor.detach(), non_blocking=buffer.is_pinned())
-    if buffer.is_pinned():
-        torch.cuda.synchronize()
+    def size(self) -> int:
+        """Bytes that are held."""
+        return self._memory.numel()
 
 
 class LocalCopy:
-    """This rank's share of the state as it was at one moment, in host memory: what it holds itself of every tensor.
+    """This rank's share of the state as it is at this moment: what it holds itself of each tensor that is written.
 
-    Made on the training thread without any communication; later, beside training, ``fill`` sends the pieces to the
+    Taken on the training thread without any communication; later, beside training, ``gather`` sends the shards to the
     ranks that write them, over a process group of its own.
+
+    rounds: of ``plan``, that this is for.
+    buffer: where to copy to. None: nothing is copied, for a caller that changes nothing until all is written.
     """
 
-    def __init__(self, entries: Sequence[TensorEntry], plan: Plan, rank: int, staging: Staging) -> None:
+    def __init__(
+        self,
+        entries: Sequence[TensorEntry],
+        plan: Plan,
+        rank: int,
+        rounds: Sequence[Round],
+        buffer: HostBuffer | None = None,
+    ) -> None:
         self._entries, self._plan, self._rank = entries, plan, rank
-        live: dict[int, Tensor] = {}
-        for number, (entry, owner) in enumerate(zip(entries, plan.owners, strict=True)):
+        self._local: dict[int, Tensor] = {}
+        for number in range(rounds[0].first, rounds[-1].last):
+            entry, owner = entries[number], plan.owners[number]
+            tensor: Tensor | None = None
             if entry.sharding is None:
-                found = entry.read(owner) if owner == rank else None
-                if found is not None:
-                    live[number] = found.detach().reshape(-1)
+                tensor = entry.read(owner) if owner == rank else None
             elif entry.sharding.contributes(rank, owner):
-                live[number] = entry.sharding.local_shard()
-        ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in live.values()))
-        buffer = staging.buffer(0, ends[-1] if ends else 0)
-        self._copies: dict[int, Tensor] = {}
-        for (number, tensor), end in zip(live.items(), ends, strict=True):
-            begin = end - -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            copy = buffer[begin : begin + tensor.nbytes].view(tensor.dtype)
-            copy.copy_(tensor, non_blocking=buffer.is_pinned())
-            self._copies[number] = copy
-        if buffer.is_pinned():
+                tensor = entry.sharding.local_shard()
+            if tensor is not None:
+                self._local[number] = tensor.detach()
+        if buffer is not None:
+            self._copy_to(buffer)
+
+    def _copy_to(self, buffer: HostBuffer) -> None:
+        ends = list(itertools.accumulate(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in self._local.values()))
+        memory = buffer.take(ends[-1] if ends else 0)
+        for (number, tensor), begin in zip(self._local.items(), [0, *ends], strict=False):
+            copy = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor, non_blocking=memory.is_pinned())
+            self._local[number] = copy
+        if memory.is_pinned():  # copies from a GPU return before they are done, and training is about to go on
             torch.cuda.synchronize()
 
-    def fill(self, part: Round, buffer: Tensor, group: dist.ProcessGroup | None) -> list[Exception]:
-        """Put the round's tensors that this rank writes into ``buffer`` (all ranks call it, round by round).
+    def gather(self, part: Round, group: dist.ProcessGroup | None) -> tuple[dict[int, Tensor], list[Exception]]:
+        """The full tensors that this rank writes in a round, by number, and what failed (all ranks, round by round).
 
         A rank that is gone is no reason to let the others wait: what fails is returned, and the rest exchanged.
         """
-        slots = {slot.number: slot for file in part.files[self._rank] for slot in file.slots}
+        whole: dict[int, Tensor] = {}
         sent: list[Any] = []
         failed: list[Exception] = []
         for number in range(part.first, part.last):
+            entry, owner = self._entries[number], self._plan.owners[number]
             try:
-                whole = self._whole(number, group, sent)
-                if number in slots and whole is not None:
-                    slot = slots[number]
-                    target = buffer[slot.begin : slot.begin + slot.size].view(slot.dtype)
-                    target.copy_(whole.reshape(-1))
+                tensor = self._local.get(number)
+                if entry.sharding is not None:
+                    # gloo sends from host memory; an empty shard is not sent, but ``gather`` takes its type from it
+                    mine = torch.empty(0, dtype=entry.dtype) if tensor is None else tensor.reshape(-1).cpu()
+                    tensor, sending = entry.sharding.gather(mine, self._rank, owner, group, number)
+                    if sending is not None:
+                        sent.append(sending)
+                if owner == self._rank:
+                    if tensor is None or tuple(tensor.shape) != tuple(entry.shape) or tensor.dtype != entry.dtype:
+                        got = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                        raise AssertionError(f"{entry.key}: its writer got {got}, not {entry.dtype} {entry.shape}")
+                    whole[number] = tensor
             except Exception as error:  # also a bug: the others wait for the rest all the same
                 failed.append(error)
         for request in sent:
@@ -130,43 +124,34 @@ class LocalCopy:
                 request.wait()
             except Exception as error:  # also a bug: the others wait for the rest all the same
                 failed.append(error)
-        return failed
-
-    def _whole(self, number: int, group: dist.ProcessGroup | None, sent: list[Any]) -> Tensor | None:
-        entry, owner = self._entries[number], self._plan.owners[number]
-        if entry.sharding is None:
-            return self._copies.get(number)
-        mine = self._copies.get(number, torch.empty(0, dtype=entry.dtype))
-        whole, sending = entry.sharding.gather(mine, self._rank, owner, group, number)
-        if sending is not None:
-            sent.append(sending)
-        return whole
+        return whole, failed
 
 
-def write_file(folder: Path, file: ShardFile, buffer: Tensor, pace: Callable[[int], None] | None = None) -> str:
+def write_file(folder: Path, file: ShardFile, tensors: Mapping[int, Tensor]) -> str:
     """Write and sync one safetensors file; returns its sha256, taken of the bytes that were meant.
 
-    pace(bytes) is called after every block. Raises OSError, with the file's name in it.
+    tensors: the full ones, by number. Raises OSError, with the file's name in it.
     """
     digest = hashlib.sha256()
     path = folder / file.name
     try:
         with open(path, "wb", buffering=0) as target:
-            for block in _blocks(file, buffer):
+            for block in blocks(file, tensors):
                 digest.update(block)
                 written = 0
                 while written < len(block):  # a disk that is nearly full takes a part
                     written += target.write(block[written:])
-                if pace is not None:
-                    pace(len(block))
             os.fsync(target.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return digest.hexdigest()
 
 
-def _blocks(file: ShardFile, buffer: Tensor) -> Iterator[memoryview]:
+def blocks(file: ShardFile, tensors: Mapping[int, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a file, at most BLOCK at once."""
     yield memoryview(file.header())
-    content = buffer.numpy().data
-    for begin in range(file.begin, file.end, BLOCK):
-        yield content[begin : min(begin + BLOCK, file.end)]
+    for number, _ in file.members:
+        flat = tensors[number].cpu().contiguous().view(-1)
+        content = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+        for begin in range(0, len(content), BLOCK):
+            yield content[begin : begin + BLOCK]

@@ -26,6 +26,7 @@ from llamagen_dist.parallel.topology import start
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.ranks.layouts import Layout, make_task
+from tests.ranks.pacing import paced
 
 DIM, MIB = 768, 1 << 20
 
@@ -92,7 +93,7 @@ def blocked(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
         "copies": copies[1:],
         "saves": saves[1:],
         "plain": plain,
-        "held": saver._staging.held,
+        "held": saver._buffer.size,
     }
 
 
@@ -136,13 +137,14 @@ def steps_beside(folder: Path, megabytes: int, slow_s: float) -> dict[str, Any]:
         return done
 
     blocks = megabytes * MIB / topology.world / (8 * MIB)
-    saver = Saver(folder / "run", topology, pace=lambda written: time.sleep(slow_s / blocks))
+    saver = Saver(folder / "run", topology)
     steps(0.2, None)
     began = time.monotonic()
-    path = saver.save(1, 1, entries, {}, "kind: gpt\n")
-    beside = steps(0, path / "COMPLETE")
-    took = time.monotonic() - began
-    saver.wait()
+    with paced(lambda written: time.sleep(slow_s / blocks)):
+        path = saver.save(1, 1, entries, {}, "kind: gpt\n")
+        beside = steps(0, path / "COMPLETE")
+        took = time.monotonic() - began
+        saver.wait()
     return {"beside": beside, "seconds": took, "alone": steps(took, None)}
 
 

@@ -16,6 +16,7 @@ from tests import checkpoints as store
 from tests.ranks.fit_run import lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout
+from tests.ranks.pacing import paced
 from tests.ranks.test_saver import Gate, save, tensors
 from tests.ranks.test_watchdog import GUARD
 from tests.unit.test_run_fence import name
@@ -45,20 +46,22 @@ def overtaken_while_writing(run_dir: Path, fenced: bool) -> str:
     topology.barrier()
     pace = Gate(run_dir / "gate")
     fence = {"fence": Fence.of_environment().check} if fenced else {}
-    saver = Saver(run_dir, topology, pace=pace if topology.rank == topology.world - 1 else None, **fence)
-    save(saver, 1, tensors())
-    if topology.rank == topology.world - 1:
-        while not pace.waited:
-            time.sleep(0.002)
-        name(lock, SUCCESSOR)
-        (run_dir / "checkpoints" / "step_00000001" / "theirs").touch()
-        pace.gate.touch()
-    topology.barrier()
-    try:
-        with saver:
-            saver.wait()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    saver = Saver(run_dir, topology, **fence)
+    last = topology.rank == topology.world - 1
+    with paced(pace if last else None):
+        save(saver, 1, tensors())
+        if last:
+            while not pace.waited:
+                time.sleep(0.002)
+            name(lock, SUCCESSOR)
+            (run_dir / "checkpoints" / "step_00000001" / "theirs").touch()
+            pace.gate.touch()
+        topology.barrier()
+        try:
+            with saver:
+                saver.wait()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
     return "committed"
 
 
@@ -115,18 +118,13 @@ def woken_in_a_save(run_dir: Path, finished: bool, moved: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     once = [pace]
-    saver = Saver(
-        run_dir,
-        topology,
-        pace=lambda written: once.pop()(written) if once else None,
-        patience_s=0.5,
-        fence=Fence.of_environment().check,
-    )
-    save(saver, 1, tensors())
-    if topology.rank == 1:
-        saver._flight.written.wait()
-        wake_and_die()
-    saver.close()
+    saver = Saver(run_dir, topology, patience_s=0.5, fence=Fence.of_environment().check)
+    with paced(lambda written: once.pop()(written) if once else None):
+        save(saver, 1, tensors())
+        if topology.rank == 1:
+            saver._current.written.wait()
+            wake_and_die()
+        saver.close()
 
 
 @pytest.mark.parametrize(

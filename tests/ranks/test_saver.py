@@ -13,6 +13,7 @@ from llamagen_dist.parallel.entries import TensorEntry, replicated
 from llamagen_dist.parallel.topology import Topology, start
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
+from tests.ranks.pacing import paced
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ def steps_beside_a_slow_writer(run: Path, gate: Path) -> tuple[dict[str, torch.T
     topology = start()
     live = tensors()
     pace = Gate(gate)
-    with Saver(run, topology, pace=pace) as saver:
+    with paced(pace), Saver(run, topology) as saver:
         save(saver, 1, live)
         steps = 0
         while steps < 20 or (topology.rank == 0 and pace.waited < 5):
@@ -95,22 +96,7 @@ def test_steps_complete_while_a_throttled_writer_runs(tmp_path, ranks):
 
 def test_without_the_copy_the_checkpoint_would_be_another(tmp_path, monkeypatch):
     """Sabotage twin: what read() returned is written itself, as training goes on."""
-
-    def stage_late(found, layout, part, rank, buffer):
-        kept.append((found, layout, part, rank, buffer))
-
-    kept: list = []
-    real_stage, real_write = staging.stage, staging.write_file
-
-    def write_late(folder, file, buffer, pace=None):
-        if pace is not None:
-            pace(0)
-        for arguments in kept:
-            real_stage(*arguments)
-        return real_write(folder, file, buffer, pace)
-
-    monkeypatch.setattr("llamagen_dist.checkpoint.saver.stage", stage_late)
-    monkeypatch.setattr("llamagen_dist.checkpoint.saver.write_file", write_late)
+    monkeypatch.setattr(staging.LocalCopy, "_copy_to", lambda self, buffer: None)
     run_ranks(steps_beside_a_slow_writer, 1, tmp_path / "run", tmp_path / "gate")
     assert not saved_as_it_was(tmp_path / "run", 1)
 
@@ -118,7 +104,7 @@ def test_without_the_copy_the_checkpoint_would_be_another(tmp_path, monkeypatch)
 def save_twice(run: Path, ranks_folder: Path) -> list[list[str]]:
     topology = start()
     live, seen = tensors(), []
-    with Saver(run, topology, keep_last=1, pace=lambda written: time.sleep(0.02)) as saver:
+    with paced(lambda written: time.sleep(0.02)), Saver(run, topology, keep_last=1) as saver:
         for number in (1, 2, 3):
             save(saver, number, live)  # waits for the one before
             if topology.rank == 0:
@@ -146,7 +132,7 @@ def save_once(run: Path, background: bool) -> int:
     saver = Saver(run, start(), background=background)
     save(saver, 1, tensors())
     saver.wait()
-    return saver._staging.held
+    return saver._buffer.size
 
 
 @pytest.mark.parametrize("background", [True, False])

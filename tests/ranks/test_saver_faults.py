@@ -1,5 +1,6 @@
 """Saves that go wrong on real ranks: full disks, killed writers, leftovers; the checkpoint before always stays."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -13,12 +14,13 @@ import torch
 from llamagen_dist.checkpoint import folder as folders
 from llamagen_dist.checkpoint import plan
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.checkpoint.staging import Staging
+from llamagen_dist.checkpoint.staging import HostBuffer
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology, start
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
+from tests.ranks.pacing import paced
 from tests.ranks.test_saver import Gate, entries, save, tensors, train_one_step
 
 # --- the disk is full ---
@@ -32,14 +34,16 @@ def save_on_a_disk_that_fills_up(run: Path, background: bool, how: str) -> tuple
     saver.wait()
     found = entries(live)
     if topology.rank == 1 and how == "device":
-        real = found[0].read
+        laid = plan.make_plan(found, topology.world)
+        mine = laid.owners.index(1)
+        real = found[mine].read
 
         def plant(writer: int) -> torch.Tensor | None:
-            for name in plan.make_plan(found, topology.world).file_names(1)[:1]:
+            for name in laid.file_names(1)[:1]:
                 (run / "checkpoints" / "step_00000002" / name).symlink_to("/dev/full")
             return real(writer)
 
-        found[0] = TensorEntry(found[0].group, found[0].key, found[0].shape, plant, found[0].write)
+        found[mine] = dataclasses.replace(found[mine], read=plant)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if topology.rank == 1 and how == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
@@ -89,12 +93,12 @@ def killed_while_writing(run: Path, gate: Path) -> str:
     saver.wait()
     train_one_step(live, topology)
     pace = Gate(gate)
-    saver._pace = pace if topology.rank == 1 else None
-    save(saver, 2, live)
-    if topology.rank == 1:
-        while not pace.waited:
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGKILL)
+    with paced(pace if topology.rank == 1 else None):
+        save(saver, 2, live)
+        if topology.rank == 1:
+            while not pace.waited:
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGKILL)
     try:
         with saver:
             for _ in range(1000):
@@ -135,13 +139,14 @@ def _survivor(run: Path, gate: Path) -> str:
 def test_leftovers_are_not_removed_while_they_are_written(tmp_path):
     """Only rank 0 of a start or a save cleans up, and the save under way is waited for first."""
     gate = tmp_path / "gate"
-    saver = Saver(tmp_path, Topology(), pace=Gate(gate))
-    save(saver, 1, tensors())
-    (tmp_path / "checkpoints" / "step_00000007").mkdir()
-    gate.touch()
-    save(saver, 2, tensors())
-    assert not (tmp_path / "checkpoints" / "step_00000007").exists()
-    saver.wait()
+    saver = Saver(tmp_path, Topology())
+    with paced(Gate(gate)):
+        save(saver, 1, tensors())
+        (tmp_path / "checkpoints" / "step_00000007").mkdir()
+        gate.touch()
+        save(saver, 2, tensors())
+        assert not (tmp_path / "checkpoints" / "step_00000007").exists()
+        saver.wait()
     assert [f.name for f in store.complete(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
@@ -172,5 +177,5 @@ def test_a_failing_prune_does_not_undo_the_save(tmp_path, monkeypatch, capsys):
 def test_too_little_host_memory_says_what_to_set(tmp_path):
     found = [TensorEntry("weights", "huge", (1 << 50,), lambda writer: None, lambda full: None)]
     laid = plan.make_plan(found, 1)
-    with pytest.raises(UserError, match=r"no host memory for .* GB beside the 0\.00 GB .*checkpoint\.background=false"):
-        Staging().buffer(0, laid.rounds[0].staged(0))
+    with pytest.raises(UserError, match=r"no host memory for the .* GB .*checkpoint\.background=false"):
+        HostBuffer().take(laid.rounds[0].staged(0))
