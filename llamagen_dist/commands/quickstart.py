@@ -91,6 +91,6 @@ def headline(results: dict[str, Any]) -> list[str]:
         band = " ({:.3f} to {:.3f})".format(*law["ci95"]) if "ci95" in law else ""
         after = f" after {count(law['tokens'])} tokens" if "tokens" in law else ""
         lines.append(
-            f"law:       foretold {law['predicted']:.3f}{band} for the largest{after}; measured {law['measured']:.3f}"
+            f"law:       predicted {law['predicted']:.3f}{band} for the largest{after}; measured {law['measured']:.3f}"
         )
     return lines

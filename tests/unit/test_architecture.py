@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,80 @@ def twins(sources: dict[str, str]) -> dict[str, list[str]]:
 def test_a_constant_has_one_home():
     assert twins({module: path.read_text() for module, path in SOURCES.items()}) == {}
     assert twins({"a": "_CHUNK = 1 << 22", "b": "CHUNK = 1 << 22  # as a has it"}) == {"CHUNK = 1 << 22": ["a", "b"]}
+
+
+def readme_house() -> list[tuple[int, str, str]]:
+    """(indentation, name, description) of every entry in the README's list of rooms."""
+    block = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    entries = [re.match(r"( *)(\S+) +(.*)", line) for line in block.splitlines()]
+    return [(len(m[1]), m[2].rstrip("/"), m[3]) for m in entries if m and len(m[1]) <= 2]
+
+
+def test_the_readmes_house_is_the_tree():
+    rooms = {name: text for indent, name, text in readme_house() if indent == 2}
+    package = ROOT / "llamagen_dist"
+    there = {p.name for p in package.iterdir() if (p / "__init__.py").exists() or p.suffix == ".py"} - {"__init__.py"}
+    assert set(rooms) == there
+    heights = [FLOOR[name.removesuffix(".py")] for name in rooms]
+    assert heights == sorted(heights), "the README lists the rooms from the ground up, as FLOORS does"
+    assert {name for name in FLOOR if name not in ("serve", *PROGRAM_FOLDERS)} == {n.removesuffix(".py") for n in rooms}
+    named = [package / room / file for room, text in rooms.items() for file in re.findall(r"\b\w+\.py", text)]
+    folders = [name for indent, name, _ in readme_house() if indent == 0]
+    assert {"llamagen_dist", "tokenizer_training", "eval", "examples", "configs", "slurm", "tests"} <= set(folders)
+    assert [path for path in (*named, *(ROOT / folder for folder in folders)) if not path.exists()] == []
+
+
+def test_the_readme_says_where_attention_is():
+    (file,) = re.findall(r"change `Attention` in\s+`([\w/.]+)`", (ROOT / "README.md").read_text())
+    assert re.search(r"^class Attention\b", (ROOT / file).read_text(), re.MULTILINE)
+
+
+# Lines a room may have, all of them counted: what keeps the house small enough to be read.
+BUDGETS = {
+    "errors": 40,
+    "program": 90,
+    "files": 500,
+    "process": 110,
+    "console": 230,
+    "prng": 110,
+    "models": 1970,
+    "config": 2160,
+    "parallel": 2110,
+    "build": 120,
+    "data": 6330,
+    "checkpoint": 1690,
+    "tracking": 470,
+    "planning": 1260,
+    "training": 2060,
+    "sampling": 1310,
+    "evaluation": 2250,
+    "scaling": 1380,
+    "report": 3390,
+    "launch": 7120,
+    "commands": 1180,
+    "cli": 90,
+    "train_gpt": 170,
+    "preflight": 140,
+    "tokenizer_training": 1260,
+    "eval": 740,
+    "examples": 370,
+}
+
+
+def over_budget(lines: dict[str, int], budgets: dict[str, int]) -> dict[str, str]:
+    return {room: f"{n} of {budgets.get(room, 0)} lines" for room, n in lines.items() if n > budgets.get(room, 0)}
+
+
+def test_every_room_keeps_to_its_budget():
+    lines: dict[str, int] = {}
+    for module, path in SOURCES.items():
+        if room := room_of(module):
+            lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    assert over_budget(lines, BUDGETS) == {}
+    assert set(BUDGETS) == set(lines)
+    assert over_budget(lines, {**BUDGETS, "models": lines["models"] - 1}) == {
+        "models": f"{lines['models']} of {lines['models'] - 1} lines"
+    }, "sabotage twin: one line too many is seen"
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:

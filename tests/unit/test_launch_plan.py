@@ -306,7 +306,7 @@ def test_the_last_lines_say_what_was_measured_and_nothing_else() -> None:
     lines = headline({"eval": scores, "scaling": law})
     assert lines[0].endswith("FID 90.5 from 500 images a side (real images 36.5)")
     assert lines[1].endswith("in 75%, on real images 86%")
-    assert lines[2].endswith("foretold 3.200 (3.000 to 3.500) for the largest; measured 3.100")
+    assert lines[2].endswith("predicted 3.200 (3.000 to 3.500) for the largest; measured 3.100")
     assert headline({"eval": {"n": 5, "absent": {"fid": "no weights"}}}) == [
         "samples:   FID was not measured: no weights"
     ]

@@ -178,7 +178,7 @@ def test_what_cannot_be_fitted_is_refused_with_a_reason() -> None:
 
 
 def test_no_interval_below_k_plus_3_points() -> None:
-    """LlamaGen's published FIDs at four sizes, fitted with a floor, foretell the fifth, but without an interval."""
+    """LlamaGen's published FIDs at four sizes, fitted with a floor, predict the fifth, but without an interval."""
     n = np.array([110_888_448, 342_910_976, 774_699_520, 1_410_972_672], float)
     fit = fit_law(points(n, n, np.array([6.09, 3.07, 2.62, 2.34])), "power_irr", "l2")
     assert fit.predict(3_096_659_200.0, 1.0) == pytest.approx(2.296, abs=0.01)  # measured: 2.18
