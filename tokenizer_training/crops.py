@@ -85,7 +85,8 @@ class CropCoder:
             return
 
         def decode_and_cut(sample: int, data: bytes) -> list[NDArray[np.uint8]]:
-            return self._cut(images.decode_sample(shards, sample, data))
+            with images.naming(shards, sample):
+                return self._cut(images.decode_sample(shards, sample, data))
 
         ahead: deque[Future[list[NDArray[np.uint8]]]] = deque()
         with ThreadPoolExecutor(workers) as threads:

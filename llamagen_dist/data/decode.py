@@ -56,6 +56,7 @@ def decode_and_tell(
         # How the values lie in the file: PIL itself cuts 16-bit colours to 8 bits and forgets that it did.
         layout = str(image.tile[0].args) if image.tile else ""
         deep = ";16" in layout or ";16" in image.mode or _largest_of_ppm(image) > 255
+        turned_by_pil = image.format == "TIFF" and _orientation(image) in _UPRIGHT
         image.load()  # before the EXIF data are asked for: some formats hold them behind the pixels
         upright = _UPRIGHT.get(_orientation(image))
         shallow = _to_8_bits(image, deep, layout, done)
@@ -70,6 +71,7 @@ def decode_and_tell(
         rgb = shallow.convert("RGB")
         if upright is not None:
             rgb = rgb.transpose(upright)
+        if upright is not None or turned_by_pil:
             done.append(TURNED)
         return rgb, done
 

@@ -181,6 +181,13 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         raise UserError(
             f"{folder}: no images found; expected one sub-folder per class with files ending in {', '.join(ENDINGS)}"
         )
+    notes = [*order.notes, *passed.notes(str(folder))]
+    below = {os.path.dirname(path) for path in paths}
+    if len(names) == 1 and len(below - {names[0]}) > 1:
+        notes.append(
+            f"{folder}: one class, {names[0]!r}, whose images lie in {len(below)} folders; if these are the classes, "
+            f"pack {folder / names[0]}"
+        )
     return Source(
         str(folder),
         digest.hexdigest(),
@@ -190,7 +197,7 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         labels=np.array(labels, np.int64),
         classes=order.names,
         class_order=order.order,
-        notes=[*order.notes, *passed.notes(str(folder))],
+        notes=notes,
     )
 
 
@@ -325,7 +332,8 @@ def _size(path: Path) -> int:
 
 def _parsed(path: Path, number: int, line: bytes, options: PackOptions) -> tuple[dict[str, Any], Caption | None]:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles)
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # editors of some systems mark UTF-8 files
+        record = json.loads(text, object_pairs_hook=_without_doubles)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
         image = record.get("image_path")

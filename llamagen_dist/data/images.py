@@ -106,13 +106,13 @@ def load_images(shards: Shards, indices: Sequence[int], image_size: int) -> NDAr
     pixels = np.empty((len(indices), image_size, image_size, 3), np.uint8)
     for number, sample in enumerate(indices):
         image = read_image(shards, int(sample))
-        with _named(shards, int(sample)):
+        with naming(shards, int(sample)):
             pixels[number] = np.asarray(center_crop(image, image_size))
     return pixels
 
 
 @contextmanager
-def _named(shards: Shards, sample: int) -> Iterator[None]:
+def naming(shards: Shards, sample: int) -> Iterator[None]:
     """Turn what cannot become a crop of the size that is asked for into a UserError about that sample."""
     try:
         yield
@@ -210,7 +210,7 @@ class _Batches(Dataset[ImageBatch]):
         mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
         for number, sample in enumerate(samples.tolist()):
             picture = self._picture(sample)
-            with _named(self._shards, sample):
+            with naming(self._shards, sample):
                 if self._random_crop:
                     position = float(across[number]), float(down[number])
                     image = random_crop(Image.fromarray(picture), self._size, int(short[number]), *position)

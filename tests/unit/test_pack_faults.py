@@ -26,11 +26,12 @@ from llamagen_dist.data.decode import (
     decode_and_tell,
 )
 from llamagen_dist.data.formats import count, open_source
-from llamagen_dist.data.images import load_images
+from llamagen_dist.data.images import ImageStream, load_images
 from llamagen_dist.data.manifest import read_manifest
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.parallel.topology import Topology
 from tests.unit.picture_sources import encoded, one_sentence, samples, tar_bytes
 
 APPLE = b"\0\5\x16\7" + b"\0" * 60  # how an AppleDouble file begins
@@ -96,6 +97,8 @@ def test_what_lies_beside_the_pictures_is_counted_and_not_taken_for_pictures(tmp
     ):
         assert sentence in printed
         assert any(sentence in note for note in manifest.noticed["source"])
+    main(["shards", "stats", str(tmp_path / "out")])
+    assert "40 files that are no images (.txt) passed over" in capsys.readouterr().out
 
 
 def test_a_folder_without_anything_special_has_nothing_to_say(tmp_path, capsys):
@@ -175,6 +178,21 @@ def test_appledouble_files_in_a_tar_of_class_tars_are_passed_over_and_counted(tm
     assert len(manifest.noticed["source"]) == 3
 
 
+def test_one_class_of_many_folders_is_said(tmp_path, capsys):
+    for name in ("ant", "bee"):
+        write(tmp_path / "photos" / "all" / name / f"{name}.png")
+    _, manifest, printed = packed(tmp_path / "photos", tmp_path / "out", capsys)
+    assert manifest.classes == ["all"]
+    assert "one class, 'all', whose images lie in 2 folders; if these are the classes, pack" in printed
+    assert packed(tmp_path / "photos" / "all", tmp_path / "named", capsys)[1].noticed == {}
+
+
+def test_a_marked_utf8_file_is_read(tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "x.jsonl").write_text('{"image_path": "a.png", "text": "x"}\n', encoding="utf-8-sig")
+    assert packed(tmp_path / "x.jsonl", tmp_path / "out")[1].count == 1
+
+
 # --- wrong pixels
 
 UPRIGHT = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
@@ -205,7 +223,9 @@ def turned(orientation: int, kind: str = "PNG") -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_becomes_upright(orientation, kind):
-    pixels = np.asarray(decode(turned(orientation, kind)))
+    image, done = decode_and_tell(turned(orientation, kind))
+    pixels = np.asarray(image)
+    assert done == ([] if orientation == 1 else [TURNED])
     assert pixels.shape == UPRIGHT.shape
     assert np.abs(pixels.astype(int) - UPRIGHT).max() <= (12 if kind == "JPEG" else 0)
 
@@ -359,6 +379,9 @@ def test_a_strip_that_would_become_huge_is_one_sentence(tmp_path, size):
     pack(str(tmp_path / "photos"), tmp_path / "kept", PackOptions())
     with pytest.raises(UserError, match=r"sample \d: .* would become .* more than the limit"):
         load_images(open_shards(tmp_path / "kept"), [0, 1], 256)
+    for cut in (True, False):
+        with pytest.raises(UserError, match=r"sample \d: .* would become .* more than the limit"):
+            ImageStream(open_shards(tmp_path / "kept"), Topology(), 2, 0, 256, random_crop=cut).batch(0)
     assert packed(tmp_path / "photos", tmp_path / "small", size=4)[1].count == 2
 
 
