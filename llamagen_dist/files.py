@@ -68,17 +68,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def seconds_old(path: Path) -> float:
-    """Since a file was last written, by the clock of its disk, as the clocks of hosts differ; infinite where it is
-    missing. The folder must be writable."""
-    now = path.with_name(f".now.{socket.gethostname()}.{os.getpid()}")
+def disk_time(folder: Path) -> float:
+    """Seconds since the epoch by the clock of the disk that holds ``folder``, which must be writable.
+
+    On a network disk that is the server's clock, the only one that the times of all hosts' files can be compared with.
+    """
+    now = folder / f".now.{socket.gethostname()}.{os.getpid()}"
     try:
         now.touch()
-        return now.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return math.inf
+        return now.stat().st_mtime
     finally:
         now.unlink(missing_ok=True)
+
+
+def seconds_old(path: Path) -> float:
+    """Since a file was last written, by ``disk_time``; infinite where it is missing."""
+    try:
+        return disk_time(path.parent) - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def sha256_file(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The tokenizer as a Task: the autoencoder and, from some image on, its discriminator."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -67,28 +68,44 @@ class TokenizerTask:
         discriminator's backward pass on the same, detached reconstructions comes before either update, so
         that a loss or gradient that is not finite is found while no weight has changed.
         """
-        pixels = batch.images.to(self.topology.device)
         if images_seen == 0 and self.config.model.codebook_init == "first_batch":
-            self._start_codebook(pixels)
+            self._start_codebook(batch.images.to(self.topology.device))
+        started = self.adversarial_from is not None and images_seen >= self.adversarial_from
+        return self._step(batch, images_seen, self.discriminator if started else None)
+
+    def rehearse(self, batch: ImageBatch, images_seen: int) -> None:
+        """With the discriminator, however late it starts, since that is the step that needs most memory."""
+        engines = [self.generator, *([self.discriminator] if self.discriminator is not None else [])]
+        # forward passes in training mode count used codes and batch statistics
+        buffers = [(b, b.clone()) for engine in engines for b in engine.plain.buffers()]
+        with self.guard.rehearsal():
+            self._step(batch, images_seen, self.discriminator)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+    def _step(self, batch: ImageBatch, images_seen: int, against: TorchEngine | None) -> Mapping[str, Tensor]:
+        """against: the discriminator, where it takes part."""
+        pixels = batch.images.to(self.topology.device)
         self.model.train()
-        against = self.discriminator
-        if against is not None and (self.adversarial_from is None or images_seen < self.adversarial_from):
-            against = None
+        engines = {"grad_norm": self.generator}
+        if against is not None:
+            engines["discriminator_grad_norm"] = against
         sums: dict[str, Tensor] = {}
-        for images, samples in zip(pixels.split(self.micro), batch.samples.split(self.micro), strict=True):
+        micro_batches = list(zip(pixels.split(self.micro), batch.samples.split(self.micro), strict=True))
+        for number, (images, samples) in enumerate(micro_batches, 1):
             share = len(images) / len(pixels)
-            losses, reconstruction = self._generator_pass(images, against)
-            self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
-            found = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
-            if against is not None:
-                found |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples)
-            for name, value in found.items():
+            with ExitStack() as micro_step:  # both networks average their gradients with the last one only
+                for engine in engines.values():
+                    micro_step.enter_context(engine.micro_step(last=number == len(micro_batches)))
+                losses, reconstruction = self._generator_pass(images, against)
+                self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
+                terms = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
+                if against is not None:
+                    terms |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples)
+            for name, value in terms.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + value.detach() * share
         with self.clock.part("optimizer"):
-            engines = {"grad_norm": self.generator}
-            if against is not None:
-                engines["discriminator_grad_norm"] = against
             norms = {name: engine.gradient_norm() for name, engine in engines.items()}
             passed = self.guard.check_finite(*norms.values())
             for name, engine in engines.items():
@@ -190,7 +207,7 @@ class TokenizerTask:
             self.discriminator.load_scalars(scalars)
 
     def describe(self) -> Mapping[str, Any]:
-        return {"params": self.parameters}
+        return {"params": self.parameters, "precision": "fp32"}
 
     def memory(self) -> list[str]:
         return [held(self.generator)]

@@ -50,7 +50,8 @@ class Clock:
     @property
     def innermost(self) -> str:
         """The part that is being charged, empty outside all (read from any thread)."""
-        return next(reversed(self._open[-1:]), "")
+        opened = self._open[-1:]  # one look: another thread may close the last part in between
+        return opened[0] if opened else ""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

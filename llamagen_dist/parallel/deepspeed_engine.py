@@ -206,7 +206,8 @@ class DeepSpeedEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(self.optim, images_seen)
         self._engine.step()
-        norm = torch.as_tensor(float(self._engine.get_global_grad_norm()))
+        # left on the device: ``check_finite`` waits for it together with the losses
+        norm = torch.as_tensor(self._engine.get_global_grad_norm()).detach().to(torch.float32, copy=True)
         if check_finite(norm):
             ema.update(self.state.states, self.ema_decay)
         return norm

@@ -100,7 +100,8 @@ class LogWindow:
         seconds = {name: value / steps for name, value in self._clock.take().items()}
         names = sorted(metrics)
         mine = [*seconds.values(), peak_memory_gb(self._topology.device)]
-        mine += torch.stack([metrics[n].detach().double() for n in names]).tolist()
+        device = self._topology.device  # all there, so that the host waits once for all of them
+        mine += torch.stack([metrics[n].detach().to(device, torch.float64) for n in names]).tolist()
         everyone = self._gathered(mine)
         averaged = everyone[:: self._topology.tensor, len(PARTS) + 1 :].mean(0).tolist()
         parts = everyone[:, : len(PARTS)]

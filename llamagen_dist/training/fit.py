@@ -2,24 +2,24 @@
 
 import time
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.saver import Saver
-from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile
 from llamagen_dist.console import Progress
 from llamagen_dist.data import digest
 from llamagen_dist.errors import Stopped, UserError
 from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow, peak_rss_gb
 from llamagen_dist.tracking.profile import StepProfiler
+from llamagen_dist.training.garbage import ScheduledCollection
 from llamagen_dist.training.guards import StopFlag
 from llamagen_dist.training.out_of_memory import explained
 from llamagen_dist.training.run import Run
 from llamagen_dist.training.spikes import Spikes
-from llamagen_dist.training.task import Stream, Task
+from llamagen_dist.training.task import Stream, Task, TrainingConfig
 from llamagen_dist.training.timing import Stopwatch
 from llamagen_dist.training.watchdog import Watchdog
 
@@ -30,21 +30,36 @@ def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ())
     return (every > 0 and images_seen // every > before // every) or any(before < p <= images_seen for p in points)
 
 
-def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile, run: Run) -> bool:
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    seen: digest of the samples shown so far (data/digest.py).
+    seconds: spent on it by all starts together; None where a checkpoint of an older version does not say.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    seen: int = 0
+    seconds: float | None = 0.0
+
+
+def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
     """Train ``task`` to ``config.train.images`` images, resuming from the newest good checkpoint of ``run``.
 
     All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on. Returns
     whether a signal came during the very last step, for a caller that would have gone on with another run.
     """
     train, topology, guard, keep = config.train, task.topology, task.guard, config.checkpoint
-    step, images_seen, seen = _resume(task, train.images, run)
+    at = _resume(task, train.images, run)
+    step, images_seen = at.step, at.images_seen
     if images_seen >= train.images and run.finished():
         run.say(f"{run.directory}: already finished")
         return False
 
     started, first_step, asked = time.monotonic(), step, False
     log, limits, batch_size = run.directory / "log", config.guard, train.global_batch
-    window = _window(task, config, seen)
+    window = _window(task, config, at.seen)
     spikes = Spikes(limits.spike_window, limits.spike_score, run.logged("loss", limits.spike_window))
     saver = Saver(
         run.directory,
@@ -55,8 +70,12 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
         fence=run.fence.check,
     )
 
+    def seconds() -> float | None:
+        return None if at.seconds is None else round(at.seconds + time.monotonic() - started, 2)
+
     def save() -> None:
         state = {
+            "seconds": seconds(),
             **run.origin,
             "seed": train.seed,
             "layout": layout(task),
@@ -78,7 +97,8 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     watchdog = Watchdog(log, topology, task.clock, hang_s, start_s, run.fence.lost)
     stopwatch = Stopwatch(log, run.say)
     profiler = StepProfiler(log, topology, config.log.profile_steps)
-    with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler:
+    collection = ScheduledCollection()
+    with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler, collection:
         guard.stop, guard.where = lambda: stop.up or saver.failed, stream.where
         if images_seen < train.images and stop.on_any_rank():  # while ranks waited for each other: all is on disk
             raise stopped()
@@ -87,10 +107,16 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
             with explained(task), profiler.step(step + 1), stopwatch.timing("step", counts=step > first_step):
                 with task.clock.part("data"):
                     batch = stream.batch(images_seen)
+                if step == first_step:  # compilation, and a lack of memory, are met before anything counts
+                    with task.clock.part("compute"):
+                        task.rehearse(batch, images_seen)
+                    collection.freeze()
+                    window.restart()
                 with task.clock.part("compute"):
                     metrics = task.step(batch, images_seen)
             step, images_seen = step + 1, images_seen + batch_size
             watchdog.beat(step)
+            collection.step(step)
             window.count(batch.samples)
             if step == first_step + 1:
                 topology.set_timeouts(60 * limits.collective_minutes)
@@ -131,7 +157,7 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     run.summary(
         images_seen=images_seen,
         step=step,
-        seconds=round(time.monotonic() - started, 2),
+        **({} if (spent := seconds()) is None else {"seconds": spent}),
         peak_rss_gb=round(float(peak), 3),
         layout=layout(task),
         samples=window.seen(),
@@ -142,13 +168,13 @@ def fit(task: Task, stream: Stream, config: GPTConfigFile | TokenizerConfigFile,
     return asked
 
 
-def _resume(task: Task, images: int, run: Run) -> tuple[int, int, int]:
-    """(step, images_seen, digest of the samples shown) that the run stands at; (0, 0, 0) for a new one."""
+def _resume(task: Task, images: int, run: Run) -> Position:
+    """Put the newest good checkpoint back into the task; a run without one stands at its start."""
     # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
     checkpoint = Checkpoint.newest(run.directory, task.topology)
     if checkpoint is None:
         run.cut_metrics(0)
-        return 0, 0, 0
+        return Position()
     folder, state = checkpoint.folder, checkpoint.state
     if run.fingerprint is not None and state["data"] != run.fingerprint:
         raise UserError(
@@ -165,16 +191,16 @@ def _resume(task: Task, images: int, run: Run) -> tuple[int, int, int]:
     if changed:
         run.say(f"another layout than that checkpoint's: {', '.join(changed)}")
     run.cut_metrics(images_seen)
-    return step, images_seen, digest.number(state["samples"])
+    return Position(step, images_seen, digest.number(state["samples"]), state.get("seconds"))
 
 
-def _window(task: Task, config: GPTConfigFile | TokenizerConfigFile, seen: int) -> LogWindow:
-    known: dict[str, Any] = dict(task.describe())
+def _window(task: Task, config: TrainingConfig, seen: int) -> LogWindow:
+    known = task.describe()
     return LogWindow(
         task.topology,
         task.clock,
         config.train.global_batch,
-        precision=config.compute.precision if isinstance(config, GPTConfigFile) else "fp32",
+        precision=known["precision"],
         tokens_per_image=known.get("tokens_per_image"),
         flops_per_image=known.get("training_flops_per_image"),
         seen=seen,

@@ -120,6 +120,13 @@ class GPTTask:
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr."""
+        return self._step(batch, images_seen)
+
+    def rehearse(self, batch: TokenBatch, images_seen: int) -> None:
+        with self.guard.rehearsal():
+            self._step(batch, images_seen)
+
+    def _step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         self.engine.module.train()
         pieces = batch.split(self.micro)
         total = torch.zeros((), device=self.topology.device)
@@ -192,6 +199,7 @@ class GPTTask:
         return {
             "name": self.name,
             "params": self.parameters,
+            "precision": self.config.compute.precision,
             "tokens_per_image": self.model.config.image_tokens,
             "training_flops_per_image": training_flops_per_image(self.model.config),
         }

@@ -1,7 +1,8 @@
 """What stops a run on purpose: signals, which only raise a flag, and losses or gradients that are not finite."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -56,7 +57,8 @@ class StepGuard:
 
     def __init__(self, topology: Topology, skip: int = 0) -> None:
         self._topology, self._skip = topology, skip
-        self._watched: list[tuple[Tensor, Tensor | None]] = []
+        self._tracked: list[tuple[Tensor, Tensor | None]] = []
+        self._rehearsing = False
         self.stop: Callable[[], bool] = lambda: False
         """Whether this rank was told to stop: asked, and agreed on, together with the rest."""
         self.where: Callable[[int], str] = "sample {}".format
@@ -73,8 +75,21 @@ class StepGuard:
         gradient either, so that the gradient norm, which all ranks share, tells everyone of it.
         """
         finite = torch.isfinite(loss.detach())
-        self._watched.append((loss.detach(), samples))
-        return loss * torch.where(finite, 1.0, torch.nan)
+        self._tracked.append((loss.detach(), samples))
+        return loss * torch.where(finite & (not self._rehearsing), 1.0, torch.nan)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """A step inside is computed to its end, but neither changes anything nor counts.
+
+        Its gradients are made NaN, so it takes the way of a step that is left out: that way every engine, DeepSpeed's
+        too, leaves weights, moments and averages alone, and has used the memory of a whole step.
+        """
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self._rehearsing = False
 
     def check_finite(self, *norms: Tensor) -> bool:
         """Whether the optimizer may run (collective: one small all-reduce, after which the host waits once).
@@ -82,19 +97,23 @@ class StepGuard:
         norms: gradient norms over the whole model, each equal on all ranks. False: leave weights and optimizer state
         alone and forget the gradients. Raises NonFiniteError on all ranks once ``skip`` steps have been left out.
         """
-        watched, self._watched = self._watched, []
-        values = [loss.double().reshape(()) for loss, _ in watched] + [n.double().reshape(()) for n in norms]
+        tracked, self._tracked = self._tracked, []
+        values = [loss.double().reshape(()) for loss, _ in tracked] + [n.double().reshape(()) for n in norms]
+        # losses and norms together, so that the host waits for the device once a step, at ``tolist``
         finite = torch.isfinite(torch.stack([v.to(self._topology.device) for v in values])).all()
         flags = torch.stack([torch.tensor(self.stop(), device=finite.device), ~finite]).int()
         if self._topology.world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.stop_requested, bad = map(bool, flags.tolist())
+        stop, bad = map(bool, flags.tolist())
+        if self._rehearsing:
+            return False
+        self.stop_requested = stop
         if not bad:
             return True
-        found = self._named(watched, only_bad=True)
+        found = self._named(tracked, only_bad=True)
         if not found:
             size = ", ".join(str(float(n)) for n in norms)
-            found = [f"the gradient norm is {size} and every loss finite", *self._named(watched, only_bad=False)]
+            found = [f"the gradient norm is {size} and every loss finite", *self._named(tracked, only_bad=False)]
         if self.skipped >= self._skip:
             before = f" ({self.skipped} such steps were skipped before)" if self.skipped else ""
             raise NonFiniteError(
@@ -105,10 +124,10 @@ class StepGuard:
         self._topology.log0(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(found)}")
         return False
 
-    def _named(self, watched: list[tuple[Tensor, Tensor | None]], only_bad: bool) -> list[str]:
+    def _named(self, tracked: list[tuple[Tensor, Tensor | None]], only_bad: bool) -> list[str]:
         """The micro-batches of all ranks with their images (collective). only_bad: those with a loss not finite."""
         mine = []
-        for loss, samples in watched:
+        for loss, samples in tracked:
             if not only_bad or not bool(torch.isfinite(loss).all()):
                 numbers = [] if samples is None else samples.tolist()
                 shown = ", ".join(self.where(number) for number in numbers[:NAMED])

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from llamagen_dist.files import disk_time
 from llamagen_dist.process import Identity, identify
 
 WAITING = "communication"
@@ -46,14 +47,26 @@ def write(log: Path, beat: Heartbeat) -> None:
 
 
 def read(log: Path, ranks: int) -> list[Heartbeat]:
-    """Those that can be read."""
-    found = []
+    """The heartbeats that can be read, with their times brought to this host's clock.
+
+    Hosts' clocks may differ by more than a rank may be silent. How old a heartbeat is says the disk: the time of its
+    file against the disk's time now. The writer's own clock only says how long before that ``since`` was.
+    """
+    now = time.time()
+    try:
+        offset = now - disk_time(log)
+    except OSError:  # a full disk takes no new file: then this host's clock has to do
+        offset = 0.0
+    beats = []
     for rank in range(ranks):
         try:
-            found.append(Heartbeat(**json.loads(path(log, rank).read_text(encoding="utf-8"))))
+            file = path(log, rank)
+            written = file.stat().st_mtime + offset
+            beat = Heartbeat(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
-    return found
+        beats.append(replace(beat, time=written, since=written - (beat.time - beat.since)))
+    return beats
 
 
 def forget(log: Path, ranks: int) -> None:

@@ -1,7 +1,9 @@
 """Steps that are not finite, slow ranks, too little memory, traces: a tiny run through fit() on forked ranks."""
 
+import gc
 import gzip
 import json
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,12 +16,13 @@ from llamagen_dist.data.order import Order
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking.log_line import MEASURED
+from llamagen_dist.training import garbage
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.guards import StepGuard
 from tests.expected_digest import expected
 from tests.ranks.fit_run import SAMPLES, lines, run
 from tests.ranks.forked import end_ranks, run_ranks
-from tests.ranks.layouts import BATCH, Layout, global_batch, local, make_task, mostly_long
+from tests.ranks.layouts import BATCH, Layout, global_batch, local, make_task, mostly_long, steps
 
 SKIP = "guard.skip_non_finite=1"
 
@@ -143,6 +146,115 @@ def test_a_guard_alone_passes_what_is_finite():
     guard.stop = lambda: True
     assert guard.check_finite(torch.tensor(2.0))
     assert guard.stop_requested
+
+
+# --- the rehearsal before the first step, and what a step costs the host ---
+
+
+def rehearsed(layout: Layout, settings: tuple[str, ...], guarded: bool = True) -> tuple[dict, list[float], bool]:
+    """(state after a rehearsal, losses of three steps after it, whether torch's random numbers are as before)."""
+    task = make_task(layout, "ema.decay=0.5", "model.token_dropout_p=0.2", *settings)
+    if not guarded:
+        task.guard.rehearsal = nullcontext
+    mine = local(global_batch(0), task.topology.dp_rank, task.topology.per_rank_batch(BATCH))
+    before, random = state(task), torch.get_rng_state()
+    task.rehearse(mine, 0)
+    same = {key: torch.equal(before[key], value) for key, value in state(task).items()}
+    untouched = torch.equal(random, torch.get_rng_state())
+    return same, [loss for pair in steps(task, 0, 3) for loss in pair], untouched
+
+
+def without_rehearsal(layout: Layout, settings: tuple[str, ...]) -> list[float]:
+    task = make_task(layout, "ema.decay=0.5", "model.token_dropout_p=0.2", *settings)
+    return [loss for pair in steps(task, 0, 3) for loss in pair]
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        (Layout(), ("train.micro_batch=4",)),
+        (Layout(2), ("train.micro_batch=3",)),
+        (Layout(2, 1, 1), ("compute.precision=bf16", "train.micro_batch=3")),
+        (Layout(2, 1, 2), ()),
+        (Layout(2, 1, 3), ("compute.precision=bf16",)),
+        (Layout(2, 2, 1), ()),
+    ],
+    ids=str,
+)
+def test_a_rehearsal_leaves_no_trace(layout, settings):
+    expected = run_ranks(without_rehearsal, layout.ranks, layout, settings)
+    for (same, losses, untouched), plain in zip(
+        run_ranks(rehearsed, layout.ranks, layout, settings), expected, strict=True
+    ):
+        assert all(same.values()), [key for key, equal in same.items() if not equal]
+        assert untouched
+        assert losses == plain, "to the last bit"
+
+
+def test_without_the_guard_a_rehearsal_would_be_a_step():
+    same, losses, _ = run_ranks(rehearsed, 1, Layout(), (), False)[0]
+    assert not same["weights:norm.weight"]
+    assert losses != run_ranks(without_rehearsal, 1, Layout(), ())[0]
+
+
+WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")
+
+
+def waits(two: bool) -> int:
+    """How often a step asks a tensor for its value, for which the host waits until a device has computed it."""
+    task = make_task(Layout(), "train.micro_batch=4")
+    if two:  # sabotage twin: a norm that is looked at by itself
+        norm = task.engine.gradient_norm
+        task.engine.gradient_norm = lambda: torch.as_tensor(float(norm()))
+    steps(task, 0, 1)
+    found = []
+    originals = {name: getattr(torch.Tensor, name) for name in WAITS}
+    for name, original in originals.items():
+
+        def counted(self, *arguments, _name=name, _original=original, **named):
+            if "/models/" not in sys._getframe(1).f_code.co_filename:  # there it is in branches for the CPU alone
+                found.append(_name)
+            return _original(self, *arguments, **named)
+
+        setattr(torch.Tensor, name, counted)
+    try:
+        task.step(global_batch(BATCH), BATCH)
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+    return len(found)
+
+
+def test_the_host_waits_once_a_step():
+    assert [run_ranks(waits, 1, two)[0] for two in (False, True)] == [1, 2]
+
+
+def collections(folder: Path, scheduled: bool) -> list[int]:
+    """Steps in which Python's garbage collector ran, of a run that makes plenty of garbage."""
+    garbage.EVERY_STEPS = 4
+    seen: list[int] = []
+    running = [0]
+    gc.callbacks.append(lambda phase, info: seen.append(running[0]) if phase == "start" and running[0] else None)
+
+    def litter(task: GPTTask, number: int) -> None:
+        if not scheduled:
+            gc.enable()
+        running[0] = number
+        for _ in range(5000):
+            cycle: list = []
+            cycle.append(cycle)
+
+    run(Layout(), folder, compute=litter)
+    assert gc.isenabled()
+    return sorted(set(seen) - {10})  # after the loop it is let loose again
+
+
+def test_garbage_is_collected_in_the_same_steps_on_all_ranks(tmp_path):
+    assert run_ranks(collections, 1, tmp_path / "scheduled", True)[0] == [4, 8]
+    assert len(run_ranks(collections, 1, tmp_path / "left-alone", False)[0]) > 5, "twin: left alone it runs at any time"
+    assert [line.get("loss") for line in lines(tmp_path / "scheduled")] == [
+        line.get("loss") for line in lines(tmp_path / "left-alone")
+    ]
 
 
 # --- the log line ---

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
+from llamagen_dist.build import build_vq
+from llamagen_dist.config import load
+from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.parallel.topology import start
 from llamagen_dist.tracking.log_line import MEASURED
 from tests import checkpoints as store
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
+from tokenizer_training.task import TokenizerTask
 from tokenizer_training.train import main
 
 IMAGES, BATCH, START = 96, 8, 48
@@ -130,3 +137,45 @@ def test_another_config_in_the_same_folder_is_refused(config, two_ranks):
     folder, _ = two_ranks
     ((_, error),) = run_ranks(call, 1, config, (f"run_dir={folder}", "loss.reconstruction=l1"))
     assert "loss.reconstruction: l2 -> l1" in error
+
+
+def reductions(config: Path, folder: Path, no_sync: bool) -> tuple[int, int]:
+    """How often a step of four micro-batches averages gradients: (of the generator, of the discriminator)."""
+    settings = load(config, [f"run_dir={folder}", "train.micro_batch=1"], kind="tokenizer")
+    task = TokenizerTask(build_vq(settings.model), settings, start(), open_shards(settings.data.validation))
+    assert task.discriminator is not None
+    counts = [0, 0]
+
+    def hook(which: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        counts[which] += 1
+        return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    for which, engine in enumerate((task.generator, task.discriminator)):
+        engine.module.register_comm_hook(which, hook)
+        if not no_sync:  # sabotage twin
+            engine.micro_step = lambda last: contextlib.nullcontext()
+    task.step(ImageBatch(torch.rand(4, 3, 16, 16), torch.arange(4)), START)
+    return counts[0], counts[1]
+
+
+def test_gradients_are_averaged_once_a_step(config, tmp_path):
+    assert run_ranks(reductions, 2, config, tmp_path, True) == [(1, 1)] * 2
+    assert run_ranks(reductions, 2, config, tmp_path, False) == [(4, 4)] * 2
+
+
+def rehearsal(config: Path, folder: Path) -> list[str]:
+    """What a rehearsal before the very first step changes."""
+    settings = load(config, [f"run_dir={folder}", "loss.discriminator.norm=batch"], kind="tokenizer")
+    task = TokenizerTask(build_vq(settings.model), settings, start(), open_shards(settings.data.validation))
+    assert task.discriminator is not None
+    modules = {"generator": task.generator.plain, "discriminator": task.discriminator.plain}
+    before = {f"{n}.{k}": v.clone() for n, m in modules.items() for k, v in m.state_dict().items()}
+    task.rehearse(ImageBatch(torch.rand(8, 3, 16, 16), torch.arange(8)), 0)
+    after = {f"{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()}
+    return [name for name, value in before.items() if not torch.equal(value, after[name])]
+
+
+def test_a_rehearsal_starts_no_codebook_and_counts_no_batch(config, tmp_path, monkeypatch):
+    assert run_ranks(rehearsal, 1, config, tmp_path) == [[]]
+    monkeypatch.setattr(torch.nn.Module, "buffers", lambda self, recurse=True: iter(()))  # twin: none is put back
+    assert any("running_mean" in name for name in run_ranks(rehearsal, 1, config, tmp_path)[0])

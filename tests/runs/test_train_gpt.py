@@ -19,6 +19,7 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import yaml
 
+from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
 from llamagen_dist.errors import UserError
@@ -177,6 +178,33 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, config, uninterrupted, num
     assert all((a[name] == b[name]).all() for name in b)
     # sabotage twin: a run that starts over with other samples first does not reproduce the lines
     assert lines(run)[20:] != lines(run)[:-20]
+
+
+def call_after(seconds: float | None, config: Path, settings: tuple[str, ...]) -> tuple[int, str, str]:
+    """``call`` where the checkpoint says how many seconds were spent so far (None: an older one does not)."""
+    original = Checkpoint.state.func
+
+    def state(checkpoint: Checkpoint) -> dict:
+        found = dict(original(checkpoint))
+        assert found.pop("seconds") > 0
+        return found if seconds is None else found | {"seconds": seconds}
+
+    Checkpoint.state = property(state)
+    return call(config, settings)
+
+
+@pytest.mark.parametrize("seconds", [1000.0, None])
+def test_the_seconds_of_a_run_are_those_of_all_its_starts(config, uninterrupted, tmp_path, seconds):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(store.complete(run)[-1])
+    assert run_ranks(call_after, 1, seconds, config, (f"run_dir={run}",))[0][0] == 0
+    summary = json.loads((run / "summary.json").read_text())
+    if seconds is None:
+        assert "seconds" not in summary, "unknown is absent"
+    else:
+        assert 1000 < summary["seconds"] < 1100
 
 
 def test_another_seed_gives_other_losses(data, config, uninterrupted):
