@@ -230,7 +230,7 @@ def test_weights_cut_anywhere_are_one_sentence(tmp_path: Path, suffix: str) -> N
 
 def test_a_tokenizer_that_decodes_to_nan_paints_no_black_pictures() -> None:
     with torch.random.fork_rng():
-        model = VQModel(VQConfig(32, (1, 1), 1, z_channels=32, codebook_size=8))
+        model = VQModel(VQConfig(32, (1, 1), res_blocks=1, z_channels=32, codebook_size=8))
     tokens = torch.zeros(1, 16, dtype=torch.int64)
     assert decode_tokens(model, tokens).shape == (1, 8, 8, 3)
     with torch.no_grad():
