@@ -110,7 +110,7 @@ class ImageSetSection(Section):
     shards."""
     reference: Path
     """The real images it is compared with, in either form. An .npz with ``mu`` and ``sigma`` (and ``mu_s``,
-    ``sigma_s``) gives these to FID (and sFID)."""
+    ``sigma_s``) gives these to FID (and sFID); without images in it, the other metrics are absent."""
 
 
 class KIDSection(Section):
