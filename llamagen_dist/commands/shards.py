@@ -68,7 +68,7 @@ def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
 
 def _verify(args: argparse.Namespace) -> None:
     from llamagen_dist.console import Progress
-    from llamagen_dist.data.verify import verify
+    from llamagen_dist.data.foreign import verify
 
     with _opened(args) as shards, Progress("verifying", len(shards)) as progress:
         verify(shards, progress.advance)
@@ -140,7 +140,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _index(args: argparse.Namespace) -> None:
     from llamagen_dist.console import Progress
-    from llamagen_dist.data.adopt import index_folder
+    from llamagen_dist.data.foreign import index_folder
     from llamagen_dist.errors import UserError
 
     classes = None
@@ -160,8 +160,8 @@ def _index(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from llamagen_dist.console import Progress
+    from llamagen_dist.data.foreign import merge
     from llamagen_dist.data.manifest import read_manifest
-    from llamagen_dist.data.merge import merge
 
     total = sum(len(read_manifest(folder).shards) for folder in args.folders)
     with Progress("merging", total) as progress:

@@ -30,6 +30,7 @@ CAPTION_MEMBER = ".txt"
 SHORT_CAPTION_MEMBER = ".short.txt"
 _OPEN_FILES = 256  # kept open, indexes among them; two sets stay far below the usual limit of 1,024 per process
 _LONGEST_LABEL = 18  # digits that fit into 64 bits
+_LABELS_AT_ONCE = 1 << 16  # a whole set's labels, as bytes, would fill the memory
 
 
 @dataclass(frozen=True)
@@ -245,14 +246,16 @@ class Shards:
         """
         classes = self.manifest.num_classes if num_classes is None else num_classes
         numbers = np.asarray(samples, np.int64)
-        texts = self.read_many(numbers, LABEL_MEMBER)
-        labels = np.array(
-            [int(text) if text.strip().isdigit() and len(text) <= _LONGEST_LABEL else -1 for text in texts], np.int64
-        )
-        bad = np.nonzero((labels < 0) | (labels >= classes))[0]
-        if len(bad):
-            text = bytes(texts[bad[0]][:_LONGEST_LABEL])
-            raise UserError(f"{self.where(int(numbers[bad[0]]))}: label {text!r} is not one of the {classes} classes")
+        labels = np.empty(len(numbers), np.int64)
+        for start in range(0, len(numbers), _LABELS_AT_ONCE):
+            piece = numbers[start : start + _LABELS_AT_ONCE]
+            for row, text in enumerate(self.read_many(piece, LABEL_MEMBER), start):
+                labels[row] = int(text) if text.strip().isdigit() and len(text) <= _LONGEST_LABEL else -1
+                if not 0 <= labels[row] < classes:
+                    shown = bytes(text[:_LONGEST_LABEL])
+                    raise UserError(
+                        f"{self.where(int(numbers[row]))}: label {shown!r} is not one of the {classes} classes"
+                    )
         return labels
 
     def where(self, sample: int) -> str:

@@ -24,10 +24,10 @@ import tokenizer_training.extract as program
 from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerModelSection, load
 from llamagen_dist.data import images
+from llamagen_dist.data.foreign import verify
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
-from llamagen_dist.data.verify import verify
 from llamagen_dist.errors import UserError
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llamagen_dist.data.foreign import verify
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
-from llamagen_dist.data.verify import verify
 from llamagen_dist.errors import UserError
 
 

@@ -251,7 +251,7 @@ def test_turned_pictures_are_packed_upright_resized_or_kept_and_said(tmp_path, c
 
 def test_readers_turn_pictures_that_others_packed(tmp_path):
     """The shards of another tool: the training's reader and the evaluation's decode as packing does."""
-    from llamagen_dist.data.adopt import index_folder
+    from llamagen_dist.data.foreign import index_folder
 
     write(tmp_path / "a.tar", tar_bytes([("0.png", turned(6)), ("1.png", turned(1))]))
     index_folder(tmp_path)
