@@ -4,17 +4,21 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import written_aside
+from llamagen_dist.models.sizes import GPT_SIZES, VQ_SIZES
+
 FORMATS = ("llamagen", "safetensors")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    from llamagen_dist.checkpoint.llamagen import SIZES
-
     parser.add_argument("source", type=Path, metavar="IN", help="a weights file, a run directory or a step_… folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write; it must not exist")
     parser.add_argument("--from", dest="origin", choices=FORMATS, help="default: by the suffix of IN")
     parser.add_argument("--to", choices=FORMATS, help="default: by the suffix of OUT")
-    parser.add_argument("--size", choices=SIZES, help="refuse anything but this size (default: find out which it is)")
+    parser.add_argument(
+        "--size", choices=(*GPT_SIZES, *VQ_SIZES), help="refuse anything but this size (default: find out which it is)"
+    )
     parser.add_argument(
         "--weights",
         choices=("model", "ema"),
@@ -26,7 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from llamagen_dist.checkpoint import llamagen
     from llamagen_dist.checkpoint.checkpoint import Checkpoint
-    from llamagen_dist.errors import UserError
 
     if args.origin is not None and args.source.is_file() and args.origin != format_of(args.source):
         raise UserError(f"--from {args.origin}: {args.source} is a {format_of(args.source)} file by its suffix")
@@ -67,7 +70,6 @@ def run(args: argparse.Namespace) -> None:
 
 def format_of(path: Path) -> str:
     """By the suffix. Raises UserError for any but .safetensors, .pt and .pth."""
-    from llamagen_dist.errors import UserError
 
     if path.suffix == ".safetensors":
         return "safetensors"
@@ -79,8 +81,6 @@ def format_of(path: Path) -> str:
 def write_checked(out: Path, save: Callable[[Path], None], identity: str) -> str:
     """Write aside, read back, compare, rename; returns the identity. Raises UserError when the disk refuses."""
     from llamagen_dist.checkpoint.checkpoint import Checkpoint
-    from llamagen_dist.errors import UserError
-    from llamagen_dist.files import written_aside
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

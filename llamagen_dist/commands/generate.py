@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from llamagen_dist.errors import UserError
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a GPT's run directory or step_… folder")
@@ -42,7 +44,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from llamagen_dist.errors import UserError
     from llamagen_dist.sampling.conditions import Classes, Conditions, written
     from llamagen_dist.sampling.grid import save
     from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of

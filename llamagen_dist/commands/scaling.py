@@ -1,8 +1,12 @@
 """``llamagen scaling fit RUNS.csv|LADDER``: a scaling law from measured runs, with what it predicts and how well."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
+
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import write_text
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
-    from llamagen_dist.errors import UserError
-    from llamagen_dist.files import write_text
     from llamagen_dist.scaling.ladder import read_ladder
     from llamagen_dist.scaling.points import read_csv
     from llamagen_dist.scaling.study import Options, study
