@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamagen_dist.config import ShardAccess
+from llamagen_dist.console import Progress
+from llamagen_dist.data.manifest import read_manifest
+from llamagen_dist.errors import UserError
+
 if TYPE_CHECKING:
     from llamagen_dist.data.shards import Shards
 
@@ -54,9 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
-    from llamagen_dist.config import ShardAccess
     from llamagen_dist.data.shards import open_shards
-    from llamagen_dist.errors import UserError
 
     if args.cache_gb <= 0:
         raise UserError(f"--cache-gb {args.cache_gb:g}: must be greater than 0")
@@ -67,7 +70,6 @@ def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from llamagen_dist.console import Progress
     from llamagen_dist.data.foreign import verify
 
     with _opened(args) as shards, Progress("verifying", len(shards)) as progress:
@@ -124,7 +126,6 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from llamagen_dist.errors import UserError
     from llamagen_dist.sampling.grid import save_page
     from llamagen_dist.sampling.sheet import shard_sheet
 
@@ -139,9 +140,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from llamagen_dist.console import Progress
     from llamagen_dist.data.foreign import index_folder
-    from llamagen_dist.errors import UserError
 
     classes = None
     if args.classes is not None:
@@ -159,9 +158,7 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from llamagen_dist.console import Progress
     from llamagen_dist.data.foreign import merge
-    from llamagen_dist.data.manifest import read_manifest
 
     total = sum(len(read_manifest(folder).shards) for folder in args.folders)
     with Progress("merging", total) as progress:
