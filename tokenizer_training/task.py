@@ -1,5 +1,6 @@
 """The tokenizer as a Task: the autoencoder and, from some image on, its discriminator."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -187,6 +188,8 @@ class TokenizerTask:
         self.model.train()
         sums, histogram = self._total(sums), self._total(histogram)
         loss, decibels, similarity = (sums[:3] / sums[3]).tolist()
+        if not math.isfinite(loss):  # as bytes a NaN is a black pixel, which would have a score
+            decibels = similarity = math.nan
         usage = float((histogram > 0).double().mean())
         return {"val_loss": loss, "psnr": decibels, "ssim": similarity, "codebook_usage": usage}
 

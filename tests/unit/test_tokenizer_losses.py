@@ -1,5 +1,6 @@
 """Loss values by hand, a discriminator that waits for its turn, and a perceptual loss that refuses bad files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,15 @@ def test_validation_measures_the_unpadded_part_and_counts_codes_exactly(shards):
     assert task.validate()["val_loss"] == pytest.approx(found["val_loss"])
     assert 1 / 32 <= found["codebook_usage"] <= 1
     assert (found["codebook_usage"] * 32) == round(found["codebook_usage"] * 32)
+
+
+def test_pictures_of_nan_have_no_psnr(shards):
+    """Rounded to bytes they are black, which is a picture like any other."""
+    task = make_task(shards)
+    with torch.no_grad():
+        task.model.post_quant_conv.bias.fill_(math.nan)
+    measured = task.validate()
+    assert all(math.isnan(measured[key]) for key in ("val_loss", "psnr", "ssim"))
 
 
 def test_bad_sizes_are_refused_in_one_sentence(shards):
