@@ -14,11 +14,12 @@ STRICT = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def finite(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """A validator around each key's own: no number of a run is infinite, NaN or beyond 64 bits.
+    """A validator around each key's own: no number of a run is infinite, NaN, beyond 64 bits or a truth value.
 
     YAML reads 1e400 as infinity, pydantic reads the word ``nan`` as a float, and NaN passes some comparisons; so what
     is given and what is made of it are both looked at. Raises ValueError.
     """
+    given = value
     for stage in (lambda x: x, validate):
         value = stage(value)
         for number, where in _numbers(value):
@@ -26,6 +27,9 @@ def finite(value: Any, validate: Callable[[Any], Any]) -> Any:
                 raise ValueError(f"{where}{number} is not a finite number")
             if isinstance(number, int) and not -(1 << 63) <= number < 1 << 63:
                 raise ValueError(f"{where}does not fit in 64 bits")
+    truth = any(isinstance(number, bool) for number, _ in _numbers(given))
+    if truth and all(type(number) in (int, float) for number, _ in _numbers(value)):
+        raise ValueError("needs a number")  # pydantic takes true for 1
     return value
 
 

@@ -147,7 +147,7 @@ NUMBERS = sorted(
     for key, parts in keys_of(section)
     if {int, float} & set(parts) and "*" not in key
 )
-IMPOSSIBLE = (".inf", "-.inf", ".nan", "inf", "nan", "1e400", "-1e400", "9" * 19, "9" * 400, "9" * 5000)
+IMPOSSIBLE = (".inf", "-.inf", ".nan", "inf", "nan", "1e400", "-1e400", "9" * 19, "9" * 400, "9" * 5000, "true")
 
 
 @pytest.mark.parametrize(("kind", "key", "whole"), NUMBERS)
