@@ -89,7 +89,8 @@ def train_one(
     initial: Initial | None = None,
 ) -> bool:
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
-    with open_run(config, topology, config.run_dir, train.manifest.classes, train.manifest.fingerprint(), label) as run:
+    prints = train.manifest.fingerprint(), validation.manifest.fingerprint()
+    with open_run(config, topology, config.run_dir, train.manifest.classes, prints[0], label, prints[1]) as run:
         note_origin(run, initial, train.manifest)
         stream = token_stream(train, config, model, topology, training=True)
         held_out = token_stream(validation, config, model, topology, training=False)

@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
     )
     torch.manual_seed(config.train.seed)  # for the initial weights only; nothing after them draws from it
     task = TokenizerTask(build_vq(config.model), config, topology, held_out)
-    with open_run(config, topology, fingerprint=images.manifest.fingerprint(), label="tokenizer") as run:
+    prints = {"fingerprint": images.manifest.fingerprint(), "held_out": held_out.manifest.fingerprint()}
+    with open_run(config, topology, label="tokenizer", **prints) as run:
         run.say(
             f"tokenizer: {task.parameters:,} parameters, {topology.world} ranks, "
             f"{config.train.images:,} images of {config.data.image_size} x {config.data.image_size} pixels"

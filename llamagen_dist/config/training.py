@@ -72,6 +72,13 @@ class OptimSection(Section):
     """The rate that ``cosine`` and ``wsd`` end at."""
 
     @property
+    def ends_at(self) -> float:
+        """The image from which on the rate stays at ``final_lr``; infinite for schedules without an end."""
+        if self.schedule == "cosine":
+            return self.cosine_images
+        return self.cooldown_from + self.cooldown_images if self.schedule == "wsd" else math.inf
+
+    @property
     def constant_until(self) -> float:
         """Up to so many images a run is the same as a shorter run that ended there; infinite without a cooldown."""
         if self.schedule == "cosine":

@@ -7,17 +7,18 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from llamagen_dist import __version__
+from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import Section, dump
-from llamagen_dist.config.resume import same_config
+from llamagen_dist.config.resume import DATA, Change, compare
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import UNLOCKABLE, remove_asides, write_text
+from llamagen_dist.files import UNLOCKABLE, read_json, remove_asides, write_text
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking import provenance
 from llamagen_dist.training.fence import Fence
@@ -158,11 +159,14 @@ def open_run(
     classes: list[str] | None = None,
     fingerprint: str | None = None,
     label: str | None = None,
+    held_out: str | None = None,
 ) -> Iterator[Run]:
     """Make or reopen ``config.run_dir`` (collective; rank 0 does the work).
 
+    fingerprint, held_out: of the training and of the validation data.
+
     Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with
-    another config (listing what differs), belongs to somebody else, or is in use.
+    another config (listing what differs) or other data, belongs to somebody else, or is in use.
     """
     directory = directory or getattr(config, "run_dir")  # noqa: B009 - every kind with runs has the key
     lock: IO[str] | None = None
@@ -172,11 +176,18 @@ def open_run(
         _make_private(directory)
         lock = _lock(directory, run.fence, topology.log0)
         remove_asides(directory)
-        for line in same_config(directory, config):
-            topology.log0(line)
+        change = compare(directory, config)
+        file = directory / "record.json"
+        record = read_json(file) if file.exists() else _record()
+        data = {key: value for key, value in zip(DATA, (fingerprint, held_out), strict=True) if value is not None}
+        _check_moved(directory, change.moved, record.get("data", {}), data)
+        rewound = _rewind(directory, change)
+        for line in change.lines:
+            topology.log0(line + rewound)
+        # last, so that a start that is killed before does all of the above again
         write_text(directory / "config.yaml", dump(config))
-        if not (directory / "record.json").exists():
-            write_text(directory / "record.json", json.dumps(_record(), indent=1))
+        if "data" not in record:
+            write_text(file, json.dumps(record | {"data": data}, indent=1))
 
     run = Run(directory, topology, dump(config), classes, fingerprint, label or directory.name)
     try:
@@ -187,6 +198,57 @@ def open_run(
             run._metrics.close()
         if lock is not None:
             lock.close()
+
+
+def _check_moved(directory: Path, moved: tuple[str, ...], recorded: Mapping[str, str], data: Mapping[str, str]) -> None:
+    """Raise UserError where data that lie elsewhere now are not known to be the same.
+
+    recorded: fingerprints by key, as of the run's first start. data: those of the data it is started with.
+    """
+    for key in moved:
+        known = recorded.get(key)
+        if known is None and key == "data.train" and (folders := complete(directory)):
+            known = read_json(folders[-1] / "state.json")["data"]  # of a run that an older version began
+        if known is None:
+            raise UserError(
+                f"{key}: another path than before, and {directory} does not say which data it was begun with; start it "
+                "once from the old path, which notes it, or choose another run_dir"
+            )
+        if known != data.get(key):
+            raise UserError(
+                f"{key}: {directory} was begun with other data (fingerprint {known}, now {data.get(key)}); point it at "
+                "the same shards, wherever they lie now, or choose another run_dir"
+            )
+
+
+def _rewind(directory: Path, change: Change) -> str:
+    """Make a run that grows, or whose schedule moved, unfinished; returns what to add to the line about it.
+
+    Checkpoints that the old learning rates have led away from the new config's run are set aside, never deleted:
+    a cooled-down model is a result. Raises UserError where no checkpoint from before is kept.
+    """
+    folders = complete(directory)
+    reached = {folder: read_json(folder / "state.json")["images_seen"] for folder in folders}
+    late = [folder for folder in folders if reached[folder] > change.alike_until]
+    if late and len(late) == len(folders):
+        raise UserError(
+            f"{directory}: up to image {change.alike_until:,} the old and the new learning rates are the same, and no "
+            f"checkpoint from before is kept (the first is at image {reached[late[0]]:,}): use the old optim.* again, "
+            "or start another run from these weights (init_from)"
+        )
+    if change.grows or late:
+        (directory / "summary.json").unlink(missing_ok=True)
+    if not late:
+        return ""
+    aside = directory / "checkpoints" / f"set_aside_{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for folder in reversed(late):  # newest first: what is left is at any time a run that can be continued
+        folder.rename(aside / folder.name)
+    last = reached[folders[len(folders) - len(late) - 1]]
+    return (
+        f"; the old learning rates differ from image {change.alike_until:,} on, so training continues from the "
+        f"checkpoint at image {last:,}, and later ones are set aside in {aside}"
+    )
 
 
 def _record() -> dict[str, Any]:

@@ -257,6 +257,115 @@ def test_a_run_goes_on_with_another_layout_and_other_guards(data, config, uninte
     assert json.loads((run / "summary.json").read_text())["samples"] == lines(uninterrupted)[-2]["samples"]
 
 
+# --- a run that grows, and one that moves ---
+
+
+def trained(run: Path) -> list[dict]:
+    return lines(run, ("step", "images_seen", "loss", "grad_norm", "samples", "lr"))
+
+
+def without_validation(run: Path) -> list[dict]:
+    return [row for row in trained(run) if "loss" in row]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (store.read_weights(r) for r in (one, other))
+    return all((a[name] == b[name]).all() for name in b)
+
+
+def test_a_finished_run_grows_into_the_run_that_was_longer_from_the_start(data, config, uninterrupted, tmp_path):
+    run, longer = tmp_path / "run", tmp_path / "longer"
+    shutil.copytree(uninterrupted, run)
+    code, out, err = run_all(2, config, f"run_dir={run}", "train.images=800")[0]
+    assert code == 0, out + err
+    (said,) = (line for line in out.splitlines() if "changed since the last start, which is allowed: " in line)
+    assert "train.images: 640 -> 800" in said
+    assert run_all(2, config, f"run_dir={longer}", "train.images=800")[0][0] == 0
+    assert without_validation(run) == without_validation(longer)
+    assert same_weights(run, longer)
+    assert not same_weights(run, uninterrupted), "twin: it trained on"
+    assert "images: 800" in (run / "config.yaml").read_text()
+    assert json.loads((run / "summary.json").read_text())["images_seen"] == 800
+    before = contents(run)
+    code, _, err = run_all(1, config, f"run_dir={run}", "train.images=320")[0]
+    assert code == 2
+    assert "train.images: 800 -> 320" in err
+    assert contents(run) == before
+
+
+WSD = ("optim.schedule=wsd", "optim.cooldown_images=160", "train.images=320")
+
+
+def test_a_cooled_down_run_continues_from_before_its_cooldown(config, tmp_path):
+    run, longer = tmp_path / "run", tmp_path / "longer"
+    keep = "checkpoint.keep_last=9"
+    assert run_all(1, config, f"run_dir={run}", *WSD, "optim.cooldown_from=160", keep)[0][0] == 0
+    cooled = store.newest(run).name
+    grown = (*WSD[:2], "train.images=480", "optim.cooldown_from=320", keep)
+    code, out, err = run_all(1, config, f"run_dir={run}", *grown)[0]
+    assert code == 0, out + err
+    (said,) = (line for line in out.splitlines() if "which is allowed" in line)
+    assert "differ from image 160 on, so training continues from the checkpoint at image 160" in said
+    assert run_all(1, config, f"run_dir={longer}", *grown)[0][0] == 0
+    assert without_validation(run) == without_validation(longer)
+    assert same_weights(run, longer)
+    (aside,) = (run / "checkpoints").glob("set_aside_*")
+    assert [folder.name for folder in aside.iterdir()] == [cooled]
+    assert (aside / cooled / "COMPLETE").exists(), "the cooled-down model is kept"
+
+
+def test_a_cooldown_that_no_checkpoint_is_from_before_is_not_continued(config, tmp_path):
+    run = tmp_path / "run"
+    assert run_all(1, config, f"run_dir={run}", *WSD, "optim.cooldown_from=0")[0][0] == 0
+    before = contents(run)
+    code, _, err = run_all(1, config, f"run_dir={run}", *WSD[:2], "train.images=480", "optim.cooldown_from=160")[0]
+    assert code == 2
+    assert "no checkpoint from before is kept (the first is at image 160)" in err
+    assert contents(run) == before
+    # the schedule left as it is, more images are exact, and useless: that is said
+    code, out, _ = run_all(1, config, f"run_dir={run}", *WSD[:2], "train.images=480", "optim.cooldown_from=0")[0]
+    assert code == 0
+    assert "from image 160 on the learning rate stays at optim.final_lr 0.0" in out
+
+
+def test_data_may_lie_elsewhere_but_not_be_others(data, config, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(store.complete(run)[-1])
+    moved = tmp_path / "moved"
+    for name in ("train", "validation"):
+        shutil.copytree(data / name, moved / name)
+    there = (f"data.train={moved / 'train'}", f"data.validation={moved / 'validation'}")
+    before = contents(run)
+    for key, where in (("data.validation", data / "other"), ("data.train", data / "other")):
+        code, _, err = run_all(1, config, f"run_dir={run}", f"{key}={where}")[0]
+        assert code == 2
+        assert f"{key}: {run} was begun with other data" in err
+        assert contents(run) == before
+    code, out, err = run_all(2, config, f"run_dir={run}", *there)[0]
+    assert code == 0, out + err
+    assert f"data.train: {data / 'train'} -> {moved / 'train'}; data.validation: " in out
+    assert lines(run) == lines(uninterrupted)
+    assert same_weights(run, uninterrupted)
+    assert str(moved / "train") in (run / "config.yaml").read_text()
+
+
+def test_an_old_run_moves_its_training_data_and_says_what_it_does_not_know(data, config, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    record = json.loads((run / "record.json").read_text())
+    del record["data"]
+    (run / "record.json").write_text(json.dumps(record))
+    shutil.copytree(data / "validation", tmp_path / "moved")
+    code, _, err = run_all(1, config, f"run_dir={run}", f"data.validation={tmp_path / 'moved'}")[0]
+    assert code == 2
+    assert "does not say which data it was begun with; start it once from the old path" in err
+    shutil.copytree(data / "train", tmp_path / "train")
+    there = (f"run_dir={run}", f"data.train={tmp_path / 'train'}")
+    assert run_all(1, config, *there)[0][0] == 0
+
+
 def contents(folder: Path) -> list[tuple[Path, bytes]]:
     return sorted((p, p.read_bytes()) for p in folder.rglob("*") if p.is_file() and p.name != "lock")
 
