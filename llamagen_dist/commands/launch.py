@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from llamagen_dist.commands import options
+from llamagen_dist.commands.pipeline import run_here
 from llamagen_dist.config import load
-from llamagen_dist.launch import single
-from llamagen_dist.launch.slurm.run import launch
+from llamagen_dist.launch.graph import single
+from llamagen_dist.launch.slurm.launch import Target, launch
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load(args.config, args.settings)
     if args.cluster == "local":
-        single.launch(args.module, config, options.ranks_here(args, args.gpus_per_node or 1), args.dry_run)
+        run_here(single(args.module, config, options.ranks_here(args, args.gpus_per_node or 1)), args.dry_run)
         return
     options.no_ranks(args)
-    profile = load(args.cluster, kind="cluster")
-    size = {"nodes": args.nodes, "gpus_per_node": args.gpus_per_node}
-    launch(args.module, config, profile, **size, dry_run=args.dry_run, follow=args.follow)
+    target = Target(load(args.cluster, kind="cluster"), args.nodes, args.gpus_per_node)
+    launch(single(args.module, config), target, dry_run=args.dry_run, follow=args.follow)

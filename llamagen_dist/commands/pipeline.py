@@ -5,9 +5,10 @@ from pathlib import Path
 
 from llamagen_dist.commands import options
 from llamagen_dist.config import load
-from llamagen_dist.launch import listing, pipeline
-from llamagen_dist.launch.slurm import pipeline as cluster
-from llamagen_dist.launch.stages import Plan, plan, words
+from llamagen_dist.launch import here, listing
+from llamagen_dist.launch.graph import Graph
+from llamagen_dist.launch.slurm import launch
+from llamagen_dist.launch.stages import plan, words
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +32,21 @@ def rehearsal(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    made = plan(args.file, args.out.absolute(), words(args.settings), args.small)
+    graph = plan(args.file, args.out.absolute(), words(args.settings), args.small)
     if args.cluster == "local":
-        run_here(made, args.dry_run)
+        run_here(graph, args.dry_run)
         return
-    profile = load(args.cluster, kind="cluster")
+    target = launch.Target(load(args.cluster, kind="cluster"))
     if args.dry_run:
-        cluster.show(made, profile)
+        launch.show(graph, target)
     else:
-        cluster.launch(made, profile, follow=args.follow)
+        launch.run(graph, target, follow=args.follow)
 
 
-def run_here(made: Plan, dry_run: bool) -> None:
-    """Show the plan, or run it on this machine. Raises UserError and SystemExit as pipeline.run does."""
+def run_here(graph: Graph, dry_run: bool) -> None:
+    """List what a graph holds, or run it on this machine. Raises UserError and SystemExit as here.run does."""
     if dry_run:
-        pipeline.check(made)
-        listing.show(made)
+        graph.check()
+        listing.show(graph)
     else:
-        pipeline.run(made)
+        here.run(graph)

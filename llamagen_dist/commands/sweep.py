@@ -7,9 +7,11 @@ from llamagen_dist.commands import options
 from llamagen_dist.commands.plan import add_gpu, machine
 from llamagen_dist.config import load
 from llamagen_dist.console import Screen
-from llamagen_dist.launch import sweep as local
-from llamagen_dist.launch.points import Sweep, sweep
-from llamagen_dist.launch.slurm import sweep as cluster
+from llamagen_dist.launch import here
+from llamagen_dist.launch.graph import Graph
+from llamagen_dist.launch.points import sweep
+from llamagen_dist.launch.slurm import launch
+from llamagen_dist.launch.state import JobState, state_of
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.planning.sweep import need, show
 
@@ -27,28 +29,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    made = sweep(args.file, args.out.absolute(), args.settings)
+    graph = sweep(args.file, args.out.absolute(), args.settings)
     if args.cluster == "local":
         if not args.dry_run:
-            local.run(made, args.retry_failed)
+            here.run(graph, args.retry_failed)
             return
-        local.check(made)
-        ranks = made.config.ranks
-        _show(made, machine(args, ranks, ranks), 1, [local.state_of(point) for point in made.points])
+        graph.check()
+        ranks = graph.nodes[0].ranks
+        _show(graph, machine(args, ranks, ranks), 1, [state_of(point.job, {}) for point in graph.nodes])
         print("Nothing was started.")
         return
-    profile = load(args.cluster, kind="cluster")
+    target = launch.Target(load(args.cluster, kind="cluster"))
     if not args.dry_run:
-        cluster.launch(made, profile, retry_failed=args.retry_failed, follow=args.follow)
+        launch.run(graph, target, retry_failed=args.retry_failed, follow=args.follow)
         return
-    cluster.check(made)
-    size, states = cluster.size_for(made, profile), cluster.states(made)
-    _show(made, machine(args, size.ranks, size.ranks_per_node), made.config.at_once or len(made.points), states)
-    print(f"\n{cluster.text(made, profile, size, states)}\nNothing was started.")
+    graph.check()
+    node = launch.sweep_node(graph)
+    size, states = target.array_size(node), launch.states(graph)
+    there = machine(args, size.ranks, size.ranks_per_node)
+    _show(graph, there, graph.at_once or len(graph.nodes), list(states.values()))
+    print(f"\n{launch.script_of(graph, target, node, size, states)}\nNothing was started.")
 
 
-def _show(made: Sweep, there: Machine, at_once: int, states: list[local.State]) -> None:
+def _show(graph: Graph, there: Machine, at_once: int, states: list[JobState]) -> None:
     """at_once: points that run at the same time."""
     words = [f"{state.kind}: {state.reason}" if state.reason else state.kind for state in states]
-    needs = [need(point.name, point.stage.config, there) for point in made.points]
-    show(f"{made.config.title} -> {made.out}", needs, words, there, at_once, Screen())
+    needs = [need(point.name, point.config, there) for point in graph.nodes]
+    show(f"{graph.title} -> {graph.out}", needs, words, there, at_once, Screen())

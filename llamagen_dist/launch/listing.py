@@ -16,26 +16,24 @@ from llamagen_dist.config import (
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import json_if_there
-from llamagen_dist.launch.stages import Plan, Stage
+from llamagen_dist.launch.graph import Graph, Node
 
 
-def show(plan: Plan) -> None:
+def show(graph: Graph) -> None:
     """Print a row per stage: ranks, program, size, the folders it fills, and whether it is finished."""
-    from llamagen_dist.launch.pipeline import is_finished
-
-    table = Table(title=f"{plan.title} -> {plan.out}")
+    table = Table(title=f"{graph.title} -> {graph.out}")
     for heading in ("", "stage", "ranks", "program", "size", "writes", ""):
         table.add_column(heading, overflow="fold")
-    for number, stage in enumerate(plan.stages, start=1):
-        folders = ", ".join(writes(stage, plan.out))
-        finished = "finished" if is_finished(plan.out, stage) else ""
+    for number, stage in enumerate(graph.nodes, start=1):
+        folders = ", ".join(writes(stage, graph.out))
+        finished = "finished" if stage.is_finished() else ""
         table.add_row(str(number), stage.name, str(stage.ranks), stage.module, size(stage), folders, finished)
     screen = Screen()
     screen.console.print(table, soft_wrap=False)
     screen.say("Nothing was started.")
 
 
-def writes(stage: Stage, out: Path) -> list[str]:
+def writes(stage: Node, out: Path) -> list[str]:
     """The files and folders that the stage fills, relative to ``out`` where they lie in it."""
     config = stage.config
     target = getattr(config, "out", None) or getattr(config, "run_dir", None) or (stage.sweep and stage.sweep.out)
@@ -47,11 +45,11 @@ def writes(stage: Stage, out: Path) -> list[str]:
     return [str(path.relative_to(out)) if path.is_relative_to(out) and path != out else str(path) for path in paths]
 
 
-def size(stage: Stage) -> str:
+def size(stage: Node) -> str:
     """How many images, models or points the stage goes through; empty where that shows only when it runs."""
     config, images = stage.config, stage.images
     if stage.sweep is not None:
-        return f"{len(stage.sweep.points)} points"
+        return f"{len(stage.sweep.nodes)} points"
     if isinstance(config, GPTConfigFile):
         runs = rungs(config)
         many = f"{len(runs)} GPTs ({runs[0][0]} to {runs[-1][0]}), " if len(runs) > 1 else ""

@@ -12,37 +12,17 @@ from llamagen_dist.config import KINDS, Section, SweepConfig, load, shrink
 from llamagen_dist.config.loader import resolve
 from llamagen_dist.config.yaml_text import merge, nest, parse, read
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.stages import Stage, absolute
+from llamagen_dist.launch.graph import Graph, Node, absolute
 
 MOST = 10_000
 LONGEST_NAME = 120
 _OUR_FILES = frozenset(["code", "lock", "config.yaml", "log", "report"])
-_PLACES = {"run_dir": "", "out": "out"}  # the key that says where a program writes -> below the point's folder
+_TARGETS = {"run_dir": "", "out": "out"}  # the key that says where a program writes -> below the point's folder
 _FIELD = re.compile(r"\{([A-Za-z0-9_.]+)\}")
 _ODD = re.compile(r"[^A-Za-z0-9.+]+")
 
 
-@dataclass(frozen=True)
-class Point:
-    """settings: what tells it from the others, dotted. stage: its program and whole config."""
-
-    name: str
-    settings: Mapping[str, Any]
-    folder: Path
-    stage: Stage
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """config: as read, with the command line's settings in ``set``. keys: the dotted keys that differ."""
-
-    config: SweepConfig
-    out: Path
-    keys: tuple[str, ...]
-    points: tuple[Point, ...]
-
-
-def sweep(file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (), small: float = 1.0) -> Sweep:
+def sweep(file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (), small: float = 1.0) -> Graph:
     """Read a sweep file and fill in every point.
 
     settings: for all points, ``key=value`` words or dotted keys. small: factor on every training length.
@@ -59,26 +39,36 @@ def sweep(file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (
     names = name_points(rows, config.name, str(file))
     common = merge(read(base), below)
     kind = str(common.get("kind"))
-    place = next((key for key in _PLACES if kind in KINDS and key in KINDS[kind].model_fields), None)
-    if place is None:
+    target_key = next((key for key in _TARGETS if kind in KINDS and key in KINDS[kind].model_fields), None)
+    if target_key is None:
         raise UserError(f"{base}: a config of kind {kind} writes into no folder of its own and cannot be swept")
-    for key in (place, "kind"):
+    for key in (target_key, "kind"):
         if key in swept or key in below:
             raise UserError(f"{file}: {key} is set by the sweep itself; leave it out")
     points = []
     for name, row in zip(names, rows, strict=True):
         folder = out / name
-        target = folder / _PLACES[place]
+        target = folder / _TARGETS[target_key]
         if kind == "evaluate":
             target = folder / "evaluation.json"
         filled: Section = resolve(
-            merge(merge(common, nest(row.settings)), {place: str(target)}), f"{file}: point {name}: {base.name}"
+            merge(merge(common, nest(row.settings)), {target_key: str(target)}), f"{file}: point {name}: {base.name}"
         )
         whole = absolute(filled) if small == 1.0 else shrink(absolute(filled), small)
-        stage = Stage(name=name, why="", module=config.module, ranks=config.ranks, config=whole)
-        points.append(Point(name, row.settings, folder, stage))
+        points.append(
+            Node(
+                name=name,
+                module=config.module,
+                folder=folder,
+                ranks=config.ranks,
+                nodes=config.nodes,
+                gpus_per_node=config.gpus_per_node,
+                config=whole,
+                settings=row.settings,
+            )
+        )
     kept = config.model_copy(update={"config": base.absolute(), "set": below})
-    return Sweep(kept, out, _differing(rows), tuple(points))
+    return Graph("sweep", config.title, out, tuple(points), kept, _differing(rows))
 
 
 @dataclass(frozen=True)

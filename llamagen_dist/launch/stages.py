@@ -1,74 +1,20 @@
-"""From a pipeline file to the exact programs and configs that will run; nothing is started or written."""
+"""From a pipeline file to its nodes: the exact programs and configs that will run; nothing is started or written."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, difference, dump, load, shrink
+from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepConfig, load, shrink
 from llamagen_dist.config.yaml_text import nest
 from llamagen_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from llamagen_dist.launch.points import Sweep
+from llamagen_dist.launch import points
+from llamagen_dist.launch.graph import Graph, Node, absolute
 
 _NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage, everything filled in. With a config, that file's path becomes its first argument."""
-
-    name: str
-    why: str
-    module: str
-    ranks: int
-    arguments: tuple[str, ...] = ()
-    config: Section | None = None
-    produces: tuple[Path, ...] = ()
-    images: int | None = None
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    sweep: "Sweep | None" = None
-    """A stage of many points; config is then the sweep's, and each point is trained as it says."""
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the stage's result; the number of ranks does not (runs resume on any layout)."""
-        return {
-            "module": self.module,
-            "arguments": list(self.arguments),
-            "config": None if self.config is None else dump(self.config),
-        }
-
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-    def differs_from(self, earlier: Mapping[str, Any], config_file: Path) -> list[str]:
-        """What changed since it was started with ``earlier`` (an identity), as ``key: old -> new`` lines."""
-        mine = self.identity()
-        lines = [
-            f"{key}: {earlier[key]} -> {mine[key]}" for key in ("module", "arguments") if earlier[key] != mine[key]
-        ]
-        if earlier["config"] != mine["config"]:
-            if self.config is None or earlier["config"] is None:
-                lines.append("config: " + ("added" if earlier["config"] is None else "taken away"))
-            else:
-                lines += difference(load(config_file), self.config) or ["config: written by another version"]
-        return lines
-
-
-@dataclass(frozen=True)
-class Plan:
-    title: str
-    out: Path
-    config: PipelineConfig
-    stages: tuple[Stage, ...]
-
-
-def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, small: float = 1.0) -> Plan:
+def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, small: float = 1.0) -> Graph:
     """Read a pipeline file and fill in every stage.
 
     variables: replace the file's own (unknown names are errors). small: factor on every training length and
@@ -84,8 +30,10 @@ def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, smal
             raise UserError(f"{file}: there is no variable {name!r}; it has {', '.join(sorted(known)) or 'none'}")
     values = {**known, **(variables or {}), "out": str(out)}
     kept = {"variables": {k: values[k] for k in config.variables}, "counts": config.counts}
-    stages = tuple(_fill(stage, file, values, small) for stage in config.stages)
-    return Plan(config.title, out, config.model_copy(update=kept), stages)
+    nodes: list[Node] = []
+    for stage in config.stages:  # every stage waits for the one before it
+        nodes.append(_fill(stage, file, values, small, out, tuple(node.name for node in nodes[-1:])))
+    return Graph("pipeline", config.title, out, tuple(nodes), config.model_copy(update=kept))
 
 
 def words(settings: Iterable[str]) -> dict[str, str]:
@@ -97,20 +45,20 @@ def words(settings: Iterable[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: float) -> Stage:
+def _fill(
+    stage: StageSection, file: Path, values: Mapping[str, str], small: float, out: Path, after: tuple[str, ...]
+) -> Node:
     where = f"{file}: stage {stage.name}"
     if stage.config is not None and stage.arguments:
         raise UserError(f"{where}: give config or arguments, not both")
     config: Section | None = None
     sweep = None
     if stage.config is not None and stage.out is not None:
-        from llamagen_dist.launch import points  # which makes stages of its points
-
-        out = Path(_substitute(stage.out, values, where)).absolute()
-        sweep = points.sweep(file.parent / stage.config, out, _substitute(stage.set, values, where), small)
+        below = Path(_substitute(stage.out, values, where)).absolute()
+        sweep = points.sweep(file.parent / stage.config, below, _substitute(stage.set, values, where), small)
         config = sweep.config
-        if stage.module != config.module:
-            raise UserError(f"{where}: module is {stage.module}, but {stage.config} is a sweep of {config.module}")
+        if stage.module != sweep.module:
+            raise UserError(f"{where}: module is {stage.module}, but {stage.config} is a sweep of {sweep.module}")
     elif stage.config is not None:
         given: Section = load(file.parent / stage.config, nest(_substitute(stage.set, values, where)))
         if isinstance(given, SweepConfig):
@@ -123,8 +71,10 @@ def _fill(stage: StageSection, file: Path, values: Mapping[str, str], small: flo
     images = _substitute(stage.images, values, where)
     if images is not None and not str(images).isdigit():
         images = None  # a share, such as held_out=0.1: how many that is shows when the folder has been read
-    return Stage(
+    return Node(
         name=stage.name,
+        folder=out / "stages" / stage.name,
+        after=after,
         why=stage.why,
         module=stage.module,
         ranks=stage.ranks,
@@ -149,20 +99,7 @@ def _substitute(value: Any, values: Mapping[str, str], where: str) -> Any:
 
     def look_up(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise UserError(f"{where}: {{{match[1]}}} is no variable; there are {', '.join(sorted(values))}")
+            raise UserError(f"{where}: {{{match[1]}}} is not a variable; there are {', '.join(sorted(values))}")
         return values[match[1]]
 
     return _NAME.sub(look_up, value)
-
-
-def absolute(config: Section) -> Section:
-    """The same config with every path absolute: jobs run in the snapshot, not where the command was typed."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: walk(inner) for key, inner in value.items()}
-        if isinstance(value, tuple):
-            return tuple(walk(inner) for inner in value)
-        return value.absolute() if isinstance(value, Path) else value
-
-    return type(config).model_validate(walk(config.model_dump()))

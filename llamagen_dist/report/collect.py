@@ -228,8 +228,9 @@ def _stages(out: Path, pipeline: PipelineConfig | None) -> tuple[Stage, ...]:
     """In the pipeline's order; stages it does not know (an older pipeline's) follow by name."""
     planned = [Stage(s.name, s.why, s.module, s.ranks) for s in pipeline.stages] if pipeline else []
     names = [stage.name for stage in planned]
-    files = sorted((out / "stages").glob("*/DONE.json"))
-    done = {path.parent.name: read_object(path) for path in files}
+    # in stages/NAME itself launches before November 2026 left it
+    files = [*sorted((out / "stages").glob("*/DONE.json")), *sorted((out / "stages").glob("*/launch/DONE.json"))]
+    done = {path.relative_to(out / "stages").parts[0]: read_object(path) for path in files}
     extra = sorted((name for name in done if name not in names), key=lambda name: str(done[name].get("started", "")))
     planned += [Stage(name, "", "", 1) for name in extra]
     return tuple(

@@ -17,12 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from llamagen_dist.files import json_if_there
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import batch, lock, queue
-from llamagen_dist.launch.slurm.records import Place, read_json
 from tests.slurm.local_cluster import cluster
 from tests.slurm.toy import Toy, wait_for
 
-IMPORTS = "import llamagen_dist.cli, llamagen_dist.commands.launch, llamagen_dist.launch.slurm.run, submitit"
+IMPORTS = "import llamagen_dist.cli, llamagen_dist.commands.launch, llamagen_dist.launch.slurm.launch, submitit"
 WANTED_S = 2.0
 
 
@@ -39,7 +40,7 @@ def once(toy: Toy, name: str) -> dict[str, float]:
     submitted = time.time()
     assert done.returncode == 0, done.stderr
     wait_for(lambda: toy.steps(name))
-    place = Place.of(toy.run(name))
+    place = JobFolder.of(toy.run(name))
     first = float((toy.run(name) / "started.txt").read_text().split()[0])
     wait_for(lambda: len(toy.steps(name)) > 20)
     asked = time.time()
@@ -48,14 +49,14 @@ def once(toy: Toy, name: str) -> dict[str, float]:
     requeued = toy.last(name)["time"]
     owner = f"{toy.job(name)}.0"
     wait_for(lambda: toy.last(name)["event"] == "done")
-    note = read_json(place.notes(owner) / "rank_0.json")
+    note = json_if_there(place.ranks(owner) / "rank_0.json")
     held = lock.read(place)
     assert note is not None
     assert held is not None
-    works = str(place.path / f"work-{held.token}.json")
+    works = str(place.path / f"spec-{held.token}.json")
     begin = (
-        "import sys; from llamagen_dist.launch.slurm import batch, records; "
-        "sys.exit(batch.begin(records.read_work(sys.argv[1])))"
+        "import sys; from llamagen_dist.launch.slurm import batch; from llamagen_dist.launch import folder; "
+        "sys.exit(batch.begin(folder.read_spec(sys.argv[1])))"
     )
     environment = {"SLURM_JOB_ID": owner.split(".")[0], "SLURM_RESTART_COUNT": "99"}
     python = timed([sys.executable, "-c", f"import {batch.__name__}"])

@@ -36,7 +36,7 @@ def make(folder: Path, number: int, config: str) -> None:
     (run / "metrics.jsonl").write_text(metrics(5000, 256))
     if number % 2:
         (run / "launch").mkdir()
-        lock = {"token": "t", "jobs": [str(number)], "owner": f"{number}.0", "state": "submitted"}
+        lock = {"token": "t", "jobs": [str(number)], "user": "me", "host": "login", "since": 0.0}
         (run / "launch/lock.json").write_text(json.dumps(lock))
         history(run, *[("started", {"job": str(number), "restart": k}) for k in range(20)])
 

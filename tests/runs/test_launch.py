@@ -80,7 +80,7 @@ def wait_for(what: Callable[[], object], seconds: float = ALIVE_S) -> None:
 
 
 def rank_pids(out: Path, name: str) -> list[int]:
-    notes = [json.loads(p.read_text()) for p in (out / "stages" / name / "log").glob("rank_*.json")]
+    notes = [json.loads(p.read_text()) for p in (out / "stages" / name / "launch/ranks/here").glob("rank_*.json")]
     return [note["pid"] for note in notes]
 
 
@@ -91,7 +91,7 @@ def running(pid: int) -> bool:
 
 def counting(out: Path, name: str, ranks: int = 1) -> Callable[[], bool]:
     """True once every rank is known and rank 0 counts."""
-    return lambda: len(rank_pids(out, name)) == ranks and (out / "stages" / name / "progress.json").exists()
+    return lambda: len(rank_pids(out, name)) == ranks and (out / "stages" / name / "launch/progress.json").exists()
 
 
 def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path, m
         assert facts["cwd"] == facts["PYTHONPATH"] == str(snapshot)
         assert facts["file"] == str(snapshot / "tokenizer_training/toy_program.py")
         assert (facts["progress"] == "none") == (rank == 1)
-    record = json.loads((out / "stages/meet/DONE.json").read_text())
+    record = json.loads((out / "stages/meet/launch/DONE.json").read_text())
     assert {
         "name",
         "why",
@@ -134,7 +134,7 @@ def test_a_users_mistake_on_one_rank_is_one_sentence_and_no_hang(root: Path, tmp
     assert done.returncode == 2
     assert done.stderr == f"llamagen: error: stage bad: toy.yaml: rank {rank} was given nonsense; give it sense\n"
     assert not any(running(pid) for pid in rank_pids(tmp_path / "out", "bad"))
-    assert not (tmp_path / "out/stages/bad/DONE.json").exists()
+    assert not (tmp_path / "out/stages/bad/launch/DONE.json").exists()
 
 
 def test_a_bug_on_one_rank_shows_its_traceback_and_log(root: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_bug_on_one_rank_shows_its_traceback_and_log(root: Path, tmp_path: Pat
 def test_a_killed_rank_takes_the_others_along(root: Path, tmp_path: Path) -> None:
     done = launch(root, pipeline(tmp_path, stage("oom", "die", "0", ranks=2)), tmp_path / "out")
     assert done.returncode == 1
-    assert "rank 0 died without a word" in done.stderr
+    assert "rank 0 died without a message" in done.stderr
     assert "about to die" in done.stderr
     assert not any(running(pid) for pid in rank_pids(tmp_path / "out", "oom"))
 
@@ -166,7 +166,7 @@ def test_finished_stages_are_skipped_until_they_lose_something(root: Path, tmp_p
     assert again.stdout.count("finished earlier") == 2
     assert touched.read_text() == "x"
     touched.write_text("kept")
-    (out / "stages/b/DONE.json").unlink()
+    (out / "stages/b/launch/DONE.json").unlink()
     assert launch(root, file, out).stdout.count("finished earlier") == 1
     assert touched.read_text() == "kept"
     touched.unlink()  # and so the stages after it are looked at again too
@@ -203,7 +203,7 @@ def test_a_stop_before_the_program_listens_ends_at_once(root: Path, tmp_path: Pa
     stdout, _ = first.communicate(timeout=30)
     assert first.returncode == 130
     assert time.monotonic() - began < 10
-    assert "goes on from what it last saved" in stdout
+    assert "resumes from what it last saved" in stdout
 
 
 def test_another_config_is_refused_with_the_difference(root: Path, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_an_edit_does_not_reach_a_running_job_but_the_next_launch(tmp_path: Path
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == 0, stderr
     assert (out / "work/version_0.txt").read_text() == "as launched"
-    (out / "stages/late/DONE.json").unlink()
+    (out / "stages/late/launch/DONE.json").unlink()
     again = launch(mine, file, out)
     assert again.returncode == 0, again.stderr
     assert "the code has changed" in again.stdout
@@ -312,7 +312,7 @@ def sabotaged(root: Path, folder: Path, file: str, good: str, bad: str) -> Path:
 
 
 def test_without_the_watch_an_orphan_would_run_on(root: Path, tmp_path: Path) -> None:
-    broken = sabotaged(root, tmp_path, "llamagen_dist/launch/job.py", "        watch_launcher(self.launcher)\n", "")
+    broken = sabotaged(root, tmp_path, "llamagen_dist/launch/rank.py", "        watch_launcher(self.launcher)\n", "")
     out = tmp_path / "out"
     first = start(broken, pipeline(tmp_path, stage("count", "work", "1000", "0.05")), out)
     wait_for(counting(out, "count"))
@@ -325,11 +325,11 @@ def test_without_the_watch_an_orphan_would_run_on(root: Path, tmp_path: Path) ->
 
 
 def test_without_the_grace_period_the_other_rank_would_hang(root: Path, tmp_path: Path) -> None:
-    file, good = "llamagen_dist/launch/cluster.py", "COMPANION_GRACE_S = 2.0"
+    file, good = "llamagen_dist/launch/local.py", "COMPANION_GRACE_S = 2.0"
     broken = sabotaged(root, tmp_path, file, good, "COMPANION_GRACE_S = 1e9")
     out = tmp_path / "out"
     first = start(broken, pipeline(tmp_path, stage("bad", "refuse", "0", ranks=2)), out)
-    wait_for((out / "stages/bad/log/error_0.txt").exists)
+    wait_for((out / "stages/bad/launch/ranks/here/error_0.txt").exists)
     time.sleep(3)
     assert first.poll() is None
     first.send_signal(signal.SIGINT)

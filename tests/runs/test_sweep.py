@@ -38,7 +38,7 @@ def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path
     assert "failed: toy.yaml: thirteen is nonsense; give it sense" in first.stdout
     assert "failed: IndexError: list index out of range" in first.stdout
     assert [(out / name / "launch/DONE.json").exists() for name in ("good", "bad", "bug", "last")] == [1, 0, 0, 1]
-    assert json.loads((out / "bad/launch/END.json").read_text())["reason"].startswith("toy.yaml")
+    assert json.loads((out / "bad/launch/FAILED.json").read_text())["reason"].startswith("toy.yaml")
     again = llamagen(root, *words)
     assert again.returncode == 1
     assert again.stdout.count("finished earlier") == 2
@@ -49,7 +49,7 @@ def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path
     assert "all 4 points are finished" in mended.stdout
     tries = {name: len((out / name / "rate_0.txt").read_text().split()) for name in ("good", "bad", "bug", "last")}
     assert tries == {"good": 1, "bad": 2, "bug": 2, "last": 1}
-    assert not list(out.glob("*/launch/END.json"))
+    assert not list(out.glob("*/launch/FAILED.json"))
 
 
 def test_a_pipelines_stage_that_is_a_sweep(root: Path, tmp_path: Path) -> None:
@@ -66,5 +66,5 @@ def test_a_pipelines_stage_that_is_a_sweep(root: Path, tmp_path: Path) -> None:
     mended = llamagen(root, *words)
     assert mended.returncode == 0, mended.stderr
     assert "small — finished earlier" in mended.stdout
-    assert json.loads((out / "stages/ladder/DONE.json").read_text())["seconds"] > 0
+    assert json.loads((out / "stages/ladder/launch/DONE.json").read_text())["seconds"] > 0
     assert "ladder — finished earlier" in llamagen(root, *words).stdout

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llamagen_dist.config import load
-from llamagen_dist.launch.slurm import queue, submission
-from llamagen_dist.launch.slurm.records import Limits, Place, Work
+from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits
+from llamagen_dist.launch.slurm import queue, submit
+from llamagen_dist.launch.slurm.submit import Submission, size_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,15 +22,15 @@ def array(out: Path) -> list[str]:
         "import time; time.sleep(200)",
         "import os, time; time.sleep(2); os._exit(3)",
     )
-    works = [
-        Work(str(n), "timeit", ("-n1", "-r1", text), str(out / str(n)), str(ROOT), limits=Limits(max_stuck=1))
+    specs = tuple(
+        JobSpec(str(n), "timeit", ("-n1", "-r1", text), str(out / str(n)), str(ROOT), limits=Limits(max_stuck=1))
         for n, text in enumerate(code)
-    ]
-    return submission.submit(works, cluster, submission.size_of(cluster))
+    )
+    return Submission(specs, cluster, size_of(cluster)).submit()
 
 
 def starts(out: Path) -> list[int]:
-    found = [Place.of(out / str(n)).events() for n in range(3)]
+    found = [JobFolder.of(out / str(n)).events() for n in range(3)]
     return [sum(event["event"] == "started" for event in events) for events in found]
 
 
@@ -43,7 +44,7 @@ def wait_for(out: Path, wanted: list[int]) -> None:
 def test_a_requeue_is_of_one_item_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The last item's SLURM_JOB_ID is the whole array's id: it is the one to look at.
     jobs = array(tmp_path / "good")
-    original = submission._executor
+    original = Submission._executor
 
     def by_job_id(*arguments: Any) -> Any:
         executor = original(*arguments)
@@ -53,7 +54,7 @@ def test_a_requeue_is_of_one_item_alone(tmp_path: Path, monkeypatch: pytest.Monk
         assert executor.parameters["teardown"] != lines
         return executor
 
-    monkeypatch.setattr(submission, "_executor", by_job_id)
+    monkeypatch.setattr(Submission, "_executor", by_job_id)
     jobs += array(tmp_path / "sabotaged")
     try:
         wait_for(tmp_path / "sabotaged", [2, 2, 2])
@@ -62,3 +63,32 @@ def test_a_requeue_is_of_one_item_alone(tmp_path: Path, monkeypatch: pytest.Monk
         assert starts(tmp_path / "good") == [1, 1, 2]
     finally:
         queue.cancel(jobs)
+
+
+def test_no_item_begins_before_its_folder_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Naming the items one after another takes a slow disk long; those that are named last must not have ended by then.
+    The twin is not submitted held."""
+    cluster = load(ROOT / "slurm/local.yaml", ["nodes=1", "ranks_per_node=1"], kind="cluster")
+    original, slow = submit.name_job, 2.0
+
+    def name_slowly(*arguments: Any, **facts: Any) -> None:
+        time.sleep(slow)
+        original(*arguments, **facts)
+
+    monkeypatch.setattr(submit, "name_job", name_slowly)
+
+    def first_events(out: Path) -> list[str]:
+        specs = tuple(JobSpec(str(n), "timeit", ("-n1", "pass"), str(out / str(n)), str(ROOT)) for n in range(3))
+        jobs = Submission(specs, cluster, size_of(cluster)).submit()
+        deadline = time.monotonic() + 60
+        while any(state.alive for job, state in queue.my_jobs().items() if job in jobs):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        return [JobFolder.of(spec.folder).events()[0]["event"] for spec in specs]
+
+    assert first_events(tmp_path / "held") == ["submitted"] * 3
+    enqueue = Submission.enqueue
+    monkeypatch.setattr(Submission, "enqueue", lambda self, hold: enqueue(self, hold=False))
+    slow = 6.0
+    first = first_events(tmp_path / "sabotaged")
+    assert first[-1] != "submitted", first

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from llamagen_dist.config import load
+from llamagen_dist.launch.folder import JobSpec
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.records import Work
-from llamagen_dist.launch.slurm.submission import size_of, submit
+from llamagen_dist.launch.slurm.submit import Submission, size_of
 
 ROOT = Path(__file__).resolve().parents[2]
 WARNED = r"(\d+ warnings?, )?"  # a machine may be short of room, for example, which is not what is tested here
@@ -92,8 +92,8 @@ def sleeper(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     cluster = load(profile(tmp_path, ""), ["nodes=1"], kind="cluster")
     folder = tmp_path / "sleeper"
     arguments = ("-n1", "-r1", "import time; time.sleep(100)")
-    work = Work("sleeper", "timeit", arguments, str(folder), str(ROOT))
-    (job,) = submit([work], cluster, size_of(cluster))
+    work = JobSpec("sleeper", "timeit", arguments, str(folder), str(ROOT))
+    (job,) = Submission((work,), cluster, size_of(cluster)).submit()
     yield folder, job
     queue.cancel([job])
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import lock, queue
-from llamagen_dist.launch.slurm.records import Place
 from tests.slurm.toy import Toy, wait_for
 
 ELASTIC: dict[str, Any] = {"elastic": {"nodes": [1], "after_minutes": 0.1}}
@@ -25,7 +25,7 @@ def whole_cluster() -> Iterator[None]:
     """No test may leave a node drained or a job behind for the next one."""
     yield
     subprocess.run(["scancel", "-u", "root"], check=True)
-    wait_for(lambda: not any(job.alive for job in queue.mine().values()))
+    wait_for(lambda: not any(job.alive for job in queue.my_jobs().values()))
     for node in ("n2", "n4"):
         subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False, capture_output=True)
 
@@ -39,7 +39,7 @@ def resume(node: str) -> None:
 
 
 def jobs(toy: Toy, name: str) -> tuple[str, ...]:
-    held = lock.read(Place.of(toy.run(name)))
+    held = lock.read(JobFolder.of(toy.run(name)))
     return held.jobs if held is not None else ()
 
 
@@ -68,7 +68,7 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_it_is_back(toy: Toy) -> N
         assert told(toy, name, "started")[-1] == ("started", small)
         at = len(toy.steps(name))
         wait_for(lambda name=name, at=at: len(toy.steps(name)) > at + 20)
-        assert queue.mine()[wanted].state == "PENDING"
+        assert queue.my_jobs()[wanted].state == "PENDING"
         resume(node)
     for name in names:
         wanted, small = jobs(toy, name)
@@ -77,7 +77,7 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_it_is_back(toy: Toy) -> N
         assert ("handed_over", small) in told(toy, name)
         wait_for(lambda name=name: toy.last(name)["event"] == "done", 90)
         assert toy.steps(name) == list(range(1, 161))  # a signal each time: no step twice, none missed
-        wait_for(lambda small=small: queue.mine()[small].state == "CANCELLED")  # nothing left for it to do
+        wait_for(lambda small=small: queue.my_jobs()[small].state == "CANCELLED")  # nothing left for it to do
     assert told(toy, "alone", "makes_room") == [("makes_room", jobs(toy, "alone")[1])]
     assert told(toy, "shared", "takes_over") == [("takes_over", jobs(toy, "shared")[0])]
 
@@ -88,13 +88,13 @@ def test_a_cancelled_run_does_not_rise_again_and_its_command_starts_anew(toy: To
         wait_for(lambda name=name: len(toy.steps(name)) > 3)
         queue.cancel(jobs(toy, name)[:1])
     wanted, small = jobs(toy, "again")
-    wait_for(lambda: not queue.mine()[wanted].alive)
+    wait_for(lambda: not queue.my_jobs()[wanted].alive)
     before = len(toy.steps("again"))
     again = toy.launch("again", f"{before + 3} 0.1 1000", nodes=2, **ELASTIC)
     assert "attached" not in again.stdout, "the stand-by of a cancelled run is no run"
     assert wanted not in jobs(toy, "again")
     wait_for(lambda: toy.last("again")["event"] == "done")
-    assert queue.mine()[small].state == "CANCELLED"
+    assert queue.my_jobs()[small].state == "CANCELLED"
     wait_for(lambda: ("gave_up", jobs(toy, "given up")[1]) in told(toy, "given up"), 40)
     assert len(told(toy, "given up", "started")) == 1
 
@@ -104,8 +104,8 @@ def test_without_the_keeper_a_stand_by_begins_beside_the_run_and_steps_back(toy:
     broken = Toy(tmp_path)
     keeper = broken.root / "llamagen_dist/launch/slurm/keeper.py"
     text = keeper.read_text()
-    assert text.count("queue.postpone(job, seconds)") == 1
-    keeper.write_text(text.replace("queue.postpone(job, seconds)", "pass"))
+    assert text.count("queue.delay_start(job, seconds)") == 1
+    keeper.write_text(text.replace("queue.delay_start(job, seconds)", "pass"))
     broken.launch("deaf", "90 0.2 1000", **ELASTIC)
     wait_for(lambda: ("waits", jobs(broken, "deaf")[1]) in told(broken, "deaf"), 40)
     wait_for(lambda: broken.last("deaf")["event"] == "done")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import lock, queue
-from llamagen_dist.launch.slurm.records import Place
 from llamagen_dist.launch.slurm.task import first_host
 from tests.slurm.toy import Toy, wait_for
 
@@ -62,10 +62,10 @@ def test_what_goes_wrong_is_restarted_as_often_as_it_helps(toy: Toy) -> None:
 
     # the same again at the same step: given up, and said why; once mended, the same command goes on
     assert toy.last("cursed")["event"] == "failed"
-    end = json.loads((toy.run("cursed") / "launch/END.json").read_text())
+    end = json.loads((toy.run("cursed") / "launch/FAILED.json").read_text())
     assert "no progress in 2 restarts" in end["reason"]
-    wait_for(lambda: not queue.mine()[toy.job("cursed")].alive)
-    assert queue.mine()[toy.job("cursed")].state == "FAILED"
+    wait_for(lambda: not queue.my_jobs()[toy.job("cursed")].alive)
+    assert queue.my_jobs()[toy.job("cursed")].state == "FAILED"
     mended = toy.launch("cursed", "12 0.1 3", **small)
     assert "failed (no progress" in mended.stdout
     wait_for(ended(toy, "cursed"))
@@ -94,8 +94,8 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_launched_again(toy: Toy) ->
     wait_for(lambda: len(toy.steps("cancelled")) > 3)
     first = toy.job("cancelled")
     queue.cancel([first])
-    wait_for(lambda: not queue.mine()[first].alive)
-    assert queue.mine()[first].state == "CANCELLED"
+    wait_for(lambda: not queue.my_jobs()[first].alive)
+    assert queue.my_jobs()[first].state == "CANCELLED"
     again = toy.launch("cancelled", "20 0.1 100", nodes=1)
     assert "job" in again.stdout
     assert toy.job("cancelled") != first
@@ -105,13 +105,13 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_launched_again(toy: Toy) ->
 
 def test_a_job_whose_folder_belongs_to_another_launch_touches_nothing(toy: Toy) -> None:
     toy.launch("late", "3 0.1 1", nodes=1, sbatch={"hold": True})
-    late, place = toy.job("late"), Place.of(toy.run("late"))
+    late, place = toy.job("late"), JobFolder.of(toy.run("late"))
     held = lock.read(place)
     assert held is not None
     lock.take(place, "another", held)  # as a second launch would, had it found the first one over
     subprocess.run(["scontrol", "release", late], check=True)
-    wait_for(lambda: not queue.mine()[late].alive)
-    assert queue.mine()[late].state == "FAILED"
+    wait_for(lambda: not queue.my_jobs()[late].alive)
+    assert queue.my_jobs()[late].state == "FAILED"
     assert toy.steps("late") == []
     assert lock.owner(place) is None
     # sabotage: with the lock its own, that very job would have counted

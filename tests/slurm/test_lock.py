@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import lock, queue
-from llamagen_dist.launch.slurm.records import Place
 from tests.slurm.toy import Toy, wait_for
 
 
@@ -23,7 +23,7 @@ def jobs_of(toy: Toy, name: str) -> list[str]:
     """Every job that SLURM knows of this run, under whatever lock it was submitted."""
     scripts = toy.run(name).glob("log/*/*_submission.sh")
     known = {path.parent.name for path in scripts}
-    return sorted(job for job, state in queue.mine().items() if state.name == name or job in known)
+    return sorted(job for job, state in queue.my_jobs().items() if state.name == name or job in known)
 
 
 def at_once(toy: Toy, name: str, count: int = 6) -> list["subprocess.CompletedProcess[str]"]:
@@ -39,7 +39,7 @@ def test_of_six_launches_at_once_one_submits_and_five_attach(toy: Toy) -> None:
     assert len(first) == 1
     # and again when the lock is that of a job which is over
     queue.cancel(first)
-    wait_for(lambda: not queue.mine()[first[0]].alive)
+    wait_for(lambda: not queue.my_jobs()[first[0]].alive)
     done = at_once(toy, "six", 3)
     assert [launch.returncode for launch in done] == [0] * 3, [launch.stderr for launch in done]
     assert sum("attached" in launch.stdout for launch in done) == 2
@@ -50,7 +50,7 @@ def test_of_six_launches_at_once_one_submits_and_five_attach(toy: Toy) -> None:
 def broken(toy: Toy, folder: Path, good: str, bad: str) -> Toy:
     """A checkout whose launch is killed at a certain line."""
     other = Toy(folder)
-    file = other.root / "llamagen_dist/launch/slurm/submission.py"
+    file = other.root / "llamagen_dist/launch/slurm/submit.py"
     text = file.read_text()
     assert text.count(good) == 1
     file.write_text(text.replace(good, bad))
@@ -59,10 +59,10 @@ def broken(toy: Toy, folder: Path, good: str, bad: str) -> Toy:
 
 
 def test_a_launch_killed_after_sbatch_has_left_a_job_and_the_next_attaches(toy: Toy, tmp_path: Path) -> None:
-    good = "    for place, job in zip(places, jobs, strict=True):\n"
-    killed = broken(toy, tmp_path, good, "    os.kill(os.getpid(), 9)\n" + good)
+    good = "        for folder, job in zip(folders, jobs, strict=True):\n"
+    killed = broken(toy, tmp_path, good, "        os.kill(os.getpid(), 9)\n" + good)
     assert killed.launch("after", "60 0.1 1000", nodes=1).returncode == -9
-    held = lock.read(Place.of(toy.run("after")))
+    held = lock.read(JobFolder.of(toy.run("after")))
     assert held is not None
     assert held.jobs == ()
     again = toy.launch("after", "60 0.1 1000", nodes=1)
@@ -70,7 +70,7 @@ def test_a_launch_killed_after_sbatch_has_left_a_job_and_the_next_attaches(toy: 
     assert len(jobs_of(toy, "after")) == 1
     wait_for(lambda: toy.last("after")["event"] == "done")
     assert toy.steps("after") == list(range(1, 61))
-    held = lock.read(Place.of(toy.run("after")))
+    held = lock.read(JobFolder.of(toy.run("after")))
     assert held is not None
     assert list(held.jobs) == jobs_of(toy, "after"), "the job has named itself"
     assert "finished" in toy.launch("after", "60 0.1 1000", nodes=1).stdout
@@ -78,10 +78,10 @@ def test_a_launch_killed_after_sbatch_has_left_a_job_and_the_next_attaches(toy: 
 
 
 def test_a_launch_killed_before_sbatch_holds_the_folder_for_a_while_only(toy: Toy, tmp_path: Path) -> None:
-    good = "        jobs = enqueue("
-    killed = broken(toy, tmp_path, good, "        os.kill(os.getpid(), 9)\n" + good)
+    good = "            jobs = mine.enqueue("
+    killed = broken(toy, tmp_path, good, "            os.kill(os.getpid(), 9)\n" + good)
     assert killed.launch("before", "5 0.1 1000", nodes=1).returncode == -9
-    file = Place.of(toy.run("before")).lock
+    file = JobFolder.of(toy.run("before")).lock
     assert jobs_of(toy, "before") == []
     # half an hour ahead, as the clock of the launch's host may be: only the disk's own clock counts
     file.write_text(json.dumps({**json.loads(file.read_text()), "since": time.time() + 1800}))
@@ -101,7 +101,7 @@ def test_a_queue_that_does_not_answer_is_no_reason_for_a_second_job(
 ) -> None:
     toy.launch("silent", "200 0.1 1000", nodes=1)
     (job,) = jobs_of(toy, "silent")
-    kept = {path: path.read_bytes() for path in Place.of(toy.run("silent")).path.glob("*.json")}
+    kept = {path: path.read_bytes() for path in JobFolder.of(toy.run("silent")).path.glob("*.json")}
     for command in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
         (tmp_path / command).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2\nexit 1\n")
         (tmp_path / command).chmod(0o755)
@@ -116,11 +116,11 @@ def test_a_queue_that_does_not_answer_is_no_reason_for_a_second_job(
     assert jobs_of(toy, "silent") == [job]
     # sabotage: had "no answer" been read as "no job", there would be two
     sabotaged = Toy(tmp_path / "sabotaged")
-    file = sabotaged.root / "llamagen_dist/launch/slurm/run.py"
+    file = sabotaged.root / "llamagen_dist/launch/slurm/launch.py"
     text = file.read_text()
-    good = "jobs = queue.mine() if jobs is None else jobs\n"
+    good = "known = queue.my_jobs() if any("
     assert text.count(good) == 1
-    file.write_text(text.replace(good, "jobs = {}\n"))
+    file.write_text(text.replace(good, "known = {} if any("))
     sabotaged.folder = toy.folder
     sabotaged.launch("silent", "200 0.1 1000", nodes=1)
     assert len(jobs_of(toy, "silent")) == 2

@@ -24,7 +24,7 @@ def trials(tmp_path: Path) -> dict[str, Trial]:
     checkout = paced_checkout(tmp_path / "checkout")
     hasty = tmp_path / "hasty"  # sabotage twin: its batch script does not see that the job waits to run again
     shutil.copytree(checkout, hasty)
-    script = hasty / "llamagen_dist/launch/slurm/submission.py"
+    script = hasty / "llamagen_dist/launch/slurm/submit.py"
     text = script.read_text()
     assert text.count("JobState=PENDING") == 1
     script.write_text(text.replace("JobState=PENDING", "JobState=NEVER"))
@@ -76,7 +76,7 @@ def test_the_run_goes_on_elsewhere_and_what_lives_on_neither_writes_nor_calls_it
         assert steps == list(range(1, len(steps) + 1)), "no line of the other came between"
         assert right_samples(run.metrics(), GPT.digest) == []
         assert [event["event"] for event in run.events("failed", "done")] == []
-        job = queue.mine()[run.job]
+        job = queue.my_jobs()[run.job]
         assert job.alive
 
         failed = wait_for(lambda: trials["hasty run"].events("failed"), "the hasty script's end")
@@ -85,5 +85,5 @@ def test_the_run_goes_on_elsewhere_and_what_lives_on_neither_writes_nor_calls_it
         queue.cancel([str(event["job"]) for trial in trials.values() for event in trial.events("submitted")])
         for node in nodes:
             local_cluster.call("node-up", node)
-    wait_for(lambda: not queue.mine()[run.job].alive, "the end of the job", 60)
+    wait_for(lambda: not queue.my_jobs()[run.job].alive, "the end of the job", 60)
     assert [left for left in leftovers(run.folder) if "half a checkpoint" not in left] == []

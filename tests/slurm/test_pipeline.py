@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.records import Place, read_json
-from llamagen_dist.launch.slurm.run import find
+from llamagen_dist.launch.state import JobState, state_of
 from tests.runs.checkout import ROOT, checkout, llamagen
 from tests.slurm.toy import profile
 
@@ -39,8 +39,12 @@ def wait_for(what: Callable[[], object], seconds: float = 90.0) -> None:
         time.sleep(0.3)
 
 
+def find(folder: Path) -> JobState:
+    return state_of(JobFolder.of(folder), queue.my_jobs())
+
+
 def kinds(out: Path, name: str) -> list[str]:
-    return [event["event"] for event in Place.of(out / "stages" / name).events()]
+    return [event["event"] for event in JobFolder.of(out / "stages" / name).events()]
 
 
 def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(root: Path, tmp_path: Path) -> None:
@@ -59,13 +63,15 @@ def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(r
 
     first = llamagen(root, *words)
     assert first.returncode == 0, first.stderr
-    jobs = {name: Place.of(out / "stages" / name).events()[0]["job"] for name in ("once", "count", "fragile", "last")}
+    jobs = {
+        name: JobFolder.of(out / "stages" / name).events()[0]["job"] for name in ("once", "count", "fragile", "last")
+    }
     assert f"after job {jobs['once']}" in first.stdout
     again = llamagen(root, *words)
     assert f"last — job {jobs['last']} is pending already" in again.stdout, "the same command attaches"
 
     # a stage that is told to stop, saves and is requeued is not over: what waits for it goes on waiting
-    wait_for(lambda: (Place.of(out / "stages/count").progress).exists())
+    wait_for(lambda: (JobFolder.of(out / "stages/count").progress).exists())
     queue.signal(jobs["count"])
     failed = llamagen(root, *words, "--follow")
     assert failed.returncode == 1
@@ -74,9 +80,9 @@ def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(r
     assert kinds(out, "count") == ["submitted", "started", "ended", "requeued", "started", "ended", "done"]
     for rank in range(4):
         assert (out / f"work/steps_{rank}.txt").read_text().split() == [str(n) for n in range(120)]
-    done = json.loads((out / "stages/count/DONE.json").read_text())
+    done = json.loads((out / "stages/count/launch/DONE.json").read_text())
     assert (done["name"], done["ranks"]) == ("count", 4)
-    wait_for(lambda: find(out / "stages/last").kind != "running", 10)
+    wait_for(lambda: not find(out / "stages/last").live, 10)
     assert kinds(out, "last") == ["submitted"], "cancelled before it began"
 
     (out / "work/mended").touch()
@@ -85,14 +91,14 @@ def test_the_third_of_four_stages_fails_is_mended_and_the_same_command_goes_on(r
     assert mended.stdout.count("finished earlier") == 2
     assert "all 4 stages are finished" in mended.stdout
     assert (out / "work/touched.txt").read_text() == "xx", "once by the first stage, once by the last"
-    assert read_json(Place.of(out / "stages/fragile").end) is None
-    assert json.loads((out / "stages/last/DONE.json").read_text())["ranks"] == 1
+    assert not JobFolder.of(out / "stages/fragile").failed.exists()
+    assert json.loads((out / "stages/last/launch/DONE.json").read_text())["ranks"] == 1
 
 
 def test_without_kill_on_invalid_dep_the_stages_after_a_failure_would_wait_for_ever(root: Path, tmp_path: Path) -> None:
     broken = tmp_path / "sabotaged"
     shutil.copytree(root, broken)
-    file = broken / "llamagen_dist/launch/slurm/submission.py"
+    file = broken / "llamagen_dist/launch/slurm/submit.py"
     text = file.read_text()
     good = ', "kill-on-invalid-dep": "yes"'
     assert text.count(good) == 1
@@ -100,12 +106,12 @@ def test_without_kill_on_invalid_dep_the_stages_after_a_failure_would_wait_for_e
     out = tmp_path / "out"
     started = llamagen(broken, *command(tmp_path, stage("fragile", "mend"), stage("last", "touch")))
     assert started.returncode == 0, started.stderr
-    wait_for(Place.of(out / "stages/fragile").end.exists)
+    wait_for(JobFolder.of(out / "stages/fragile").failed.exists)
     time.sleep(5)
     found = find(out / "stages/last")
-    assert found.kind == "running"
-    assert found.state is not None
-    assert (found.state.state, found.state.reason) == ("PENDING", "DependencyNeverSatisfied")
+    assert found.live
+    assert found.queued is not None
+    assert (found.queued.state, found.queued.reason) == ("PENDING", "DependencyNeverSatisfied")
     queue.cancel([str(found.job)])
 
 
@@ -130,18 +136,21 @@ def test_a_stage_that_is_a_sweep_is_an_array_whose_failed_points_are_mended(root
     assert failed.returncode == 1, failed.stderr
     assert "ladder/large has not ended well: rank" in failed.stdout
     assert (out / "ladder/small/launch/DONE.json").exists()
-    assert not (out / "stages/ladder/DONE.json").exists(), "one point of two"
-    wait_for(lambda: find(out / "stages/last").kind != "running", 20)
+    assert not (out / "stages/ladder/launch/DONE.json").exists(), "one point of two"
+    wait_for(lambda: not find(out / "stages/last").live, 20)
     assert kinds(out, "last") == ["submitted"], "cancelled before it began"
 
     (out / "ladder/mended").touch()
     mended = llamagen(root, *words, "--follow")
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "1 point on 2 ranks" in mended.stdout
-    told = {name: [event["event"] for event in Place.of(out / "ladder" / name).events()] for name in ("small", "large")}
+    told = {
+        name: [event["event"] for event in JobFolder.of(out / "ladder" / name).events()] for name in ("small", "large")
+    }
     assert {name: found.count("started") for name, found in told.items()} == {"small": 1, "large": 2}
     done = [
-        json.loads((out / path).read_text()) for path in ("stages/ladder/DONE.json", "ladder/small/launch/DONE.json")
+        json.loads((out / path).read_text())
+        for path in ("stages/ladder/launch/DONE.json", "ladder/small/launch/DONE.json")
     ]
     assert done[0]["seconds"] > done[1]["seconds"], "of all points"
     assert kinds(out, "last")[-1] == "done"

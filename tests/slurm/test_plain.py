@@ -35,8 +35,8 @@ def submit(root: Path, *program: object, script: Path = ROOT / "slurm/plain.sbat
 
 def ended(job: str) -> str:
     """Its last state."""
-    wait_for(lambda: not queue.mine()[job].alive, 90)
-    return queue.mine()[job].state
+    wait_for(lambda: not queue.my_jobs()[job].alive, 90)
+    return queue.my_jobs()[job].state
 
 
 def output(root: Path, job: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 from llamagen_dist.config import load
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.submission import size_of
+from llamagen_dist.launch.slurm.submit import size_of
 from tests.slurm.toy import ROOT, Toy, wait_for
 
 
@@ -28,13 +28,13 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 def refused(toy: Toy, name: str, *more: str, **profile: Any) -> str:
     """The sentence; nothing was written or submitted."""
-    before, jobs = everything(toy.run(name)), set(queue.mine())
+    before, jobs = everything(toy.run(name)), set(queue.my_jobs())
     done = toy.launch(name, "5 0.1 1", *more, **profile)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("llamagen: error: ")
     assert "Traceback" not in done.stderr
     assert everything(toy.run(name)) == before
-    assert set(queue.mine()) == jobs
+    assert set(queue.my_jobs()) == jobs
     return done.stderr
 
 
@@ -51,7 +51,7 @@ def test_a_launch_that_cannot_be(toy: Toy, more: list[str], profile: dict[str, A
     done = toy.launch("impossible", "5 0.1 1", *more, **profile)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert sentence in done.stderr
-    assert not any(job.name == "impossible" for job in queue.mine().values())
+    assert not any(job.name == "impossible" for job in queue.my_jobs().values())
     assert not (toy.run("impossible") / "launch/lock.json").exists()
 
 
@@ -137,7 +137,7 @@ def test_odd_names_run_and_ones_that_slurm_reads_are_refused(toy: Toy) -> None:
     done = toy.launch(odd, "2 0.1 1", nodes=1)
     assert done.returncode == 0, done.stderr
     wait_for(lambda: toy.last(odd)["event"] == "done")
-    job = queue.mine()[toy.job(odd)]
+    job = queue.my_jobs()[toy.job(odd)]
     assert job.name == "a-run-touch-x-n-me"
     assert len(list((toy.run(odd) / "log").glob("*/*_1_log.out"))) == 1
     assert "SLURM reads %" in refused(toy, "100%j")
@@ -150,7 +150,7 @@ def test_without_accounting_every_state_is_still_right(toy: Toy) -> None:
     toy.launch("waits", "2 0.1 1", nodes=1, sbatch={"hold": True})
     toy.launch("gone", "90 0.1 1", nodes=1)
     queue.cancel([toy.job("gone")])
-    wait_for(lambda: toy.last("ok")["event"] == "done" and not queue.mine()[toy.job("gone")].alive)
+    wait_for(lambda: toy.last("ok")["event"] == "done" and not queue.my_jobs()[toy.job("gone")].alive)
     words = [sys.executable, "-m", "llamagen_dist.cli", "status", "--json"]
     shown = subprocess.run(
         [*words, *(str(toy.run(name)) for name in ("ok", "waits", "gone"))], capture_output=True, text=True, check=True

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.records import Place
 from tests.runs.checkout import ROOT, checkout, llamagen
 from tests.slurm.toy import profile
 
@@ -39,7 +39,7 @@ def sweep_file(folder: Path) -> Path:
 
 
 def events(out: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
-    return {name: [e for e in Place.of(out / name).events() if e["event"] == kind] for name in POINTS}
+    return {name: [e for e in JobFolder.of(out / name).events() if e["event"] == kind] for name in POINTS}
 
 
 def tries(out: Path) -> dict[str, int]:
@@ -70,11 +70,11 @@ def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> 
     assert "#SBATCH --array=0-5%2" in dry.stdout
     assert not out.exists()
 
-    before = set(queue.mine())
+    before = set(queue.my_jobs())
     first = llamagen(root, *words)
     assert first.returncode == 0, first.stderr
     assert "6 points, 2 at a time, each on 2 ranks of 1 node" in first.stdout
-    submitted = {job for job, state in queue.mine().items() if job not in before}
+    submitted = {job for job, state in queue.my_jobs().items() if job not in before}
     assert len(submitted) == 6
     assert len({job.partition("_")[0] for job in submitted}) == 1, "one array"
 
@@ -86,7 +86,7 @@ def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> 
     assert attached.returncode == 1, attached.stderr
     assert "5 of 6 points are finished; failed: bad" in attached.stdout
     assert "thirteen is nonsense; give it sense" in attached.stdout
-    assert set(queue.mine()) - before == submitted, "attached: nothing was submitted again"
+    assert set(queue.my_jobs()) - before == submitted, "attached: nothing was submitted again"
     assert most_at_once(out) == 2
     requeued = events(out, "requeued")
     assert {name: len(found) for name, found in requeued.items() if found} == {"dies": 1}, "that item alone"
@@ -98,7 +98,7 @@ def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> 
     again = llamagen(root, *words)
     assert "5 of 6 points finished" in again.stdout
     assert "bad has failed: rank" in again.stdout
-    assert set(queue.mine()) - before == submitted, "finished ones are skipped, failed ones wait to be asked for"
+    assert set(queue.my_jobs()) - before == submitted, "finished ones are skipped, failed ones wait to be asked for"
 
     other = llamagen(root, *words, "train.images=2560")
     assert other.returncode == 2
@@ -110,4 +110,4 @@ def test_six_points_one_fails_and_is_tried_again(root: Path, tmp_path: Path) -> 
     assert mended.returncode == 0, mended.stdout
     assert "all 6 points are finished" in mended.stdout
     assert tries(out) == {"slow": 1, "dies": 2, "bad": 2, "a": 2, "b": 1, "c": 1}
-    assert not (out / "bad/launch/END.json").exists()
+    assert not (out / "bad/launch/FAILED.json").exists()

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.launch.slurm import lock
-from llamagen_dist.launch.slurm.records import Place
 from tests.runs.checkout import ROOT, checkout, llamagen
 
 
@@ -40,10 +40,10 @@ class Toy:
         return self.folder / name
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        return Place.of(self.run(name)).events()
+        return JobFolder.of(self.run(name)).events()
 
     def job(self, name: str) -> str:
-        held = lock.read(Place.of(self.run(name)))
+        held = lock.read(JobFolder.of(self.run(name)))
         assert held is not None
         return held.jobs[0]
 

@@ -146,7 +146,7 @@ STAGES = [
 def make(out: Path) -> None:
     """Write everything a finished quickstart holds that is text."""
     for number, (name, why, ranks, seconds, peak) in enumerate(STAGES):
-        folder = out / "stages" / name
+        folder = out / "stages" / name / "launch"
         folder.mkdir(parents=True)
         (folder / "DONE.json").write_text(
             json.dumps(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config import dump, load
-from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.launch.folder import JobFolder
 from llamagen_dist.process import identify
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -72,14 +72,14 @@ def note(log: Path, rank: int = 0, **facts: Any) -> None:
 
 
 def lock(folder: Path, *jobs: str) -> None:
-    place = Place.of(folder)
+    place = JobFolder.of(folder)
     place.path.mkdir(parents=True, exist_ok=True)
     facts = {"token": "t", "jobs": list(jobs), "user": "me", "host": "login", "since": 0.0}
     place.lock.write_text(json.dumps(facts))
 
 
 def history(folder: Path, *events: tuple[str, dict[str, Any]]) -> None:
-    place = Place.of(folder)
+    place = JobFolder.of(folder)
     place.path.mkdir(parents=True, exist_ok=True)
     place.history.write_text(
         "".join(json.dumps({"time": 0.0, "event": name, **facts}) + "\n" for name, facts in events)
@@ -87,8 +87,8 @@ def history(folder: Path, *events: tuple[str, dict[str, Any]]) -> None:
 
 
 def end(folder: Path, reason: str) -> None:
-    Place.of(folder).path.mkdir(parents=True, exist_ok=True)
-    Place.of(folder).end.write_text(json.dumps({"reason": reason}))
+    JobFolder.of(folder).path.mkdir(parents=True, exist_ok=True)
+    JobFolder.of(folder).failed.write_text(json.dumps({"reason": reason}))
 
 
 def dated(file: Path, time: float) -> None:

@@ -10,34 +10,34 @@ from hypothesis import strategies as st
 
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
+from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits
 from llamagen_dist.launch.slurm import lock
-from llamagen_dist.launch.slurm.elastic import Turn, claim, left_over, makes_room, over, turn
+from llamagen_dist.launch.slurm.elastic import Decision, claim, decide_turn, left_over, makes_room, over
 from llamagen_dist.launch.slurm.keeper import begins, period_s, room_for
 from llamagen_dist.launch.slurm.lock import Lock, own
-from llamagen_dist.launch.slurm.queue import JobState, NodeKind
-from llamagen_dist.launch.slurm.records import Limits, Place, Work
+from llamagen_dist.launch.slurm.queue import NodeKind, QueuedJob
 from llamagen_dist.launch.slurm.standby import begins_after, fixed_micro_batch, sizes
-from llamagen_dist.launch.slurm.submission import Size
+from llamagen_dist.launch.slurm.submit import Size
 
 JOBS = ("40", "20", "10")  # named after their nodes
 AFTER_S = 100.0
 
 
-def queue(reason: str = "Resources", **states: str) -> dict[str, JobState]:
+def queue(reason: str = "Resources", **states: str) -> dict[str, QueuedJob]:
     """big=…, middle=…, small=…"""
     names = dict(zip(("big", "middle", "small"), JOBS, strict=True))
     return {
-        names[key]: JobState(names[key], state, reason, int(names[key]), "", "", "", "")
+        names[key]: QueuedJob(names[key], state, reason, int(names[key]), "", "", "", "")
         for key, state in states.items()
     }
 
 
-def ask(me: str, owner: str | None, quiet_s: float = 0.0, **states: str) -> Turn:
-    return turn(me, JOBS, queue(**states), owner, quiet_s, AFTER_S)
+def ask(me: str, owner: str | None, quiet_s: float = 0.0, **states: str) -> Decision:
+    return decide_turn(me, JOBS, queue(**states), owner, quiet_s, AFTER_S)
 
 
 def test_the_wanted_job_begins_alone():
-    assert ask("40", None, big="RUNNING", middle="PENDING", small="PENDING") == Turn("go")
+    assert ask("40", None, big="RUNNING", middle="PENDING", small="PENDING") == Decision("go")
 
 
 def test_a_stand_by_goes_on_for_a_job_that_waits_for_its_nodes():
@@ -75,21 +75,21 @@ STATES = st.sampled_from(["PENDING", "RUNNING", "COMPLETING", "CANCELLED"])
 @given(st.tuples(STATES, STATES, STATES), st.sampled_from([None, *JOBS]), st.sampled_from([0.0, 200.0]))
 def test_of_two_running_jobs_never_both_go_on(states, owner, quiet_s):
     """In whatever order they ask, at most one of two that run goes without waiting for the other's end."""
-    assert both_go_on(turn, states, owner, quiet_s) == []
+    assert both_go_on(decide_turn, states, owner, quiet_s) == []
 
 
 def test_a_rule_that_looks_at_nobody_is_caught():
-    assert both_go_on(lambda *_: Turn("go"), ("RUNNING", "RUNNING", "PENDING"), None, 0.0) == [
+    assert both_go_on(lambda *_: Decision("go"), ("RUNNING", "RUNNING", "PENDING"), None, 0.0) == [
         ("40", "20"),
         ("20", "40"),
     ]
 
 
 def both_go_on(
-    rule: Callable[..., Turn], states: tuple[str, ...], owner: str | None, quiet_s: float
+    rule: Callable[..., Decision], states: tuple[str, ...], owner: str | None, quiet_s: float
 ) -> list[tuple[str, str]]:
     """Pairs of running jobs of which the first would go on without waiting for the second's end."""
-    found = {job: JobState(job, state, "", 1, "", "", "", "") for job, state in zip(JOBS, states, strict=True)}
+    found = {job: QueuedJob(job, state, "", 1, "", "", "", "") for job, state in zip(JOBS, states, strict=True)}
     bad = []
     for one, other in itertools.combinations([job for job in JOBS if found[job].state == "RUNNING"], 2):
         for me, rival in ((one, other), (other, one)):
@@ -131,7 +131,7 @@ def test_a_try_that_did_not_help_is_not_repeated_soon():
 
 
 def test_what_history_says_of_hand_overs(tmp_path):
-    place = Place.of(tmp_path)
+    place = JobFolder.of(tmp_path)
     place.path.mkdir()
     place.tell("started", job="20")
     assert makes_room(place, "20") is None
@@ -150,7 +150,7 @@ def test_what_history_says_of_hand_overs(tmp_path):
 
 
 def test_stand_bys_of_a_cancelled_run_are_left_over(tmp_path):
-    place, held = Place.of(tmp_path), Lock("token", JOBS, "me", "here", 0.0)
+    place, held = JobFolder.of(tmp_path), Lock("token", JOBS, "me", "here", 0.0)
     place.path.mkdir()
     own(place, "40.1")
     assert left_over(place, held, queue(big="CANCELLED", middle="PENDING", small="PENDING")) == ["20", "10"]
@@ -167,11 +167,11 @@ def test_a_queue_without_this_very_job_is_no_answer(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
-    place = Place.of(tmp_path / "run")
+    place = JobFolder.of(tmp_path / "run")
     place.path.mkdir(parents=True)
     lock.take(place, "t")
     lock.name_jobs(place, "t", JOBS)
-    work = Work("x", "m", (), str(tmp_path / "run"), "/code", token="t", limits=Limits(after_s=AFTER_S))
+    work = JobSpec("x", "m", (), str(tmp_path / "run"), "/code", token="t", limits=Limits(after_s=AFTER_S))
     assert claim(work, f"{JOBS[0]}.0"), "the wanted job goes on: the fence keeps all others from writing"
     assert not claim(work, f"{JOBS[1]}.0"), "a stand-by does not"
 

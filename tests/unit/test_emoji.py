@@ -193,7 +193,7 @@ def test_a_text_encoder_needs_captions(tmp_path):
 
 def test_the_stages_of_the_recipe_fit_together(tmp_path):
     made = plan(CONFIGS / "pipeline/text-to-image.yaml", tmp_path, {"package": "/somewhere.tgz"})
-    stages = {stage.name: stage for stage in made.stages}
+    stages = {stage.name: stage for stage in made.nodes}
     extract, gpt, sample = (stages[name].config for name in ("tokens", "gpt", "sample"))
     tokenizer = stages["tokenizer"].config
     option = dict(zip(stages["text-encoder"].arguments, stages["text-encoder"].arguments[1:], strict=False))

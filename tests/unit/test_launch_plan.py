@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from llamagen_dist import cli
 from llamagen_dist.commands.quickstart import headline
-from llamagen_dist.config import GPTConfigFile, difference, dump, load, shrink
+from llamagen_dist.config import GPTConfigFile, difference, load, shrink
 from llamagen_dist.config.section import build
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import only_launcher, own_folder
-from llamagen_dist.launch import cluster, listing, snapshot
-from llamagen_dist.launch.stages import absolute, plan, words
+from llamagen_dist.launch import listing, local, snapshot
+from llamagen_dist.launch.graph import absolute
+from llamagen_dist.launch.stages import plan, words
 from llamagen_dist.process import Identity, identify
 from llamagen_dist.tracking import provenance
 
@@ -46,20 +47,20 @@ def test_variables_reach_arguments_config_and_products(tmp_path: Path) -> None:
   - {name: b, why: w, module: m, config: gpt.yaml, set: {run_dir: "{out}/run", data.train: "{images}"}}
 """
     made = plan(write(tmp_path, stages), Path("/somewhere/out"), {"images": "/mine"})
-    first, second = made.stages
+    first, second = made.nodes
     assert first.arguments == ("pack", "/mine/x", "100")
     assert first.produces == (Path("/somewhere/out/p"),)
     assert isinstance(second.config, GPTConfigFile)
     assert second.config.run_dir == Path("/somewhere/out/run")
     assert second.config.data.train == Path("/mine")
     assert second.config.data.validation == Path.cwd() / "b"  # jobs run elsewhere: no path stays relative
-    assert plan(write(tmp_path, stages), Path("/somewhere/out"), small=0.05).stages[0].arguments[2] == "5"
+    assert plan(write(tmp_path, stages), Path("/somewhere/out"), small=0.05).nodes[0].arguments[2] == "5"
 
 
 @pytest.mark.parametrize(
     ("stages", "variables", "sentence"),
     [
-        ('  - {name: a, why: w, module: m, arguments: ["{image}"]}', {}, "{image} is no variable"),
+        ('  - {name: a, why: w, module: m, arguments: ["{image}"]}', {}, "{image} is not a variable"),
         ("  - {name: a, why: w, module: m}", {"imags": "x"}, "no variable 'imags'"),
         ("  - {name: a, why: w, module: m, config: gpt.yaml, arguments: [x]}", {}, "not both"),
         ("  - {name: a, why: w, module: m, set: {run_dir: x}}", {}, "set needs config"),
@@ -102,12 +103,13 @@ def test_a_shrunk_config_is_valid_and_about_so_much_shorter(steps: int, batch: i
 
 def test_a_stage_knows_what_changed(tmp_path: Path) -> None:
     text = "  - {name: b, why: w, module: m, config: gpt.yaml, set: {train.images: %d}}\n"
-    one = plan(write(tmp_path, text % 640), tmp_path).stages[0]
-    two = plan(write(tmp_path, text % 1280), tmp_path).stages[0]
-    (tmp_path / "old.yaml").write_text(dump(one.config))
+    one = plan(write(tmp_path, text % 640), tmp_path / "out").nodes[0]
+    two = plan(write(tmp_path, text % 1280), tmp_path / "out").nodes[0]
     assert one.sha256() != two.sha256()
-    assert one.differs_from(one.identity(), tmp_path / "old.yaml") == []
-    assert two.differs_from(one.identity(), tmp_path / "old.yaml") == ["train.images: 640 -> 1280"]
+    assert one.changes() == [], "never started"
+    one.prepare()
+    assert one.changes() == []
+    assert two.changes() == ["train.images: 640 -> 1280"]
 
 
 def test_pictures_to_make_and_to_score_shrink_alike() -> None:
@@ -124,8 +126,8 @@ def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
     made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.05)
     training = ["pack", "tokenizer", "tokens", "ladder", "tp2"]
     then = ["sample", "reconstruct", "evaluate", "scaling", "report"]
-    assert [stage.name for stage in made.stages] == training + then
-    configs: dict[str, Any] = {stage.name: stage.config for stage in made.stages}
+    assert [stage.name for stage in made.nodes] == training + then
+    configs: dict[str, Any] = {stage.name: stage.config for stage in made.nodes}
     tokenizer, ladder, tp2 = (configs[name] for name in ("tokenizer", "ladder", "tp2"))
     assert configs["tokens"].tokenizer == tokenizer.run_dir
     assert configs["tokens"].image_size == tokenizer.data.image_size
@@ -134,7 +136,7 @@ def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
     differs = difference(ladder, tp2, ignore=["run_dir", "ladder"])
     assert differs == ["parallel.tensor: 1 -> 2"]  # else the losses could not be compared
     for name in ("ladder", "tp2"):
-        for product in next(stage for stage in made.stages if stage.name == name).produces:
+        for product in next(stage for stage in made.nodes if stage.name == name).produces:
             assert product.parent.name in configs[name].ladder
     sample = configs["sample"]
     assert sample.checkpoint == ladder.run_dir / list(ladder.ladder)[-1]
@@ -156,7 +158,7 @@ def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
 
 def test_every_stage_of_the_quickstart_has_a_size_and_a_folder(tmp_path: Path) -> None:
     made = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out")
-    found = {stage.name: listing.size(stage) for stage in made.stages}
+    found = {stage.name: listing.size(stage) for stage in made.nodes}
     assert found["pack"] == "10,000 images"
     assert found["tokens"] == "1 crop per image"
     assert found["sample"] == "1,500 pictures"
@@ -164,8 +166,8 @@ def test_every_stage_of_the_quickstart_has_a_size_and_a_folder(tmp_path: Path) -
     assert found["reconstruct"] == "1,000 images"
     assert found["ladder"].startswith("6 GPTs (g30k to g1m), ")
     half = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.5)
-    assert next(listing.size(stage) for stage in half.stages if stage.name == "sample") == "750 pictures"
-    folders = {stage.name: listing.writes(stage, made.out) for stage in made.stages}
+    assert next(listing.size(stage) for stage in half.nodes if stage.name == "sample") == "750 pictures"
+    folders = {stage.name: listing.writes(stage, made.out) for stage in made.nodes}
     assert all(folders.values())
     assert folders["ladder"] == ["ladder"]
     assert folders["pack"] == ["images/train", "images/validation"]
@@ -290,8 +292,8 @@ def test_folders_of_others_and_files_are_refused(tmp_path: Path, monkeypatch: py
 
 def test_ranks_get_gpus_only_if_there_is_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert cluster.devices(2) == "2,3"
-    assert cluster.devices(3) == ""
+    assert local.devices(2) == "2,3"
+    assert local.devices(3) == ""
 
 
 def test_the_last_lines_say_what_was_measured_and_nothing_else() -> None:

@@ -117,7 +117,7 @@ def test_what_is_missing_is_absent_and_the_rest_stays(out: Path) -> None:
     assert set(results(collect(out))) == {"time_s", "peak_rss_gb"}
     page = html.render(quickstart.build(collect(out)))
     assert "tokenizer learnt" not in page
-    for file in (out / "stages").glob("*/DONE.json"):
+    for file in (out / "stages").glob("*/launch/DONE.json"):
         file.unlink()
     assert results(collect(out)) == {}
     assert "Nothing has finished yet" in html.render(quickstart.build(collect(out)))

@@ -106,7 +106,7 @@ def test_any_number_of_rungs(out: Path, count: int) -> None:
 def test_names_are_shown_not_run(out: Path) -> None:
     """A run, a stage and a class called like a tag; the twin shows that unescaped text would be caught."""
     (out / "ladder" / "g30k").rename(out / "ladder" / EVIL.replace("/", "|"))
-    done = out / "stages" / "pack" / "DONE.json"
+    done = out / "stages" / "pack" / "launch" / "DONE.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"why": EVIL}))
     grid = ImageGrid(np.zeros((1, 4, 4, 3), np.uint8), (EVIL,))
     block = Section(

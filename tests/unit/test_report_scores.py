@@ -248,7 +248,7 @@ def test_a_damaged_file_is_named(out: Path, name: str) -> None:
 
 
 def test_the_full_pipeline_leaves_the_files_that_the_report_reads(tmp_path: Path) -> None:
-    stages = {stage.name: stage for stage in plan(PIPELINE, tmp_path).stages}
+    stages = {stage.name: stage for stage in plan(PIPELINE, tmp_path).nodes}
     assert list(stages)[-5:] == ["sample", "reconstruct", "evaluate", "scaling", "report"]
     assert stages["sample"].config.out == tmp_path / "samples"  # type: ignore[union-attr]
     evaluate = stages["evaluate"].config

@@ -1,8 +1,6 @@
 """The sbatch script, profiles, and the few facts that ranks derive from SLURM's variables."""
 
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,16 @@ from hypothesis import strategies as st
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.config.launch import minutes
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.slurm import batch, lock
-from llamagen_dist.launch.slurm.records import Limits, Place, Work, read_work, steps_done, write_works
-from llamagen_dist.launch.slurm.submission import Size, job_name, masked, script
+from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits, read_spec, steps_done, write_specs
+from llamagen_dist.launch.slurm.submit import Size, Submission, job_name, masked
 from llamagen_dist.launch.slurm.task import first_host, port
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = Size(2, 8, 8)
 
 
-def work(folder: str = "/shared/runs/GPT 3B", **more) -> Work:
-    return Work("GPT-3B", "llamagen_dist.train_gpt", ("/x.yaml",), folder, "/shared/code", **more)
+def work(folder: str = "/shared/runs/GPT 3B", **more) -> JobSpec:
+    return JobSpec("GPT-3B", "llamagen_dist.train_gpt", ("/x.yaml",), folder, "/shared/code", **more)
 
 
 def profile(**keys) -> ClusterConfig:
@@ -30,8 +27,8 @@ def profile(**keys) -> ClusterConfig:
 
 
 def test_the_script_says_what_the_profile_says():
-    text = script(
-        [work()],
+    text = Submission(
+        (work(),),
         profile(
             partition="gpu",
             account="lab",
@@ -51,8 +48,8 @@ def test_the_script_says_what_the_profile_says():
             srun=("--cpu-bind=none",),
         ),
         SIZE,
-        after=["12", "13"],
-    )
+        after=("12", "13"),
+    ).script()
     for line in (
         "#SBATCH --partition=gpu",
         "#SBATCH --account=lab",
@@ -88,15 +85,15 @@ def test_the_script_says_what_the_profile_says():
 
 
 def test_an_array_runs_so_many_at_a_time_and_keeps_its_logs_apart():
-    works = [work(f"/runs/{n}") for n in range(6)]
-    text = script(works, profile(gpus_per_node=0), Size(1, 1, 0), at_once=3, log=Path("/sweep/log"))
+    works = tuple(work(f"/runs/{n}") for n in range(6))
+    text = Submission(works, profile(gpus_per_node=0), Size(1, 1, 0), at_once=3, logs=Path("/sweep/log")).script()
     assert "#SBATCH --array=0-5%3" in text
     assert "%A_%a" in text
     assert "gpus-per-node" not in text
 
 
 def test_secrets_are_hidden_from_people_but_not_from_the_job():
-    text = script([work()], profile(exports={"WANDB_API_KEY": "abc123", "HOME_DIR": "/h"}), SIZE)
+    text = Submission((work(),), profile(exports={"WANDB_API_KEY": "abc123", "HOME_DIR": "/h"}), SIZE).script()
     assert "export WANDB_API_KEY=abc123" in text
     assert "abc123" not in masked(text)
     assert "export HOME_DIR=/h" in masked(text)
@@ -117,7 +114,7 @@ SECRETS = {
 
 @pytest.mark.parametrize("keys", SECRETS.values(), ids=SECRETS)
 def test_a_secret_is_hidden_whole_wherever_the_profile_sets_it(keys):
-    text = script([work()], profile(**keys), SIZE)
+    text = Submission((work(),), profile(**keys), SIZE).script()
     assert "def123" in text
     assert "def123" not in masked(text)
     assert "***" in masked(text)
@@ -126,7 +123,7 @@ def test_a_secret_is_hidden_whole_wherever_the_profile_sets_it(keys):
 def test_what_is_no_secret_is_shown():
     exports = {"TOKENIZER": "/data/vq16", "TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}
     lines = ["module load cuda", "export TOKENIZER_PATH='/data/a b'", "llamagen pack x --caption-key text --tokens 256"]
-    text = script([work()], profile(exports=exports, setup=lines, sbatch={"wckey": "vision"}), SIZE)
+    text = Submission((work(),), profile(exports=exports, setup=lines, sbatch={"wckey": "vision"}), SIZE).script()
     assert masked(text) == text
 
 
@@ -167,7 +164,7 @@ def _file(folder: Path) -> Path:
 @pytest.mark.parametrize("file", sorted((ROOT / "slurm").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_shipped_profile_makes_a_script(file):
     shipped = load(file, kind="cluster")
-    text = script([work()], shipped, Size(shipped.nodes, shipped.ranks, shipped.gpus_per_node))
+    text = Submission((work(),), shipped, Size(shipped.nodes, shipped.ranks, shipped.gpus_per_node)).script()
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
@@ -201,9 +198,9 @@ def test_every_restart_has_a_port_of_its_own_below_those_given_to_anybody():
 
 
 def test_a_work_file_gives_back_what_was_written(tmp_path):
-    works = [work(limits=Limits(False, 3, 1, 60), produces=("/a", "/b"), done="/d", record={"name": "x"}), work("/y")]
-    write_works(tmp_path / "work.json", works)
-    assert [read_work(tmp_path / "work.json", n) for n in (0, 1)] == works
+    works = [work(limits=Limits(False, 3, 1, 60), produces=("/a", "/b"), record={"name": "x"}), work("/y")]
+    write_specs(tmp_path / "work.json", works)
+    assert [read_spec(tmp_path / "work.json", n) for n in (0, 1)] == works
 
 
 def test_progress_is_that_of_checkpoints_that_count(tmp_path):
@@ -215,15 +212,15 @@ def test_progress_is_that_of_checkpoints_that_count(tmp_path):
             (folder / "COMPLETE").touch()
     assert steps_done(tmp_path) == 12  # 8 and the rung's 4; 9 was never finished
     other = tmp_path / "extract.launch"
-    Place.of(other).path.mkdir(parents=True)
-    Place.of(other).progress.write_text('{"done": 7}')
+    JobFolder.of(other).path.mkdir(parents=True)
+    JobFolder.of(other).progress.write_text('{"done": 7}')
     assert steps_done(other) == 7
     (other / "record.json").touch()  # a training run that has shown 7 images and saved none of it
     assert steps_done(other) == 0
 
 
 def test_a_torn_history_is_read_up_to_the_tear(tmp_path):
-    place = Place.of(tmp_path)
+    place = JobFolder.of(tmp_path)
     place.path.mkdir()
     place.tell("submitted", job="1")
     place.tell("started", job="1")
@@ -232,32 +229,3 @@ def test_a_torn_history_is_read_up_to_the_tear(tmp_path):
     assert [event["event"] for event in place.events()] == ["submitted", "started"]
     place.tell("done", job="1")
     assert [event["event"] for event in place.events()] == ["submitted", "started", "done"]
-
-
-def test_a_job_that_begins_at_once_waits_until_its_launch_has_written_it_down(tmp_path, monkeypatch):
-    place = Place.of(tmp_path)
-    place.path.mkdir()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    lock.take(place, "mine")
-
-    def launcher() -> None:  # as submit() ends
-        time.sleep(0.4)
-        place.tell("submitted", job="7")
-        lock.name_jobs(place, "mine", ("7",))
-
-    thread = threading.Thread(target=launcher)
-    thread.start()
-    assert batch.begin(work(str(tmp_path), token="mine")) == 0
-    thread.join()
-    assert [event["event"] for event in place.events()] == ["submitted", "started"]
-
-
-def test_without_that_wait_it_would_look_as_if_submitted_again(tmp_path, monkeypatch):
-    place = Place.of(tmp_path)
-    place.path.mkdir()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(batch, "NAMED_S", 0.0)
-    lock.take(place, "mine")
-    assert batch.begin(work(str(tmp_path), token="mine")) == 0
-    place.tell("submitted", job="7")
-    assert [event["event"] for event in place.events()] == ["started", "submitted"]

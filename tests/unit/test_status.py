@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from llamagen_dist.config import dump, load
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.queue import JobState
+from llamagen_dist.launch.slurm.queue import QueuedJob
 from llamagen_dist.launch.status import files, screen, survey
 from llamagen_dist.launch.status.files import Clock
 from llamagen_dist.launch.status.state import count_restarts, one_line
@@ -30,22 +30,22 @@ from tests.unit import run_folders as made
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def job(name: str, state: str = "RUNNING", reason: str = "None", where: str = "n[1-2]") -> JobState:
-    return JobState(name, state, reason, 2, where, "1:00:00", "t", "run")
+def job(name: str, state: str = "RUNNING", reason: str = "None", where: str = "n[1-2]") -> QueuedJob:
+    return QueuedJob(name, state, reason, 2, where, "1:00:00", "t", "run")
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, *jobs: JobState | Exception) -> list[int]:
+def answers(monkeypatch: pytest.MonkeyPatch, *jobs: QueuedJob | Exception) -> list[int]:
     """Let squeue answer so; returns a list that grows by one with every question."""
     asked: list[int] = []
 
-    def mine(patience_s: float) -> dict[str, JobState]:
+    def my_jobs(patience_s: float) -> dict[str, QueuedJob]:
         asked.append(1)
         for one in jobs:
             if isinstance(one, Exception):
                 raise one
-        return {one.job: one for one in jobs if isinstance(one, JobState)}
+        return {one.job: one for one in jobs if isinstance(one, QueuedJob)}
 
-    monkeypatch.setattr(queue, "mine", mine)
+    monkeypatch.setattr(queue, "my_jobs", my_jobs)
     return asked
 
 
@@ -80,7 +80,7 @@ def test_a_process_that_is_gone_does_not_run_whatever_its_files_say(tmp_path: Pa
     run = made.training(tmp_path / "a")
     made.beat(run, pid=2**22 + 1)
     assert only(run).state.name == "stopped"
-    assert "gone without a word" in only(run).state.reason
+    assert "gone without a message" in only(run).state.reason
     made.beat(run, started="1")  # the pid lives, but is another process
     assert only(run).state.name == "stopped"
 
@@ -249,7 +249,7 @@ def test_of_several_jobs_the_running_one_counts(tmp_path: Path, monkeypatch: pyt
     assert (only(run).state.job, only(run).state.reason) == ("7", "")
     answers(monkeypatch, job("7", "COMPLETED"))
     made.history(run, ("started", {"job": "7"}), ("gave_up", {"job": "7", "reason": "job 8 runs already"}))
-    assert only(run).state.reason == "job 7 is over (COMPLETED): job 8 runs already; the same launch goes on"
+    assert only(run).state.reason == "job 7 is over (COMPLETED): job 8 runs already; the same launch resumes it"
 
 
 def test_requeued_is_told_from_waiting_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from llamagen_dist.config import dump, load
 from llamagen_dist.config.launch import SweepConfig
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
-from llamagen_dist.launch import pipeline, points, sweep
+from llamagen_dist.launch import points
+from llamagen_dist.launch.graph import Graph
+from llamagen_dist.launch.state import state_of
 from llamagen_dist.planning import sweep as planning
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.tracking.devices import named
@@ -33,7 +35,7 @@ def file(folder: Path, **keys: Any) -> Path:
 
 
 def names(folder: Path, **keys: Any) -> list[str]:
-    return [point.name for point in points.sweep(file(folder, **keys), folder / "out").points]
+    return [point.name for point in points.sweep(file(folder, **keys), folder / "out").nodes]
 
 
 def refusal(folder: Path, *words: str, **keys: Any) -> str:
@@ -54,11 +56,11 @@ def test_grid_zip_and_list_multiply_and_names_say_what_differs(tmp_path: Path) -
         ),
         tmp_path / "out",
     )
-    assert len(made.points) == 8
-    first, last = made.points[0], made.points[-1]
+    assert len(made.nodes) == 8
+    first, last = made.nodes[0], made.nodes[-1]
     assert first.name == "decay-0_global_batch-128_weight_decay-0.05_lr-1e-4"
     assert last.name == "decay-0.9999_global_batch-256_weight_decay-0.1_lr-3e-4"
-    config: Any = last.stage.config
+    config: Any = last.config
     assert (config.optim.lr, config.optim.weight_decay, config.train.global_batch) == (3e-4, 0.1, 256)
     assert (config.train.images, config.ema.decay, config.train.seed) == (2560, 0.9999, 0)
     assert config.run_dir == tmp_path / "out" / last.name
@@ -130,49 +132,49 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 def test_programs_that_make_files_get_a_folder_each(tmp_path: Path) -> None:
     sample, evaluate = (str(ROOT / f"configs/eval/{name}.yaml") for name in ("sample", "plain"))
     made = points.sweep(file(tmp_path, config=sample, grid={"cfg_scale": [1.5, 2.0]}), tmp_path / "out")
-    assert [p.stage.config.out for p in made.points] == [p.folder / "out" for p in made.points]  # type: ignore[union-attr]
+    assert [p.config.out for p in made.nodes] == [p.folder / "out" for p in made.nodes]  # type: ignore[union-attr]
     made = points.sweep(file(tmp_path, config=evaluate, grid={"seed": [1, 2]}), tmp_path / "out")
-    assert made.points[1].stage.config.out == tmp_path / "out/seed-2/evaluation.json"  # type: ignore[union-attr]
+    assert made.nodes[1].config.out == tmp_path / "out/seed-2/evaluation.json"  # type: ignore[union-attr]
 
 
-def started(made: points.Sweep, *which: int) -> None:
+def started(made: Graph, *which: int) -> None:
     made.out.mkdir(exist_ok=True)
-    sweep.begin(made)
+    made.keep()
     for number in which:
-        pipeline.prepare(made.points[number].stage, sweep.folder_of(made.points[number]))
+        made.nodes[number].prepare()
 
 
 def test_another_sweep_in_the_folder_is_refused_and_more_points_are_not(tmp_path: Path) -> None:
     grid = {"optim.lr": [1e-4, 2e-4]}
     out = tmp_path / "out"
 
-    def again(*words: str, **keys: Any) -> points.Sweep:
+    def again(*words: str, **keys: Any) -> Graph:
         return points.sweep(file(tmp_path, **{"grid": grid, **keys}), out, words)
 
     started(again(), 0, 1)
-    sweep.check(again())
-    sweep.check(again(grid={"optim.lr": [1e-4, 2e-4, 4e-4]}))
-    sweep.check(again("train.micro_batch=4", "guard.hang_minutes=3"))  # how it is run, not what it computes
+    again().check()
+    again(grid={"optim.lr": [1e-4, 2e-4, 4e-4]}).check()
+    again("train.micro_batch=4", "guard.hang_minutes=3").check()  # how it is run, not what it computes
     for wrong, said in (
         (again("train.seed=1"), "point lr-1e-4 was started with another config (train.seed: 0 -> 1)"),
         (again(grid={"optim.lr": [1e-4, 4e-4]}), "points that this sweep does not have (lr-2e-4)"),
         (again(module="llamagen_dist.cli"), "holds a sweep of llamagen_dist.train_gpt"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            sweep.check(wrong)
+            wrong.check()
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.txt").touch()
     with pytest.raises(UserError, match="holds no sweep"):
-        sweep.check(points.sweep(file(tmp_path, grid=grid), foreign))
+        points.sweep(file(tmp_path, grid=grid), foreign).check()
 
 
 def test_the_state_of_a_point_is_what_its_folder_says(tmp_path: Path) -> None:
     made = points.sweep(file(tmp_path, grid={"optim.lr": [1e-4, 2e-4, 4e-4]}), tmp_path / "out")
     started(made, 0, 1)
-    write_text(sweep.folder_of(made.points[0]).done, "{}")
-    write_text(made.points[1].folder / "launch/END.json", json.dumps({"reason": "loss became nan at step 7"}))
-    states = [sweep.state_of(point) for point in made.points]
+    write_text(made.nodes[0].job.done, "{}")
+    write_text(made.nodes[1].folder / "launch/FAILED.json", json.dumps({"reason": "loss became nan at step 7"}))
+    states = [state_of(point.job, {}) for point in made.nodes]
     assert [state.kind for state in states] == ["finished", "failed", "open"]
     assert states[1].reason == "loss became nan at step 7"
 
@@ -183,7 +185,7 @@ def test_the_sweep_that_is_kept_is_the_one_that_was_given(tmp_path: Path) -> Non
     kept: SweepConfig = load(tmp_path / "kept.yaml", kind="sweep")
     again = points.sweep(tmp_path / "kept.yaml", tmp_path / "out")
     assert kept == made.config
-    assert [p.stage.identity() for p in again.points] == [p.stage.identity() for p in made.points]
+    assert [p.identity() for p in again.nodes] == [p.identity() for p in made.nodes]
 
 
 def test_the_plan_of_a_sweep_adds_up(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_the_plan_of_a_sweep_adds_up(tmp_path: Path) -> None:
         tmp_path / "o",
     )
     machine = Machine(named("A100-40"), 8)
-    small, large = (planning.need(p.name, p.stage.config, machine) for p in made.points)
+    small, large = (planning.need(p.name, p.config, machine) for p in made.nodes)
     assert small.parameters == 110_888_448
     assert large.fits is False
     assert large.gpu_hours is not None
@@ -201,7 +203,7 @@ def test_the_plan_of_a_sweep_adds_up(tmp_path: Path) -> None:
     text = " ".join(planning.totals([small, large], ["finished", "open"], machine, 2))
     assert f"{large.gpu_hours:,.0f} GPU-hours" in text, "what is finished is not counted again"
     assert "1 do not fit on A100-40" in text
-    odd = planning.need("odd", made.points[0].stage.config, Machine(named("A100-40"), 7))
+    odd = planning.need("odd", made.nodes[0].config, Machine(named("A100-40"), 7))
     assert odd.refused is not None
     assert "256 images cannot be shared equally by 7 data-parallel ranks" in odd.refused
 

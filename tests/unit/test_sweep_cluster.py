@@ -13,14 +13,13 @@ import yaml
 from llamagen_dist import cli
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch import points, stages, sweep
-from llamagen_dist.launch.slurm import follow, lock, queue
-from llamagen_dist.launch.slurm import pipeline as chain
-from llamagen_dist.launch.slurm import sweep as array
-from llamagen_dist.launch.slurm.records import Place, Work, finish_whole, read_work, steps_of, write_works
-from llamagen_dist.launch.slurm.run import find, nothing_runs
-from llamagen_dist.launch.slurm.submission import Size
+from llamagen_dist.launch import here, points, stages
+from llamagen_dist.launch.folder import JobFolder, JobSpec, finish_whole, read_spec, write_specs
+from llamagen_dist.launch.slurm import launch, lock, queue, watch
+from llamagen_dist.launch.slurm.launch import Target, script_of, sweep_node
+from llamagen_dist.launch.slurm.submit import Size
 from llamagen_dist.launch.slurm.task import owner
+from llamagen_dist.launch.state import JobState, nothing_runs, state_of
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "slurm/local.yaml"
@@ -60,24 +59,26 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *lines: str) 
 
 def test_a_sweep_is_one_array_of_what_is_open(tmp_path: Path) -> None:
     made = points.sweep(sweep_file(tmp_path), tmp_path / "out")
-    size = array.size_for(made, profile())
+    size = Target(profile()).array_size(sweep_node(made))
     assert size == Size(2, 2, 0)
-    states = [sweep.State("open"), sweep.State("finished"), sweep.State("open")]
-    text = array.text(made, profile(), size, states)
+    target, node = Target(profile()), sweep_node(made)
+    names, ended = [point.name for point in made.nodes], JobState("finished")
+    states = dict(zip(names, [JobState("open"), ended, JobState("open")], strict=True))
+    text = script_of(made, target, node, size, states)
     assert "#SBATCH --array=0-1%2" in text
     assert f"--output={tmp_path}/out/log/" in text
-    assert array.text(made, profile(), size, [sweep.State("finished")] * 3) == ""
-    work = array.work_of(made.points[1], profile(), size, tmp_path / "code")
+    assert script_of(made, target, node, size, dict.fromkeys(names, ended)) == ""
+    (work,) = target.submission(made, node, [made.nodes[1]], size, tmp_path / "code").specs
     assert work.folder == str(tmp_path / "out/lr-2e-4")
     assert work.arguments == (f"{work.folder}/launch/config.yaml",)
-    assert work.done == f"{work.folder}/launch/DONE.json"
+    assert str(work.job.done) == f"{work.folder}/launch/DONE.json"
 
 
 def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp_path: Path) -> None:
     batches = {"set": {"train.images": 64000}, "grid": {"train.global_batch": [256, 250]}, "nodes": 2}
     made = points.sweep(sweep_file(tmp_path, **batches), tmp_path / "out")
     with pytest.raises(UserError, match=r"point global_batch-250: train\.global_batch: 250 images cannot be shared"):
-        array.size_for(made, profile())
+        Target(profile()).array_size(sweep_node(made))
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
         cli.main(["sweep", str(sweep_file(tmp_path)), "--out", str(tmp_path / "out"), "--cluster", str(PROFILE)])
     assert not (tmp_path / "out").exists()
@@ -85,24 +86,24 @@ def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp
 
 def test_more_points_than_an_array_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = points.sweep(sweep_file(tmp_path, grid={"train.seed": list(range(1002))}), tmp_path / "out")
-    assert array.size_for(many, profile()).ranks == 4, "nobody to ask"
+    assert Target(profile()).array_size(sweep_node(many)).ranks == 4, "nobody to ask"
     fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1001")
     with pytest.raises(UserError, match="1,002 points: SLURM takes arrays of up to 1,001 here"):
-        array.size_for(many, profile())
+        Target(profile()).array_size(sweep_node(many))
     fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1002")
-    assert array.size_for(many, profile()).ranks == 4
+    assert Target(profile()).array_size(sweep_node(many)).ranks == 4
 
 
 def test_the_size_of_a_stage(tmp_path: Path) -> None:
     made = stages.plan(QUICKSTART, tmp_path / "out")
-    sizes = {stage.name: chain.size_for(stage, profile(nodes=2)) for stage in made.stages}
+    sizes = {stage.name: Target(profile(nodes=2)).stage_size(stage) for stage in made.nodes}
     assert sizes["pack"] == sizes["report"] == Size(1, 1, 0), "a program of one process needs no GPU"
     assert sizes["ladder"] == Size(2, 2, 0)
     gpus = profile(nodes=2, gpus_per_node=8, ranks_per_node=None)
-    by_name = {stage.name: stage for stage in made.stages}
-    assert chain.size_for(by_name["tokenizer"], gpus) == Size(2, 8, 8)
+    by_name = {stage.name: stage for stage in made.nodes}
+    assert Target(gpus).stage_size(by_name["tokenizer"]) == Size(2, 8, 8)
     with pytest.raises(UserError, match=r"stage tokenizer: train.global_batch: \d+ images cannot be shared"):
-        chain.size_for(by_name["tokenizer"], profile(nodes=7, gpus_per_node=8, ranks_per_node=None))
+        Target(profile(nodes=7, gpus_per_node=8, ranks_per_node=None)).stage_size(by_name["tokenizer"])
 
 
 def test_a_stage_says_how_many_nodes_it_gets(tmp_path: Path) -> None:
@@ -111,39 +112,40 @@ def test_a_stage_says_how_many_nodes_it_gets(tmp_path: Path) -> None:
     wanted |= {"nodes": 1, "gpus_per_node": 4, "config": str(ROOT / "configs/eval/quickstart-sample.yaml")}
     data["stages"] = [wanted]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(data))
-    (stage,) = stages.plan(tmp_path / "p.yaml", tmp_path / "out").stages
-    assert chain.size_for(stage, profile(nodes=2)) == Size(1, 4, 4)
+    (stage,) = stages.plan(tmp_path / "p.yaml", tmp_path / "out").nodes
+    assert Target(profile(nodes=2)).stage_size(stage) == Size(1, 4, 4)
 
 
 def test_a_stages_progress_is_that_of_the_run_it_trains(tmp_path: Path) -> None:
     made = stages.plan(QUICKSTART, tmp_path / "out")
-    works = [chain.work_of(made, stage, profile(), Size(2, 2, 0), tmp_path / "code") for stage in made.stages]
+    size, code = Size(2, 2, 0), tmp_path / "code"
+    works = [Target(profile()).submission(made, node, [node], size, code).specs[0] for node in made.nodes]
     ladder = next(work for work in works if work.name == "out-ladder")
     assert ladder.folder == str(tmp_path / "out/stages/ladder")
     assert ladder.produces == (str(tmp_path / "out/ladder/g1m/summary.json"),)
     for rung, step in (("g30k", 8), ("g45k", 4)):
         (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}").mkdir(parents=True)
         (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}/COMPLETE").touch()
-    assert steps_of(ladder) == 12
-    assert steps_of(Work("x", "m", (), ladder.folder, "")) == 0, "the stage's own folder has none"
-    write_works(tmp_path / "w.json", [ladder])
-    assert read_work(tmp_path / "w.json") == ladder
+    assert ladder.steps_done() == 12
+    assert JobSpec("x", "m", (), ladder.folder, "").steps_done() == 0, "the stage's own folder has none"
+    write_specs(tmp_path / "w.json", [ladder])
+    assert read_spec(tmp_path / "w.json") == ladder
 
 
 def test_the_imagenet_pipeline_hangs_together(tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = stages.plan(ROOT / "configs/pipeline/imagenet.yaml", out, {"images": "/data/i"})
-    by_name: dict[str, Any] = {stage.name: stage for stage in made.stages}
+    by_name: dict[str, Any] = {stage.name: stage for stage in made.nodes}
     tokenizer, ladder, sample = (by_name[name] for name in ("tokenizer", "ladder", "sample"))
     assert by_name["tokens"].config.tokenizer == tokenizer.config.run_dir == sample.config.tokenizer
-    rungs = {point.name: point.stage.config for point in ladder.sweep.points}
+    rungs = {point.name: point.config for point in ladder.sweep.nodes}
     assert {rung.data.train for rung in rungs.values()} == {by_name["tokens"].config.out}
     assert {rung.data.validation for rung in rungs.values()} == {by_name["tokens-held-out"].config.out}
     assert sample.config.checkpoint == rungs["d1024"].run_dir == out / "ladder/d1024"
     assert by_name["evaluate"].config.generated == sample.config.out / "model.npz"
     assert by_name["scaling"].arguments[2] == str(out / "ladder")
     gpus = profile(nodes=1, gpus_per_node=8, ranks_per_node=None)
-    sizes = {name: chain.size_for(stage, gpus).ranks for name, stage in by_name.items()}
+    sizes = {name: Target(gpus).stage_size(stage).ranks for name, stage in by_name.items()}
     assert sizes == {
         "tokenizer": 8,
         "tokens": 32,
@@ -155,14 +157,14 @@ def test_the_imagenet_pipeline_hangs_together(tmp_path: Path) -> None:
         "report": 1,
     }
     short = stages.plan(ROOT / "configs/pipeline/imagenet.yaml", out, small=0.01)
-    assert next(stage for stage in short.stages if stage.sweep).sweep.points[0].stage.config.train.images < 260_000  # type: ignore[union-attr]
+    assert next(stage for stage in short.nodes if stage.sweep).sweep.nodes[0].config.train.images < 260_000  # type: ignore[union-attr]
 
 
 def test_a_stage_is_done_when_its_last_point_is(tmp_path: Path) -> None:
     out, done = tmp_path / "ladder", tmp_path / "DONE.json"
     for name in ("a", "b"):
         (out / name / "launch").mkdir(parents=True)
-        (out / name / "launch/stage.json").touch()
+        (out / name / "launch/job.json").touch()
     write = {"seconds": 2.0, "peak_rss_gb": 1.0}
     (out / "a/launch/DONE.json").write_text(json.dumps(write))
     assert not finish_whole(out, done, {"name": "ladder"})
@@ -204,7 +206,7 @@ def test_an_items_incarnation_is_named_as_its_lock_and_log() -> None:
 
 
 def held(folder: Path, job: str) -> None:
-    place = Place.of(folder)
+    place = JobFolder.of(folder)
     place.path.mkdir(parents=True)
     lock.take(place, "abc")
     lock.name_jobs(place, "abc", (job,))
@@ -214,7 +216,7 @@ def test_this_machine_leaves_folders_alone_in_which_a_clusters_job_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = points.sweep(sweep_file(tmp_path), tmp_path / "out")
-    folder = made.points[1].folder
+    folder = made.nodes[1].folder
     nothing_runs([folder])  # never launched on a cluster: nobody is asked
     held(folder, "7_1")
     with pytest.raises(UserError, match=r"whether its job still runs cannot be asked .* delete .*lock\.json"):
@@ -222,26 +224,30 @@ def test_this_machine_leaves_folders_alone_in_which_a_clusters_job_runs(
     fake_squeue(tmp_path, monkeypatch, "7_1|RUNNING|None|1|n1|10:00|abc|x")
     with pytest.raises(UserError, match="job 7_1 runs there"):
         nothing_runs([folder])
-    sweep.begin(made)
+    made.keep()
     with pytest.raises(UserError, match="job 7_1 runs there"):
-        sweep.run(made, False)
-    assert array.states(made)[1] == sweep.State("running", "job 7_1")
+        here.run(made)
+    state = launch.states(made)[made.nodes[1].name]
+    assert (state.kind, state.reason) == ("running", "job 7_1")
     fake_squeue(tmp_path, monkeypatch, "7_1|CANCELLED|None|1||10:00|abc|x")
     nothing_runs([folder])
-    assert [state.kind for state in array.states(made)] == ["open"] * 3
+    assert [state.kind for state in launch.states(made).values()] == ["open"] * 3
 
 
 def test_a_job_that_will_never_begin_is_as_good_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held(tmp_path / "stage", "8")
-    part = follow.Part("last", tmp_path / "stage", tmp_path / "DONE.json")
+    job = JobFolder.of(tmp_path / "stage")
     fake_squeue(tmp_path, monkeypatch, "8|PENDING|DependencyNeverSatisfied|1||1:00|abc|x")
-    assert follow._ending(find(part.folder))
+    assert state_of(job, queue.my_jobs()).leaving
     fake_squeue(tmp_path, monkeypatch, "8|PENDING|Dependency|1||1:00|abc|x")
-    assert not follow._ending(find(part.folder))
+    assert not state_of(job, queue.my_jobs()).leaving
     fake_squeue(tmp_path, monkeypatch, "8|CANCELLED|DependencyNeverSatisfied|1||1:00|abc|x")
-    assert not follow._ending(find(part.folder)), "it has gone: nothing to wait for"
-    monkeypatch.setattr(follow, "POLL_S", 0.01)
-    monkeypatch.setattr(follow, "ASK_EVERY_S", 0.02)
+    assert not state_of(job, queue.my_jobs()).leaving, "it has gone: nothing to wait for"
+    done = JobFolder.of(tmp_path / "other")
+    done.path.mkdir(parents=True)
+    done.done.touch()
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    monkeypatch.setattr(watch, "ASK_EVERY_S", 0.02)
 
     class Quiet:
         said: list[str] = []  # noqa: RUF012 - one test's
@@ -250,14 +256,14 @@ def test_a_job_that_will_never_begin_is_as_good_as_gone(tmp_path: Path, monkeypa
             self.said.append(text)
 
     began = time.monotonic()
-    assert follow.watch([part], Quiet()) == {"last": "no job runs or waits for it any more"}  # type: ignore[arg-type]
+    assert watch.watch({"last": job, "other": done}, Quiet()) == {"last": "no job runs or waits for it any more"}  # type: ignore[arg-type]
     assert time.monotonic() - began < 5
     assert any("last: no job runs" in line for line in Quiet.said)
 
 
 def test_a_comment_of_several_lines_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_squeue(tmp_path, monkeypatch, "7|RUNNING|None|1|n1|1:00|todo:\n8 PENDING|x", "9|PENDING|Priority|1||1:00|t|y")
-    found = queue.mine()
+    found = queue.my_jobs()
     assert list(found) == ["7", "9"]
     assert found["9"].comment == "t"
 

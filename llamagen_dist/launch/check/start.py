@@ -8,14 +8,16 @@ from llamagen_dist.config import ClusterConfig
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import only_launcher, own_folder
-from llamagen_dist.launch import cluster
+from llamagen_dist.launch import local
 from llamagen_dist.launch.check.verdict import Verdict, judge, read_reports
-from llamagen_dist.launch.job import DONE
-from llamagen_dist.launch.pipeline import take_code
+from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits
+from llamagen_dist.launch.here import take_code
+from llamagen_dist.launch.rank import DONE
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.records import Limits, Place, Work
-from llamagen_dist.launch.slurm.run import describe, find, settled
-from llamagen_dist.launch.slurm.submission import Size, size_of, submit
+from llamagen_dist.launch.slurm.launch import settled
+from llamagen_dist.launch.slurm.submit import Size, Submission, size_of
+from llamagen_dist.launch.slurm.watch import describe
+from llamagen_dist.launch.state import state_of
 
 PROGRAM = "llamagen_dist.preflight"
 MINUTES = 10
@@ -29,16 +31,16 @@ def on_cluster(
 
     Raises UserError; queue.SilentError where SLURM does not answer.
     """
-    queue.need()
+    queue.require_slurm()
     size = size_of(profile, nodes, gpus_per_node)
     short = {"time": str(MINUTES), "signal_delay_s": 60, "requeue": False}
     if profile.time_minutes > MINUTES:
         profile = profile.model_copy(update=short)
     own_folder(out)
-    found = settled(out, screen)
-    if found.kind == "running":
-        raise UserError(f"{out}: a check runs there already (job {found.job}); wait for it, or give another --out")
-    work = Work(
+    state = settled({str(out): JobFolder.of(out)}, screen)[str(out)]
+    if state.live:
+        raise UserError(f"{out}: a check runs there already (job {state.job}); wait for it, or give another --out")
+    spec = JobSpec(
         name=f"check-{out.name}",
         module=PROGRAM,
         arguments=(str(out / "reports"),),
@@ -48,7 +50,7 @@ def on_cluster(
         limits=Limits(requeue=False, max_faults=0, signal_delay_s=profile.signal_delay_s),
     )
     _empty(out / "reports")
-    (job,) = submit([work], profile, size, stale=[found.held])
+    (job,) = Submission((spec,), profile, size).submit([state.lock])
     screen.say(
         f"job {job}: {size.ranks} ranks on {size.nodes} node{'s' * (size.nodes > 1)}; logs in {out / 'log' / job}"
     )
@@ -58,19 +60,19 @@ def on_cluster(
         queue.cancel([job])
         raise
     log = out / "log" / job / f"{job}_0_log.out"
-    last = cluster.tail(log).splitlines()[-1:]
+    last = local.tail(log).splitlines()[-1:]
     return _judged(out, size, f"{ended}; the last line of {log}: {last[0] if last else 'it is empty'}" if ended else "")
 
 
 def on_this_machine(ranks: int, out: Path, screen: Screen) -> Verdict:
     """The same trials on ``ranks`` processes of this machine. Raises UserError."""
     own_folder(out)
-    with only_launcher(out / "launch.lock"), cluster.StopRequest() as stop:
+    with only_launcher(out / "launch.lock"), local.StopRequest() as stop:
         _empty(out / "reports")
-        code, log = take_code(out, screen), out / "log"
-        devices = cluster.devices(ranks)
+        code = take_code(out, screen)
+        devices = local.devices(ranks)
         gpus = len([d for d in (devices or "").split(",") if d])
-        running = cluster.submit(PROGRAM, (str(out / "reports"),), ranks, code, log, log / "progress.json")
+        running = local.submit(PROGRAM, (str(out / "reports"),), ranks, code, JobFolder.of(out))
         outcome = running.watch(stop, lambda: None)
         if stop.count:
             raise KeyboardInterrupt
@@ -86,10 +88,10 @@ def _empty(folder: Path) -> None:
 
 def _wait(out: Path, job: str, screen: Screen) -> str:
     """Until the job has ended; returns how, where that was not well."""
-    place, said, asked, seen = Place.of(out), "", 0.0, 0
-    since = max((n for n, e in enumerate(place.events()) if e["event"] == "submitted" and e["job"] == job), default=0)
+    folder, said, asked, seen = JobFolder.of(out), "", 0.0, 0
+    since = max((n for n, e in enumerate(folder.events()) if e["event"] == "submitted" and e["job"] == job), default=0)
     while True:
-        events = place.events()[since + 1 :]
+        events = folder.events()[since + 1 :]
         for event in events[seen:]:
             screen.say(describe(event))
         seen = len(events)
@@ -98,10 +100,10 @@ def _wait(out: Path, job: str, screen: Screen) -> str:
             return "" if last["event"] == "done" else str(last.get("reason", ""))
         if time.monotonic() - asked > (POLL_S * 5 if said else 0):
             asked = time.monotonic()
-            found = find(out)
-            if found.kind in ("stopped", "free") and len(place.events()[since + 1 :]) == seen:
-                return f"job {job} is over without a word (cancelled, or its node was lost)"
-            state = found.state
+            found = state_of(folder, queue.my_jobs())
+            if found.kind == "open" and len(folder.events()[since + 1 :]) == seen:
+                return f"job {job} is over without a result (cancelled, or its node was lost)"
+            state = found.queued
             now = (
                 ""
                 if state is None

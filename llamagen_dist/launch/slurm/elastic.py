@@ -1,4 +1,4 @@
-"""Going on with fewer nodes, and growing again: whose turn it is among the jobs of one launch.
+"""Running on with fewer nodes, and growing again: whose turn it is among the jobs of one launch.
 
 A launch may submit, beside the wanted job, smaller jobs for the same folder that begin later (stand-bys: a requeued
 job keeps its number of tasks, so one job cannot shrink). The running job's keeper pushes their begin into the future;
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llamagen_dist.files import seconds_old
+from llamagen_dist.launch.folder import JobFolder, JobSpec, outcome_of, steps_done
 from llamagen_dist.launch.slurm import lock, queue
-from llamagen_dist.launch.slurm.queue import JobState, SilentError
-from llamagen_dist.launch.slurm.records import Place, Work, outcome_of, steps_done
+from llamagen_dist.launch.slurm.queue import QueuedJob, SilentError
 
 POLL_S = 1.0
 REMIND_S = 5.0  # the signal is sent again: a job that has just begun has no ranks yet that could hear it
@@ -32,7 +32,7 @@ MOST_WAITS = 20
 
 
 @dataclass(frozen=True)
-class Turn:
+class Decision:
     """What a job that begins has to do. others: jobs whose end it waits for."""
 
     action: Literal["go", "take over", "stand by", "give up"]
@@ -42,59 +42,59 @@ class Turn:
     """One of them should be running, but shows no sign of life."""
 
 
-def turn(
+def decide_turn(
     me: str,
     jobs: Sequence[str],
-    states: Mapping[str, JobState],
+    states: Mapping[str, QueuedJob],
     owner: str | None,
     quiet_s: float,
     after_s: float,
-) -> Turn:
+) -> Decision:
     """Whose turn it is, from what SLURM's queue says.
 
     jobs: of this launch, the largest first. owner: the job that owned the folder last. quiet_s: since the owner's last
     sign of life.
     """
     jobs = jobs if me in jobs else (*jobs, me)
-    place = jobs.index(me)
+    position = jobs.index(me)
 
     def among(some: Sequence[str], *kinds: str) -> tuple[str, ...]:
         return tuple(job for job in some if job in states and states[job].state in kinds)
 
     last = owner if owner is not None and owner in jobs else jobs[0]
     if last != me and not (last in states and states[last].alive):
-        return Turn("give up", reason=f"job {last}, which it stood by for, was cancelled or has ended")
-    larger, smaller = jobs[:place], jobs[place + 1 :]
+        return Decision("give up", reason=f"job {last}, which it stood by for, was cancelled or has ended")
+    larger, smaller = jobs[:position], jobs[position + 1 :]
     ending = among([*larger, *smaller], "COMPLETING")
     running = among(larger, "RUNNING")
     if running and quiet_s < after_s:
-        return Turn("stand by", running, f"job {running[0]} runs")
+        return Decision("stand by", running, f"job {running[0]} runs")
     others = (*running, *among(smaller, "RUNNING"), *ending)
-    return Turn("take over", others, lost=bool(running)) if others else Turn("go")
+    return Decision("take over", others, lost=bool(running)) if others else Decision("go")
 
 
-def claim(work: Work, me: str) -> bool:
+def claim(spec: JobSpec, me: str) -> bool:
     """Whether this incarnation (JOB.RESTART) may own the folder now, all others of its launch having ended.
 
     Called by the batch script of a job before its ranks. False: it is back in the queue, or has nothing to do any more;
     the script has to end.
     """
-    place, (job, restart) = Place.of(work.folder), me.split(".")
-    held = lock.read(place)
+    folder, (job, restart) = spec.job, me.split(".")
+    held = lock.read(folder)
     jobs = held.jobs if held is not None else ()
     if len(jobs) < 2 and job in (jobs or (job,)):
         return True
-    facts: dict[str, Any] = {"job": job, "restart": int(restart), "steps": steps_done(Path(work.folder))}
-    if over(place):
+    facts: dict[str, Any] = {"job": job, "restart": int(restart), "steps": steps_done(Path(spec.folder))}
+    if over(folder):
         _say("the run has ended: nothing is left to do")
         return False
 
-    def ask() -> Turn | None:
-        states = _patiently(queue.mine)
+    def ask() -> Decision | None:
+        states = _patiently(queue.my_jobs)
         if states is None or job not in states:
             return None  # a list without this very job is another user's, as in a container with other user names
-        last = (lock.owner(place) or "").partition(".")[0] or None
-        return turn(job, jobs, states, last, seconds_old(place.beat), work.limits.after_s)
+        last = (lock.owner(folder) or "").partition(".")[0] or None
+        return decide_turn(job, jobs, states, last, seconds_old(folder.beat), spec.limits.after_s)
 
     found = ask()
     if found is not None and found.lost:
@@ -107,46 +107,46 @@ def claim(work: Work, me: str) -> bool:
         return False
     if found.action == "give up":
         _say(f"{found.reason}: this job ends")
-        place.tell("gave_up", reason=found.reason, **facts)
-        cancel_others(place, job, only_waiting=True)
+        folder.tell("gave_up", reason=found.reason, **facts)
+        cancel_others(folder, job, only_waiting=True)
         return False
     if found.action == "stand by":
-        return _back_into_the_queue(place, found, facts)
-    place.beat.touch()
+        return _back_into_the_queue(folder, found, facts)
+    folder.beat.touch()
     if found.others:
         for other in found.others:
-            place.tell("takes_over", **facts, **{"from": other})
+            folder.tell("takes_over", **facts, **{"from": other})
         _say(f"waiting until job {', '.join(found.others)} has saved and ended")
-        _end_of(place, found.others, work.limits.signal_delay_s)
-        if over(place):
+        _end_of(folder, found.others, spec.limits.signal_delay_s)
+        if over(folder):
             _say("the run has ended meanwhile: nothing is left to do")
             return False
     return True
 
 
-def _back_into_the_queue(place: Place, found: Turn, facts: dict[str, Any]) -> bool:
+def _back_into_the_queue(folder: JobFolder, found: Decision, facts: dict[str, Any]) -> bool:
     """SLURM lets a requeued job wait a little; meanwhile the keeper of the running one pushes it on."""
     waits = 0
-    for event in reversed(place.events()):
+    for event in reversed(folder.events()):
         if event["event"] in ("started", "submitted"):
             break
         waits += event["event"] == "waits" and event["job"] == facts["job"]
     if waits >= MOST_WAITS:
         _say(f"{found.reason}, but its keeper does not hold this stand-by back: it ends")
         return False
-    place.tell("waits", reason=found.reason, **facts)
+    folder.tell("waits", reason=found.reason, **facts)
     _say(f"{found.reason}: back into the queue")
     _patiently(lambda: queue.requeue(facts["job"]))
     time.sleep(60)  # SLURM ends this script meanwhile
     return False
 
 
-def _end_of(place: Place, others: Sequence[str], save_s: float) -> None:
+def _end_of(folder: JobFolder, others: Sequence[str], save_s: float) -> None:
     """Ask the others to save and stop, and wait until none runs; what does not listen is requeued without its leave."""
     began, told, forced = time.monotonic(), -REMIND_S, False
     while True:
-        place.beat.touch()
-        states = _patiently(queue.mine) or {}
+        folder.beat.touch()
+        states = _patiently(queue.my_jobs) or {}
         running = [job for job in others if job in states and states[job].state == "RUNNING"]
         ending = [job for job in others if job in states and states[job].state == "COMPLETING"]
         waited = time.monotonic() - began
@@ -166,9 +166,9 @@ def _end_of(place: Place, others: Sequence[str], save_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def makes_room(place: Place, job: str) -> str | None:
+def makes_room(folder: JobFolder, job: str) -> str | None:
     """For whom this job was asked to stop in its present incarnation: another job's id, or None."""
-    for event in reversed(place.events()):
+    for event in reversed(folder.events()):
         if event["event"] == "started" and event["job"] == job:
             return None
         if event["event"] == "takes_over" and event.get("from") == job:
@@ -178,37 +178,37 @@ def makes_room(place: Place, job: str) -> str | None:
     return None
 
 
-def over(place: Place) -> bool:
+def over(folder: JobFolder) -> bool:
     """Whether this launch has ended, well or not."""
-    return outcome_of(place.events()) != ""
+    return outcome_of(folder.events()) != ""
 
 
-def cancel_others(place: Place, job: str, only_waiting: bool = False) -> None:
+def cancel_others(folder: JobFolder, job: str, only_waiting: bool = False) -> None:
     """Cancel the other jobs of this launch, as far as SLURM answers: they would find nothing to do."""
-    held = lock.read(place)
+    held = lock.read(folder)
     others = [other for other in (held.jobs if held else ()) if other != job]
     if others and only_waiting:
-        states = _quietly(queue.mine) or {}
+        states = _quietly(queue.my_jobs) or {}
         others = [other for other in others if other in states and states[other].state == "PENDING"]
     if others:
         _quietly(lambda: queue.cancel(others))
 
 
-def left_over(place: Place, held: lock.Lock, states: Mapping[str, JobState]) -> list[str]:
+def left_over(folder: JobFolder, held: lock.Lock, states: Mapping[str, QueuedJob]) -> list[str]:
     """Stand-bys that wait for a run that has ended, or for a job that its user has cancelled: once they begin, they
     will find nothing to do."""
-    holder = (lock.owner(place) or "").partition(".")[0] or None
+    holder = (lock.owner(folder) or "").partition(".")[0] or None
     waiting = [job for job in held.jobs if job in states and states[job].alive]
     if any(states[job].state != "PENDING" for job in waiting):
         return []
-    if over(place):
+    if over(folder):
         return waiting
-    return [job for job in waiting if turn(job, held.jobs, states, holder, 0.0, 1.0).action == "give up"]
+    return [job for job in waiting if decide_turn(job, held.jobs, states, holder, 0.0, 1.0).action == "give up"]
 
 
-def cancel_left_over(place: Place, held: lock.Lock) -> None:
+def cancel_left_over(folder: JobFolder, held: lock.Lock) -> None:
     """Raises SilentError."""
-    queue.cancel(left_over(place, held, queue.mine()))
+    queue.cancel(left_over(folder, held, queue.my_jobs()))
 
 
 def _patiently(ask: Callable[[], T]) -> T | None:

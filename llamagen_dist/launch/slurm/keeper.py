@@ -1,6 +1,6 @@
 """Beside the ranks of a running job, on its first node: shows that it lives, and holds its stand-bys back.
 
-    python -m llamagen_dist.launch.slurm.keeper WORKS INDEX PID
+    python -m llamagen_dist.launch.slurm.keeper SPECS INDEX PID
 
 Started by ``batch begin``; ends with the batch script, whose process id is PID. Nothing here may end a run: what SLURM
 does not answer is said once and tried again.
@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.launch.folder import JobSpec, read_spec
 from llamagen_dist.launch.slurm import lock, queue
-from llamagen_dist.launch.slurm.queue import JobState, NodeKind
-from llamagen_dist.launch.slurm.records import Place, Work, read_work
+from llamagen_dist.launch.slurm.queue import NodeKind, QueuedJob
 from llamagen_dist.launch.slurm.task import owner
 from llamagen_dist.process import Identity, identify
 
@@ -31,7 +31,7 @@ def period_s(after_s: float) -> float:
     return min(LONGEST_PERIOD_S, max(1.0, after_s / 4))
 
 
-def begins(me: str, jobs: Sequence[str], states: Mapping[str, JobState], after_s: float) -> dict[str, int]:
+def begins(me: str, jobs: Sequence[str], states: Mapping[str, QueuedJob], after_s: float) -> dict[str, int]:
     """In how many seconds each waiting smaller job may begin at the earliest: the smaller, the later."""
     if me not in jobs:
         return {}
@@ -46,7 +46,7 @@ def begins(me: str, jobs: Sequence[str], states: Mapping[str, JobState], after_s
 def room_for(
     me: str,
     jobs: Sequence[str],
-    states: Mapping[str, JobState],
+    states: Mapping[str, QueuedJob],
     kinds: Sequence[NodeKind],
     events: Sequence[Mapping[str, Any]],
     after_s: float,
@@ -78,9 +78,9 @@ def room_for(
 
 
 class Keeper:
-    def __init__(self, work: Work, me: str, partition: str | None) -> None:
+    def __init__(self, spec: JobSpec, me: str, partition: str | None) -> None:
         """me: this incarnation, JOB.RESTART."""
-        self.place, self.after_s, self.partition = Place.of(work.folder), work.limits.after_s, partition
+        self.folder, self.after_s, self.partition = spec.job, spec.limits.after_s, partition
         self.me = me
         self.job = me.split(".")[0]
         self._larger: str | None = None
@@ -89,29 +89,29 @@ class Keeper:
     def beat(self) -> None:
         """Only for the owner: a zombie on a lost node is no sign of life."""
         with suppress(OSError):  # a full disk; the next one may come through
-            if lock.owner(self.place) == self.me:
-                self.place.beat.touch()
+            if lock.owner(self.folder) == self.me:
+                self.folder.beat.touch()
 
     def look(self) -> None:
         """Push the stand-bys, make room for a larger job."""
         with self._saying():
-            held = lock.read(self.place)
-            if held is None or len(held.jobs) < 2 or lock.owner(self.place) != self.me:
+            held = lock.read(self.folder)
+            if held is None or len(held.jobs) < 2 or lock.owner(self.folder) != self.me:
                 return
-            states = queue.mine()
+            states = queue.my_jobs()
             for job, seconds in begins(self.job, held.jobs, states, self.after_s).items():
                 with self._saying():
-                    queue.postpone(job, seconds)
+                    queue.delay_start(job, seconds)
             if self.job == held.jobs[0]:
                 return
             kinds = queue.partition(self.partition)
-            events = self.place.events()
+            events = self.folder.events()
             before, self._larger = self._larger, None
             larger = room_for(self.job, held.jobs, states, kinds, events, self.after_s, time.time())
             if larger is None or larger != before:  # seen twice: SLURM has had the time to start it beside this one
                 self._larger = larger
             else:
-                self.place.tell("makes_room", job=self.job, **{"for": larger})
+                self.folder.tell("makes_room", job=self.job, **{"for": larger})
                 queue.signal(self.job)
 
     @contextmanager
@@ -142,8 +142,8 @@ class Keeper:
 
 
 def main(argv: list[str]) -> None:
-    works, index, pid = argv
-    Keeper(read_work(works, int(index)), owner(os.environ), os.environ.get("SLURM_JOB_PARTITION")).run(
+    specs, index, pid = argv
+    Keeper(read_spec(specs, int(index)), owner(os.environ), os.environ.get("SLURM_JOB_PARTITION")).run(
         identify(int(pid))
     )
 

@@ -10,10 +10,13 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
-from llamagen_dist.files import seconds_old, sync_folder, write_text
-from llamagen_dist.launch.slurm.records import Place, read_json
+from llamagen_dist.files import json_if_there, seconds_old, sync_folder, write_text
+from llamagen_dist.launch.folder import JobFolder
+from llamagen_dist.launch.slurm.queue import QueuedJob
+from llamagen_dist.process import Identity, identify
 
 SUBMITTING_S = 90.0
 """A launch that holds the lock for so long without a job has died between the two."""
@@ -27,6 +30,11 @@ class Lock:
     user: str
     host: str
     since: float
+    item: int | None = None
+    """Which item of the submitted array runs in this folder; None: the whole job does."""
+    pid: int = 0
+    started: str = ""
+    """The launch's process, on ``host``."""
 
 
 class TakenError(Exception):
@@ -37,75 +45,108 @@ class TakenError(Exception):
         self.lock = lock
 
 
-def read(place: Place) -> Lock | None:
-    data = read_json(place.lock)
-    return None if data is None else Lock(**data | {"jobs": tuple(data["jobs"])})
+def read(job_folder: JobFolder) -> Lock | None:
+    """None where there is none, or none that is whole."""
+    data = json_if_there(job_folder.lock)
+    try:
+        return None if data is None else Lock(**data | {"jobs": tuple(data["jobs"])})
+    except (KeyError, TypeError):
+        return None
 
 
-def take(place: Place, token: str, stale: Lock | None = None) -> None:
+def take(job_folder: JobFolder, token: str, stale: Lock | None = None, item: int | None = None) -> None:
     """Make the lock ours. stale: the lock of a launch that is over, which the caller has made sure of.
 
     Raises TakenError where somebody else was quicker.
     """
-    mine = Lock(token, (), getpass.getuser(), platform.node(), time.time())
+    me = identify()
+    mine = Lock(token, (), getpass.getuser(), platform.node(), time.time(), item, me.pid, me.started)
     if stale is None:
-        aside = place.lock.with_name(f".lock.{token}")
+        aside = job_folder.lock.with_name(f".lock.{token}")
         write_text(aside, _text(mine))
         try:
-            os.link(aside, place.lock)  # whole from the first moment, and an error where it exists
+            os.link(aside, job_folder.lock)  # whole from the first moment, and an error where it exists
         except FileExistsError:
-            raise TakenError(read(place)) from None
+            raise TakenError(read(job_folder)) from None
         finally:
             aside.unlink(missing_ok=True)
-        sync_folder(place.path)
+        sync_folder(job_folder.path)
         return
-    _claim(place, stale)
-    write_text(place.lock, _text(mine))
+    claim(job_folder, stale)
+    write_text(job_folder.lock, _text(mine))
 
 
-def name_jobs(place: Place, token: str, jobs: tuple[str, ...]) -> None:
+def name_jobs(job_folder: JobFolder, token: str, jobs: tuple[str, ...]) -> None:
     """Say which jobs run under the lock that ``token`` holds."""
-    lock = read(place)
+    lock = read(job_folder)
     if lock is not None and lock.token == token:
-        write_text(place.lock, _text(Lock(token, jobs, lock.user, lock.host, lock.since)))
+        write_text(job_folder.lock, _text(replace(lock, jobs=jobs)))
 
 
-def release(place: Place, token: str) -> None:
+def release(job_folder: JobFolder, token: str) -> None:
     """Give the lock back where nothing was submitted under it."""
-    lock = read(place)
+    lock = read(job_folder)
     if lock is not None and lock.token == token and not lock.jobs:
-        place.lock.unlink(missing_ok=True)
+        job_folder.lock.unlink(missing_ok=True)
 
 
-def age(place: Place) -> float:
-    """Seconds since the lock was last written; 0 where there is none."""
-    return seconds_old(place.lock) if place.lock.exists() else 0.0
+def jobs_of(lock: Lock, known: Mapping[str, QueuedJob]) -> list[QueuedJob]:
+    """What SLURM knows of the jobs under a lock: those it names; before it names any, those that carry its token."""
+    if lock.jobs:
+        return [known[job] for job in lock.jobs if job in known]
+    # of an array only this folder's own item: its siblings say nothing about it
+    item = "" if lock.item is None else f"_{lock.item}"
+    return [job for job in known.values() if job.comment == lock.token and job.job.endswith(item)]
 
 
-def own(place: Place, owner: str, **facts: object) -> None:
+def submitting(job_folder: JobFolder, lock: Lock, submitted: bool) -> bool:
+    """Whether the launch that holds the lock, which names no job yet, is still at it.
+
+    submitted: SLURM has its job. Then it is over when its process is; until then a child of a killed launch may still
+    be talking to SLURM, and only time tells.
+    """
+    mine = lock.host == platform.node() and lock.pid != 0
+    if submitted and mine and not Identity(lock.pid, lock.started).alive():
+        return False
+    return age(job_folder) < SUBMITTING_S
+
+
+def age(job_folder: JobFolder) -> float:
+    """Seconds since the lock was last written, by the clock of its disk; 0 where there is none."""
+    try:
+        return seconds_old(job_folder.lock) if job_folder.lock.exists() else 0.0
+    except OSError:  # a folder that may only be read: by this host's clock
+        return time.time() - job_folder.lock.stat().st_mtime
+
+
+def own(job_folder: JobFolder, owner: str, **facts: object) -> None:
     """From now on the incarnation ``owner`` (JOB.RESTART) is the one that may write in the folder."""
-    write_text(place.owner, json.dumps({"owner": owner, "since": time.time(), **facts}))
+    write_text(job_folder.owner, json.dumps({"owner": owner, "since": time.time(), **facts}))
 
 
-def owner(place: Place) -> str | None:
-    data = read_json(place.owner)
+def owner(job_folder: JobFolder) -> str | None:
+    data = json_if_there(job_folder.owner)
     return None if data is None else str(data["owner"])
 
 
-def _claim(place: Place, stale: Lock) -> None:
-    """Of all that want to follow this very lock one may; a claim whose maker died is passed over after a while."""
+def claim(job_folder: JobFolder, stale: Lock, what: str = "claim") -> None:
+    """Of all that want to follow this very lock one may; a claim whose maker died is passed over after a while.
+
+    what: the name of the claim; "adopt": not to follow it, but to name the job that its launch has left. Raises
+    TakenError.
+    """
     for number in range(100):
-        claim = place.path / f"claim-{stale.token}-{number}"
+        claim = job_folder.path / f"{what}-{stale.token}-{number}"
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
-            now = read(place)
+            now = read(job_folder)
             if now is None or now.token != stale.token:
                 raise TakenError(now) from None
             if seconds_old(claim) < SUBMITTING_S:
                 raise TakenError(None) from None
             continue
-        now = read(place)
+        now = read(job_folder)
         if now is None or now.token != stale.token:  # it had been followed already
             raise TakenError(now)
         return

@@ -38,7 +38,7 @@ class SilentError(UserError):
 
 
 @dataclass(frozen=True)
-class JobState:
+class QueuedJob:
     """One job, or one item of an array (``123_4``), as squeue shows it."""
 
     job: str
@@ -56,22 +56,22 @@ class JobState:
         return self.state in LIVE
 
 
-def need() -> None:
+def require_slurm() -> None:
     """Raises UserError where SLURM's commands are not on PATH."""
     for command in ("sbatch", "squeue", "scontrol", "scancel"):
         if shutil.which(command) is None:
             raise UserError(
-                f"there is no {command} on PATH: this is no login node of a SLURM cluster; use --cluster local, or try "
-                "a cluster of this machine's own with slurm/local_cluster.sh up"
+                f"there is no {command} on PATH: this is not a login node of a SLURM cluster; use --cluster local, or "
+                "try a cluster of this machine's own with slurm/local_cluster.sh up"
             )
 
 
-def ask(words: Sequence[str], patience_s: float = ANSWER_S) -> str:
+def run_slurm(words: Sequence[str], patience_s: float = ANSWER_S) -> str:
     """stdout of one of SLURM's commands. Raises SilentError where it fails or gives no answer in time."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=patience_s, check=False)
     except FileNotFoundError:
-        need()
+        require_slurm()
         raise SilentError(f"there is no {words[0]} on PATH") from None
     except subprocess.TimeoutExpired:
         raise SilentError(
@@ -83,41 +83,46 @@ def ask(words: Sequence[str], patience_s: float = ANSWER_S) -> str:
     return done.stdout
 
 
-def mine(patience_s: float = ANSWER_S) -> dict[str, JobState]:
+def my_jobs(patience_s: float = ANSWER_S) -> dict[str, QueuedJob]:
     """This user's jobs that SLURM still remembers, ended ones too, by id; one call however many there are.
 
     Raises SilentError.
     """
     words = ["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", FIELD_END.join(_FIELDS) + JOB_END]
-    text = ask(words, patience_s)
+    text = run_slurm(words, patience_s)
     found = {}
     for entry in text.split(JOB_END)[:-1]:
         job, state, reason, nodes, where, left, comment, name = entry.lstrip("\n").split(FIELD_END)
-        found[job] = JobState(job, state, reason, int(nodes or 0), where, left, comment, name)
+        found[job] = QueuedJob(job, state, reason, int(nodes or 0), where, left, comment, name)
     return found
 
 
 def signal(job: str, name: str = "USR2", patience_s: float = ANSWER_S) -> None:
     """Send a signal to all ranks of a job, not to its batch script. Raises SilentError, after a long while for a job
     that is back in the queue, since scancel waits for it to run."""
-    ask(["scancel", f"--signal={name}", job], patience_s)
+    run_slurm(["scancel", f"--signal={name}", job], patience_s)
 
 
 def cancel(jobs: Iterable[str]) -> None:
     """Raises SilentError; jobs that have ended are no error."""
     names = list(jobs)
     if names:
-        ask(["scancel", "--quiet", *names])
+        run_slurm(["scancel", "--quiet", *names])
 
 
-def postpone(job: str, seconds: int) -> None:
+def delay_start(job: str, seconds: int) -> None:
     """Let a waiting job begin in so many seconds at the earliest. Raises SilentError, for a job that runs too."""
-    ask(["scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}"])
+    run_slurm(["scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}"])
+
+
+def release(job: str) -> None:
+    """Let a job that was submitted held begin (all items of an array by its id). Raises SilentError."""
+    run_slurm(["scontrol", "release", job])
 
 
 def requeue(job: str) -> None:
     """Raises SilentError."""
-    ask(["scontrol", "requeue", job], patience_s=60.0)
+    run_slurm(["scontrol", "requeue", job], patience_s=60.0)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def partition(name: str | None) -> list[NodeKind]:
     if shutil.which("sinfo") is None:
         return []
     try:
-        text = ask(["sinfo", "-h", "-e", "-o", "%P|%F|%c|%G|%l"])
+        text = run_slurm(["sinfo", "-h", "-e", "-o", "%P|%F|%c|%G|%l"])
     except SilentError:
         return []
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
@@ -162,7 +167,7 @@ def partition(name: str | None) -> list[NodeKind]:
 def largest_array() -> int | None:
     """How many items a job array may have here; None where SLURM does not say."""
     try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)$", ask(["scontrol", "show", "config"]), re.MULTILINE)
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)$", run_slurm(["scontrol", "show", "config"]), re.MULTILINE)
     except UserError:
         return None
     return int(found[1]) if found else None

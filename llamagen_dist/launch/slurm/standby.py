@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock
-from llamagen_dist.launch.slurm.records import Place, Work
-from llamagen_dist.launch.slurm.submission import Size, enqueue
+from llamagen_dist.launch.slurm.submit import Size, Submission
 from llamagen_dist.parallel.division import data_ranks, per_rank_batch
 
 
@@ -32,23 +30,24 @@ def begins_after(profile: ClusterConfig, number: int) -> str:
     return f"now+{round(60 * profile.elastic.after_minutes * number)}"
 
 
-def submit_all(
-    work: Work, profile: ClusterConfig, smaller: list[Size], wanted: str, token: str, say: Callable[[str], None]
-) -> None:
-    """Submit the stand-bys of job ``wanted`` under its lock and name them there. One that SLURM refuses is said: the
-    run does without it."""
-    place, jobs = Place.of(work.folder), [wanted]
+def submit_all(wanted: Submission, job: str, smaller: list[Size], say: Callable[[str], None]) -> None:
+    """Submit the stand-bys of ``job`` under its lock and name them there. One that SLURM refuses is said: the run does
+    without it.
+
+    wanted: what was submitted as ``job``, with its token.
+    """
+    folder, jobs = wanted.specs[0].job, [job]
     for number, size in enumerate(smaller, start=1):
-        begin = begins_after(profile, number)
-        try:
-            (job,) = enqueue([work], profile, size, token, begin=begin, log=Path(work.folder) / "log")
+        begin = begins_after(wanted.profile, number)
+        try:  # not held: it begins later than it takes to name it
+            (standby,) = replace(wanted, size=size, begin=begin).enqueue(hold=False)
         except UserError as error:
             say(f"no stand-by on {_nodes(size)}: {error}")
             continue
-        jobs.append(job)
-        lock.name_jobs(place, token, tuple(jobs))
-        place.tell("stands_by", job=job, nodes=size.nodes, ranks=size.ranks)
-        say(f"job {job} stands by on {_nodes(size)}")
+        jobs.append(standby)
+        lock.name_jobs(folder, wanted.token, tuple(jobs))
+        folder.tell("stands_by", job=standby, nodes=size.nodes, ranks=size.ranks)
+        say(f"job {standby} stands by on {_nodes(size)}")
 
 
 def _nodes(size: Size) -> str:

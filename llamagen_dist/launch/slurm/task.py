@@ -1,6 +1,6 @@
-"""What every rank of a SLURM job runs: set the surroundings that programs expect, run the program, say how it ended.
+"""What every rank of a SLURM job runs: set the environment that programs expect, run the program, say how it ended.
 
-submitit pickles ``Task`` and calls it in every task of the job step. It has no ``checkpoint`` method and replaces
+submitit pickles ``SlurmRank`` and calls it in every task of the job step. It has no ``checkpoint`` method and replaces
 submitit's signal handlers first thing: those would requeue from rank 0 alone, at once. Here the program's own flag
 stops all ranks together, and the batch script requeues (batch.py).
 """
@@ -18,60 +18,60 @@ from pathlib import Path
 
 from llamagen_dist.console import PROGRESS_FILE
 from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from llamagen_dist.launch import job
-from llamagen_dist.launch.slurm.records import Place, Work, read_work
+from llamagen_dist.launch import rank as ranks
+from llamagen_dist.launch.folder import JobSpec, read_spec
 from llamagen_dist.process import STOP_SIGNALS, cores, peak_rss_gb
 from llamagen_dist.program import ERROR_FILE, LOCK, OWNER, SIGNAL_DELAY
 
 MARKS = "LLAMAGEN_MARKS"  # environment variable of slurm/plain.sbatch: a folder
-_EXIT = {job.USER_ERROR: EXIT_USER_ERROR, job.INTERRUPTED: EXIT_INTERRUPTED, job.CRASHED: 1}
+_EXIT = {ranks.USER_ERROR: EXIT_USER_ERROR, ranks.INTERRUPTED: EXIT_INTERRUPTED, ranks.CRASHED: 1}
 
 
 @dataclass(frozen=True)
-class Task:
-    """works: the file of what the job (or each item of the array) runs."""
+class SlurmRank:
+    """specs: the file of what the job (or each item of the array) runs."""
 
-    works: str
+    specs: str
 
     def __call__(self) -> None:
         for number in STOP_SIGNALS:
-            signal.signal(number, job._interrupt)
-        work = read_work(self.works, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))
-        run_rank(work)
+            signal.signal(number, ranks._interrupt)
+        spec = read_spec(self.specs, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))
+        run_rank(spec)
 
 
-def run_rank(work: Work) -> None:
+def run_rank(spec: JobSpec) -> None:
     """Run the program; returns where it is done, else ends the process: 0 after a stop that has saved everything."""
-    place, me = Place.of(work.folder), owner(os.environ)
+    job, me = spec.job, owner(os.environ)
     rank = int(os.environ["SLURM_PROCID"])
-    notes = place.notes(me)
-    notes.mkdir(parents=True, exist_ok=True)
-    note = job.Note(notes, rank)
+    reports = job.ranks(me)
+    reports.mkdir(parents=True, exist_ok=True)
+    report = ranks.RankReport(reports, rank)
     began = time.time()
 
     def prepare() -> None:
-        job.surround(work.code, surroundings(work.ranks_per_node))
+        ranks.set_rank_environment(spec.code, rank_environment(spec.ranks_per_node))
         os.environ.update(
             {
-                ERROR_FILE: str(note.sentence),
+                ERROR_FILE: str(report.sentence),
                 OWNER: me,
-                LOCK: str(place.owner),
-                SIGNAL_DELAY: str(work.limits.signal_delay_s),
+                LOCK: str(job.owner),
+                SIGNAL_DELAY: str(spec.limits.signal_delay_s),
             }
         )
         os.environ.pop(PROGRESS_FILE, None)
         if rank == 0:
-            os.environ[PROGRESS_FILE] = str(place.progress)
+            os.environ[PROGRESS_FILE] = str(job.progress)
 
-    outcome, message, failure = job.run_program(work.module, work.arguments, prepare)
+    outcome, message, failure = ranks.run_program(spec.module, spec.arguments, prepare)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if not message and note.sentence.exists():
-        message = note.sentence.read_text(encoding="utf-8")
+    if not message and report.sentence.exists():
+        message = report.sentence.read_text(encoding="utf-8")
     # of thousands of ranks that end well or stop together, one need say so
-    if rank == 0 or outcome not in (job.DONE, job.STOPPED):
+    if rank == 0 or outcome not in (ranks.DONE, ranks.STOPPED):
         error = type(failure).__name__ if failure is not None else ""
-        note.write(
+        report.write(
             began=began,
             outcome=outcome,
             message=message,
@@ -80,7 +80,7 @@ def run_rank(work: Work) -> None:
             seconds=time.time() - began,
             peak_rss_gb=peak_rss_gb(),
         )
-    if outcome == job.DONE:
+    if outcome == ranks.DONE:
         return
     if failure is not None and not isinstance(failure, SystemExit):
         traceback.print_exception(failure)
@@ -99,7 +99,7 @@ def owner(environment: Mapping[str, str]) -> str:
     return f"{name}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
 
 
-def surroundings(ranks_per_node: int | None = None) -> dict[str, str]:
+def rank_environment(ranks_per_node: int | None = None) -> dict[str, str]:
     """What torch and our programs read, from what srun has set.
 
     ranks_per_node: where srun was told otherwise than by --ntasks-per-node.
@@ -128,10 +128,10 @@ def port(owner: str) -> int:
 def first_host(nodelist: str) -> str:
     """``n[03-5,9],m1`` -> ``n03``; SLURM's node lists may have several brackets and anything after them."""
     depth, end = 0, len(nodelist)
-    for place, letter in enumerate(nodelist):
+    for position, letter in enumerate(nodelist):
         depth += {"[": 1, "]": -1}.get(letter, 0)
         if letter == "," and depth == 0:
-            end = place
+            end = position
             break
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodelist[:end])
 
@@ -148,20 +148,20 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: srun … python -m llamagen_dist.launch.slurm.task MODULE [ARGUMENTS …]")
     if "SLURM_PROCID" not in os.environ:
         raise UserError("there is no SLURM_PROCID: start this with srun, once per rank")
-    outcome, message, failure = job.run_program(
-        argv[0], tuple(argv[1:]), lambda: job.surround(str(Path.cwd()), surroundings())
+    outcome, message, failure = ranks.run_program(
+        argv[0], tuple(argv[1:]), lambda: ranks.set_rank_environment(str(Path.cwd()), rank_environment())
     )
     marks = os.environ.get(MARKS)
-    if marks is not None and outcome in (job.STOPPED, job.USER_ERROR):
+    if marks is not None and outcome in (ranks.STOPPED, ranks.USER_ERROR):
         Path(marks, outcome).touch()
-    if outcome == job.STOPPED:
+    if outcome == ranks.STOPPED:
         if marks is None:
             sys.exit(EXIT_STOPPED)
     elif failure is not None:
         raise failure
     elif message:
         raise UserError(message)
-    elif outcome != job.DONE:
+    elif outcome != ranks.DONE:
         sys.exit(_EXIT[outcome])
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamagen_dist.files import json_if_there
+
 TAIL_BYTES = 16 << 10
 RATES = 8  # lines whose middle value is the speed: one slow step says little
 LEEWAY_S = 2.0  # between this machine's clock and the one that dates files, before it is worth a word
@@ -61,7 +63,7 @@ def progress(folder: Path, clock: Clock) -> Progress:
     lines = list(_last_lines(folder / "metrics.jsonl"))
     seen = [line["images_seen"] for line in lines if isinstance(line.get("images_seen"), int)]
     step, saved = _saved(folder, clock)
-    summary = read_json(folder / "summary.json")
+    summary = json_if_there(folder / "summary.json")
     signs = [clock.age(folder / "metrics.jsonl"), clock.age(folder / "log" / "heartbeat-rank-0.json")]
     done = summary.get("images_seen") if summary else (seen[-1] if seen else None)
     rates = numbers(lines, "images_per_s")[-RATES:]
@@ -123,7 +125,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def counted(file: Path, clock: Clock) -> Progress:
     """Of a program that does not train: its progress.json."""
-    found = read_json(file) or {}
+    found = json_if_there(file) or {}
     done, total = found.get("done"), found.get("total")
     return Progress(
         done=done if isinstance(done, int) else None,
@@ -173,12 +175,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A whole JSON object, or None."""
-    try:
-        found = json.loads(read_text(path) or "null")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.queue import JobState
-from llamagen_dist.launch.slurm.records import Place, outcome_of
-from llamagen_dist.launch.status.files import Clock, read_json, read_text
+from llamagen_dist.files import json_if_there
+from llamagen_dist.launch.folder import HERE, JobFolder, outcome_of
+from llamagen_dist.launch.slurm import lock, queue
+from llamagen_dist.launch.slurm.queue import QueuedJob
+from llamagen_dist.launch.state import state_of
+from llamagen_dist.launch.status.files import Clock, read_text
 from llamagen_dist.process import Identity, started_at
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
 FINISHED, FAILED, STOPPED, UNKNOWN = "finished", "failed", "stopped", "unknown"
-SUBMITTING_S = 90.0  # as lock.py has it: a launch that holds the lock for so long without a job has died
 SLURM_PATIENCE_S = 10.0
 FRESH_S = 60.0  # a heartbeat is written every ten seconds
-Jobs = Mapping[str, JobState] | None
+Jobs = Mapping[str, QueuedJob] | None
 """What squeue knows; None: it gave no answer."""
 
 
@@ -50,73 +51,66 @@ class Slurm:
             if not self._asked:
                 self._asked = True
                 try:
-                    self._jobs = queue.mine(self._patience)
+                    self._jobs = queue.my_jobs(self._patience)
                 except UserError as error:
                     self.silent = str(error)
         return self._jobs
 
 
-def of_cluster(folder: Path, finished: bool, slurm: Slurm, clock: Clock) -> State:
-    """Of a folder that has been launched on a cluster (FOLDER/launch). ``finished``: its own files say so."""
-    place = Place.of(folder)
+def of_cluster(job: JobFolder, slurm: Slurm) -> State:
+    """Of a folder that has been launched on a cluster."""
     try:
-        events = place.events()
-    except (OSError, ValueError):  # somebody else's, or damaged: the other files may tell
+        events = job.events()
+    except OSError:  # somebody else's, or damaged: the other files may tell
         events = []
-    lock = read_json(place.lock) or {}
+    held, failed = lock.read(job), job.read(job.failed) or {}
     known = State("", "", restarts=tuple(count_restarts(events).items()))
-    names = [str(job) for job in lock.get("jobs", [])]
-    if names or events:
-        known = replace(known, job=names[0] if names else str(events[-1].get("job") or ""))
+    if held is not None and held.jobs:
+        known = replace(known, job=held.jobs[0])
+    elif events:
+        known = replace(known, job=str(events[-1].get("job") or ""))
     ended = outcome_of(events)
-    if finished or ended == "done":
+    if ended == "done":
         return replace(known, name=FINISHED)
-    if ended == "failed" or (not names and place.end.exists()):
-        end = read_json(place.end) or {}
-        return replace(known, name=FAILED, reason=one_line(end.get("reason", "it says no reason")))
-    if lock and not names and (clock.age(place.lock) or 0.0) < SUBMITTING_S:
-        by = f"by {lock.get('user', 'somebody')} on {lock.get('host', 'another machine')}"
-        return replace(known, name=SUBMITTING, reason=by)
-    if not lock:
-        return replace(known, name=STOPPED, reason="nothing runs or waits; the same launch goes on")
-    jobs = slurm.jobs()
-    if jobs is None:
+    if ended == "failed" or (failed and (held is None or not held.jobs)):
+        return replace(known, name=FAILED, reason=one_line(failed.get("reason", "it says no reason")))
+    if held is None:
+        return replace(known, name=STOPPED, reason="nothing runs or waits; the same launch resumes it")
+    state = state_of(job, slurm.jobs())
+    if state.kind == "submitting":
+        return replace(known, name=SUBMITTING, reason=f"by {held.user} on {held.host}")
+    if state.kind == "unknown":
         return replace(known, name=UNKNOWN, reason="SLURM does not answer")
-    if not names:  # a launch that died after sbatch has written down no id, but its jobs carry its token
-        names = [job.job for job in jobs.values() if job.comment and job.comment == lock.get("token")]
-    state = of_jobs(names, jobs, events)
-    if state.name == STOPPED and place.end.exists():
-        state = replace(state, name=FAILED, reason=one_line((read_json(place.end) or {}).get("reason", "")))
-    return replace(state, restarts=known.restarts)
+    if state.queued is not None and state.live:
+        waited_for = (slurm.jobs() or {}).get(known.job)
+        return replace(of_job(state.queued, waited_for, events), restarts=known.restarts)
+    if state.kind == "failed":
+        return replace(known, name=FAILED, reason=one_line(state.reason))
+    how = state.queued.state if state.queued is not None else "forgotten by SLURM"
+    gone = f"job {known.job} is over ({how})" if held.jobs else "nothing runs or waits"
+    if events and events[-1]["event"] == "gave_up":
+        gone += f": {events[-1].get('reason')}"
+    return replace(known, name=STOPPED, reason=one_line(f"{gone}; the same launch resumes it"))
 
 
-def of_jobs(names: Sequence[str], jobs: Mapping[str, JobState], events: Sequence[Mapping[str, Any]]) -> State:
-    """Of the jobs under one lock, the wanted one first and then its smaller stand-bys; events: of the folder."""
-    last = names[0] if names else ""
-    alive = [jobs[name] for name in names if name in jobs and jobs[name].alive]
-    if not alive:
-        how = jobs[last].state if last in jobs else "forgotten by SLURM"
-        gone = f"job {last} is over ({how})" if last else "nothing runs or waits"
-        if events and events[-1]["event"] == "gave_up":
-            gone += f": {events[-1].get('reason')}"
-        return State(STOPPED, one_line(f"{gone}; the same launch goes on"), last)
-    now = min(alive, key=lambda one: (one.state != "RUNNING", one.state == "PENDING"))
-    if now.state == "RUNNING":
-        wanted = next((one for one in alive if one.job == last != now.job), None)
-        fewer = f"with fewer nodes, while job {last} waits for {wanted.reason}" if wanted else ""
-        return State(RUNNING, fewer, now.job, now.where)
-    if now.state != "PENDING":
-        return State(RUNNING, now.state.lower(), now.job, now.where)
+def of_job(job: QueuedJob, wanted: QueuedJob | None, events: Sequence[Mapping[str, Any]]) -> State:
+    """Of the job that runs or waits; wanted: the one at the head of the lock; events: of the folder."""
+    if job.state == "RUNNING":
+        fewer = wanted is not None and wanted.job != job.job and wanted.alive
+        reason = f"with fewer nodes, while job {wanted.job} waits for {wanted.reason}" if wanted and fewer else ""
+        return State(RUNNING, reason, job.job, job.where)
+    if job.state != "PENDING":
+        return State(RUNNING, job.state.lower(), job.job, job.where)
     begun = any(event["event"] == "started" for event in events)
-    reason = f"{'requeued, waits ' if begun else ''}for {now.reason}"
-    if now.reason == "DependencyNeverSatisfied":
+    reason = f"{'requeued, waits ' if begun else ''}for {job.reason}"
+    if job.reason == "DependencyNeverSatisfied":
         reason += ": it will never start"
     again: Mapping[str, Any] = next(
         (e for e in reversed(events) if e["event"] in ("requeued", "started", "submitted")), {}
     )
     if again.get("fault"):
         reason += f", after: {again.get('why')}"
-    return State(WAITING, one_line(reason), now.job)
+    return State(WAITING, one_line(reason), job.job)
 
 
 def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:
@@ -130,7 +124,7 @@ def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:
         kind = event.get("event")
         if kind == "started":
             if before is not None:
-                if before.get("job") != event.get("job"):
+                if before.get("job") != event.get("job") or not event.get("job"):
                     found["launch"] += 1
                 elif requeued is None:
                     found["slurm"] += 1
@@ -142,45 +136,50 @@ def count_restarts(events: list[dict[str, Any]]) -> Counter[str]:
     return found
 
 
-def of_this_machine(folder: Path, log: Path, finished: bool, clock: Clock) -> State:
-    """Of a folder whose ranks were started without SLURM, by our launcher (its notes lie in ``log``) or by hand."""
-    notes = [note for path in sorted(log.glob("rank_*.json")) if (note := read_json(path)) is not None]
+def of_this_machine(job: JobFolder, folder: Path, finished: bool, clock: Clock) -> State:
+    """Of a program whose ranks were started without SLURM, by our launcher or by hand. folder: its run directory."""
+    # an older launcher's reports lay among the logs
+    places = (job.ranks(HERE), job.path / "log", job.log)
+    files = next((files for place in places if (files := sorted(place.glob("rank_*.json")))), [])
+    reports = [report for file in files if (report := json_if_there(file)) is not None]
     here = platform.node()
     beats, beating = [], []
     for path in sorted((folder / "log").glob("heartbeat-rank-*.json")):
-        if (beat := read_json(path)) is None:
+        if (beat := json_if_there(path)) is None:
             continue
         beats.append(beat)
         # of a rank on another machine: by the age of its file, since its clock may be another
         fresh = (clock.age(path) or 0.0) < FRESH_S
         if not beat.get("ended") and (lives(beat) if beat.get("host") == here else fresh):
             beating.append(beat)
-    living = [note for note in notes if "outcome" not in note and lives(note)]
+    living = [report for report in reports if "outcome" not in report and lives(report)]
     if living or beating:
         return State(RUNNING, where=str((beating or [{}])[0].get("host", here)))
-    if finished or (notes and all(note.get("outcome") == "done" for note in notes)):
+    if finished or (reports and all(report.get("outcome") == "done" for report in reports)):
         return State(FINISHED)
     for kinds, name in ((("user_error", "crashed", "died"), FAILED), (("stopped", "interrupted"), STOPPED)):
-        found = [note for note in notes if note.get("outcome") in kinds]
+        found = [report for report in reports if report.get("outcome") in kinds]
         if found:
-            note = min(found, key=lambda one: one.get("ended", 0.0))
-            return State(name, one_line(note.get("message") or f"rank {note.get('rank')} {note['outcome']}", last=True))
+            report = min(found, key=lambda one: one.get("ended", 0.0))
+            return State(
+                name, one_line(report.get("message") or f"rank {report.get('rank')} {report['outcome']}", last=True)
+            )
     told = [b["ended"] for b in beats if b.get("ended")]
     if told:
         return State(FAILED, one_line(min(told, key=lambda text: text.startswith("gave up: "))))
     if _starting(folder, clock):
         return State(RUNNING, where=here)
-    if notes or beats:
+    if reports or beats:
         return State(
-            STOPPED, "its processes are gone without a word (killed? out of memory?); the same command goes on"
+            STOPPED, "its processes are gone without a message (killed? out of memory?); the same command resumes it"
         )
     return State(STOPPED)
 
 
-def lives(note: Mapping[str, Any]) -> bool:
-    """Whether the process of this machine that a note names by pid and start still runs."""
+def lives(report: Mapping[str, Any]) -> bool:
+    """Whether the process of this machine that a report names by pid and start still runs."""
     try:
-        return Identity(int(note["pid"]), str(note["started"])).alive()
+        return Identity(int(report["pid"]), str(report["started"])).alive()
     except (KeyError, ValueError):
         return False
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.slurm.records import Place
+from llamagen_dist.files import json_if_there
+from llamagen_dist.launch.folder import JobFolder
+from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.status import files
 from llamagen_dist.launch.status.files import Clock, Progress
 from llamagen_dist.launch.status.state import (
@@ -20,6 +22,7 @@ from llamagen_dist.launch.status.state import (
     WAITING,
     Slurm,
     State,
+    count_restarts,
     lives,
     of_cluster,
     of_this_machine,
@@ -151,26 +154,54 @@ def _sweep(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
 
 
 def _run(name: str, folder: Path, depth: int, slurm: Slurm, clock: Clock) -> list[Row]:
-    names = _names(folder)
-    progress = files.progress(folder, clock)
-    rungs = [] if progress.kind else _rungs(folder, names)
+    return _job(name, JobFolder.of(folder), folder, depth, slurm, clock)
+
+
+def _job(name: str, job: JobFolder, run: Path, depth: int, slurm: Slurm, clock: Clock) -> list[Row]:
+    """A row for a program, one for each rung of its ladder. run: the run directory of one that trains."""
+    progress = files.progress(run, clock) if run.is_dir() else Progress()
+    rungs = [] if progress.kind else _rungs(run, _names(run))
     parts = [files.progress(rung, clock) for rung in rungs]
-    finished = progress.finished or (bool(parts) and not _launched(names) and all(part.finished for part in parts))
-    launch = _names(folder / "launch") if "launch" in names else set()
-    inside = bool(launch & {"progress.json", "log", "lock.json", "history.jsonl"})  # else single.py's folder
-    log = folder / ("launch/log" if "log" in launch else "log")
-    if not progress.kind and not rungs:
-        progress = files.counted(Place.of(folder).progress if inside else log / "progress.json", clock)
-    if launch & {"lock.json", "history.jsonl"}:
-        state = of_cluster(folder, finished, slurm, clock)
+    launched = job.path.is_dir() or (job.folder / "launch.lock").exists()
+    # of a launched ladder the launcher knows better whether it is done than the rungs that have begun
+    finished = progress.finished or (bool(parts) and not launched and all(part.finished for part in parts))
+    if not progress.kind and not rungs and (file := job.where(job.progress)) is not None:
+        progress = files.counted(file, clock)
+    if finished or _done(job):
+        restarts = tuple(count_restarts(_events(job)).items())
+        state = State(FINISHED, job=_first_job(job), restarts=restarts)
+    elif _on_cluster(job):
+        state = of_cluster(job, slurm)
     else:
-        state = of_this_machine(folder, log, finished or "DONE.json" in launch, clock)
-    return [_row(name, folder, depth, state, progress), *_ladder_rows(rungs, parts, state, depth + 1)]
+        state = of_this_machine(job, run, False, clock)
+    return [_row(name, job.folder, depth, state, progress), *_ladder_rows(rungs, parts, state, depth + 1)]
 
 
-def _launched(names: set[str]) -> bool:
-    """Then the launcher knows better whether the whole ladder is done than the rungs that have begun."""
-    return bool(names & {"launch", "launch.lock"})
+def _on_cluster(job: JobFolder) -> bool:
+    """Whether it was launched there last: an event of this machine's launcher names no job."""
+    if not job.lock.exists() and not job.history.exists():
+        return False
+    last = next((event for event in reversed(_events(job)) if event.get("event") in ("started", "submitted")), None)
+    return job.lock.exists() if last is None else bool(last.get("job"))
+
+
+def _events(job: JobFolder) -> list[dict[str, Any]]:
+    try:
+        return job.events()
+    except OSError:  # somebody else's, or damaged
+        return []
+
+
+def _done(job: JobFolder) -> bool:
+    try:
+        return job.is_done()
+    except OSError:
+        return False
+
+
+def _first_job(job: JobFolder) -> str:
+    held = lock.read(job)
+    return held.jobs[0] if held is not None and held.jobs else ""
 
 
 def _rungs(folder: Path, names: set[str]) -> list[Path]:
@@ -207,36 +238,25 @@ def _pipeline(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
     now = next((row for row in stages if row.state.name != FINISHED), None)
     done = f"{sum(row.state.name == FINISHED for row in stages)} of {len(stages)} stages are done"
     state = State(FINISHED) if now is None else State(now.state.name, done)
-    if state.name == WAITING and not any((row.folder / "launch").exists() for row in rows):
+    if state.name == WAITING and not any((row.folder / "launch/lock.json").exists() for row in rows):
         # on this machine the launcher starts one stage after another; lock names it
-        state = State(RUNNING, done) if lives(files.read_json(out / "lock") or {}) else State(STOPPED, done)
+        state = State(RUNNING, done) if lives(json_if_there(out / "lock") or {}) else State(STOPPED, done)
     return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
 
 
 def _stage(name: str, folder: Path, points: Path | None, slurm: Slurm, clock: Clock) -> list[Row]:
     """points: of a stage that is a sweep, the folder of its points."""
     names = _names(folder)
-    done = "DONE.json" in names
+    done = _done(JobFolder.of(folder))
     if points is not None and points.is_dir():
         whole, *rows = _sweep(name, points, slurm, clock)
         state = State(FINISHED) if done else whole.state
         return [replace(row, depth=row.depth + 1) for row in (replace(whole, state=state), *rows)]
-    trained = files.trained_in(folder / "config.yaml") if "config.yaml" in names else None
-    progress, rungs = Progress(), []
-    if trained is not None and trained.is_dir():
-        progress = files.progress(trained, clock)
-        rungs = [] if progress.kind else _rungs(trained, _names(trained))
-    if not progress.kind and not rungs:
-        inner = Place.of(folder).progress
-        progress = files.counted(inner if "launch" in names else folder / "progress.json", clock)
-    if done or "launch" in names:
-        state = State(FINISHED) if done else of_cluster(folder, False, slurm, clock)
-    elif "log" in names:
-        state = of_this_machine(trained or folder, folder / "log", False, clock)
-    else:
-        state = State(WAITING, "for the stages before it")
-    parts = [files.progress(rung, clock) for rung in rungs]
-    return [_row(name, folder, 1, state, progress), *_ladder_rows(rungs, parts, state, depth=2)]
+    job = JobFolder.of(folder)
+    if not done and not job.path.is_dir() and "log" not in names:
+        return [_row(name, folder, 1, State(WAITING, "for the stages before it"), Progress())]
+    run = files.trained_in(job.where(job.config) or folder / "config.yaml") or folder
+    return _job(name, job, run, 1, slurm, clock)
 
 
 def _row(name: str, folder: Path, depth: int, state: State, progress: Progress) -> Row:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llamagen_dist.launch.slurm.records import Place, read_json
+from llamagen_dist.launch.folder import JobFolder
 from tests.slurm.faults.programs import Program
 from tests.slurm.local_cluster import ROOT
 
@@ -91,8 +91,8 @@ class Trial:
     # --- what goes on ---
 
     @property
-    def place(self) -> Place:
-        return Place.of(self.folder)
+    def place(self) -> JobFolder:
+        return JobFolder.of(self.folder)
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         return [event for event in self.place.events() if not names or event["event"] in names]
@@ -142,7 +142,7 @@ class Trial:
         """ "done", the reason of failure, or None while somebody goes on."""
         if self.events("done"):
             return "done"
-        end = read_json(self.place.end)
+        end = self.place.read(self.place.failed)
         return None if end is None else str(end.get("reason", end))
 
     def finish(self, patience_s: float = PATIENCE_S) -> str:

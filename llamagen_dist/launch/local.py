@@ -1,4 +1,4 @@
-"""Where jobs run. There is one such place so far: this machine, through submitit's local executor."""
+"""One program on the ranks of this machine, through submitit's local executor: start it, watch it, judge its end."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from typing import Any
 from submitit import AutoExecutor
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.job import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR, Job
+from llamagen_dist.launch.folder import HERE, JobFolder
+from llamagen_dist.launch.rank import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR, RankProgram
 from llamagen_dist.process import Identity, free_port, identify
 
 POLL_S = 0.1
@@ -30,7 +31,7 @@ ONE_YEAR_MIN = 525_600  # submitit's local executor wants a time limit
 
 @dataclass
 class Outcome:
-    """How a stage ended: its kind (launch/job.py names them) and what is known of it."""
+    """How a stage ended: its kind (rank.py names them) and what is known of it."""
 
     kind: str
     message: str = ""
@@ -59,11 +60,11 @@ class StopRequest:
         self.count += 1
 
 
-class Launch:
-    """A submitted job, seen from the launcher."""
+class LocalJob:
+    """A submitted program, seen from the launcher."""
 
-    def __init__(self, submitted: Any, log: Path, ranks: int) -> None:
-        self._submitted, self.log, self.ranks = submitted, log, ranks
+    def __init__(self, submitted: Any, reports: Path, ranks: int) -> None:
+        self._submitted, self._reports, self.ranks = submitted, reports, ranks
         self._began = time.monotonic()
         self._killed: set[int] = set()
 
@@ -75,17 +76,17 @@ class Launch:
         """Everything this rank printed, stdout and stderr."""
         return Path(self._submitted.task(rank).paths.stdout)
 
-    def notes(self) -> dict[int, dict[str, Any]]:
-        """What each rank has said of itself; a rank that ended without a word gets the outcome ``died``."""
-        found = read_notes(self.log)
+    def reports(self) -> dict[int, dict[str, Any]]:
+        """What each rank has reported; a rank that ended without a report gets the outcome ``died``."""
+        found = read_reports(self._reports)
         over = self._submitted.done()
         late = self.seconds() > START_PATIENCE_S
         for rank in range(self.ranks):
             if rank not in found:
                 if over or late:
                     found[rank] = {"outcome": DIED, "ended": time.time()}
-            elif "outcome" not in found[rank] and not _who(found[rank]).alive():
-                again = read_notes(self.log)[rank]  # it may have written its last word just before it ended
+            elif "outcome" not in found[rank] and not _process_of(found[rank]).alive():
+                again = read_reports(self._reports)[rank]  # it may have written its last word just before it ended
                 found[rank] = again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
         return found
 
@@ -94,21 +95,21 @@ class Launch:
         asked = failed = None
         told: dict[int, float] = {}
         while True:
-            notes = self.notes()
-            ended = {rank: note for rank, note in notes.items() if "outcome" in note}
+            reports = self.reports()
+            ended = {rank: report for rank, report in reports.items() if "outcome" in report}
             if len(ended) == self.ranks:
                 break
             now = time.monotonic()
             if stop.count:
                 asked = asked or now
-                for rank in notes.keys() - ended.keys():
+                for rank in reports.keys() - ended.keys():
                     if now - told.get(rank, float("-inf")) > REMIND_S:
-                        _send(_who(notes[rank]), signal.SIGTERM)
+                        _send(_process_of(reports[rank]), signal.SIGTERM)
                         told[rank] = now
                 if stop.count > 1 or now - asked > STOP_PATIENCE_S:
                     self.kill()
                     break
-            if any(note["outcome"] not in (DONE, STOPPED) for note in ended.values()):
+            if any(report["outcome"] not in (DONE, STOPPED) for report in ended.values()):
                 failed = failed or now
                 if now - failed > COMPANION_GRACE_S:
                     self.kill()
@@ -129,11 +130,11 @@ class Launch:
 
     def kill(self) -> None:
         """Kill the ranks with all their workers, then the controller that started them."""
-        for rank, note in self.notes().items():
-            if "outcome" not in note:
+        for rank, report in self.reports().items():
+            if "outcome" not in report:
                 self._killed.add(rank)
-            if "pid" in note:
-                _send(_who(note), signal.SIGKILL, group=True)
+            if "pid" in report:
+                _send(_process_of(report), signal.SIGKILL, group=True)
         controller = self._submitted._process  # submitit's own cancel() sends SIGINT, which the controller ignores
         controller.terminate()  # it passes SIGTERM on to ranks that have not introduced themselves yet
         deadline = time.monotonic() + 2.0
@@ -144,23 +145,23 @@ class Launch:
 
     def _judge(self, asked: bool) -> Outcome:
         """One outcome for the stage: the user's own mistake first, else the failure that came first."""
-        notes = self.notes()
-        peak = max((note.get("peak_rss_gb", 0.0) for note in notes.values()), default=0.0)
+        reports = self.reports()
+        peak = max((report.get("peak_rss_gb", 0.0) for report in reports.values()), default=0.0)
 
         def first(*kinds: str) -> Outcome | None:
-            found = [n for r, n in notes.items() if n["outcome"] in kinds and r not in self._killed]
+            found = [n for r, n in reports.items() if n["outcome"] in kinds and r not in self._killed]
             if not found:
                 return None
-            note = min(found, key=lambda n: n["ended"])
-            rank = next(r for r, n in notes.items() if n is note)
-            message = note.get("message", "")
-            if note["outcome"] == DIED:
+            report = min(found, key=lambda n: n["ended"])
+            rank = next(r for r, n in reports.items() if n is report)
+            message = report.get("message", "")
+            if report["outcome"] == DIED:
                 message = tail(self.log_of(rank))
-            return Outcome(note["outcome"], message, rank, self.log_of(rank), peak)
+            return Outcome(report["outcome"], message, rank, self.log_of(rank), peak)
 
         if asked:
             order: list[tuple[str, ...]] = [(USER_ERROR,), (STOPPED,), (INTERRUPTED,)]
-            if not all(note["outcome"] == DONE for note in notes.values()):
+            if not all(report["outcome"] == DONE for report in reports.values()):
                 order.append((DONE,))  # a rank had finished, the others were stopped: not finished
         else:
             order = [(USER_ERROR,), (CRASHED, DIED), (INTERRUPTED,), (STOPPED,)]
@@ -168,21 +169,37 @@ class Launch:
             found = first(*kinds)
             if found is not None:
                 return found if found.kind != DONE else Outcome(INTERRUPTED, peak_rss_gb=peak)
-        if all(note["outcome"] == DONE for note in notes.values()):
+        if all(report["outcome"] == DONE for report in reports.values()):
             return Outcome(DONE, peak_rss_gb=peak)
         return Outcome(INTERRUPTED, peak_rss_gb=peak)  # killed after its patience ran out
 
 
-def submit(module: str, arguments: tuple[str, ...], ranks: int, root: Path, log: Path, progress: Path) -> Launch:
-    """Start one program on ``ranks`` ranks of this machine, one process each."""
-    log.mkdir(parents=True, exist_ok=True)
-    for old in [*log.glob("rank_*.json"), *log.glob("error_*.txt"), progress]:
-        old.unlink(missing_ok=True)
-    job = Job(module, arguments, str(root), str(log), ranks, free_port(), identify(), str(progress), devices(ranks))
+def submit(module: str, arguments: tuple[str, ...], ranks: int, root: Path, job: JobFolder) -> LocalJob:
+    """Start one program on ``ranks`` ranks of this machine, one process each.
+
+    root: the snapshot of the code. job: the folder for its reports, progress and logs.
+    """
+    reports = job.ranks(HERE)
+    for folder in (reports, job.log):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for old in [*reports.glob("rank_*.json"), *reports.glob("error_*.txt")]:
+        old.unlink()
+    job.forget(job.progress)
+    program = RankProgram(
+        module=module,
+        arguments=arguments,
+        root=str(root),
+        reports=str(reports),
+        ranks=ranks,
+        port=free_port(),
+        launcher=identify(),
+        progress=str(job.progress),
+        devices=devices(ranks),
+    )
     with _as_if_at(root):
-        executor = AutoExecutor(folder=log, cluster="local")
+        executor = AutoExecutor(folder=job.log, cluster="local")
         executor.update_parameters(tasks_per_node=ranks, timeout_min=ONE_YEAR_MIN, stderr_to_stdout=True)
-        return Launch(executor.submit(job), log, ranks)
+        return LocalJob(executor.submit(program), reports, ranks)
 
 
 @contextmanager
@@ -207,12 +224,14 @@ def _as_if_at(root: Path) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def wait_for_orphans(log: Path, say: Callable[[str], None], patience_s: float = 120.0) -> None:
+def wait_for_orphans(job: JobFolder, say: Callable[[str], None], patience_s: float = 120.0) -> None:
     """Ranks of a killed launcher stop by themselves; wait for them. Raises UserError if they do not."""
     deadline = time.monotonic() + patience_s
     told = False
     while True:
-        alive = [_who(note).pid for note in read_notes(log).values() if _who(note).alive()]
+        alive = [
+            _process_of(report).pid for report in read_reports(job.ranks(HERE)).values() if _process_of(report).alive()
+        ]
         if not alive:
             return
         if not told:
@@ -220,15 +239,15 @@ def wait_for_orphans(log: Path, say: Callable[[str], None], patience_s: float = 
             told = True
         if time.monotonic() > deadline:
             raise UserError(
-                f"{log.parent}: ranks of an earlier launch are still running (pids "
+                f"{job.folder}: ranks of an earlier launch are still running (pids "
                 f"{', '.join(map(str, alive))}); end them with kill, then start again"
             )
         time.sleep(0.2)
 
 
-def read_notes(log: Path) -> dict[int, dict[str, Any]]:
-    notes = (json.loads(path.read_text()) for path in sorted(log.glob("rank_*.json")))
-    return {note["rank"]: note for note in notes}
+def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
+    reports = (json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json")))
+    return {report["rank"]: report for report in reports}
 
 
 def tail(log: Path) -> str:
@@ -252,8 +271,8 @@ def devices(ranks: int) -> str | None:
     return given if count >= ranks else ""
 
 
-def _who(note: dict[str, Any]) -> Identity:
-    return Identity(note["pid"], note["started"])
+def _process_of(report: dict[str, Any]) -> Identity:
+    return Identity(report["pid"], report["started"])
 
 
 def _send(who: Identity, number: int, group: bool = False) -> None:

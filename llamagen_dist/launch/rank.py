@@ -1,4 +1,4 @@
-"""What submitit runs in each rank: set the rank's surroundings, then run the program by its module name."""
+"""What submitit runs in each rank: set the rank's environment, then run the program by its module name."""
 
 import json
 import os
@@ -23,13 +23,13 @@ ORPHAN_POLL_S = 0.5
 ORPHAN_PATIENCE_S = 300.0  # a rank whose launcher is gone may save for so long, then it is killed
 TRACE_LINES = 40
 
-# How a rank can end, as its note says. "died" is written by nobody: the launcher concludes it.
+# How a rank can end, as its report says. "died" is written by nobody: the launcher concludes it.
 DONE, USER_ERROR, STOPPED, INTERRUPTED, CRASHED = "done", "user_error", "stopped", "interrupted", "crashed"
 DIED = "died"
 
 
 @dataclass(frozen=True)
-class Job:
+class RankProgram:
     """One program on ``ranks`` ranks of this machine. submitit pickles it and calls it in every rank.
 
     It has no ``checkpoint`` method on purpose: submitit must not requeue it; programs resume by themselves.
@@ -39,7 +39,8 @@ class Job:
     arguments: tuple[str, ...]
     root: str
     """The code snapshot: cwd, sys.path[0] and PYTHONPATH of the rank."""
-    log: str
+    reports: str
+    """The folder of the ranks' reports (``JobFolder.ranks``)."""
     ranks: int
     port: int
     launcher: Identity
@@ -48,7 +49,7 @@ class Job:
     """CUDA_VISIBLE_DEVICES for the ranks (submitit's local executor clears it); None: leave it unset."""
 
     def __call__(self) -> dict[str, float]:
-        """Run the program. Returns {"seconds", "peak_rss_gb"}, which also go into the rank's note."""
+        """Run the program. Returns {"seconds", "peak_rss_gb"}, which also go into the rank's report."""
         from submitit import JobEnvironment
 
         rank = JobEnvironment().global_rank
@@ -58,24 +59,24 @@ class Job:
             os.setsid()
         for number in STOP_SIGNALS:  # in place of submitit's handlers, which would requeue or ignore
             signal.signal(number, _interrupt)
-        note = Note(Path(self.log), rank)
+        report = RankReport(Path(self.reports), rank)
         began = time.time()
-        note.write(began=began)
+        report.write(began=began)
         watch_launcher(self.launcher)
-        outcome, message, failure = run_program(self.module, self.arguments, lambda: self._surroundings(rank, note))
+        outcome, message, failure = run_program(self.module, self.arguments, lambda: self._environment(rank, report))
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if not message and note.sentence.exists():
-            message = note.sentence.read_text(encoding="utf-8")
+        if not message and report.sentence.exists():
+            message = report.sentence.read_text(encoding="utf-8")
         result = {"seconds": time.time() - began, "peak_rss_gb": peak_rss_gb()}
-        note.write(began=began, outcome=outcome, message=message, ended=time.time(), **result)
+        report.write(began=began, outcome=outcome, message=message, ended=time.time(), **result)
         if failure is not None:
             raise failure
         if outcome != DONE:
             sys.exit({USER_ERROR: EXIT_USER_ERROR, STOPPED: EXIT_STOPPED, INTERRUPTED: EXIT_INTERRUPTED}[outcome])
         return result
 
-    def _surroundings(self, rank: int, note: "Note") -> None:
+    def _environment(self, rank: int, report: "RankReport") -> None:
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(self.ranks),
@@ -88,29 +89,30 @@ class Job:
         # (parallel.threads, a key of the config, still decides where it is set)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[name] = str(max(1, cores() // self.ranks))
-        os.environ[ERROR_FILE] = str(note.sentence)
+        os.environ[ERROR_FILE] = str(report.sentence)
         os.environ.pop(PROGRESS_FILE, None)
         if rank == 0:
             os.environ[PROGRESS_FILE] = self.progress
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         if self.devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
-        surround(self.root, {})
+        set_rank_environment(self.root, {})
 
 
-def surround(root: str, environment: dict[str, str]) -> None:
+def set_rank_environment(root: str, environment: dict[str, str]) -> None:
     """Set environment variables and make the code at ``root`` the one that is run and imported."""
     os.environ.update(environment, PYTHONPATH=root)
     os.chdir(root)
     sys.path[:] = [root, *(p for p in sys.path if p not in ("", root))]
 
 
-class Note:
-    """``rank_K.json`` beside the logs: who the rank is, and in the end how it went. The launcher polls it."""
+class RankReport:
+    """``rank_K.json``: who the rank is, and in the end how it went. A launcher on this machine polls it, the batch
+    script of a cluster's job reads it after srun."""
 
-    def __init__(self, log: Path, rank: int) -> None:
-        self.path, self.rank = log / f"rank_{rank}.json", rank
-        self.sentence = log / f"error_{rank}.txt"
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path, self.rank = folder / f"rank_{rank}.json", rank
+        self.sentence = folder / f"error_{rank}.txt"
 
     def write(self, **facts: Any) -> None:
         me = identify()

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamagen_dist.launch.job import CRASHED, DONE, INTERRUPTED, STOPPED, USER_ERROR
-from llamagen_dist.launch.slurm.records import Limits
+from llamagen_dist.launch.folder import Limits
+from llamagen_dist.launch.rank import CRASHED, DONE, INTERRUPTED, STOPPED, USER_ERROR
 
 HOPELESS = ("NonFiniteError",)  # the same positions give the same numbers: it would only happen again
 BY_SIGNAL = (130, 128 + 15, 128 + 12)  # exit codes of a rank that was told to stop before it listened
@@ -22,11 +22,11 @@ class Verdict:
 
 
 def decide(
-    rc: int, notes: Sequence[Mapping[str, Any]], limits: Limits, events: Sequence[Mapping[str, Any]], steps: float
+    rc: int, reports: Sequence[Mapping[str, Any]], limits: Limits, events: Sequence[Mapping[str, Any]], steps: float
 ) -> Verdict:
-    """rc: srun's exit status. notes: of the ranks of this incarnation. events: history of this submission.
+    """rc: srun's exit status. reports: of the ranks of this incarnation. events: history of this submission.
     steps: how far the run is on disk."""
-    verdict = _end(rc, notes)
+    verdict = _end(rc, reports)
     if verdict.action != "requeue":
         return verdict
     if not limits.requeue:
@@ -45,19 +45,19 @@ def decide(
     return verdict
 
 
-def _end(rc: int, notes: Sequence[Mapping[str, Any]]) -> Verdict:
+def _end(rc: int, reports: Sequence[Mapping[str, Any]]) -> Verdict:
     def of(*outcomes: str) -> list[Mapping[str, Any]]:
-        found = [note for note in notes if note.get("outcome") in outcomes]
-        return sorted(found, key=lambda note: note["ended"])
+        found = [report for report in reports if report.get("outcome") in outcomes]
+        return sorted(found, key=lambda report: report["ended"])
 
     refused = of(USER_ERROR)
     if refused:
         return Verdict("failed", USER_ERROR, _line(refused[0], whole=True))
     crashed = of(CRASHED)
-    hopeless = [note for note in crashed if note.get("error") in HOPELESS]
+    hopeless = [report for report in crashed if report.get("error") in HOPELESS]
     if hopeless:
         return Verdict("failed", CRASHED, _line(hopeless[0]))
-    first = next((note for note in notes if note["rank"] == 0), None)
+    first = next((report for report in reports if report["rank"] == 0), None)
     if rc == 0 and first is not None and first.get("outcome") == DONE:
         return Verdict("done", DONE)
     if rc == 0 and of(STOPPED):
@@ -66,15 +66,15 @@ def _end(rc: int, notes: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict("requeue", INTERRUPTED, "told to stop before it had begun to train")
     if crashed:
         return Verdict("requeue", CRASHED, _line(crashed[0]), fault=True)
-    told = next((note["sentence"] for note in notes if note.get("sentence")), "")
+    told = next((report["sentence"] for report in reports if report.get("sentence")), "")
     if told:
         return Verdict("requeue", CRASHED, str(told).splitlines()[0], fault=True)
     if rc == 0:  # as srun ends when SLURM has lost a node of the job
         return Verdict("requeue", CRASHED, "srun ended before its ranks: SLURM has lost a node", fault=True)
     how = f"killed by signal {rc - 128}" if rc > 128 else f"exit code {rc}"
-    return Verdict("requeue", CRASHED, f"a rank died without a word ({how})", fault=True)
+    return Verdict("requeue", CRASHED, f"a rank died without a message ({how})", fault=True)
 
 
-def _line(note: Mapping[str, Any], whole: bool = False) -> str:
-    lines = [line for line in str(note.get("message", "")).splitlines() if line.strip()] or ["no message"]
-    return f"rank {note['rank']}: {lines[0] if whole else lines[-1]}"
+def _line(report: Mapping[str, Any], whole: bool = False) -> str:
+    lines = [line for line in str(report.get("message", "")).splitlines() if line.strip()] or ["no message"]
+    return f"rank {report['rank']}: {lines[0] if whole else lines[-1]}"

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from llamagen_dist.launch.slurm.decide import Verdict, decide
-from llamagen_dist.launch.slurm.records import Limits
+from llamagen_dist.launch.folder import Limits
+from llamagen_dist.launch.slurm.verdict import Verdict, decide
 
 
-def note(rank: int, outcome: str, message: str = "", ended: float = 1.0, **more: Any) -> dict[str, Any]:
+def report(rank: int, outcome: str, message: str = "", ended: float = 1.0, **more: Any) -> dict[str, Any]:
     return {"rank": rank, "outcome": outcome, "message": message, "ended": ended, **more}
 
 
@@ -16,42 +16,44 @@ def requeued(steps: float, fault: bool = True) -> dict[str, Any]:
     return {"event": "requeued", "steps": steps, "fault": fault}
 
 
-STOPPED = [note(0, "stopped")]
+STOPPED = [report(0, "stopped")]
 KILLED: list[dict[str, Any]] = []
 
 
-def verdict(rc: int, notes: list[dict[str, Any]], *events: dict[str, Any], steps: float = 10, **limits: Any) -> Verdict:
-    return decide(rc, notes, Limits(**limits), events, steps)
+def verdict(
+    rc: int, reports: list[dict[str, Any]], *events: dict[str, Any], steps: float = 10, **limits: Any
+) -> Verdict:
+    return decide(rc, reports, Limits(**limits), events, steps)
 
 
 @pytest.mark.parametrize(
-    ("rc", "notes", "action", "fault"),
+    ("rc", "reports", "action", "fault"),
     [
-        (0, [note(0, "done")], "done", False),
+        (0, [report(0, "done")], "done", False),
         (0, STOPPED, "requeue", False),  # a time limit, a preemption, scancel --signal
         (137, KILLED, "requeue", True),  # kill -9, out of memory
         (75, [{"rank": 1, "sentence": "no step for 6 s: rank 2 is stopped"}], "requeue", True),  # the watchdog
         (143, KILLED, "requeue", False),  # TERM while Python was starting
         (140, KILLED, "requeue", False),  # USR2 then
-        (130, [note(1, "interrupted")], "requeue", False),  # before the program listened
-        (1, [note(2, "crashed", "Traceback\nIndexError: list index out of range")], "requeue", True),
-        (1, [note(0, "crashed", "NonFiniteError: the loss is nan", error="NonFiniteError")], "failed", False),
-        (2, [note(1, "user_error", "optim.lr: missing; set it")], "failed", False),
+        (130, [report(1, "interrupted")], "requeue", False),  # before the program listened
+        (1, [report(2, "crashed", "Traceback\nIndexError: list index out of range")], "requeue", True),
+        (1, [report(0, "crashed", "NonFiniteError: the loss is nan", error="NonFiniteError")], "failed", False),
+        (2, [report(1, "user_error", "optim.lr: missing; set it")], "failed", False),
         (0, KILLED, "requeue", True),  # status 0 and no rank 0 that says it is done: not believed
     ],
 )
-def test_what_follows_each_end(rc, notes, action, fault):
-    found = verdict(rc, notes)
+def test_what_follows_each_end(rc, reports, action, fault):
+    found = verdict(rc, reports)
     assert (found.action, found.fault) == (action, fault)
 
 
 def test_the_first_cause_is_named_in_one_line():
-    notes = [
-        note(0, "crashed", "Traceback\nLostRankError: connection closed", ended=9.0),
-        note(3, "crashed", "Traceback (most recent call last):\n  x\nKeyError: 'lr'", ended=8.0),
+    reports = [
+        report(0, "crashed", "Traceback\nLostRankError: connection closed", ended=9.0),
+        report(3, "crashed", "Traceback (most recent call last):\n  x\nKeyError: 'lr'", ended=8.0),
     ]
-    assert verdict(1, notes).reason == "rank 3: KeyError: 'lr'"
-    assert verdict(2, [*notes, note(1, "user_error", "data.train: no such folder", 9.5)]).reason == (
+    assert verdict(1, reports).reason == "rank 3: KeyError: 'lr'"
+    assert verdict(2, [*reports, report(1, "user_error", "data.train: no such folder", 9.5)]).reason == (
         "rank 1: data.train: no such folder"
     )
     assert "killed by signal 9" in verdict(137, []).reason
@@ -81,4 +83,4 @@ def test_time_slices_do_not_use_up_the_faults():
 def test_without_requeue_a_stop_is_the_end():
     found = verdict(0, STOPPED, requeue=False)
     assert (found.action, "requeue is off" in found.reason) == ("failed", True)
-    assert verdict(0, [note(0, "done")], requeue=False).action == "done"
+    assert verdict(0, [report(0, "done")], requeue=False).action == "done"
