@@ -8,6 +8,7 @@ from llamagen_dist.config import load
 from llamagen_dist.launch import here, listing
 from llamagen_dist.launch.graph import Graph
 from llamagen_dist.launch.slurm import launch
+from llamagen_dist.launch.slurm import listing as cluster_listing
 from llamagen_dist.launch.stages import plan, words
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         return
     target = launch.Target(load(args.cluster, kind="cluster"))
     if args.dry_run:
-        launch.show(graph, target)
+        cluster_listing.show(graph, target)
     else:
         launch.run(graph, target, follow=args.follow)
 

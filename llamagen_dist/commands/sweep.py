@@ -10,7 +10,7 @@ from llamagen_dist.console import Screen
 from llamagen_dist.launch import here
 from llamagen_dist.launch.graph import Graph
 from llamagen_dist.launch.points import sweep
-from llamagen_dist.launch.slurm import launch
+from llamagen_dist.launch.slurm import launch, listing
 from llamagen_dist.launch.state import JobState, state_of
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.planning.sweep import need, show
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
         return
     graph.check()
     node = launch.sweep_node(graph)
-    size, states = target.array_size(node), launch.states(graph)
+    size, states = target.array_size(node), listing.states(graph)
     there = machine(args, size.ranks, size.ranks_per_node)
     _show(graph, there, graph.at_once or len(graph.nodes), list(states.values()))
-    print(f"\n{launch.script_of(graph, target, node, size, states)}\nNothing was started.")
+    print(f"\n{listing.script_of(graph, target, node, size, states)}\nNothing was started.")
 
 
 def _show(graph: Graph, there: Machine, at_once: int, states: list[JobState]) -> None:

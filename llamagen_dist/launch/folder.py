@@ -113,14 +113,14 @@ class JobFolder:
 
     def read(self, file: Path) -> dict[str, Any] | None:
         """One of the JSON files, an older launch's too; None where there is none (yet)."""
-        found = self.where(file)
-        return None if found is None else json_if_there(found)
+        path = self.where(file)
+        return None if path is None else json_if_there(path)
 
     def forget(self, *files: Path) -> None:
         """Remove these, older launches' too."""
         for file in files:
-            while (found := self.where(file)) is not None:
-                found.unlink()
+            while (path := self.where(file)) is not None:
+                path.unlink()
 
     def finish(self, record: Mapping[str, Any], seconds: float, peak_rss_gb: float) -> None:
         """Write DONE.json: the record, what all attempts took, and GB of the largest rank."""
@@ -145,17 +145,17 @@ class JobFolder:
     def events(self) -> list[dict[str, Any]]:
         """history.jsonl, oldest first. Torn lines are left out wherever they are: their writers were killed, and
         others went on writing behind them."""
-        found = []
+        events = []
         try:
             text = self.history.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         for line in text.splitlines():
             try:
-                found.append(json.loads(line))
+                events.append(json.loads(line))
             except ValueError:
                 continue
-        return found
+        return events
 
     def is_done(self) -> bool:
         """Whether the program has ended well since it was last started."""

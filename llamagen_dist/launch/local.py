@@ -78,22 +78,22 @@ class LocalJob:
 
     def reports(self) -> dict[int, dict[str, Any]]:
         """What each rank has reported; a rank that ended without a report gets the outcome ``died``."""
-        found = read_reports(self._reports)
+        reports = read_reports(self._reports)
         over = self._submitted.done()
         late = self.seconds() > START_PATIENCE_S
         for rank in range(self.ranks):
-            if rank not in found:
+            if rank not in reports:
                 if over or late:
-                    found[rank] = {"outcome": DIED, "ended": time.time()}
-            elif "outcome" not in found[rank] and not _process_of(found[rank]).alive():
+                    reports[rank] = {"outcome": DIED, "ended": time.time()}
+            elif "outcome" not in reports[rank] and not _process_of(reports[rank]).alive():
                 again = read_reports(self._reports)[rank]  # it may have written its last word just before it ended
-                found[rank] = again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
-        return found
+                reports[rank] = again if "outcome" in again else {**again, "outcome": DIED, "ended": time.time()}
+        return reports
 
     def watch(self, stop: StopRequest, tick: Callable[[], None]) -> Outcome:
         """Wait until every rank has ended; pass stops on; no rank outlives a failed one by much."""
-        asked = failed = None
-        told: dict[int, float] = {}
+        stop_since = failed_since = None
+        signalled: dict[int, float] = {}
         while True:
             reports = self.reports()
             ended = {rank: report for rank, report in reports.items() if "outcome" in report}
@@ -101,24 +101,24 @@ class LocalJob:
                 break
             now = time.monotonic()
             if stop.count:
-                asked = asked or now
+                stop_since = stop_since or now
                 for rank in reports.keys() - ended.keys():
-                    if now - told.get(rank, float("-inf")) > REMIND_S:
+                    if now - signalled.get(rank, float("-inf")) > REMIND_S:
                         _send(_process_of(reports[rank]), signal.SIGTERM)
-                        told[rank] = now
-                if stop.count > 1 or now - asked > STOP_PATIENCE_S:
+                        signalled[rank] = now
+                if stop.count > 1 or now - stop_since > STOP_PATIENCE_S:
                     self.kill()
                     break
             if any(report["outcome"] not in (DONE, STOPPED) for report in ended.values()):
-                failed = failed or now
-                if now - failed > COMPANION_GRACE_S:
+                failed_since = failed_since or now
+                if now - failed_since > COMPANION_GRACE_S:
                     self.kill()
                     break
             tick()
             time.sleep(POLL_S)
         self._settle()
         tick()
-        return self._judge(asked is not None)
+        return self._judge(stop_since is not None)
 
     def _settle(self) -> None:
         """Wait for the processes to leave, then make sure of it."""
@@ -143,32 +143,32 @@ class LocalJob:
         controller.kill()
         controller.wait()
 
-    def _judge(self, asked: bool) -> Outcome:
+    def _judge(self, stop_requested: bool) -> Outcome:
         """One outcome for the stage: the user's own mistake first, else the failure that came first."""
         reports = self.reports()
         peak = max((report.get("peak_rss_gb", 0.0) for report in reports.values()), default=0.0)
 
         def first(*kinds: str) -> Outcome | None:
-            found = [n for r, n in reports.items() if n["outcome"] in kinds and r not in self._killed]
-            if not found:
+            matching = [n for r, n in reports.items() if n["outcome"] in kinds and r not in self._killed]
+            if not matching:
                 return None
-            report = min(found, key=lambda n: n["ended"])
+            report = min(matching, key=lambda n: n["ended"])
             rank = next(r for r, n in reports.items() if n is report)
             message = report.get("message", "")
             if report["outcome"] == DIED:
                 message = tail(self.log_of(rank))
             return Outcome(report["outcome"], message, rank, self.log_of(rank), peak)
 
-        if asked:
+        if stop_requested:
             order: list[tuple[str, ...]] = [(USER_ERROR,), (STOPPED,), (INTERRUPTED,)]
             if not all(report["outcome"] == DONE for report in reports.values()):
                 order.append((DONE,))  # a rank had finished, the others were stopped: not finished
         else:
             order = [(USER_ERROR,), (CRASHED, DIED), (INTERRUPTED,), (STOPPED,)]
         for kinds in order:
-            found = first(*kinds)
-            if found is not None:
-                return found if found.kind != DONE else Outcome(INTERRUPTED, peak_rss_gb=peak)
+            outcome = first(*kinds)
+            if outcome is not None:
+                return outcome if outcome.kind != DONE else Outcome(INTERRUPTED, peak_rss_gb=peak)
         if all(report["outcome"] == DONE for report in reports.values()):
             return Outcome(DONE, peak_rss_gb=peak)
         return Outcome(INTERRUPTED, peak_rss_gb=peak)  # killed after its patience ran out
@@ -227,16 +227,16 @@ def _as_if_at(root: Path) -> Iterator[None]:
 def wait_for_orphans(job: JobFolder, say: Callable[[str], None], patience_s: float = 120.0) -> None:
     """Ranks of a killed launcher stop by themselves; wait for them. Raises UserError if they do not."""
     deadline = time.monotonic() + patience_s
-    told = False
+    announced = False
     while True:
         alive = [
             _process_of(report).pid for report in read_reports(job.ranks(HERE)).values() if _process_of(report).alive()
         ]
         if not alive:
             return
-        if not told:
+        if not announced:
             say(f"waiting for ranks of an earlier launch to save and stop (pids {', '.join(map(str, alive))})")
-            told = True
+            announced = True
         if time.monotonic() > deadline:
             raise UserError(
                 f"{job.folder}: ranks of an earlier launch are still running (pids "

@@ -116,7 +116,7 @@ def name_points(rows: Sequence[Row], template: str | None, source: str) -> list[
     names = []
     for row in rows:
         if template is not None:
-            name = _FIELD.sub(lambda found, row=row: _filled(found[1], row, source), template)  # type: ignore[misc]
+            name = _FIELD.sub(lambda match, row=row: _filled(match[1], row, source), template)  # type: ignore[misc]
             name = re.sub(r"[^A-Za-z0-9.+_-]+", "-", name).strip("-")
         else:
             parts = [] if row.called is None else [_word(row.called)]
@@ -153,15 +153,15 @@ def _differing(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
     """The last word of each key, with as many before it as tell it from the others."""
-    found = {}
+    labels = {}
     for key in keys:
         words = key.split(".")
         for count in range(1, len(words) + 1):
             label = ".".join(words[-count:])
             if sum(f".{other}".endswith(f".{label}") for other in keys) == 1:
                 break
-        found[key] = label
-    return found
+        labels[key] = label
+    return labels
 
 
 def _filled(key: str, row: Row, source: str) -> str:

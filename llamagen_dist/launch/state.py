@@ -1,4 +1,4 @@
-"""What goes on in a job's folder, as its files and SLURM's queue say: the one answer that everything here asks for."""
+"""The state of a job's folder, as its files and SLURM's queue say: the one answer that everything here asks for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

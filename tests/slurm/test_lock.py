@@ -47,6 +47,26 @@ def test_of_six_launches_at_once_one_submits_and_five_attach(toy: Toy) -> None:
     queue.cancel(jobs_of(toy, "six"))
 
 
+def test_a_launch_that_another_has_outrun_waits_for_it_and_does_not_give_up(toy: Toy) -> None:
+    """The other one has claimed the lock of a run that is over and has not written its own yet."""
+    toy.launch("outrun", "100 0.1 1000", nodes=1)
+    (job,) = jobs_of(toy, "outrun")
+    queue.cancel([job])
+    wait_for(lambda: not queue.my_jobs()[job].alive)
+    folder = JobFolder.of(toy.run("outrun"))
+    held = lock.read(folder)
+    assert held is not None
+    lock.claim(folder, held)
+    (claim,) = folder.path.glob("claim-*")
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(toy.launch, "outrun", "100 0.1 1000", nodes=1)
+        time.sleep(6)
+        assert not second.done(), "it waits"
+        claim.unlink()  # as if the other had not come to its lock
+        assert second.result().returncode == 0, second.result().stderr
+    queue.cancel(jobs_of(toy, "outrun"))
+
+
 def broken(toy: Toy, folder: Path, good: str, bad: str) -> Toy:
     """A checkout whose launch is killed at a certain line."""
     other = Toy(folder)

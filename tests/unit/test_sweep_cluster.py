@@ -15,8 +15,9 @@ from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch import here, points, stages
 from llamagen_dist.launch.folder import JobFolder, JobSpec, finish_whole, read_spec, write_specs
-from llamagen_dist.launch.slurm import launch, lock, queue, watch
-from llamagen_dist.launch.slurm.launch import Target, script_of, sweep_node
+from llamagen_dist.launch.slurm import listing, lock, queue, watch
+from llamagen_dist.launch.slurm.launch import Target, sweep_node
+from llamagen_dist.launch.slurm.listing import script_of
 from llamagen_dist.launch.slurm.submit import Size
 from llamagen_dist.launch.slurm.task import owner
 from llamagen_dist.launch.state import JobState, nothing_runs, state_of
@@ -227,11 +228,29 @@ def test_this_machine_leaves_folders_alone_in_which_a_clusters_job_runs(
     made.keep()
     with pytest.raises(UserError, match="job 7_1 runs there"):
         here.run(made)
-    state = launch.states(made)[made.nodes[1].name]
+    state = listing.states(made)[made.nodes[1].name]
     assert (state.kind, state.reason) == ("running", "job 7_1")
     fake_squeue(tmp_path, monkeypatch, "7_1|CANCELLED|None|1||10:00|abc|x")
     nothing_runs([folder])
-    assert [state.kind for state in launch.states(made).values()] == ["open"] * 3
+    assert [state.kind for state in listing.states(made).values()] == ["open"] * 3
+
+
+@pytest.mark.parametrize("items", [True, False], ids=["own item", "sabotage twin: any item"])
+def test_of_an_array_whose_launch_was_killed_a_point_finds_its_own_item(
+    items: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after sbatch: no folder names a job, all items carry its token."""
+    folders = [JobFolder.of(tmp_path / str(number)) for number in range(3)]
+    for number, folder in enumerate(folders):
+        folder.path.mkdir(parents=True)
+        lock.take(folder, "abc", None, number if items else None)
+        os.utime(folder.lock, (0, 0))
+    lines = ["9_0|FAILED|None|1||1:00|abc|x", "9_1|RUNNING|None|1|n1|1:00|abc|x", "9_2|PENDING|None|1||1:00|abc|x"]
+    fake_squeue(tmp_path, monkeypatch, *lines)
+    states = [state_of(folder, queue.my_jobs()) for folder in folders]
+    found = [(state.kind, state.queued and state.queued.job) for state in states]
+    right = [("open", "9_0"), ("running", "9_1"), ("waiting", "9_2")]
+    assert (found == right) == items
 
 
 def test_a_job_that_will_never_begin_is_as_good_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@
 A launch may submit, beside the wanted job, smaller jobs for the same folder that begin later (stand-bys: a requeued
 job keeps its number of tasks, so one job cannot shrink). The running job's keeper pushes their begin into the future;
 when it has been silent for ``after_s``, because its nodes are gone and do not come back, the next smaller one begins,
-becomes the folder's owner and goes on from the last checkpoint at the same global batch. A larger one that begins while
-a smaller one runs asks it to save, waits for its end and goes on from there. Whoever is not needed waits in the queue.
+becomes the folder's owner and resumes from the last checkpoint at the same global batch. A larger one that begins while
+a smaller one runs asks it to save, waits for its end and resumes from there. Whoever is not needed waits in the queue.
 
-Who may go on is read from SLURM's queue, which is the same for all; owner.json then fences off whoever lives on unseen.
+Who may run on is read from SLURM's queue, which is the same for all; owner.json then fences off who lives on unseen.
 """
 
 import sys
@@ -96,35 +96,35 @@ def claim(spec: JobSpec, me: str) -> bool:
         last = (lock.owner(folder) or "").partition(".")[0] or None
         return decide_turn(job, jobs, states, last, seconds_old(folder.beat), spec.limits.after_s)
 
-    found = ask()
-    if found is not None and found.lost:
+    decision = ask()
+    if decision is not None and decision.lost:
         time.sleep(LISTEN_S)  # it may have begun a moment ago: then it shows by now
-        found = ask()
-    if found is None:
+        decision = ask()
+    if decision is None:
         if job == jobs[0]:
             return True  # the fence keeps whoever else may run from writing
         _say("SLURM does not say whether another job runs: this stand-by ends")
         return False
-    if found.action == "give up":
-        _say(f"{found.reason}: this job ends")
-        folder.tell("gave_up", reason=found.reason, **facts)
+    if decision.action == "give up":
+        _say(f"{decision.reason}: this job ends")
+        folder.tell("gave_up", reason=decision.reason, **facts)
         cancel_others(folder, job, only_waiting=True)
         return False
-    if found.action == "stand by":
-        return _back_into_the_queue(folder, found, facts)
+    if decision.action == "stand by":
+        return _back_into_the_queue(folder, decision, facts)
     folder.beat.touch()
-    if found.others:
-        for other in found.others:
+    if decision.others:
+        for other in decision.others:
             folder.tell("takes_over", **facts, **{"from": other})
-        _say(f"waiting until job {', '.join(found.others)} has saved and ended")
-        _end_of(folder, found.others, spec.limits.signal_delay_s)
+        _say(f"waiting until job {', '.join(decision.others)} has saved and ended")
+        _end_of(folder, decision.others, spec.limits.signal_delay_s)
         if over(folder):
             _say("the run has ended meanwhile: nothing is left to do")
             return False
     return True
 
 
-def _back_into_the_queue(folder: JobFolder, found: Decision, facts: dict[str, Any]) -> bool:
+def _back_into_the_queue(folder: JobFolder, decision: Decision, facts: dict[str, Any]) -> bool:
     """SLURM lets a requeued job wait a little; meanwhile the keeper of the running one pushes it on."""
     waits = 0
     for event in reversed(folder.events()):
@@ -132,10 +132,10 @@ def _back_into_the_queue(folder: JobFolder, found: Decision, facts: dict[str, An
             break
         waits += event["event"] == "waits" and event["job"] == facts["job"]
     if waits >= MOST_WAITS:
-        _say(f"{found.reason}, but its keeper does not hold this stand-by back: it ends")
+        _say(f"{decision.reason}, but its keeper does not hold this stand-by back: it ends")
         return False
-    folder.tell("waits", reason=found.reason, **facts)
-    _say(f"{found.reason}: back into the queue")
+    folder.tell("waits", reason=decision.reason, **facts)
+    _say(f"{decision.reason}: back into the queue")
     _patiently(lambda: queue.requeue(facts["job"]))
     time.sleep(60)  # SLURM ends this script meanwhile
     return False

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, dump, load
 from llamagen_dist.config.resume import same_config
 from llamagen_dist.console import Screen
@@ -114,13 +112,13 @@ def sweep_node(graph: Graph) -> Node:
 
 
 def settled(jobs: Mapping[str, JobFolder], screen: Screen, cancelled: bool = False) -> dict[str, JobState]:
-    """What goes on in every folder, by name, once none is between two states (a job just ending, another launch just
+    """The state of every folder, by name, once none is between two states (a job just ending, another launch just
     submitting). SLURM is asked once for all of them. Raises UserError.
 
     A job that was submitted by a launch which then died is named in its folder. cancelled: all of them were, and are
     waited for until they are gone.
     """
-    deadline, told = time.monotonic() + PATIENCE_S, False
+    deadline, announced = time.monotonic() + PATIENCE_S, False
     while True:
         known = queue.my_jobs() if any(job.lock.exists() for job in jobs.values()) else {}
         states = {name: state_of(job, known) for name, job in jobs.items()}
@@ -136,9 +134,9 @@ def settled(jobs: Mapping[str, JobFolder], screen: Screen, cancelled: bool = Fal
             return states
         if time.monotonic() > deadline:
             raise UserError(f"{between[0]}: its job is still starting or ending after {PATIENCE_S:.0f} s; try again")
-        if not told:
+        if not announced:
             screen.say(f"waiting for jobs that are just starting or ending ({between[0]}{', …' * (len(jobs) > 1)})")
-            told = True
+            announced = True
         time.sleep(0.5)
 
 
@@ -401,64 +399,6 @@ class Launcher:
 
     def _code(self) -> Path:
         return take_code(self.graph.out, self.screen)
-
-
-# --- dry runs ---
-
-
-def states(graph: Graph) -> dict[str, JobState]:
-    """Of all that run as jobs of their own; from the folders alone where SLURM gives no answer."""
-    known: dict[str, queue.QueuedJob] = {}
-    if graph.out.is_dir():
-        try:
-            known = queue.my_jobs()
-        except UserError:
-            known = {}
-    return {name: state_of(job, known) for name, job in jobs_of(graph).items()}
-
-
-def script_of(graph: Graph, target: Target, node: Node, size: Size, known: dict[str, JobState]) -> str:
-    """The sbatch script of what is open of a node, as it would be handed over; empty where nothing is."""
-    code = graph.out / "code/SNAPSHOT"
-    if node.sweep is None:
-        return masked(target.submission(graph, node, [node], size, code).script())
-    prefix = "" if graph.kind == "sweep" else f"{node.name}/"
-    points = [point for point in node.programs() if known[prefix + point.name].kind == "open"]
-    if not points:
-        return ""
-    one = target.submission(graph, node, points[:1], size, code)
-    # the script names the first item and says how many there are
-    return masked(replace(one, specs=one.specs * len(points)).script())
-
-
-def show(graph: Graph, target: Target) -> None:
-    """What ``run`` would do with a pipeline: a table, and the sbatch script of the first stage that is left."""
-    graph.check()
-    sizes = [target.stage_size(node) for node in graph.nodes]
-    known = states(graph)
-    table = Table(title=f"{graph.title} -> {graph.out}")
-    for heading in ("", "stage", "size", "program", "state"):
-        table.add_column(heading, overflow="fold")
-    first: tuple[Node, Size] | None = None
-    for number, (node, size) in enumerate(zip(graph.nodes, sizes, strict=True), start=1):
-        mine = [s for name, s in known.items() if name == node.name or name.startswith(f"{node.name}/")]
-        live = [one for one in mine if one.live]
-        failed = [one.reason for one in mine if one.kind == "failed"]
-        if live:
-            state = f"job {live[0].job} {'and others are' if len(live) > 1 else 'is'} in the queue"
-        elif node.is_finished():
-            state = "finished"
-        else:
-            state = f"failed: {failed[0]}" if failed else "open"
-            first = first or (node, size)
-        many = f"{len(node.sweep.nodes)} points on " if node.sweep is not None else ""
-        table.add_row(str(number), node.name, f"{many}{words(size)}", node.module, state)
-    screen = Screen()
-    screen.console.print(table, soft_wrap=False)
-    if first is not None:
-        screen.say(f"The script of {first[0].name} (those of the stages after it wait for the one before them):\n")
-        screen.say(script_of(graph, target, *first, known))
-    screen.say("Nothing was started.")
 
 
 def words(size: Size) -> str:

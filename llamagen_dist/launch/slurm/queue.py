@@ -90,11 +90,11 @@ def my_jobs(patience_s: float = ANSWER_S) -> dict[str, QueuedJob]:
     """
     words = ["squeue", "-a", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", FIELD_END.join(_FIELDS) + JOB_END]
     text = run_slurm(words, patience_s)
-    found = {}
+    jobs = {}
     for entry in text.split(JOB_END)[:-1]:
         job, state, reason, nodes, where, left, comment, name = entry.lstrip("\n").split(FIELD_END)
-        found[job] = QueuedJob(job, state, reason, int(nodes or 0), where, left, comment, name)
-    return found
+        jobs[job] = QueuedJob(job, state, reason, int(nodes or 0), where, left, comment, name)
+    return jobs
 
 
 def signal(job: str, name: str = "USR2", patience_s: float = ANSWER_S) -> None:
@@ -150,12 +150,12 @@ def partition(name: str | None) -> list[NodeKind]:
     except SilentError:
         return []
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
-    found = [row for row in rows if (row[0].endswith("*") if name is None else row[0].rstrip("*") == name)]
-    if not found and name is not None:
+    wanted = [row for row in rows if (row[0].endswith("*") if name is None else row[0].rstrip("*") == name)]
+    if not wanted and name is not None:
         known = ", ".join(sorted({row[0].rstrip("*") for row in rows})) or "none"
         raise UserError(f"partition {name}: this cluster has no such partition, but {known}")
     kinds = []
-    for _, nodes, cpus, gres, limit in found:
+    for _, nodes, cpus, gres, limit in wanted:
         _, idle, _, total = (int(part) for part in nodes.split("/"))
         gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)(?=[,(]|$)", gres))
         kinds.append(
@@ -167,7 +167,7 @@ def partition(name: str | None) -> list[NodeKind]:
 def largest_array() -> int | None:
     """How many items a job array may have here; None where SLURM does not say."""
     try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)$", run_slurm(["scontrol", "show", "config"]), re.MULTILINE)
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)$", run_slurm(["scontrol", "show", "config"]), re.MULTILINE)
     except UserError:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None

@@ -107,7 +107,7 @@ def rank_environment(ranks_per_node: int | None = None) -> dict[str, str]:
     env = os.environ
     local = ranks_per_node or int(env.get("SLURM_NTASKS_PER_NODE") or env["SLURM_NTASKS"])
     threads = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, cores() // local)
-    found = {
+    environment = {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
@@ -116,8 +116,8 @@ def rank_environment(ranks_per_node: int | None = None) -> dict[str, str]:
         "MASTER_PORT": str(port(owner(env))),
     }
     if "OMP_NUM_THREADS" not in env:
-        found["OMP_NUM_THREADS"] = str(threads)
-    return found
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment
 
 
 def port(owner: str) -> int:

@@ -47,8 +47,8 @@ def decide(
 
 def _end(rc: int, reports: Sequence[Mapping[str, Any]]) -> Verdict:
     def of(*outcomes: str) -> list[Mapping[str, Any]]:
-        found = [report for report in reports if report.get("outcome") in outcomes]
-        return sorted(found, key=lambda report: report["ended"])
+        matching = [report for report in reports if report.get("outcome") in outcomes]
+        return sorted(matching, key=lambda report: report["ended"])
 
     refused = of(USER_ERROR)
     if refused:

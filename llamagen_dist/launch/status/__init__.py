@@ -1,1 +1,1 @@
-"""What goes on in run directories, sweeps and pipelines, told from their files and one question to SLURM."""
+"""The state of run directories, sweeps and pipelines, from their files and one question to SLURM."""
