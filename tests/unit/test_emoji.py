@@ -213,6 +213,6 @@ def test_the_stages_of_the_recipe_fit_together(tmp_path):
 def test_a_jobs_copy_of_the_code_holds_the_programs_of_the_recipe(tmp_path):
     made = plan(CONFIGS / "pipeline/text-to-image.yaml", tmp_path, {"package": "/somewhere.tgz"})
     copy = take(CONFIGS.parent, tmp_path / "code")
-    modules = {stage.module for stage in made.stages}
+    modules = {stage.module for stage in made.nodes}
     assert {"examples.emoji", "examples.text_encoder"} < modules
     assert not [module for module in modules if not (copy / f"{module.replace('.', '/')}.py").is_file()]
