@@ -138,7 +138,7 @@ def test_killed_and_interrupted_it_ends_bit_equal(whole, pictures):
     second.process.send_signal(signal.SIGINT)
     code, said, err = second.finish()
     assert code == 130, said + err
-    assert "Go on with" in said
+    assert "Resume with" in said
     assert not (out / "ladder" / "g1m").exists()
     third = Launch(out, pictures)
     third.wait_until(lambda: (out / "samples" / "record.json").exists())
