@@ -1,11 +1,9 @@
 """Held-out images beside what the tokenizer makes of them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint.checkpoint import Checkpoint
@@ -16,6 +14,7 @@ from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import to_uint8
 from llamagen_dist.report.blocks import ImageGrid
+from llamagen_dist.sampling.grid import mosaic
 
 PER_CLASS = 2
 MOST_CLASSES = 20
@@ -73,7 +72,7 @@ def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> Imag
     tiles, at = [], 0
     for _, members in groups:
         span = slice(at, at + len(members))
-        tiles.append(_tile(originals[span], rebuilt[span]))
+        tiles.append(mosaic([originals[span], rebuilt[span]], PER_CLASS, _LARGEST_SIDE, 28))
         at += len(members)
     every = shards.manifest.classes is None or len(groups) == len(shards.manifest.classes)
     size = config.data.image_size
@@ -83,21 +82,3 @@ def grid(config: TokenizerConfigFile, run_dir: Path, image_shards: Path) -> Imag
         f"{size} pixels{smaller}. Upper row of each tile: the original; lower row: decoded from its tokens."
     )
     return ImageGrid(np.stack(tiles), tuple(name for name, _ in groups), width=176, note=note)
-
-
-def _tile(originals: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two rows, PER_CLASS columns; a class with fewer images leaves grey places."""
-    side = min(originals.shape[1], _LARGEST_SIDE)
-    gap = max(1, side // 28)
-    tile = np.full((2 * side + gap, PER_CLASS * side + (PER_CLASS - 1) * gap, 3), 160, np.uint8)
-    for row, images in enumerate((originals, rebuilt)):
-        for column, image in enumerate(_fitting(images, side)):
-            top, left = row * (side + gap), column * (side + gap)
-            tile[top : top + side, left : left + side] = image
-    return tile
-
-
-def _fitting(images: NDArray[np.uint8], side: int) -> Sequence[NDArray[np.uint8]]:
-    if images.shape[1] == side:
-        return list(images)
-    return [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)) for image in images]

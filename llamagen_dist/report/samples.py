@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from llamagen_dist.report.blocks import Block, ImageGrid, Markdown, Section
 from llamagen_dist.report.collect import Summary
 from llamagen_dist.report.measured import Samples
+from llamagen_dist.sampling.grid import mosaic
 
 ROWS, COLUMNS = 2, 4
 MOST_CLASSES = 20
@@ -48,16 +48,8 @@ def grid(samples: Samples, classes: tuple[str, ...]) -> ImageGrid:
 
 
 def tile(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """ROWS x COLUMNS pictures with gaps; where there are fewer, grey places."""
-    side = min(images.shape[1], _LARGEST_SIDE)
-    gap = max(1, side // 16)
-    canvas = np.full((ROWS * (side + gap) - gap, COLUMNS * (side + gap) - gap, 3), 160, np.uint8)
-    for number, image in enumerate(images):
-        top, left = (side + gap) * (number // COLUMNS), (side + gap) * (number % COLUMNS)
-        if image.shape[:2] != (side, side):
-            image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
-        canvas[top : top + side, left : left + side] = image
-    return canvas
+    """ROWS x COLUMNS pictures."""
+    return mosaic([images[row * COLUMNS : (row + 1) * COLUMNS] for row in range(ROWS)], COLUMNS, _LARGEST_SIDE, 16)
 
 
 def settings(record: Mapping[str, Any]) -> str:

@@ -145,6 +145,23 @@ def save_page(path: Path, draw: Callable[[], Image.Image]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
+def mosaic(rows: Sequence[NDArray[np.uint8]], columns: int, largest: int, gaps: int) -> NDArray[np.uint8]:
+    """Pictures in rows with gaps between them, uint8 [H, W, 3]; where a row has fewer than ``columns``, grey places.
+
+    rows: uint8 [n, S, S, 3] each, n at most ``columns``.
+    largest: pixels along a side above which they are shown smaller.
+    gaps: how many gaps are as wide as a picture.
+    """
+    side = min(rows[0].shape[1], largest)
+    gap = max(1, side // gaps)
+    canvas = np.full((len(rows) * (side + gap) - gap, columns * (side + gap) - gap, 3), 160, np.uint8)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            top, left = row * (side + gap), column * (side + gap)
+            canvas[top : top + side, left : left + side] = np.asarray(enlarged(image, side))
+    return canvas
+
+
 def shown_classes(labels: Sequence[int]) -> list[int]:
     """All of them, or MOST_CLASSES evenly spread over the list."""
     if len(labels) <= MOST_CLASSES:
