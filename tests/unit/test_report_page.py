@@ -192,7 +192,7 @@ def with_pictures(out: Path, source: Path) -> VQModel:
         for number in range(count):
             pixels = np.random.default_rng(10 * label + number).integers(0, 256, (28, 28, 3), np.uint8)
             Image.fromarray(pixels).save(source / name / f"{number}.png")
-    pack(str(source), out / "images" / "validation", PackOptions(28))
+    pack(str(source), out / "images" / "validation", PackOptions(size=28))
     config = load(out / "tokenizer" / "config.yaml")
     torch.manual_seed(0)
     model = build_vq(config.model).eval()
