@@ -10,7 +10,7 @@ from functools import partial
 
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.config import GPTConfigFile, load, rungs
-from llamagen_dist.data.prefetch import Prefetched
+from llamagen_dist.data.prefetch import Prefetcher
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream, check_captions
 from llamagen_dist.errors import Stopped, UserError
@@ -106,7 +106,7 @@ def train_one(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "
             f"data {topology.dp}, ZeRO-{config.parallel.zero}), {config.train.images:,} images"
         )
-        with Prefetched(stream, config.train.global_batch, pin=topology.device.type == "cuda") as batches:
+        with Prefetcher(stream, config.train.global_batch, pin=topology.device.type == "cuda") as batches:
             return fit(task, batches, config, run)
 
 

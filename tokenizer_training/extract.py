@@ -198,8 +198,8 @@ class Extraction:
 
     def _finished(self, shards: Sequence[int]) -> Finished:
         """Those that an earlier process finished; every byte of them is read."""
-        found = {shard: self.job.finished(shard_name(shard)) for shard in shards}
-        return {shard: finished for shard, finished in found.items() if finished is not None}
+        kept = {shard: self.job.finished(shard_name(shard)) for shard in shards}
+        return {shard: finished for shard, finished in kept.items() if finished is not None}
 
     def _gathered(self, mine: Finished, refusal: str = "") -> Finished:
         """Every rank's (collective). Raises UserError on all of them where one was refused something."""
@@ -212,15 +212,15 @@ class Extraction:
         return {shard: finished for report, _ in reports for shard, finished in report.items()}
 
     def _finish(self, records: Sequence[ShardRecord], noticed: dict[str, Any]) -> None:
-        held = self.shards.manifest
+        images = self.shards.manifest
         manifest = Manifest(
             kind="tokens",
-            count=held.count,
+            count=images.count,
             members=self.members,
             shards=tuple(records),
-            classes=held.classes,
+            classes=images.classes,
             image_size=self.config.image_size,
-            padding=held.padding,
+            padding=images.padding,
             source=self.job.source,
             tokenizer_sha256=self.trained.sha256,
             tokenizer_path=str(self.config.tokenizer),

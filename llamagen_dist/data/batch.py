@@ -9,19 +9,21 @@ from torch import Tensor
 from llamagen_dist.models.gpt import Caption, Condition
 
 
-def left_padded(features: Sequence[Tensor], places: int) -> Caption:
+def left_padded(features: Sequence[Tensor], length: int) -> Caption:
     """Captions of different lengths as one condition, as LlamaGen lays them out: at the end, zeros before.
 
-    features: (L, C) each, of one type, 1 <= L <= places. Returns (features (B, places, C) of that type, present (B,
-    places) bool). Raises ValueError for a caption that is empty or longer than ``places``.
+    features: (L, C) each, of one type, 1 <= L <= length.
+    length: positions of the condition, T.
+    Returns (features (B, T, C) of that type, present (B, T) bool). Raises ValueError for a caption that is empty or
+    longer than ``length``.
     """
-    lengths = torch.tensor([len(one) for one in features])
-    if len(features) == 0 or int(lengths.min()) < 1 or int(lengths.max()) > places:
-        raise ValueError(f"captions of {lengths.tolist()} tokens for {places} places")
-    padded = features[0].new_zeros(len(features), places, features[0].shape[1])
-    for row, one in zip(padded, features, strict=True):
-        row[places - len(one) :] = one
-    return padded, torch.arange(places) >= places - lengths[:, None]
+    lengths = torch.tensor([len(caption) for caption in features])
+    if len(features) == 0 or int(lengths.min()) < 1 or int(lengths.max()) > length:
+        raise ValueError(f"captions of {lengths.tolist()} tokens for {length} positions")
+    padded = features[0].new_zeros(len(features), length, features[0].shape[1])
+    for row, caption in zip(padded, features, strict=True):
+        row[length - len(caption) :] = caption
+    return padded, torch.arange(length) >= length - lengths[:, None]
 
 
 @dataclass(frozen=True)

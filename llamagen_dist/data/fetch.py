@@ -109,6 +109,7 @@ class Source(ABC):
         )
 
     def _try(self, name: str, into: IO[bytes], limit: int, size: int | None, sha256: str | None) -> None:
+        # What an earlier try or process left is read again rather than trusted: the sha256 is of the whole file.
         digest, length = hashlib.sha256(), 0
         into.seek(0)
         while block := into.read(_BLOCK):

@@ -12,8 +12,9 @@ def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -
     """bool [count], ``held_out`` of them True: the same share of every class, chosen by a hash of the image
     number.
 
-    labels: int64 [count], or None for one class. Where the shares are not whole numbers the largest
-    remainders are rounded up. Raises UserError when nothing would be left to train on.
+    Where the shares are not whole numbers the largest remainders are rounded up.
+    labels: int64 [count], or None for one class.
+    Raises UserError when nothing would be left to train on.
     """
     if not 0 < held_out < count:
         raise UserError(f"--held-out {held_out}: there are {count} images; hold out fewer, and at least one")

@@ -102,6 +102,8 @@ def _next_archive(path: Path, file: BinaryIO, position: int, end: int) -> int | 
             "empty block should be; copy the tar again"
         )
     position += _BLOCK
+    # Writers fill the last record up with empty blocks, and ``cat`` leaves those in the middle: up to the first byte
+    # that is not zero nothing can be lost.
     while position < end:
         piece = file.read(min(1 << 20, end - position))
         if not piece:
@@ -149,6 +151,7 @@ def scan(path: Path) -> TarIndex:
     Raises UserError as ``entries`` does, and for the same member twice in a sample, a sample in two pieces, and a
     member whose ending is not UTF-8.
     """
+    # Two integers per part and no Python object per sample: a shard may hold a million samples.
     columns: dict[str, array[int]] = {}
     rows, current, seen, ignored = 0, None, set[str](), list[str]()
     for item in entries(path):

@@ -27,7 +27,9 @@ def _feistel(x: Tensor, keys: list[Tensor], bits: int) -> Tensor:
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = x & low_mask, x >> low_bits
-    for number, key in enumerate(keys):  # the halves take turns, so they need not be equally wide
+    # Each round replaces one half by its xor with a hash of the other, which can be undone: so every round, and the
+    # whole, is a bijection whatever the hash is. The halves take turns, so they need not be equally wide.
+    for number, key in enumerate(keys):
         if number % 2:
             low = low ^ (prng.bits32(key, high).to(torch.int64) & low_mask)
         else:
@@ -62,20 +64,22 @@ def position_to_sample(
     return epoch.reshape(shape), sample.reshape(shape)
 
 
-def _permuted(places: Tensor, count: int, stream: Tensor) -> Tensor:
-    """A permutation of 0 … count - 1 for every key. places: int64 [n] in it; stream: int32 [n], the keys."""
+def _permuted(indices: Tensor, count: int, stream: Tensor) -> Tensor:
+    """A permutation of 0 … count - 1 for every key. indices: int64 [n] in it; stream: int32 [n], the keys."""
     if count <= _SORTED_UP_TO:
         hashes = prng.bits32(stream[:, None], torch.arange(count))
-        return hashes.argsort(dim=1, stable=True).gather(1, places[:, None])[:, 0]
+        return hashes.argsort(dim=1, stable=True).gather(1, indices[:, None])[:, 0]
     bits = (count - 1).bit_length()
     keys = [prng.bits32(stream, number) for number in range(_ROUNDS)]
-    found = _feistel(places, keys, bits)
-    outside = (found >= count).nonzero()[:, 0]
-    while outside.numel():  # walk the cycle until it is back inside; more than half do so at every pass
-        walked = _feistel(found[outside], [key[outside] for key in keys], bits)
-        found[outside] = walked
-        outside = outside[walked >= count]
-    return found
+    permuted = _feistel(indices, keys, bits)
+    outside = (permuted >= count).nonzero()[:, 0]
+    # Cycle walking: a value outside is permuted again until it is back inside. That keeps the bijection, and ends,
+    # because the cycle that an index inside lies on comes back to it; more than half are back at every pass.
+    while outside.numel():
+        again = _feistel(permuted[outside], [key[outside] for key in keys], bits)
+        permuted[outside] = again
+        outside = outside[again >= count]
+    return permuted
 
 
 class Windows:
@@ -94,39 +98,39 @@ class Windows:
     def samples(self, positions: Tensor) -> Tensor:
         """int64 [n]: the samples at these positions. positions: int64 [n], >= 0."""
         epoch = positions // self._count
-        found = torch.empty_like(positions)
-        for one in epoch.unique().tolist():
-            chosen = epoch == one
-            found[chosen] = self._of_epoch(one, positions[chosen] - one * self._count)
-        return found
+        samples = torch.empty_like(positions)
+        for number in epoch.unique().tolist():
+            chosen = epoch == number
+            samples[chosen] = self._of_epoch(number, positions[chosen] - number * self._count)
+        return samples
 
     def window(self, position: int) -> tuple[list[int], int, int]:
         """The shards of the window that a position lies in, its first position and the one after its last."""
-        epoch, place = divmod(position, self._count)
+        epoch, index = divmod(position, self._count)
         starts, ends, firsts = self._shard_order(epoch)
-        first = int(torch.searchsorted(ends, place, right=True)) // self._shards * self._shards
+        first = int(torch.searchsorted(ends, index, right=True)) // self._shards * self._shards
         last = min(first + self._shards, len(ends)) - 1
         numbers = torch.searchsorted(self._sizes.cumsum(0), firsts[first : last + 1], right=True)
         filled = ends[first : last + 1] > starts[first : last + 1]
         begin = epoch * self._count
         return numbers[filled].tolist(), begin + int(starts[first]), begin + int(ends[last])
 
-    def _of_epoch(self, epoch: int, places: Tensor) -> Tensor:
+    def _of_epoch(self, epoch: int, indices: Tensor) -> Tensor:
         starts, ends, firsts = self._shard_order(epoch)
-        window_of = torch.searchsorted(ends, places, right=True) // self._shards
-        inside = torch.empty_like(places)
+        window_of = torch.searchsorted(ends, indices, right=True) // self._shards
+        inside = torch.empty_like(indices)
         keys = prng.stream(self._seed, "window order", epoch)
         for window in window_of.unique().tolist():
             chosen = window_of == window
             start = int(starts[window * self._shards])
             end = int(ends[min((window + 1) * self._shards, len(ends)) - 1])
-            rows = places[chosen] - start
+            rows = indices[chosen] - start
             inside[chosen] = start + _permuted(rows, end - start, prng.bits32(keys, window).expand(len(rows)))
         shard = torch.searchsorted(ends, inside, right=True)
         return firsts[shard] + inside - starts[shard]
 
     def _shard_order(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(first place, place after the last, number of the first sample) of each shard, in the epoch's order."""
+        """(first index, index after the last, number of the first sample) of each shard, in the epoch's order."""
         if epoch not in self._epochs:
             count = len(self._sizes)
             keys = prng.stream(self._seed, "shard order", epoch)

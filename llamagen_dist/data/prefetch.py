@@ -7,16 +7,17 @@ from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.data.tokens import TokenStream
 
 
-class Prefetched:
+class Prefetcher:
     """A TokenStream that is ``ahead`` global batches ahead, and no more; a context manager that ends its thread.
 
-    step: images from one call's position to the next one's; another position drops what was made ahead. pin: batches
-    lie in page-locked memory, from where they reach a GPU while it computes. What goes wrong with a batch is raised by
-    the call that asks for that batch.
+    step: images from one call's position to the next one's; another position drops what was made ahead.
+    pin: batches lie in page-locked memory, from where they reach a GPU while it computes.
+    What goes wrong with a batch is raised by the call that asks for that batch.
     """
 
     def __init__(self, stream: TokenStream, step: int, ahead: int = 2, pin: bool = False) -> None:
         self._stream, self._step, self._ahead, self._pin = stream, step, ahead, pin
+        # One thread: batches are made in order, and reading releases the interpreter's lock while the step computes.
         self._thread = ThreadPoolExecutor(1, "batches")
         self._waiting: deque[tuple[int, Future[TokenBatch]]] = deque()
 
@@ -25,10 +26,10 @@ class Prefetched:
         if not self._waiting or self._waiting[0][0] != images_seen:
             self._drop()
             self._ask(images_seen)
-        _, wanted = self._waiting.popleft()
+        _, batch = self._waiting.popleft()
         while len(self._waiting) < self._ahead:
             self._ask(images_seen + self._step * (len(self._waiting) + 1))
-        return wanted.result()
+        return batch.result()
 
     def _ask(self, position: int) -> None:
         self._waiting.append((position, self._thread.submit(self._make, position)))
@@ -50,7 +51,7 @@ class Prefetched:
         self._drop()
         self._thread.shutdown()
 
-    def __enter__(self) -> "Prefetched":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:

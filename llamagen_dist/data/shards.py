@@ -161,6 +161,8 @@ class Shards:
         """
         if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < len(self):
             raise IndexError(f"samples {samples.min()} to {samples.max()} of {len(self)} in {self.location}")
+        # A few array operations for the whole batch: in Python, looking up one sample after another would take
+        # longer than reading it.
         shard_of = np.searchsorted(self.ends, samples, side="right")
         table = self._table(member)
         rows = samples - table[0][shard_of]
@@ -268,7 +270,7 @@ class Shards:
 
     def _shard(self, number: int) -> _OpenShard:
         opened = self._open.get(number)
-        if opened is None:  # two threads may both open it, which does no harm
+        if opened is None:  # two threads may both open it, which does no harm: the loser's file is closed unused
             record = self.manifest.shards[number]
             file = self._shard_file(record)
             if (size := os.fstat(file.fileno()).st_size) != record.bytes:
@@ -364,14 +366,14 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _size_problem(folder: Path, record: ShardRecord) -> str | None:
     path = folder / record.name
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except OSError as error:
         return f"{error.filename}: {error.strerror}, but {MANIFEST} lists {record.name}; copy it here again"
-    return None if found == record.bytes else _other_size(str(path), found, record)
+    return None if size == record.bytes else _other_size(str(path), size, record)
 
 
-def _other_size(path: str, found: int, record: ShardRecord) -> str:
+def _other_size(path: str, size: int, record: ShardRecord) -> str:
     return (
-        f"{path}: {found} bytes, but {MANIFEST} records {record.bytes} (sha256 {record.sha256}): the shard "
+        f"{path}: {size} bytes, but {MANIFEST} records {record.bytes} (sha256 {record.sha256}): the shard "
         "was cut short or changed; copy or make it again"
     )

@@ -57,8 +57,8 @@ class CaptionEncoder:
         finally:
             if shown:
                 logging.enable_progress_bar()
-        model, found = loaded
-        lacking = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+        model, report = loaded
+        lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if lacking:
             raise UserError(
                 f"text encoder {path}: {len(lacking)} of its weights are not in the files or of another shape "
@@ -114,8 +114,8 @@ class CaptionEncoder:
         for row, piece in enumerate(pieces):
             ids[row, : len(piece)] = torch.tensor(piece)
             present[row, : len(piece)] = 1
-        found = self.model(input_ids=ids.to(self.device), attention_mask=present.to(self.device)).last_hidden_state
-        rounded = found.to(torch.bfloat16).cpu()
+        hidden = self.model(input_ids=ids.to(self.device), attention_mask=present.to(self.device)).last_hidden_state
+        rounded = hidden.to(torch.bfloat16).cpu()
         return [rounded[row, : len(piece)].clone() for row, piece in enumerate(pieces)]
 
 

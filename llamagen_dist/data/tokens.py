@@ -77,6 +77,7 @@ class TokenReader:
     def _features(self, sample: int, member: str, data: bytearray) -> Tensor:
         assert self.captions is not None
         start = npy.header_size(data)
+        # bfloat16 has no .npy type: shards hold the bit patterns as uint16, which every reader knows
         shape = npy.shape_of(bytes(data[:start]), "<u2")
         length, dim = shape if shape is not None and len(shape) == 2 else (0, 0)
         if (
@@ -181,8 +182,8 @@ class TokenStream:
             yield TokenBatch(tokens, condition, torch.from_numpy(samples))
 
 
-def check_captions(shards: Shards, places: int, dim: int, short_share: float) -> None:
-    """Raises UserError unless a model with so many places of this width can be trained on the shards' captions."""
+def check_captions(shards: Shards, prefix_tokens: int, dim: int, short_share: float) -> None:
+    """Raises UserError unless a model of so many caption positions, that wide, can be trained on the captions."""
     captions = shards.manifest.captions
     if captions is None:
         raise UserError(
@@ -194,10 +195,10 @@ def check_captions(shards: Shards, places: int, dim: int, short_share: float) ->
             f"model.caption_dim: is {dim}, but the captions in {shards.location} have {captions.dim} features; set it "
             f"to {captions.dim}"
         )
-    if captions.max_tokens > places:
+    if captions.max_tokens > prefix_tokens:
         raise UserError(
-            f"model.prefix_tokens: is {places}, but the captions in {shards.location} have up to {captions.max_tokens} "
-            f"tokens; set it to {captions.max_tokens}"
+            f"model.prefix_tokens: is {prefix_tokens}, but the captions in {shards.location} have up to "
+            f"{captions.max_tokens} tokens; set it to {captions.max_tokens}"
         )
     if short_share > 0 and not captions.short:
         raise UserError(

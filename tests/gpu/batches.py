@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llamagen_dist.data.prefetch import Prefetched
+from llamagen_dist.data.prefetch import Prefetcher
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.parallel.topology import Topology
@@ -23,7 +23,7 @@ def rows(device: torch.device) -> Iterator[Row]:
         plain = TokenStream(shards, Topology(), BATCH, 0, 0.1)
         square = torch.ones(1024, 1024, device=device)
         found = []
-        with Prefetched(TokenStream(shards, Topology(), BATCH, 0, 0.1), BATCH, pin=device.type == "cuda") as ahead:
+        with Prefetcher(TokenStream(shards, Topology(), BATCH, 0, 0.1), BATCH, pin=device.type == "cuda") as ahead:
             for step in range(STEPS):
                 square = torch.tanh(square @ square)  # something for the copies to run beside
                 found.append(ahead.batch(step * BATCH).to(device))

@@ -6,7 +6,7 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import torch
 
-from llamagen_dist.data.prefetch import Prefetched
+from llamagen_dist.data.prefetch import Prefetcher
 from tests.gpu import batches, check, parity, speed
 from tests.gpu.table import Row, below, lines
 from tests.ranks.forked import run_ranks
@@ -50,8 +50,8 @@ def test_a_broken_model_fails_the_parity_rows(monkeypatch):
 
 def test_batches_that_come_too_late_fail_their_row(monkeypatch):
     """Sabotage twin: every batch is that of the next position."""
-    plain = Prefetched.batch
-    monkeypatch.setattr(Prefetched, "batch", lambda self, position: plain(self, position + 1))
+    plain = Prefetcher.batch
+    monkeypatch.setattr(Prefetcher, "batch", lambda self, position: plain(self, position + 1))
     (row,) = batches.rows(torch.device("cpu"))
     assert row.ok is False
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamagen_dist.data.prefetch import Prefetched
+from llamagen_dist.data.prefetch import Prefetcher
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream
 from llamagen_dist.errors import UserError
@@ -49,7 +49,7 @@ def equal(one, other) -> bool:
 
 def test_the_same_batches_also_after_jumps(folder):
     plain = stream(folder)
-    with Prefetched(stream(folder), BATCH, ahead=3) as ahead:
+    with Prefetcher(stream(folder), BATCH, ahead=3) as ahead:
         for position in [*range(0, 240, 12), 48, 60, 72, 5, 17, 10**12, 10**12]:
             assert equal(ahead.batch(position), plain.batch(position))
             assert not equal(ahead.batch(position), plain.batch(position + 1))  # sabotage twin
@@ -58,7 +58,7 @@ def test_the_same_batches_also_after_jumps(folder):
 
 def test_it_is_so_far_ahead_and_no_further(folder):
     source = stream(folder)
-    with Prefetched(source, BATCH, ahead=2) as ahead:
+    with Prefetcher(source, BATCH, ahead=2) as ahead:
         for step in range(4):
             ahead.batch(step * BATCH)
             deadline = time.monotonic() + 10
@@ -78,13 +78,13 @@ def test_an_error_comes_with_its_batch_and_not_before(folder, tmp_path):
         for code in range(2 * 16):
             file.seek(offset + size - 2 - 2 * code)
             file.write(VOCABULARY.to_bytes(2, "little"))
-    with Prefetched(stream(broken), BATCH, ahead=3) as ahead:
+    with Prefetcher(stream(broken), BATCH, ahead=3) as ahead:
         for position in (0, BATCH):
             ahead.batch(position)
             time.sleep(0.05)  # the third batch has failed by now
         with pytest.raises(UserError, match="lies outside"):
             ahead.batch(2 * BATCH)
-    with Prefetched(stream(broken), BATCH) as ahead:
+    with Prefetcher(stream(broken), BATCH) as ahead:
         assert equal(ahead.batch(3 * BATCH), stream(folder).batch(3 * BATCH)), "the others are fine"
 
 
@@ -92,7 +92,7 @@ def test_it_ends_its_thread_whatever_happens(folder):
     before = threads()
 
     def fails() -> None:
-        with Prefetched(stream(folder), BATCH) as ahead:
+        with Prefetcher(stream(folder), BATCH) as ahead:
             ahead.batch(0)
             assert threads() == before + 1
             raise KeyError
