@@ -107,6 +107,112 @@ def test_a_wrong_arrow_is_noticed(module, source):
     assert violations({module: imports(source, module)})
 
 
+HEAVY = {
+    *("torch", "numpy", "pydantic", "yaml", "rich", "PIL", "matplotlib", "scipy", "safetensors", "tokenizers"),
+    *("deepspeed", "megatron", "transformers", "webdataset", "lpips", "wandb", "submitit", "fsspec", "jinja2"),
+}
+"""Packages that take a moment to load: what a program does not need, it should not wait for."""
+
+
+def import_nodes(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def local_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    """The imports inside functions."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return list({id(node): node for function in functions for node in import_nodes(function)}.values())
+
+
+def names(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """What a statement imports, with the modules among the names of ``from package import module``."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+
+def modules_loaded(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """For every module of ours all modules and packages that importing it loads, however indirectly."""
+    direct: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        local = {id(node) for node in local_imports(tree)}
+        typing_only = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in import_nodes(block)
+        }
+        used = [name for node in import_nodes(tree) if id(node) not in local | typing_only for name in names(node)]
+        direct[module] = {name if name in trees else name.split(".")[0] for name in used if name}
+    loaded = {module: set(used) for module, used in direct.items()}
+    growing = True
+    while growing:
+        growing = False
+        for used in loaded.values():
+            more = set().union(*(loaded[name] for name in used if name in loaded)) - used
+            used |= more
+            growing |= bool(more)
+    return loaded
+
+
+def needless_local_imports(sources: dict[str, str]) -> list[str]:
+    """Imports inside functions that spare nobody a heavy package."""
+    trees: dict[str, ast.AST] = {module: ast.parse(source) for module, source in sources.items()}
+    loaded = modules_loaded(trees)
+    bad = []
+    for module, tree in trees.items():
+        for node in local_imports(tree):
+            brings: set[str] = set()
+            for name in names(node):
+                brings |= loaded.get(name, set()) | {name.split(".")[0]}
+            if not (brings & HEAVY) - loaded[module]:
+                bad.append(f"{module} imports {ast.unparse(node)!r} inside a function, which spares no heavy package")
+    return bad
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    """Modules that end up importing themselves, imports inside functions included."""
+    uses = {module: imports(source, module) & sources.keys() for module, source in sources.items()}
+    found = []
+    for start in uses:
+        seen: set[str] = set()
+        waiting = list(uses[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += uses[module]
+        if start in seen:
+            found.append(start)
+    return sorted(found)
+
+
+TEXTS = {m: p.read_text() for m, p in SOURCES.items()}
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert circles({m: s for m, s in TEXTS.items() if SOURCES[m].name != "__init__.py"}) == []
+
+
+def test_a_circle_is_noticed():
+    texts = {
+        "llamagen_dist.a": "from llamagen_dist import b",
+        "llamagen_dist.b": "def f():\n    import llamagen_dist.a",
+    }
+    assert circles(texts) == ["llamagen_dist.a", "llamagen_dist.b"]
+
+
+def test_imports_stand_at_the_top_unless_they_spare_a_heavy_package():
+    assert needless_local_imports(TEXTS) == []
+
+
+def test_a_needless_import_inside_a_function_is_noticed():
+    texts = {"llamagen_dist.a": "import torch", "llamagen_dist.b": "def f():\n    from llamagen_dist import a"}
+    assert needless_local_imports(texts) == []
+    assert needless_local_imports(texts | {"llamagen_dist.a": "import os"})
+    assert needless_local_imports(texts | {"llamagen_dist.b": "import torch\n" + texts["llamagen_dist.b"]})
+
+
 def test_no_room_without_a_name_and_no_huge_file():
     assert not [m for m in SOURCES if m.split(".")[-1] in ("utils", "util", "helpers", "common", "misc")]
     assert not {m: n for m, p in SOURCES.items() if (n := len(p.read_text().splitlines())) > 450}
