@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llamagen_dist import __version__
+from llamagen_dist.program import run
 
 COMMANDS = {
     "quickstart": "train a tokenizer and a ladder of GPTs on real images, end to end, and write a report",
@@ -53,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def console() -> None:
     """The ``llamagen`` script: main with the exit codes of a program."""
-    from llamagen_dist.program import run
 
     run(main)
 

@@ -24,6 +24,7 @@ from llamagen_dist.console import Progress, main_rank_progress
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards, open_shards
+from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQModel
@@ -112,7 +113,6 @@ def caption_features(config: ExtractConfig, topology: Topology) -> CaptionFeatur
     """None without ``text_encoder``. Raises UserError where there is none at that path."""
     if config.text_encoder is None:
         return None
-    from llamagen_dist.data.text_encoder import CaptionEncoder
 
     encoder = CaptionEncoder(config.text_encoder, topology.device, config.max_caption_tokens)
     return CaptionFeatures(encoder, str(config.text_encoder), config.max_caption_tokens, config.short_captions)

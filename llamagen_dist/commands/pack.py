@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llamagen_dist.config.pack import PackConfig, PackOptions
+from llamagen_dist.config.section import build
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from llamagen_dist.config.loader import load
-    from llamagen_dist.config.section import build
     from llamagen_dist.config.yaml_text import merge, parse
     from llamagen_dist.data.pack import pack, summary
 

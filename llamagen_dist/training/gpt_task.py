@@ -14,6 +14,7 @@ from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.clock import Clock
+from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from llamagen_dist.parallel.division import divide_batch
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.entries import TensorEntry
@@ -75,7 +76,6 @@ def build_engine(
             sync_buffers=False,
             clock=clock,
         )
-    from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
         model,
