@@ -57,15 +57,15 @@ class ClassMap:
             raise UserError(f"{path}: names no class; write one a line: the folder, a space, the name")
         return cls(path, lines, sha256)
 
-    def for_keys(self, found: Sequence[str], where: str) -> Classes:
+    def for_keys(self, folders: Sequence[str], where: str) -> Classes:
         """For classes that the source calls by these names. Raises UserError unless exactly these are listed, once."""
-        pairs = [self._pair(line, {*found}) for line in self.lines]
+        pairs = [self._pair(line, {*folders}) for line in self.lines]
         keys = [key for key, _ in pairs]
         if twice := first_double(keys):
             raise UserError(f"{self.path}: lists {twice!r} twice; every class may have one line")
-        if unknown := sorted({*found} - {*keys}):
+        if unknown := sorted({*folders} - {*keys}):
             raise UserError(f"{where}: {len(unknown)} classes are not in {self.path}, the first is {unknown[0]!r}")
-        if absent := sorted({*keys} - {*found}):
+        if absent := sorted({*keys} - {*folders}):
             raise UserError(
                 f"{where}: {len(absent)} classes of {self.path} have no images, the first is {absent[0]!r}; add "
                 "images, or take them out of the class map"
@@ -73,13 +73,13 @@ class ClassMap:
         return Classes({key: label for label, key in enumerate(keys)}, [name for _, name in pairs])
 
     @staticmethod
-    def _pair(line: str, found: set[str]) -> tuple[str, str]:
+    def _pair(line: str, known: set[str]) -> tuple[str, str]:
         """(key, name). Without a tab the key is the longest name of the source with which the line begins."""
         if "\t" in line:
             key, _, name = (part.strip() for part in line.partition("\t"))
             return key, name or key
         for end in (len(line), *sorted((space.start() for space in re.finditer(r"\s+", line)), reverse=True)):
-            if line[:end] in found:
+            if line[:end] in known:
                 return line[:end], line[end:].strip() or line
         key, *rest = line.split(None, 1)
         return key, rest[0] if rest else key
@@ -113,24 +113,24 @@ def first_double(names: Sequence[str]) -> str | None:
 
 def refuse_splits(names: Sequence[str], where: str, pack_what: str, least: int = 2) -> None:
     """Raises UserError where ``least`` of the names are those of parts of a data set, and hardly classes."""
-    found = [name for name in names if name.lower() in _SPLITS]
-    if len(found) >= least:
+    parts = [name for name in names if name.lower() in _SPLITS]
+    if len(parts) >= least:
         raise UserError(
-            f"{where}: holds {', '.join(found)}, which look like parts of a data set and not like classes; pack "
+            f"{where}: holds {', '.join(parts)}, which look like parts of a data set and not like classes; pack "
             f"{pack_what}, or list them with --class-map if they are classes"
         )
 
 
-def folder_classes(found: Sequence[str], class_map: ClassMap | None, where: str) -> Classes:
+def folder_classes(folders: Sequence[str], class_map: ClassMap | None, where: str) -> Classes:
     """The classes that folders of these names are: as the class map says; without one by number where all names are
     numbers, else in the order of their text (Unicode). Raises UserError.
     """
-    for name in found:
+    for name in folders:
         if printable(name) != name:
             raise UserError(f"{where}: the class name {printable(name)!r} is not UTF-8; rename it")
     if class_map is not None:
-        return class_map.for_keys(found, where)
-    names, notes, order = sorted(found), [], None
+        return class_map.for_keys(folders, where)
+    names, notes, order = sorted(folders), [], None
     numbers = [name for name in names if name.isascii() and name.isdigit()]
     if names and len(numbers) == len(names):
         by_number = sorted(names, key=lambda name: (int(name), name))

@@ -38,8 +38,8 @@ def load() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """
     file = resources.files("llamagen_dist.data").joinpath("embedded/fashion_mnist_test.xz")
     raw = lzma.decompress(file.read_bytes())
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{file} unpacks to sha256 {found}, not {SHA256}: install the package again")
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"{file} unpacks to sha256 {digest}, not {SHA256}: install the package again")
     pixels = np.frombuffer(raw, np.uint8, COUNT * SIDE * SIDE).reshape(COUNT, SIDE, SIDE)
     return pixels, np.frombuffer(raw, np.uint8, COUNT, COUNT * SIDE * SIDE).astype(np.int64)

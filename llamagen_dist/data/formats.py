@@ -85,7 +85,7 @@ def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Sour
             raise UserError(f"--split {options.split}: {path} holds no such folder")
         name, path = str(path / options.split), path / options.split
     if path.is_dir():
-        if shards := sorted(found.parent.name for found in path.glob(f"*/{MANIFEST}")):
+        if shards := sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}")):
             raise UserError(f"{name}: holds folders of shards ({', '.join(shards)}); name one of them")
         tars = sorted(tar for tar in path.glob("*.tar") if not tar.name.startswith("."))
         if not tars:
@@ -116,11 +116,11 @@ def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Sour
         _refuse_options(name, options, "caption_key", "class_key")
         return class_tars(path, class_map)
     if not path.exists() and glob.has_magic(name):
-        found = sorted(Path(match) for match in glob.glob(name))
-        if found and all(match.suffix == ".tar" for match in found):
-            return webdataset(name, found, class_map, options)
+        matches = sorted(Path(match) for match in glob.glob(name))
+        if matches and all(match.suffix == ".tar" for match in matches):
+            return webdataset(name, matches, class_map, options)
         raise UserError(
-            f"{name}: {'matches other files than tars' if found else 'matches no file'}; give a pattern for "
+            f"{name}: {'matches other files than tars' if matches else 'matches no file'}; give a pattern for "
             "WebDataset tars, such as 'data/*.tar'"
         )
     what = "not a folder or a file of a known kind" if path.exists() else "no such folder or file"
@@ -169,10 +169,10 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
     order = folder_classes(names, class_map, str(folder))
     paths, labels, digest = list[str](), array("q"), hashlib.sha256()
     for name in names:
-        found = sorted(_images_below(folder, name, passed))
-        if not found and len(names) > 1:
+        images = sorted(_images_below(folder, name, passed))
+        if not images and len(names) > 1:
             raise UserError(f"{folder / name}: no images in this class folder; remove it, or put images there")
-        for path, size in found:
+        for path, size in images:
             relative = os.path.relpath(path, folder)
             digest.update(f"{relative}\0{size}\0".encode(errors="surrogateescape"))
             paths.append(relative)
@@ -230,7 +230,7 @@ def _images_below(root: Path, name: str, passed: Tally) -> list[tuple[str, int]]
     """(path, bytes) of every image file of a class, at any depth, also behind links; -1 bytes for a link that leads
     nowhere, which is named with the other unreadable images when its turn comes.
     """
-    found, pending = [], [os.path.join(root, name)]
+    images, pending = [], [os.path.join(root, name)]
     # Each folder is read once, and none above the class: a link to one would bring in other classes, or never end.
     above = [os.stat(path) for path in (root.resolve(), *root.resolve().parents)]
     seen = {(status.st_dev, status.st_ino) for status in above}
@@ -248,13 +248,13 @@ def _images_below(root: Path, name: str, passed: Tally) -> list[tuple[str, int]]
             elif inner is not None and S_ISDIR(inner.st_mode):
                 pending.append(entry.path)
             elif is_image and (inner is None or S_ISREG(inner.st_mode)):
-                found.append((entry.path, -1 if inner is None else inner.st_size))
+                images.append((entry.path, -1 if inner is None else inner.st_size))
             elif inner is None:
                 passed.add("links that lead nowhere passed over", _shown(root, entry.path))
             else:
                 kind = "pipes and devices passed over" if is_image else _other(entry.name)
                 passed.add(kind, _shown(root, entry.path))
-    return found
+    return images
 
 
 def _shown(root: Path, path: str) -> str:
@@ -304,10 +304,10 @@ def _jsonl(path: Path, class_map: ClassMap | None, options: PackOptions) -> Sour
             return _parsed(path, lines[number], file.readline(), options)
 
     def caption_at(number: int) -> Caption:
-        found = row(number)[1]
-        if found is None:
+        caption = row(number)[1]
+        if caption is None:
             raise ValueError(f'the caption is missing ("{options.caption_key or "text"}" is absent or empty)')
-        return found
+        return caption
 
     return Source(
         str(path),
@@ -399,8 +399,8 @@ def _npz(path: Path, class_map: ClassMap | None) -> Source:
     shape = None if pixels is None else pixels.shape
     grey_or_rgb = shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3))
     if pixels is None or pixels.dtype != np.uint8 or not grey_or_rgb:
-        found = "nothing" if pixels is None else f"{pixels.dtype} {list(pixels.shape)}"
-        raise UserError(f"{path}: arr_0 must be uint8 [images, height, width, 3], but it is {found}")
+        given = "nothing" if pixels is None else f"{pixels.dtype} {list(pixels.shape)}"
+        raise UserError(f"{path}: arr_0 must be uint8 [images, height, width, 3], but it is {given}")
     if not pixels.size:
         raise UserError(f"{path}: no images found (arr_0 is empty)")
     source = _pixels(path.name, sha256_file(path), pixels, None, None)

@@ -81,11 +81,11 @@ class _Split:
 
     def finished(self, shard: int) -> Packed | None:
         """What an earlier process made of this shard, if it need not be made again."""
-        found = self.job.finished(shard_name(shard))
+        earlier = self.job.finished(shard_name(shard))
         # a shard of a version that did not count changes may hold pixels that this one would change
-        if found is None or "changed" not in found[1] or (found[1]["skipped"] and not self.options.skip_bad):
+        if earlier is None or "changed" not in earlier[1] or (earlier[1]["skipped"] and not self.options.skip_bad):
             return None
-        return found[0], LeftOut(**found[1])
+        return earlier[0], LeftOut(**earlier[1])
 
     def _samples(self, shard: int, left_out: LeftOut) -> Iterator[Sample]:
         first, source = shard * self.options.samples_per_shard, self.source
@@ -135,8 +135,7 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     for note in source.notes:
         print(note)
     fit, picture_size = _how_to_fit(source, options)
-    kept = options.format, options.quality, options.min_side, options.max_pixels
-    recipe = ImageRecipe(options.size, fit, picture_size, *kept)
+    recipe = ImageRecipe(options, fit, picture_size)
     # Only what is not the default, so that shards packed before an option existed are still known as the same.
     chosen = {
         {"max_pixels": "most_pixels"}.get(name, name): getattr(options, name)
@@ -224,9 +223,9 @@ def _pack_split(split: _Split) -> Manifest:
         )
     if not count:
         raise UserError(
-            f"{split.source.name}: all {len(small)} images are smaller than --min-side {split.recipe.min_side}"
+            f"{split.source.name}: all {len(small)} images are smaller than --min-side {split.options.min_side}"
         )
-    size, picture = split.recipe.size, split.recipe.picture_size
+    size, picture = split.options.size, split.recipe.picture_size
     uniform = split.source.uniform_size
     square = uniform[0] if uniform is not None and uniform[0] == uniform[1] else None
     manifest = Manifest(

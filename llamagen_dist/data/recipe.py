@@ -6,12 +6,11 @@ from typing import Literal
 
 from PIL import Image
 
-from llamagen_dist.config.pack import MOST_PIXELS
+from llamagen_dist.config.pack import MOST_PIXELS, PackOptions
 from llamagen_dist.data.decode import FRAMES, decode_and_tell
 from llamagen_dist.data.images import center_crop
 
 Fit = Literal["crop", "pad"]
-Format = Literal["png", "jpeg", "webp"]
 _MEMBERS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp"}
 """Formats that every reader of WebDataset shards decodes. (MPO: a JPEG with further pictures behind the first.)"""
@@ -23,56 +22,53 @@ class TooSmall(Exception):
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """size: side in pixels, None = pictures stay as they are. format: None = kept byte for byte where nothing is
-    resized (and nothing is transparent), PNG elsewhere. quality: of JPEG and WebP, 1 … 100. min_side: the least shorter
-    side. Transparent parts become white.
+    """What becomes of pictures: by ``options``, with what was decided about the whole source.
+
+    Without a format a picture is kept byte for byte where nothing is resized and every reader sees the same pixels in
+    it; else it becomes a PNG.
     """
 
-    size: int | None
+    options: PackOptions
     fit: Fit
     picture_size: tuple[int, int] | None
     """pad: the one (width, height) that all pictures must have."""
-    format: Format | None = None
-    quality: int = 95
-    min_side: int = 0
-    most_pixels: int = MOST_PIXELS
 
     @property
     def members(self) -> tuple[str, ...]:
         """The endings that may come out."""
-        if self.format is not None:
-            return (_MEMBERS[self.format],)
-        return (".png",) if self.size is not None else tuple(sorted(set(_KEPT.values())))
+        if self.options.format is not None:
+            return (_MEMBERS[self.options.format],)
+        return (".png",) if self.options.size is not None else tuple(sorted(set(_KEPT.values())))
 
     def stored(self, picture: bytes | Image.Image) -> tuple[str, bytes, list[str]]:
         """(member, encoded bytes, what was done to the pixels beyond decoding and fitting: decode's sentences).
 
         Raises TooSmall, or one of DECODE_ERRORS where the picture cannot be used.
         """
-        image, done = opened(picture, self.most_pixels)
-        if min(image.size) < self.min_side:
+        image, done = opened(picture, self.options.max_pixels)
+        if min(image.size) < self.options.min_side:
             raise TooSmall
-        if self.size is None:
+        if self.options.size is None:
             # Other readers know nothing of orientations, deep values and white behind glass: where they would see other
             # pixels than ours the file is not kept, but encoded again. (Of several pictures they take the first, too.)
-            if isinstance(picture, bytes) and self.format is None and not {*done} - {FRAMES}:
+            if isinstance(picture, bytes) and self.options.format is None and not {*done} - {FRAMES}:
                 with Image.open(io.BytesIO(picture)) as file:
                     member = _KEPT.get(file.format or "")
                 if member is not None:
                     return member, picture, done
             return (*self._encoded(image), done)
         if self.fit == "crop":
-            return (*self._encoded(center_crop(image, self.size)), done)
+            return (*self._encoded(center_crop(image, self.options.size)), done)
         if image.size != self.picture_size:
             raise ValueError(f"{image.width} x {image.height} pixels, where the others are {self.picture_size}")
-        canvas = Image.new("RGB", (self.size, self.size))
-        canvas.paste(image, padding(image.size, self.size)[:2])
+        canvas = Image.new("RGB", (self.options.size, self.options.size))
+        canvas.paste(image, padding(image.size, self.options.size)[:2])
         return (*self._encoded(canvas), done)
 
     def _encoded(self, image: Image.Image) -> tuple[str, bytes]:
         buffer = io.BytesIO()
-        kind = self.format or "png"
-        image.save(buffer, kind, **({} if kind == "png" else {"quality": self.quality}))
+        kind = self.options.format or "png"
+        image.save(buffer, kind, **({} if kind == "png" else {"quality": self.options.quality}))
         return _MEMBERS[kind], buffer.getvalue()
 
 

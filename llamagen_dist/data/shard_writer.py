@@ -69,8 +69,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Seq
             file.flush()
             os.fsync(file.fileno())
         digest, size = sha256_file(aside), aside.stat().st_size
-        found = scan(aside)
-        index = found.columns(tuple(members))
+        index = scan(aside).columns(tuple(members))
         stride, index_sha256, layout = index.stride(), None, None
         if stride is None:
             with refused_when_full(folder):

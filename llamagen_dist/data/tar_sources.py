@@ -86,13 +86,13 @@ def webdataset(name: str, paths: Sequence[Path], class_map: ClassMap | None, opt
         for path in paths:
             indexes.append(scan(path))
             progress.advance(1, path.name)
-    found = {member for index in indexes for member in index.members}
-    pictures = [member for member in _PICTURES if member in found]
+    present = {member for index in indexes for member in index.members}
+    pictures = [member for member in _PICTURES if member in present]
     if not pictures:
         raise UserError(
-            f"{name}: no images in these tars (found {', '.join(sorted(found))}; wanted {', '.join(ENDINGS)})"
+            f"{name}: no images in these tars (found {', '.join(sorted(present))}; wanted {', '.join(ENDINGS)})"
         )
-    kept = [member for member in (CAPTION_MEMBER, SHORT_CAPTION_MEMBER, _JSON, LABEL_MEMBER) if member in found]
+    kept = [member for member in (CAPTION_MEMBER, SHORT_CAPTION_MEMBER, _JSON, LABEL_MEMBER) if member in present]
     file_of, columns = array("i"), dict[str, list[NDArray[np.uint64]]]()
     for number, (path, index) in enumerate(zip(paths, indexes, strict=True)):
         file_of.extend([number] * len(index.spans))
@@ -203,18 +203,18 @@ def _caption(samples: _Spans, number: int, options: PackOptions) -> Caption:
     """From ``.txt`` and ``.short.txt``, else from ``.json``. Raises OSError or ValueError."""
     from_json = options.caption_key is not None or not samples.has(CAPTION_MEMBER, number)
     if from_json and samples.has(_JSON, number):
-        found = caption_of(samples.json(number), options.caption_key)
+        caption = caption_of(samples.json(number), options.caption_key)
     else:
         short = SHORT_CAPTION_MEMBER
-        found = caption_of(
+        caption = caption_of(
             {
                 "text": samples.read(CAPTION_MEMBER, number).decode("utf-8"),
                 "short": samples.read(short, number).decode("utf-8") if samples.has(short, number) else None,
             }
         )
-    if found is None:
+    if caption is None:
         raise ValueError("the caption is missing or empty")
-    return found
+    return caption
 
 
 def holds_tars(path: Path) -> bool:
