@@ -286,7 +286,7 @@ BUDGETS = {
     "evaluation": 2250,
     "scaling": 1380,
     "report": 3390,
-    "launch": 7120,
+    "launch": 5520,
     "commands": 1180,
     "cli": 90,
     "train_gpt": 170,
