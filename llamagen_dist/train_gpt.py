@@ -6,6 +6,7 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 its rungs one after another in run_dir/NAME, in one process start.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
@@ -29,20 +30,30 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m llamagen_dist.train_gpt CONFIG [key=value …]")
     config: GPTConfigFile = load(argv[0], argv[1:], kind="gpt")
     topology = start(config.parallel.tensor, config.parallel.threads, 60 * config.guard.start_minutes, config.run_dir)
-    plan = [(name, rung, *_data(rung)) for name, rung in rungs(config)]
     # every refusal comes before any training
-    models = [_model(rung, train, validation, topology) for _, rung, train, validation in plan]
-    starts = [
-        initial_weights(rung, model, train.manifest, topology, name)
-        for (name, rung, train, _), model in zip(plan, models, strict=True)
-    ]
-    for number, ((name, rung, train, validation), model, initial) in enumerate(
-        zip(plan, models, starts, strict=True), 1
-    ):
-        label = name if len(plan) == 1 else f"{name} ({number}/{len(plan)})"
-        stopped = train_one(name, label, rung, model, train, validation, topology, initial)
+    plan = [_rung(name, rung, topology) for name, rung in rungs(config)]
+    for number, rung in enumerate(plan, 1):
+        stopped = train_one(rung, rung.name if len(plan) == 1 else f"{rung.name} ({number}/{len(plan)})", topology)
         if stopped and number < len(plan):
-            raise Stopped(f"{rung.run_dir.parent}: stopped after {name}; the same command goes on with the next one")
+            raise Stopped(f"{config.run_dir}: stopped after {rung.name}; the same command goes on with the next one")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run: all that is read and checked before anything is trained."""
+
+    name: str
+    config: GPTConfigFile
+    train: Shards
+    validation: Shards
+    model: GPTConfig
+    initial: Initial | None
+
+
+def _rung(name: str, config: GPTConfigFile, topology: Topology) -> Rung:
+    train, validation = _data(config)
+    model = _model(config, train, validation, topology)
+    return Rung(name, config, train, validation, model, initial_weights(config, model, train.manifest, topology, name))
 
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
@@ -78,17 +89,9 @@ def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: T
     return model
 
 
-def train_one(
-    name: str,
-    label: str,
-    config: GPTConfigFile,
-    model: GPTConfig,
-    train: Shards,
-    validation: Shards,
-    topology: Topology,
-    initial: Initial | None = None,
-) -> bool:
+def train_one(rung: Rung, label: str, topology: Topology) -> bool:
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
+    config, model, train, validation, initial = rung.config, rung.model, rung.train, rung.validation, rung.initial
     prints = train.manifest.fingerprint(), validation.manifest.fingerprint()
     with open_run(config, topology, config.run_dir, train.manifest.classes, prints[0], label, prints[1]) as run:
         note_origin(run, initial, train.manifest)
@@ -98,7 +101,7 @@ def train_one(
             build_gpt_on_meta(model, config.train.seed),
             config,
             topology,
-            name,
+            rung.name,
             partial(held_out.validation_batches, config.validation.images, config.validation.batch),
             fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
         )
