@@ -111,6 +111,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
                     with task.clock.part("compute"):
                         task.rehearse(batch, images_seen)
                     collection.freeze()
+                    topology.barrier()  # a rank that rehearsed faster would count its wait for the others as a step's
                     window.restart()
                 with task.clock.part("compute"):
                     metrics = task.step(batch, images_seen)
