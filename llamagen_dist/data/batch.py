@@ -17,12 +17,16 @@ def left_padded(features: Sequence[Tensor], length: int) -> Caption:
     Returns (features (B, T, C) of that type, present (B, T) bool). Raises ValueError for a caption that is empty or
     longer than ``length``.
     """
-    lengths = torch.tensor([len(caption) for caption in features])
-    if len(features) == 0 or int(lengths.min()) < 1 or int(lengths.max()) > length:
-        raise ValueError(f"captions of {lengths.tolist()} tokens for {length} positions")
-    padded = features[0].new_zeros(len(features), length, features[0].shape[1])
-    for row, caption in zip(padded, features, strict=True):
-        row[length - len(caption) :] = caption
+    sizes = [caption.shape[0] for caption in features]
+    if not sizes or min(sizes) < 1 or max(sizes) > length:
+        raise ValueError(f"captions of {sizes} tokens for {length} positions")
+    # One concatenation writes every position once. A copy per caption costs several microseconds before the first
+    # number moves, which for short captions was a quarter of a batch's time.
+    blank = features[0].new_zeros(length, features[0].shape[1])
+    before = {size: blank[size:] for size in set(sizes)}
+    pieces = [piece for caption, size in zip(features, sizes, strict=True) for piece in (before[size], caption)]
+    padded = torch.cat(pieces).view(len(sizes), length, -1)
+    lengths = torch.tensor(sizes)
     return padded, torch.arange(length) >= length - lengths[:, None]
 
 
