@@ -41,7 +41,7 @@ class CropCoder:
     def rows(self, shards: Shards, samples: range) -> Iterator[NDArray[np.uint16]]:
         """uint16 [tokens] for every crop of every sample in turn, encoded ``batch`` crops at a time.
 
-        Raises UserError, naming shard and sample, for an image that cannot be decoded.
+        Raises UserError, naming shard and sample, for an image that cannot be decoded or cut.
         """
         coming: Tensor | None = None  # a GPU works on it while the next batch is cut
         for batch in self._batches(shards, samples):
@@ -59,7 +59,7 @@ class CropCoder:
         changed = compared = 0
         for start in range(0, count, self._config.batch):
             batch = [
-                self._cut(images.read_image(shards, sample))[0]
+                self._crops_of(shards, sample, shards.image_bytes(sample))[0]
                 for sample in samples[start : start + self._config.batch]
             ]
             exact, rounded = (self._encode(batch, precision)[: len(batch)] for precision in ("fp32", "bf16"))
@@ -81,21 +81,23 @@ class CropCoder:
         """The crops of each sample, uint8 [S, S, 3]; decoded a few images ahead when there are workers."""
         workers = self._config.workers
         if workers == 0:
-            yield from (self._cut(images.read_image(shards, sample)) for sample in samples)
+            yield from (self._crops_of(shards, sample, shards.image_bytes(sample)) for sample in samples)
             return
-
-        def decode_and_cut(sample: int, data: bytes) -> list[NDArray[np.uint8]]:
-            with images.naming(shards, sample):
-                return self._cut(images.decode_sample(shards, sample, data))
-
         ahead: deque[Future[list[NDArray[np.uint8]]]] = deque()
         with ThreadPoolExecutor(workers) as threads:
             for sample in samples:
-                ahead.append(threads.submit(decode_and_cut, sample, shards.image_bytes(sample)))
+                ahead.append(threads.submit(self._crops_of, shards, sample, shards.image_bytes(sample)))
                 if len(ahead) > 4 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+    def _crops_of(self, shards: Shards, sample: int, data: bytes) -> list[NDArray[np.uint8]]:
+        """The crops of one sample, uint8 [S, S, 3] each. Raises UserError, naming shard and sample, for an image that
+        cannot be decoded or would become too large; every way to the crops goes through here.
+        """
+        with images.naming(shards, sample):
+            return self._cut(images.decode_sample(shards, sample, data))
 
     def _cut(self, image: Image.Image) -> list[NDArray[np.uint8]]:
         size = self._config.image_size

@@ -82,6 +82,8 @@ def parse_csv(text: str, name: str) -> Points:
                 f"{name}: the column {column} is {fault} (the header has {', '.join(header)[:200]}); "
                 "it needs params, tokens, loss and, for several points of one run, run"
             )
+    if len(rows) == 1:
+        raise UserError(f"{name}: a header and no runs; add one line for each measured point")
     values: dict[str, list[float]] = {column: [] for column in _COLUMNS}
     runs, sources = [], []
     for line, row in rows[1:]:

@@ -244,6 +244,23 @@ def test_codes_beyond_16_bits_and_odd_sizes_are_refused(work, tmp_path):
         extract(work, tmp_path / "out", f"images={tmp_path / 'bare'}")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("crops", ["center", "ten_crop"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_strip_that_would_become_huge_is_refused_by_name(work, tmp_path, workers, crops, precision):
+    """1 x 4000 pixels with a shorter side of 256 are 262 million; bf16 looks at images before the extraction does."""
+    photos = tmp_path / "photos" / "class"
+    photos.mkdir(parents=True)
+    Image.new("RGB", (1, 4000)).save(photos / "strip.png")
+    pack(str(photos.parent), tmp_path / "images", PackOptions())
+    settings = [f"images={tmp_path / 'images'}", f"crops={crops}", f"workers={workers}", f"precision={precision}"]
+    with pytest.raises(UserError, match=r"sample \d: 1 x 4000 pixels would become .* more than the limit") as refusal:
+        extract(work, tmp_path / "out", *settings, "image_size=256", "batch=1")
+    assert "\n" not in str(refusal.value)
+    extract(work, tmp_path / "small", *settings, "batch=1")  # the twin: with a shorter side of 16 it is a picture
+    assert open_shards(tmp_path / "small", "tokens").manifest.count == 1
+
+
 def refused_rank(arguments: list[str]) -> str:
     try:
         program.main(arguments)

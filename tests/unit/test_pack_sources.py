@@ -1,6 +1,7 @@
 """llamagen pack: captions, WebDataset tars, a tar of tars, class maps, limits; the same samples as the files hold."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -161,6 +162,27 @@ def test_webdataset_tars_are_packed_sample_by_sample(foreign, tmp_path, how):
     # the sabotage: the same set with two labels exchanged is another one
     wanted[0][".cls"], wanted[1][".cls"] = wanted[1][".cls"], wanted[0][".cls"]
     assert samples(tmp_path / "out") != sorted(wanted, key=lambda parts: sorted(parts.items()))
+
+
+@pytest.mark.parametrize("padding", [0, 10240])
+def test_tars_one_after_another_in_one_file_give_all_their_samples(tmp_path, padding):
+    """``cat a.tar b.tar c.tar``: the empty blocks that close a tar are no end of the file."""
+    wanted = [{".png": encoded(n, "PNG"), ".cls": b"%d" % (n % 2), ".txt": b"caption %d" % n} for n in range(6)]
+    tars = []
+    for first in (0, 2, 4):
+        members = [(f"{n}{part}", wanted[n][part]) for n in (first, first + 1) for part in wanted[n]]
+        tars.append(tar_bytes(members) + b"\0" * padding)
+    (tmp_path / "joined.tar").write_bytes(b"".join(tars))
+    pack(str(tmp_path / "joined.tar"), tmp_path / "out", PackOptions())
+    assert samples(tmp_path / "out") == sorted(wanted, key=lambda parts: sorted(parts.items()))
+    # the twin: Python's tarfile stops after the first of them, so a reader that trusts it loses four samples silently
+    with tarfile.open(tmp_path / "joined.tar") as tar:
+        assert {name.split(".")[0] for name in tar.getnames()} == {"0", "1"}
+    # and a damaged header in the last of them is not taken for the end
+    damaged = bytearray(b"".join(tars))
+    damaged[len(tars[0]) + len(tars[1])] ^= 1
+    (tmp_path / "joined.tar").write_bytes(damaged)
+    assert "stands something that is no other tar" in one_sentence(tmp_path / "joined.tar", tmp_path / "never")
 
 
 def test_our_own_shards_can_be_packed_again_with_their_class_names(tmp_path, captioned):

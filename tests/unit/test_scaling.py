@@ -224,6 +224,8 @@ CSV = "params,tokens,loss,run\n1e6,2e7,3.5,a\n2e6,2e7,3.25,b\n"
     ("text", "message"),
     [
         ("", "runs.csv: empty; it needs a header"),
+        ("params,tokens,loss\n", "runs.csv: a header and no runs"),
+        (CSV.splitlines()[0] + "\n\n , , ,\n", "runs.csv: a header and no runs"),
         (CSV.replace("loss", "val_loss"), "the column loss is missing"),
         (CSV.replace("run\n", "loss\n"), "the column loss is there twice"),
         (CSV.replace("3.25", "n/a"), "runs.csv, line 3: loss is 'n/a', not a number"),
@@ -281,6 +283,7 @@ def test_any_text_is_points_or_one_sentence(text: str) -> None:
     except UserError as error:
         message = str(error)
     else:
+        assert len(found) >= 1
         assert ((found.params > 0) & np.isfinite(found.loss)).all()
         message = "x"
     assert message.startswith("x")
