@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llamagen_dist.config import ClassifierSection, EvaluateConfig, load
-from llamagen_dist.console import main_rank_progress
+from llamagen_dist.console import LOG, main_rank_progress
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, inception, inception_weights, record
 from llamagen_dist.evaluation.comparison import Comparison
@@ -136,10 +136,10 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 def _show(result: dict[str, Any]) -> None:
     for name, values in result["sets"].items():
-        print(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
+        LOG.info(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
     for metric, reason in result["absent"].items():
-        print(f"{metric} is absent: {reason}")
-    print(result["record"]["bias"], flush=True)
+        LOG.info(f"{metric} is absent: {reason}")
+    LOG.info(result["record"]["bias"])
 
 
 if __name__ == "__main__":

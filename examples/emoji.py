@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from llamagen_dist.console import LOG
 from llamagen_dist.data.decode import DECODE_ERRORS, decode
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import OutputFolder
@@ -148,7 +149,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for .jsonl files and images")
     args = parser.parse_args(argv)
     train, held_out = prepare_emoji(args.package, args.out)
-    print(
+    LOG.info(
         f"{args.out}: {train:,} captioned pictures in train.jsonl, {held_out:,} with other captions in validation.jsonl"
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamagen_dist.console import LOG
 from llamagen_dist.data.captions import CLEANING, clean
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.errors import UserError
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
         if member in (CAPTION_MEMBER, SHORT_CAPTION_MEMBER)
     )
     words = make_small_text_encoder(captions, args.out, args.dim, args.layers, heads=8)
-    print(f"{args.out}: an untrained T5 encoder of width {args.dim} that knows {words:,} words")
+    LOG.info(f"{args.out}: an untrained T5 encoder of width {args.dim} that knows {words:,} words")
 
 
 if __name__ == "__main__":

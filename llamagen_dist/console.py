@@ -1,6 +1,7 @@
 """What a person sees: progress, lines and durations; a bar on a terminal, plain lines in a job log. Light to import."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,60 @@ from typing import Any
 
 PROGRESS_FILE = "LLAMAGEN_PROGRESS"  # environment variable: where rank 0 of a launched job writes how far it is
 LINE_EVERY_S = 10.0
+
+LOG = logging.getLogger("llamagen")
+"""What the programs report as they run: ``info`` and ``warning`` go to stdout, ``error`` to stderr."""
+
+
+class _Stream(logging.Handler):
+    """Writes to what sys.stdout or sys.stderr is at that moment, which a caller may have redirected.
+
+    One handler for each of the two: a handler holds its lock while it writes, and the watchdog's last sentence on
+    stderr must not wait for a rank that is stuck writing to stdout. Unlike logging's own handlers it lets a broken
+    pipe be raised, as print does.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._stream = name
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return (record.levelno >= logging.ERROR) == (self._stream == "stderr")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=getattr(sys, self._stream), flush=True)
+
+
+class _RankLines(logging.Formatter):
+    """``2026-11-26 14:01:02 rank 3 | text``, at every line of a message of several."""
+
+    def __init__(self, rank: str) -> None:
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{self.formatTime(record, self.datefmt)} rank {self._rank} | "
+        return "\n".join(prefix + line for line in record.getMessage().split("\n"))
+
+
+# At import and not in set_up_logging: a program called as a function, and ``import llamagen_dist``, print plain lines.
+_STREAMS = (_Stream("stdout"), _Stream("stderr"))
+LOG.handlers[:] = _STREAMS
+LOG.setLevel(logging.INFO)
+LOG.propagate = False  # what libraries hang on the root logger would print every line a second time
+
+
+def set_up_logging(launched: bool) -> None:
+    """Put time and rank before every line where this process is one rank of several, or ``launched`` by llamagen.
+
+    A person with a single process at a terminal reads plain lines. RANK and WORLD_SIZE are taken as they come: values
+    that make no sense are refused later, in one sentence.
+    """
+    world = os.environ.get("WORLD_SIZE", "")
+    one_of_several = world.isdecimal() and int(world) > 1
+    formatter = _RankLines(os.environ.get("RANK") or "0") if launched or one_of_several else None
+    for handler in _STREAMS:
+        handler.setFormatter(formatter)
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +163,7 @@ class Progress:
         if force or now - self._last_line >= self._line_every:
             self._last_line = now
             share = 100 * self.done / self.total if self.total else 100.0
-            print(f"{self.label}: {self.done}/{self.total} ({share:.0f} %) {self.text}".rstrip(), flush=True)
+            LOG.info(f"{self.label}: {self.done}/{self.total} ({share:.0f} %) {self.text}".rstrip())
 
 
 class Screen:

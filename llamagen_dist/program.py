@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from llamagen_dist.console import LOG, set_up_logging
 from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, Stopped, Superseded, UserError
 
 ERROR_FILE = "LLAMAGEN_ERROR_FILE"  # environment variable: where a launched rank leaves its sentence
@@ -22,24 +23,26 @@ def run(main: Callable[[list[str]], None]) -> None:
     UserError: its sentence on stderr, exit 2. Stopped, Superseded: the message, exit 75. Ctrl-C: one line, exit 130.
     Any other exception is a bug: it keeps its traceback, exit 1 (and the process group is left, as after Superseded,
     since taking it down properly can wait for ranks that will never answer; the closing sockets tell them).
+    Lines of one rank of a job carry time and rank (``set_up_logging``).
     """
     code = 0
+    set_up_logging(launched=ERROR_FILE in os.environ)
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"llamagen: error: {error}", file=sys.stderr, flush=True)
+        LOG.error(f"llamagen: error: {error}")
         leave_sentence(str(error))
         code = EXIT_USER_ERROR
     except Stopped as stopped:
-        print(f"llamagen: {stopped}", file=sys.stderr, flush=True)
+        LOG.error(f"llamagen: {stopped}")
         leave_sentence(str(stopped))
         code = EXIT_STOPPED
     except Superseded as lost:
-        print(f"llamagen: {lost}", file=sys.stderr, flush=True)
+        LOG.error(f"llamagen: {lost}")
         leave_sentence(str(lost))
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
-        print("llamagen: interrupted", file=sys.stderr, flush=True)
+        LOG.error("llamagen: interrupted")
         code = EXIT_INTERRUPTED
     leave_group()
     if code:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from llamagen_dist.config import ExtractConfig, load
-from llamagen_dist.console import Progress, main_rank_progress
+from llamagen_dist.console import LOG, Progress, main_rank_progress
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards, open_shards
@@ -193,7 +193,7 @@ class Extraction:
             return {}
         changed, compared = self.coder.changed_codes(self.shards)
         share = f"{changed:,} of {compared:,} codes ({changed / compared:.2%})"
-        print(f"{self.job.folder}: precision: bf16 changes {share} of fp32's, by comparison on a sample", flush=True)
+        LOG.info(f"{self.job.folder}: precision: bf16 changes {share} of fp32's, by comparison on a sample")
         return {"bf16_changed_codes": changed, "bf16_compared_codes": compared}
 
     def _finished(self, shards: Sequence[int]) -> Finished:

@@ -21,6 +21,7 @@ from torch import Tensor
 from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import Section, load
+from llamagen_dist.console import LOG
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import read_json, sha256_file
 from llamagen_dist.parallel.entries import TensorEntry
@@ -222,7 +223,7 @@ def _newest(run_dir: Path, which: str, files: dict[str, Any], warn: bool) -> Pat
             _verify(folder, which, files)
         except UserError as error:
             if warn:
-                print(f"checkpoint skipped: {error}", flush=True)
+                LOG.warning(f"checkpoint skipped: {error}")
             continue
         return folder
     return None

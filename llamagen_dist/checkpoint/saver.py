@@ -16,6 +16,7 @@ from llamagen_dist.checkpoint import folder as folders
 from llamagen_dist.checkpoint.folder import Abandoned
 from llamagen_dist.checkpoint.plan import Plan, Round, make_plan
 from llamagen_dist.checkpoint.staging import HostBuffer, LocalCopy, write_file
+from llamagen_dist.console import LOG
 from llamagen_dist.errors import Superseded, UserError
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
@@ -145,7 +146,7 @@ class Saver:
             if self._current.thread.is_alive():
                 self._current.error = self._current.error or "another rank does not send its part"
             if self._current.error is not None:
-                print(f"checkpoint {self._current.folder} was not written: {self._current.error}", flush=True)
+                LOG.warning(f"checkpoint {self._current.folder} was not written: {self._current.error}")
         self._current = None
 
     def __enter__(self) -> "Saver":
@@ -257,4 +258,4 @@ class Saver:
         try:
             folders.prune(self._run_dir, *self._keep)
         except OSError as error:  # the new one counts all the same
-            print(f"an old checkpoint could not be removed: {error}", flush=True)
+            LOG.warning(f"an old checkpoint could not be removed: {error}")

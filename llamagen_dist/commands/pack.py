@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llamagen_dist.config.pack import PackConfig, PackOptions
 from llamagen_dist.config.section import build
+from llamagen_dist.console import LOG
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
         config = build(PackConfig, {"kind": "pack", "source": args.source, **settings}, "llamagen pack")
     for name, manifest in pack(config.source, config.out, config).items():
         for line in summary(manifest):
-            print(f"{config.out / name}: {line}")
+            LOG.info(f"{config.out / name}: {line}")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from llamagen_dist.console import LOG
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="OUT", help="the --out of llamagen quickstart")
@@ -13,4 +15,4 @@ def run(args: argparse.Namespace) -> None:
     from llamagen_dist.report.quickstart import write
 
     for path in write(args.folder, args.out):
-        print(path)
+        LOG.info(path)

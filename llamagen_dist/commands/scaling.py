@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llamagen_dist.console import LOG
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 
@@ -49,15 +50,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(result: dict[str, Any]) -> None:
     values = "  ".join(f"{name} {value:.6g}" for name, value in result["parameters"].items())
-    print(f"{result['formula']}: {values}")
+    LOG.info(f"{result['formula']}: {values}")
     for text in result["diagnostics"]["warnings"]:
-        print(f"note: {text}")
+        LOG.info(f"note: {text}")
     for text in result.get("absent", {}).values():
-        print(f"no interval: {text}")
+        LOG.info(f"no interval: {text}")
     for one in result.get("predictions", []):
         band = "{:.4f} to {:.4f}".format(*one["ci95"]) if "ci95" in one else "no band"
         naive = f", {one['naive_from']} had {one['naive']:.4f}" if "naive" in one else ""
-        print(
+        LOG.info(
             f"{one['name']} after {one['tokens']:,.0f} tokens: predicted {one['predicted']:.4f} ({band}), "
             f"measured {one['measured']:.4f}{naive}"
         )

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llamagen_dist import files
+from llamagen_dist.console import LOG
 from llamagen_dist.data.fetch import NotThere, Source
 from llamagen_dist.data.index import index_limit, index_name, rebuilt_index
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, write_manifest
@@ -83,7 +84,7 @@ class NodeCache:
                 file.seek(0)
                 file.truncate()  # the beginning that an earlier process may have fetched
                 file.write(data)
-                print(f"{self.source.shown(name)}: is missing and was made again in the cache", flush=True)
+                LOG.info(f"{self.source.shown(name)}: is missing and was made again in the cache")
 
         return self.open(str(record.index_sha256), limit, fill)
 
@@ -222,21 +223,21 @@ class NodeCache:
             )
         began = reported = time.monotonic()
         count = len(manifest.shards)
-        print(f"staging {self.source.location} in {self.folder}: {count} shards, {needed / 1e9:.3g} GB", flush=True)
+        LOG.info(f"staging {self.source.location} in {self.folder}: {count} shards, {needed / 1e9:.3g} GB")
         with ThreadPoolExecutor(_STAGED_AT_ONCE) as threads:
             try:
                 for done, file in enumerate(threads.map(self.shard, manifest.shards), 1):
                     file.close()
                     if time.monotonic() > reported + _REPORT_EVERY_S:
                         reported = time.monotonic()
-                        print(f"staging {self.source.location}: {done} of {count} shards", flush=True)
+                        LOG.info(f"staging {self.source.location}: {done} of {count} shards")
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
         for record in indexed:
             self.index(record).close()
         write_manifest(self.folder, manifest)
-        print(f"staged {self.source.location} in {time.monotonic() - began:.1f} s", flush=True)
+        LOG.info(f"staged {self.source.location} in {time.monotonic() - began:.1f} s")
 
 
 def _drop(path: Path, part: bool) -> bool:

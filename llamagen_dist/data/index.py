@@ -18,6 +18,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from llamagen_dist.console import LOG
 from llamagen_dist.data import npy
 from llamagen_dist.data.manifest import ShardRecord
 from llamagen_dist.errors import UserError
@@ -226,7 +227,7 @@ def open_index(folder: Path, record: ShardRecord, members: tuple[str, ...], trus
         done = "and was made again"
     except OSError:
         done = "and was made again, for this process only, because the folder cannot be written"
-    print(f"{path}: {problem} {done}", flush=True)
+    LOG.info(f"{path}: {problem} {done}")
     own = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the caller's
     own.write(data)
     return own

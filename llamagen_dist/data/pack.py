@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.config.pack import PackOptions
-from llamagen_dist.console import Progress
+from llamagen_dist.console import LOG, Progress
 from llamagen_dist.data.classes import ClassMap
 from llamagen_dist.data.decode import DECODE_ERRORS
 from llamagen_dist.data.formats import open_source
@@ -133,7 +133,7 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     if taken := next((out / name for name in others if (out / name / MANIFEST).exists()), None):
         raise UserError(f"{taken}: already holds shards made with another --held-out; choose another --out")
     for note in source.notes:
-        print(note)
+        LOG.info(note)
     fit, picture_size = _how_to_fit(source, options)
     recipe = ImageRecipe(options, fit, picture_size)
     # Only what is not the default, so that shards packed before an option existed are still known as the same.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from llamagen_dist.console import PROGRESS_FILE
+from llamagen_dist.console import LOG, PROGRESS_FILE
 from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from llamagen_dist.process import STOP_SIGNALS, Identity, cores, identify, peak_rss_gb
 from llamagen_dist.program import ERROR_FILE
@@ -172,7 +172,7 @@ def watch_launcher(launcher: Identity) -> None:
     def watch() -> None:
         while launcher.alive():
             time.sleep(ORPHAN_POLL_S)
-        print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
+        LOG.error("the launcher is gone: saving and stopping")
         stop()
         time.sleep(ORPHAN_PATIENCE_S)
         os.killpg(0, signal.SIGKILL)

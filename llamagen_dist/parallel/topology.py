@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from llamagen_dist.console import LOG
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.division import data_ranks, per_rank_batch
 from llamagen_dist.process import cores
@@ -85,9 +86,9 @@ class Topology:
         return result
 
     def log0(self, text: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line (through the log), once for all ranks."""
         if self.rank == 0:
-            print(text, flush=True)
+            LOG.info(text)
 
     def set_timeouts(self, seconds: float) -> None:
         """Of every group that this rank is in, Megatron's and DeepSpeed's too, for collectives from now on."""
@@ -195,7 +196,7 @@ def _warn_of_threads(rank: int, world: int) -> None:
     for _, mask in here:
         together |= mask
     if text := thread_warning([threads for threads, _ in here], together.bit_count()):
-        print(f"rank {rank}: {text}", flush=True)
+        LOG.warning(f"rank {rank}: {text}")
 
 
 def start(

@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from llamagen_dist.console import LOG
 from llamagen_dist.errors import EXIT_STOPPED, LOST_PEER, Stopped
 from llamagen_dist.files import remove_asides
 from llamagen_dist.parallel.clock import Clock
@@ -122,7 +122,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self._tick):
             if sentence := self._lost():
-                print(f"llamagen: {sentence}", file=sys.stderr, flush=True)
+                LOG.error(f"llamagen: {sentence}")
                 leave_sentence(sentence)
                 os._exit(EXIT_STOPPED)
             if self._clock.changes != self._changes:
@@ -152,7 +152,7 @@ class Watchdog:
         text = f"no step for {quiet:.1f} s after step {self._beat.step}: {cause}"
         with suppress(OSError):  # a full disk must not keep a hanging rank alive
             (self._log / f"hang-rank-{self._topology.rank}.txt").write_text(text + "\n", encoding="utf-8")
-        print(f"llamagen: rank {self._topology.rank}: {text}", file=sys.stderr, flush=True)
+        LOG.error(f"llamagen: rank {self._topology.rank}: {text}")
         leave_sentence(text)
         # a rank that leaves now would end the others' collectives before they have written their stacks
         self._over.wait(2 * self._tick + 0.5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,28 @@ def test_two_ranks_meet_and_everything_is_recorded(root: Path, tmp_path: Path, m
     assert 0.05 < record["peak_rss_gb"] < 5
     assert out.stat().st_mode & 0o777 == 0o700
     assert json.loads((snapshot / "record.json").read_text())["versions"]["torch"]
+
+
+def all_stamped(text: str, rank: int) -> bool:
+    """Whether every line (of ours: submitit writes some too) begins with a time and the rank."""
+    lines = [line for line in text.splitlines() if not line.startswith("submitit ")]
+    stamp = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d rank {rank} \| counting: ")
+    return bool(lines) and all(stamp.match(line) for line in lines)
+
+
+def test_every_line_of_a_ranks_log_carries_time_and_rank(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(root, pipeline(tmp_path, stage("count", "work", "3", "0.01", ranks=2)), out)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        (log,) = (out / "stages/count/log").rglob(f"*_{rank}_log.out")
+        assert all_stamped(log.read_text(), rank)
+        assert not all_stamped(log.read_text(), 1 - rank)
+    program = [sys.executable, "-m", "tokenizer_training.toy_program", "work", str(tmp_path), "3", "0.01"]
+    alone = {**environment(root), "RANK": "0", "WORLD_SIZE": "1"}
+    plain = subprocess.run(program, cwd=root, env=alone, capture_output=True, text=True, check=True).stdout
+    assert plain.startswith("counting: 0/3 (0 %)\n"), "twin: one process that nobody launched writes plain lines"
+    assert not all_stamped(plain, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

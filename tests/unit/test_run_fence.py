@@ -12,6 +12,7 @@ import pytest
 
 from llamagen_dist import program
 from llamagen_dist.config import ShardAccess
+from llamagen_dist.console import set_up_logging
 from llamagen_dist.errors import Superseded, UserError
 from llamagen_dist.files import sync_folder, write_text
 from llamagen_dist.parallel.topology import Topology
@@ -94,8 +95,15 @@ def test_a_run_that_went_on_elsewhere_gets_no_line_from_here(lock, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() != before
 
 
-def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """This process is a rank that llamagen launched; its lines are plain again afterwards."""
     monkeypatch.setenv(program.ERROR_FILE, str(tmp_path / "error.txt"))
+    yield
+    set_up_logging(launched=False)
+
+
+def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, launched, capsys):
 
     def main(argv: list[str]) -> None:
         raise Superseded("this run went on as job 12.1")
@@ -103,7 +111,9 @@ def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, monkey
     with pytest.raises(SystemExit) as end:
         program.run(main)
     assert end.value.code == 75
-    assert capsys.readouterr().err == "llamagen: this run went on as job 12.1\n"
+    time_and_rank, _, line = capsys.readouterr().err.partition(" | ")
+    assert time_and_rank.endswith(" rank 0")
+    assert line == "llamagen: this run went on as job 12.1\n"
     assert (tmp_path / "error.txt").read_text() == "this run went on as job 12.1"
 
 
@@ -132,7 +142,7 @@ def test_a_line_that_a_nearly_full_disk_cuts_is_told_too(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"images_seen": 1}\n'
 
 
-def test_a_sentence_that_cannot_be_left_changes_no_exit_code(tmp_path, monkeypatch):
+def test_a_sentence_that_cannot_be_left_changes_no_exit_code(tmp_path, launched, monkeypatch):
     monkeypatch.setenv(program.ERROR_FILE, str(tmp_path / "gone" / "error.txt"))
 
     def main(argv: list[str]) -> None:
