@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/cancelled/log/701832/701832_submission.sh

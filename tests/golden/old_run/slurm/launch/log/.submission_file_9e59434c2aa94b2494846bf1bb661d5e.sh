@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/launch/log/701831/701831_submission.sh

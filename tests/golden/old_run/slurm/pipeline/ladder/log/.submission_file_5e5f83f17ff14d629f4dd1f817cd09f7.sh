@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/pipeline/ladder/log/701836/701836_submission.sh

@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/pipeline/stages/a/log/701835/701835_submission.sh

@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/pipeline/stages/fragile/log/701837/701837_submission.sh

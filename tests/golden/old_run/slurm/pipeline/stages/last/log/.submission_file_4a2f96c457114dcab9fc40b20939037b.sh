@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/pipeline/stages/last/log/701838/701838_submission.sh

@@ -1,1 +1,0 @@
-/tmp/w_launch/old/slurm/sweep/log/701833/701833_submission.sh
