@@ -248,6 +248,7 @@ def readme_house() -> list[tuple[int, str, str]]:
 
 def test_the_readmes_house_is_the_tree():
     rooms = {name: text for indent, name, text in readme_house() if indent == 2}
+    assert len(rooms) == sum(indent == 2 for indent, _, _ in readme_house()), "a room is listed twice"
     package = ROOT / "llamagen_dist"
     there = {p.name for p in package.iterdir() if (p / "__init__.py").exists() or p.suffix == ".py"} - {"__init__.py"}
     assert set(rooms) == there
