@@ -11,7 +11,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,41 +178,41 @@ def read_jsonl(path: Path, strict: bool = False) -> list[dict[str, Any]]:
     return values
 
 
-def private_folder(folder: Path, key: str) -> Path:
-    """Create ``folder`` with mode 0700, or check that it is ours. Raises UserError, naming the config key."""
+def own_folder(folder: Path, key: str = "", follow: bool = True) -> Path:
+    """Make ``folder`` with mode 0700, or check that the one there is ours and writable; returns it.
+
+    key: the config key that names it, for messages.
+    follow: whether a link will do; not below a folder where others write, who could turn it elsewhere.
+    Raises UserError.
+    """
+    shown = f"{key}: {folder}" if key else str(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{shown} cannot be made: this path, or one above it, is a file") from None
     except OSError as error:
-        raise UserError(f"{key}: {folder} cannot be made ({error.strerror}); name another folder") from None
-    if status.st_uid != os.getuid() or folder.is_symlink():
-        raise UserError(f"{key}: {folder} belongs to another user, who could change what is read; name another folder")
+        raise UserError(f"{shown} cannot be made ({error.strerror}); choose another folder") from None
+    if not follow and folder.is_symlink():
+        raise UserError(f"{shown} is a link, so it may be one that belongs to another user; choose another folder")
+    not_anothers(folder, shown)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{shown} is not writable; choose another folder or change its permissions")
     return folder
 
 
-def not_anothers(folder: Path) -> None:
-    """Raises UserError for a folder that belongs to another user; one that does not exist is nobody's."""
+def not_anothers(folder: Path, shown: str = "") -> None:
+    """Raises UserError for a folder that belongs to another user; one that does not exist is nobody's.
+
+    shown: what to call it (default: its path).
+    """
     try:
         owner = folder.stat().st_uid
     except (FileNotFoundError, NotADirectoryError):
         return
     except PermissionError:
-        raise UserError(f"{folder}: you may not look into it; choose another folder") from None
+        raise UserError(f"{shown or folder}: you may not look into it; choose another folder") from None
     if owner != os.getuid():
-        raise UserError(f"{folder} belongs to another user (uid {owner}); choose another folder")
-
-
-def own_folder(folder: Path) -> None:
-    """Make the folder with mode 0700, or check that the one there is ours. Raises UserError."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: this path, or one above it, is a file; choose another folder") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
-    not_anothers(folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} is not writable; choose another folder or change its permissions")
+        raise UserError(f"{shown or folder} belongs to another user (uid {owner}); choose another folder")
 
 
 @contextmanager
@@ -221,25 +221,20 @@ def only_launcher(lock: Path) -> Iterator[None]:
 
     Raises UserError, naming the pid, while another launcher holds it. On a disk without locks nobody is kept out.
     """
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.read(handle, 4096).decode("utf-8", "replace")
-            who = f"process {json.loads(text)['pid']}" if text else "another process"
-            raise UserError(
-                f"{lock.parent} is in use by another launcher ({who}); wait until it has ended, or stop it"
-            ) from None
+            handle = take_lock(lock, wait=False)
+            if handle is None:
+                holder = json_if_there(lock)
+                who = f"process {holder['pid']}" if holder else "another process"
+                raise UserError(f"{lock.parent} is in use by another launcher ({who}); wait until it ends, or stop it")
+            stack.callback(os.close, handle)
         except OSError as error:
             if error.errno not in UNLOCKABLE:
                 raise
-        os.ftruncate(handle, 0)
         me = identify()
-        os.pwrite(handle, json.dumps({"pid": me.pid, "started": me.started}).encode(), 0)
+        lock.write_text(json.dumps({"pid": me.pid, "started": me.started}))
         yield
-    finally:
-        os.close(handle)
 
 
 def take_lock(path: Path, shared: bool = False, wait: bool = True) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import Sample, shard_name, write_shard
+from llamagen_dist.data.writer import Sample, shard_name, write_shard
 
 
 def write_images(

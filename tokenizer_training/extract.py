@@ -22,10 +22,10 @@ import torch.distributed as dist
 from llamagen_dist.config import ExtractConfig, load
 from llamagen_dist.console import LOG, Progress, main_rank_progress
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
-from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology, start

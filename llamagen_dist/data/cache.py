@@ -59,7 +59,7 @@ class NodeCache:
         key: the config key that messages name.
         """
         self.source, self._members, self._key = source, members, key
-        self.folder, self.limit = files.private_folder(folder, key), limit
+        self.folder, self.limit = files.own_folder(folder, key, follow=False), limit
         self._use: tuple[int, int] | None = None  # of a pinned cache: the descriptor of its lock, the process
 
     def shard(self, record: ShardRecord) -> IO[bytes]:
@@ -115,7 +115,8 @@ class NodeCache:
         return file
 
     def _fetched(self, sha256: str, size: int, fill: Callable[[IO[bytes]], None]) -> IO[bytes]:
-        part = files.private_folder(self.folder, self._key) / f"{sha256}.{size}.part"  # or tidied away meanwhile
+        folder = files.own_folder(self.folder, self._key, follow=False)  # again: it may have been tidied away
+        part = folder / f"{sha256}.{size}.part"
         with ExitStack() as stack:
             lock = files.take_lock(part)
             assert lock is not None
@@ -191,7 +192,7 @@ class NodeCache:
 
         Raises UserError: no room, a file that cannot be copied, or arrives with another sha256 twice.
         """
-        base = files.private_folder(parent / f"llamagen-stage-{os.getuid()}", "data.stage")
+        base = files.own_folder(parent / f"llamagen-stage-{os.getuid()}", "data.stage", follow=False)
         folder = base / manifest.fingerprint()[:32]
         try:
             with files.locked(base / "lock"):

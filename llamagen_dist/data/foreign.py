@@ -13,9 +13,9 @@ import numpy as np
 from llamagen_dist.data.classes import MOST_CLASSES
 from llamagen_dist.data.index import TarIndex, all_spans, index_bytes, index_name, scan
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, write_manifest
-from llamagen_dist.data.shard_writer import ShardJob, refused_when_full, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, IMAGE_MEMBERS, LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER
+from llamagen_dist.data.writer import ShardJob, refused_when_full, shard_name
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file, write_bytes, written_aside
 

@@ -16,21 +16,22 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from llamagen_dist import prng
 from llamagen_dist.config.pack import PackOptions
 from llamagen_dist.console import LOG, Progress
 from llamagen_dist.data.classes import ClassMap
 from llamagen_dist.data.decode import DECODE_ERRORS
 from llamagen_dist.data.formats import open_source
-from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord
 from llamagen_dist.data.order import position_to_sample
 from llamagen_dist.data.recipe import Fit, ImageRecipe, TooSmall, opened, padding
-from llamagen_dist.data.shard_writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, SHORT_CAPTION_MEMBER
 from llamagen_dist.data.source import Caption, Source
+from llamagen_dist.data.writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.errors import UserError
 
 
@@ -175,6 +176,29 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
         split = _Split(source, ShardJob(out / name, identity), shuffled, options, recipe)
         manifests[name] = split.job.completed() or _pack_split(split)
     return manifests
+
+
+def held_out_mask(labels: NDArray[np.int64] | None, count: int, held_out: int) -> NDArray[np.bool_]:
+    """bool [count], ``held_out`` of them True: the same share of every class, chosen by a hash of the image
+    number.
+
+    Where the shares are not whole numbers the largest remainders are rounded up.
+    labels: int64 [count], or None for one class.
+    Raises UserError when nothing would be left to train on.
+    """
+    if not 0 < held_out < count:
+        raise UserError(f"--held-out {held_out}: there are {count} images; hold out fewer, and at least one")
+    labels = np.zeros(count, np.int64) if labels is None else labels
+    sizes = np.bincount(labels)
+    exact = sizes * held_out / count
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: held_out - int(quota.sum())]] += 1
+    rank = prng.bits(0, "held-out", torch.arange(count)).to(torch.int64).numpy()
+    mask = np.zeros(count, np.bool_)
+    for label, wanted in enumerate(quota):
+        members = np.nonzero(labels == label)[0]
+        mask[members[np.argsort(rank[members], kind="stable")[:wanted]]] = True
+    return mask
 
 
 def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, int] | None]:

@@ -1,7 +1,6 @@
-"""The run directory: the same command again means the same run goes on; another config in it is refused."""
+"""The run directory: the same command again means that the run continues; another config in it is refused."""
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import Section, dump
 from llamagen_dist.config.resume import DATA, Change, compare
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import UNLOCKABLE, read_json, remove_asides, write_text
+from llamagen_dist.files import UNLOCKABLE, own_folder, read_json, remove_asides, take_lock, write_text
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking import provenance
 from llamagen_dist.training.fence import Fence
@@ -58,7 +57,7 @@ class Run:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be written ({error.strerror}); once it can, the same command goes on from the "
+                    f"{path}: cannot be written ({error.strerror}); once it can, the same command resumes from the "
                     "last checkpoint"
                 ) from None
 
@@ -95,60 +94,41 @@ class Run:
         return (self.directory / "summary.json").exists()
 
 
-def _make_private(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = directory.stat().st_uid
-    except OSError as error:
-        raise UserError(
-            f"run_dir: {directory} cannot be made ({error.strerror}); choose a folder you may write to"
-        ) from None
-    if owner != os.getuid():
-        raise UserError(f"run_dir: {directory} belongs to another user (uid {owner}); choose another folder")
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"run_dir: {directory} is not writable; choose another folder")
-
-
-def _lock(directory: Path, fence: Fence, say: Callable[[str], None]) -> IO[str]:
-    """Hold DIRECTORY/lock for as long as this process lives; wait a little for an orphan that is just stopping.
+def _lock(directory: Path, fence: Fence, say: Callable[[str], None]) -> int | None:
+    """Hold DIRECTORY/lock until the descriptor is closed; wait a little for an orphan that is just stopping.
 
     In a cluster's job the launcher's lock decides, and a process that still holds this one is on a machine that SLURM
-    has lost: after the wait it is named, and the run goes on. Raises UserError elsewhere, Superseded.
+    has lost: after the wait it is named, and the run continues without the lock (None, as on a disk without locks).
+    Raises UserError elsewhere, Superseded.
     """
-    file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    told = False
+    path, deadline, waiting = directory / "lock", time.monotonic() + LOCK_PATIENCE_S, False
+    descriptor: int | None = None
     while True:
         fence.check()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            if time.monotonic() > deadline:
-                if fence.active:
-                    say(f"{directory}: {holder}, which this job replaces, still has the run open; it may not write")
-                    break
-                raise UserError(
-                    f"{directory}: another process ({holder}) is running in this run directory; stop it or choose "
-                    "another run_dir"
-                ) from None
-            if not told:
-                say(f"{directory}: waiting for another process ({holder}) that is running in this run directory")
-                told = True
-            time.sleep(0.5)
+            if (descriptor := take_lock(path, wait=False)) is not None:
+                break
         except OSError as error:
             if error.errno not in UNLOCKABLE:
                 raise
             if not fence.active:
                 say(f"{directory}: this disk knows no locks ({error.strerror}): never start this run twice at once")
             break
-    file.seek(0)
-    file.truncate()
-    file.write(f"pid {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+        holder = path.read_text(encoding="utf-8").strip() or "unknown"
+        if time.monotonic() > deadline:
+            if fence.active:
+                say(f"{directory}: {holder}, which this job replaces, still has the run open; it may not write")
+                break
+            raise UserError(
+                f"{directory}: another process ({holder}) is running in this run directory; stop it or choose another "
+                "run_dir"
+            )
+        if not waiting:
+            say(f"{directory}: waiting for another process ({holder}) that is running in this run directory")
+            waiting = True
+        time.sleep(0.5)
+    path.write_text(f"pid {os.getpid()} on {platform.node()}", encoding="utf-8")
+    return descriptor
 
 
 @contextmanager
@@ -169,11 +149,11 @@ def open_run(
     another config (listing what differs) or other data, belongs to somebody else, or is in use.
     """
     directory = directory or getattr(config, "run_dir")  # noqa: B009 - every kind with runs has the key
-    lock: IO[str] | None = None
+    lock: int | None = None
 
     def claim() -> None:
         nonlocal lock
-        _make_private(directory)
+        own_folder(directory, "run_dir")
         lock = _lock(directory, run.fence, topology.log0)
         remove_asides(directory)
         change = compare(directory, config)
@@ -197,7 +177,7 @@ def open_run(
         if run._metrics is not None:
             run._metrics.close()
         if lock is not None:
-            lock.close()
+            os.close(lock)
 
 
 def _check_moved(directory: Path, moved: tuple[str, ...], recorded: Mapping[str, str], data: Mapping[str, str]) -> None:

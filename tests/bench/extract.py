@@ -34,9 +34,9 @@ from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerModelSection
 from llamagen_dist.data import images
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER
+from llamagen_dist.data.writer import shard_name, write_shard
 from llamagen_dist.models.vq import VQModel
 from tests.ranks.forked import run_ranks
 

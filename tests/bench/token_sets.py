@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llamagen_dist.data.manifest import Manifest, ShardRecord, write_manifest
-from llamagen_dist.data.shard_writer import label_text, shard_name, write_shard
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import label_text, shard_name, write_shard
 
 MEMBERS = (LABEL_MEMBER, CODES_MEMBER)  # in the order in which they lie in a tar
 

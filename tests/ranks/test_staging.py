@@ -11,8 +11,8 @@ import torch.distributed as dist
 from llamagen_dist.config import ShardAccess
 from llamagen_dist.data import cache, fetch
 from llamagen_dist.data.manifest import MANIFEST, read_manifest
-from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.writer import shard_name
 from llamagen_dist.errors import UserError
 from tests.ranks.forked import run_ranks
 from tests.shard_server import served

@@ -7,9 +7,9 @@ import torch
 
 from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER, bits, caption_bytes
 from llamagen_dist.data.manifest import CaptionEncoding, Manifest, write_manifest
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import CAPTION_MEMBER
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import shard_name, write_shard
 from tests.runs.token_shards import SIDE, VOCABULARY
 
 COLOURS, THINGS = ("red", "green", "blue", "grey"), ("cup", "hat", "old shoe")

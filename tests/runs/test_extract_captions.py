@@ -19,10 +19,10 @@ from llamagen_dist.config import TokenizerModelSection
 from llamagen_dist.data.captions import CAPTION_FEATURES_MEMBER, SHORT_FEATURES_MEMBER, bits, clean
 from llamagen_dist.data.foreign import verify
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import CAPTION_MEMBER, SHORT_CAPTION_MEMBER, open_shards
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.data.tokens import CODES_MEMBER
+from llamagen_dist.data.writer import shard_name, write_shard
 from llamagen_dist.errors import UserError
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.tiny_t5 import write_t5

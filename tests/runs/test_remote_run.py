@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llamagen_dist.data import fetch
-from llamagen_dist.data.shard_writer import shard_name
+from llamagen_dist.data.writer import shard_name
 from llamagen_dist.errors import UserError
 from llamagen_dist.program import run as run_program
 from llamagen_dist.train_gpt import main

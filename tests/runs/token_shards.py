@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import label_text, shard_name, write_shard
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import label_text, shard_name, write_shard
 
 VOCABULARY, SIDE, CLASSES = 64, 4, 4
 

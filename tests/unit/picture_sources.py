@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from llamagen_dist.data.foreign import verify
+from llamagen_dist.data.manifest import read_manifest
 from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
+
+APPLE = b"\0\5\x16\7" + b"\0" * 60  # how an AppleDouble file begins
 
 
 def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:
@@ -21,6 +24,22 @@ def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20), mod
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return buffer.getvalue()
+
+
+def write(path, data: bytes = b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data or encoded(sum(path.name.encode()), "PNG"))
+    return path
+
+
+def packed(source, out, capsys=None, **options):
+    """(labels by picture, manifest, what was printed)."""
+    manifest = pack(str(source), out, PackOptions(**options))[""]
+    shards = open_shards(out)
+    labels = shards.labels(range(len(shards))) if manifest.classes else [None] * len(shards)
+    by_picture = {shards.image_bytes(n): label for n, label in enumerate(labels)}
+    assert read_manifest(out).noticed == manifest.noticed
+    return by_picture, manifest, capsys.readouterr().out if capsys else ""
 
 
 def tar_bytes(entries: list[tuple[str | bytes, bytes]]) -> bytes:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from llamagen_dist.config import ShardAccess
 from llamagen_dist.data.manifest import MANIFEST, Manifest, write_manifest
 from llamagen_dist.data.order import Windows
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream, codes_bytes
+from llamagen_dist.data.writer import shard_name, write_shard
 from llamagen_dist.parallel.topology import Topology
 from tests.shard_server import served
 

@@ -17,9 +17,9 @@ from llamagen_dist.data import captions
 from llamagen_dist.data.foreign import index_folder, merge, verify
 from llamagen_dist.data.manifest import CaptionEncoding, Manifest, read_manifest, write_manifest
 from llamagen_dist.data.pack import PackOptions, pack
-from llamagen_dist.data.shard_writer import label_text, refused_when_full, shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import label_text, refused_when_full, shard_name, write_shard
 from llamagen_dist.errors import UserError
 from tests.unit.picture_sources import contents, encoded, tar_bytes
 

@@ -13,9 +13,8 @@ from PIL import Image
 from llamagen_dist.cli import main
 from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.foreign import verify
-from llamagen_dist.data.held_out import held_out_mask
 from llamagen_dist.data.images import center_crop, load_images
-from llamagen_dist.data.pack import PackOptions, pack
+from llamagen_dist.data.pack import PackOptions, held_out_mask, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
 

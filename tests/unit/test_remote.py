@@ -18,8 +18,8 @@ from llamagen_dist.data import cache, fetch
 from llamagen_dist.data.fetch import source_at
 from llamagen_dist.data.index import index_limit, index_name
 from llamagen_dist.data.manifest import MANIFEST
-from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import manifest_of, open_shards
+from llamagen_dist.data.writer import shard_name
 from llamagen_dist.errors import UserError
 from tests.shard_server import served
 from tests.unit.test_shards import payload, write_set

@@ -169,7 +169,7 @@ def held(tmp_path, monkeypatch):
 
 def test_a_zombie_of_a_lost_node_is_waited_for_and_named_but_does_not_stop_its_successor(held, lock, tmp_path):
     said: list[str] = []
-    run._lock(tmp_path, Fence.of_environment(), said.append).close()
+    run._lock(tmp_path, Fence.of_environment(), said.append)
     assert len(said) == 2
     assert "waiting for another process (pid 7 on n2)" in said[0]
     assert "pid 7 on n2, which this job replaces, still has the run open; it may not write" in said[1]
@@ -197,9 +197,9 @@ def test_a_disk_without_locks_is_said_where_nothing_else_protects_the_run(tmp_pa
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     said: list[str] = []
-    run._lock(tmp_path, Fence.of_environment(), said.append).close()
+    run._lock(tmp_path, Fence.of_environment(), said.append)
     assert said == []
-    run._lock(tmp_path, Fence(), said.append).close()
+    run._lock(tmp_path, Fence(), said.append)
     assert "never start this run twice at once" in said[0]
     code = errno.EIO
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):

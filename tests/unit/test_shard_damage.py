@@ -13,8 +13,8 @@ from llamagen_dist.data import shards as shards_module
 from llamagen_dist.data.foreign import verify
 from llamagen_dist.data.index import index_name
 from llamagen_dist.data.manifest import write_manifest
-from llamagen_dist.data.shard_writer import shard_name
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.writer import shard_name
 from llamagen_dist.errors import UserError
 from tests.unit.test_shards import payload, write_set
 

@@ -17,8 +17,8 @@ from llamagen_dist.cli import main
 from llamagen_dist.data.foreign import index_folder, verify
 from llamagen_dist.data.index import scan
 from llamagen_dist.data.manifest import Manifest, read_manifest, write_manifest
-from llamagen_dist.data.shard_writer import ShardJob, shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.writer import ShardJob, shard_name, write_shard
 from llamagen_dist.errors import UserError
 
 MEMBERS = (".cls", ".png")

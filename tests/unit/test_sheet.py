@@ -10,9 +10,9 @@ from PIL import Image
 from llamagen_dist.cli import main
 from llamagen_dist.data.images import to_floats
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, open_shards
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
+from llamagen_dist.data.writer import shard_name, write_shard
 from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import sheet
 from llamagen_dist.sampling.grid import TEXT_LINES, contact_sheet

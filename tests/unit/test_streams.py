@@ -13,9 +13,9 @@ from PIL import Image
 from llamagen_dist.data import images
 from llamagen_dist.data.images import ImageStream, load_images
 from llamagen_dist.data.manifest import Manifest, write_manifest
-from llamagen_dist.data.shard_writer import label_text, shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenStream, codes_bytes
+from llamagen_dist.data.writer import label_text, shard_name, write_shard
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import Topology
 

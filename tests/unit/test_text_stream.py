@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_dist.data.manifest import CaptionEncoding, Manifest, write_manifest
-from llamagen_dist.data.shard_writer import shard_name, write_shard
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader, TokenStream, codes_bytes
+from llamagen_dist.data.writer import shard_name, write_shard
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.topology import Topology
