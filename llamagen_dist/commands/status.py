@@ -27,7 +27,5 @@ def run(args: argparse.Namespace) -> None:
     folders = args.folders or [Path("runs")]
     if args.json:
         print(json.dumps(look(folders).as_json(), indent=1, allow_nan=False))
-    elif args.watch:
-        screen.watch(lambda: look(folders))
     else:
-        screen.show(look(folders))
+        screen.show(lambda: look(folders), again=args.watch)

@@ -97,6 +97,11 @@ class JobFolder:
         """The folder of what the ranks of one incarnation (JOB.RESTART, or HERE) report."""
         return self.path / "ranks" / incarnation
 
+    def reports_here(self) -> list[Path]:
+        """The reports of the ranks that ran last on this machine; an older launcher's lay among the logs."""
+        folders = (self.ranks(HERE), self.path / "log", self.log)
+        return next((files for folder in folders if (files := sorted(folder.glob("rank_*.json")))), [])
+
     def spec(self, token: str) -> Path:
         return self.path / f"spec-{token}.json"
 
@@ -143,19 +148,11 @@ class JobFolder:
             os.fsync(file.fileno())
 
     def events(self) -> list[dict[str, Any]]:
-        """history.jsonl, oldest first. Torn lines are left out wherever they are: their writers were killed, and
-        others went on writing behind them."""
-        events = []
+        """history.jsonl, oldest first."""
         try:
-            text = self.history.read_text(encoding="utf-8", errors="replace")
+            return whole_lines(self.history.read_bytes())
         except FileNotFoundError:
             return []
-        for line in text.splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue
-        return events
 
     def is_done(self) -> bool:
         """Whether the program has ended well since it was last started."""
@@ -163,6 +160,18 @@ class JobFolder:
             return True
         # an older launch of a single program on a cluster left nothing but its history
         return self.where(self.job) is None and outcome_of(self.events()) == "done"
+
+
+def whole_lines(text: bytes) -> list[dict[str, Any]]:
+    """The objects in lines of JSON. Torn lines are left out wherever they are: their writers were killed, and others
+    wrote on behind them."""
+    objects = []
+    for line in text.splitlines():
+        try:
+            objects.append(json.loads(line))
+        except ValueError:  # of bytes that are no UTF-8 too
+            continue
+    return [one for one in objects if isinstance(one, dict)]
 
 
 def outcome_of(events: Sequence[Mapping[str, Any]]) -> str:

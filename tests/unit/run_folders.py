@@ -1,4 +1,4 @@
-"""Run directories as trainings, launchers and SLURM jobs leave them, for tests of what reads them."""
+"""Run directories as trainings, launchers and SLURM jobs leave them, and squeue's answers, for tests of readers."""
 
 import json
 import os
@@ -6,8 +6,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llamagen_dist.config import dump, load
 from llamagen_dist.launch.folder import JobFolder
+from llamagen_dist.launch.slurm import queue
+from llamagen_dist.launch.slurm.queue import QueuedJob
+from llamagen_dist.launch.status.survey import Row, look
 from llamagen_dist.process import identify
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -93,3 +98,27 @@ def end(folder: Path, reason: str) -> None:
 
 def dated(file: Path, time: float) -> None:
     os.utime(file, (time, time))
+
+
+def job(name: str, state: str = "RUNNING", reason: str = "None", where: str = "n[1-2]") -> QueuedJob:
+    return QueuedJob(name, state, reason, 2, where, "1:00:00", "t", "run")
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *jobs: QueuedJob | Exception) -> list[int]:
+    """Let squeue answer so; returns a list that grows by one with every question."""
+    asked: list[int] = []
+
+    def my_jobs(patience_s: float) -> dict[str, QueuedJob]:
+        asked.append(1)
+        for one in jobs:
+            if isinstance(one, Exception):
+                raise one
+        return {one.job: one for one in jobs if isinstance(one, QueuedJob)}
+
+    monkeypatch.setattr(queue, "my_jobs", my_jobs)
+    return asked
+
+
+def only(folder: Path) -> Row:
+    (row,) = look([folder]).rows
+    return row

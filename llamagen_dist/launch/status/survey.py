@@ -1,7 +1,8 @@
-"""From folders to rows: what each run in them is doing. SLURM is asked once, whatever the number of runs."""
+"""From folders to rows: what each run, sweep and pipeline in them is doing."""
 
-import os
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,119 +11,176 @@ from typing import Any
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import json_if_there
 from llamagen_dist.launch.folder import JobFolder
-from llamagen_dist.launch.slurm import lock
-from llamagen_dist.launch.status import files
-from llamagen_dist.launch.status.files import Clock, Progress
-from llamagen_dist.launch.status.state import (
+from llamagen_dist.launch.status.program import (
     FAILED,
     FINISHED,
     RUNNING,
     STOPPED,
     UNKNOWN,
     WAITING,
-    Slurm,
+    Progress,
+    Reader,
     State,
-    count_restarts,
+    described,
+    is_done,
     lives,
-    of_cluster,
-    of_this_machine,
+    names_in,
+    read_text,
 )
 
 DEPTH = 3  # folders below the one that was named, in which runs are looked for
 READERS = 16  # a network disk takes a millisecond per file
 QUIET_S = 600.0
-SWEEP = "sweep"
-_MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch", "launch.lock"}
-_INSIDE = {"code", "checkpoints", "log", "launch", "report", "stages", "__pycache__"}
+_RUN_MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch.lock"}
+_LAUNCH_MARKS = {"lock.json", "job.json", "stage.json", "history.jsonl", "DONE.json", "FAILED.json", "END.json"}
+_INSIDE = {"code", "checkpoints", "log", "report", "stages", "__pycache__"}
+_VARIABLE = re.compile(r"\{([a-z_][a-z0-9_]*)\}")  # as launch/stages.py has it
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``depth`` 1: a rung of the ladder, or a stage of the pipeline, above it.
-
-    Ages and ``eta_s`` in seconds, counts in images; what is unknown is None. ``eta_s``: of the steps that are left,
-    at the speed of the last lines.
-    """
+    """One line of the table. ``depth``: 0, or more for what belongs to the row above it: a stage, a point, a rung."""
 
     name: str
     folder: Path
     depth: int
     state: State
     progress: Progress
-    eta_s: float | None = None
-    note: str = ""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds for the steps that are left, at the speed of the last lines; None where it is unknown."""
+        done, total, rate = self.progress.done, self.progress.total, self.progress.images_per_s
+        if self.state.name != RUNNING or not rate or not total or done is None:
+            return None
+        return max(total - done, 0) / rate
+
+    @property
+    def note(self) -> str:
+        """What is odd about it."""
+        quiet = self.progress.quiet_s or 0.0
+        return f"no sign of life for {quiet / 60:.0f} min" if self.state.name == RUNNING and quiet > QUIET_S else ""
 
     def as_json(self) -> dict[str, Any]:
-        said = asdict(self.progress)
-        said.pop("finished")
-        state = asdict(self.state)
-        name = state.pop("name")
-        return {
-            "name": self.name,
-            "folder": str(self.folder),
-            "depth": self.depth,
-            "state": name,
-            **state,
-            "restarts": dict(self.state.restarts),
-            **said,
-            "eta_s": self.eta_s,
-            "note": self.note,
-        }
+        state, progress = asdict(self.state), asdict(self.progress)
+        state["restarts"] = dict(self.state.restarts)
+        del progress["finished"]
+        if self.state.name == FINISHED:
+            progress["quiet_s"] = None
+        head = {"name": self.name, "folder": str(self.folder), "depth": self.depth, "state": state.pop("name")}
+        return {**head, **state, **progress, "eta_s": self.eta_s, "note": self.note}
 
 
-@dataclass(frozen=True)
-class Survey:
-    """``slurm``: why it could not be asked, or empty. ``clock_ahead_s``: how far files are dated in the future."""
+class Survey(Reader):
+    """The rows of one look at many folders."""
 
-    rows: tuple[Row, ...]
-    slurm: str
-    clock_ahead_s: float
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "runs": [row.as_json() for row in self.rows],
-            "slurm": self.slurm or None,
-            "clock_ahead_s": round(self.clock_ahead_s, 3),
-        }
+        rows = [row.as_json() for row in self.rows]
+        return {"runs": rows, "slurm": self.slurm or None, "clock_ahead_s": round(self.clock_ahead_s, 3)}
+
+    def read(self, name: str, folder: Path, kind: str) -> list[Row]:
+        """The rows of a pipeline, a sweep or a run."""
+        if kind == "pipeline":
+            return self._pipeline(name, folder)
+        return self._sweep(name, folder) if kind == "sweep" else self._program(name, JobFolder.of(folder), folder)
+
+    def _pipeline(self, name: str, out: Path) -> list[Row]:
+        """A row for the pipeline, and for each stage that has begun or is to come."""
+        declared = stages(out) or dict.fromkeys(sorted(names_in(out / "stages")))
+        rows = [row for stage, points in declared.items() for row in self._stage(stage, out / "stages" / stage, points)]
+        states = [row.state.name for row in rows if row.depth == 1]
+        now = next((state for state in states if state != FINISHED), FINISHED)
+        if now == WAITING and not any((row.folder / "launch/lock.json").exists() for row in rows):
+            # on this machine the launcher, which lock names, starts one stage after another
+            now = RUNNING if lives(json_if_there(out / "lock") or {}) else STOPPED
+        reason = "" if now == FINISHED else f"{states.count(FINISHED)} of {len(states)} stages are done"
+        return [Row(name, out, 0, State(now, reason), Progress(kind="pipeline")), *rows]
+
+    def _stage(self, name: str, folder: Path, points: Path | None) -> list[Row]:
+        """points: of a stage that is a sweep, the folder of its points."""
+        job = JobFolder.of(folder)
+        if points is not None and points.is_dir():
+            whole, *rows = self._sweep(name, points, 1)
+            return [replace(whole, state=State(FINISHED)) if is_done(job) else whole, *rows]
+        if not names_in(folder) & {"launch", "log", "DONE.json"}:
+            return [Row(name, folder, 1, State(WAITING, "for the stages before it"), Progress())]
+        run_dir = _yaml(job.where(job.config) or folder / "config.yaml").get("run_dir")
+        return self._program(name, job, Path(run_dir) if isinstance(run_dir, str) else folder, 1)
+
+    def _sweep(self, name: str, out: Path, depth: int = 0) -> list[Row]:
+        """A row for the sweep, and for each point that has been launched."""
+        points = [point for inner in _inner(out, names_in(out)) for point, _ in _units(inner, 0)]
+        with ThreadPoolExecutor(READERS) as pool:
+            jobs = ((point.name, JobFolder.of(point), point, depth + 1) for point in points)
+            parts = list(pool.map(lambda job: self._program(*job), jobs))
+        states = Counter(part[0].state.name for part in parts)
+        now = next((one for one in (RUNNING, WAITING, UNKNOWN, FAILED, STOPPED) if states[one]), FINISHED)
+        order = (FAILED, RUNNING, WAITING, UNKNOWN, STOPPED, FINISHED)
+        counts = ", ".join(f"{states[one]} {one}" for one in order if states[one])
+        reason = f"{len(points)} point{'s' * (len(points) != 1)}: {counts}" if points else "no point has begun"
+        rows = [row for part in parts for row in part]
+        return [Row(name, out, depth, State(now, reason), Progress(kind="sweep")), *rows]
+
+    def _program(self, name: str, job: JobFolder, run: Path, depth: int = 0) -> list[Row]:
+        """A row for a program, and for each rung of its ladder. run: the run directory of one that trains."""
+        progress = self.progress(run)
+        rungs = {}
+        if not progress.kind:
+            inner = [path for path in _inner(run, names_in(run)) if (path / "record.json").exists()]
+            rungs = {path: self.progress(path) for path in inner if (path / "config.yaml").exists()}
+        if progress.done is None and not rungs and (counts := job.where(job.progress)) is not None:
+            counted = json_if_there(counts) or {}
+            total = progress.total or counted.get("total") or None
+            progress = replace(progress, done=counted.get("done"), total=total, quiet_s=self.age(counts))
+        finished = progress.finished or is_done(job)
+        if rungs and not (job.path.is_dir() or (job.folder / "launch.lock").exists()):
+            # of a launched ladder the launcher knows better whether it is done than the rungs that have begun
+            finished = finished or all(rung.finished for rung in rungs.values())
+        state = self.state(job, run, finished)
+        return [Row(name, job.folder, depth, state, progress), *_rung_rows(rungs, state, depth + 1)]
 
 
 def look(paths: Iterable[Path]) -> Survey:
-    """What goes on in these folders and up to three levels below. Raises UserError for one that is not there."""
-    named = list(paths)
-    for path in named:
-        if not path.is_dir():
+    """What is in these folders and up to three levels below. Raises UserError for one that is not there."""
+    roots = list(paths)
+    for root in roots:
+        if not root.is_dir():
             raise UserError(
-                f"{path}: there is no such folder; name a run, a sweep or a pipeline's --out, or a folder of them"
+                f"{root}: there is no such folder; name a run, a sweep or a pipeline's --out, or a folder of them"
             )
-    clock, slurm = Clock(), Slurm()
+    survey = Survey()
+
+    def rows(root: Path, folder: Path, kind: str) -> list[Row]:
+        return survey.read(root.resolve().name if folder == root else str(folder.relative_to(root)), folder, kind)
+
     with ThreadPoolExecutor(READERS) as pool:
-        found = [(root, folder) for root in named for folder in _units(root, DEPTH, pool.map)]
-        rows = list(pool.map(lambda unit: _rows(_name(*unit), unit[1], slurm, clock), found))
-    return Survey(tuple(row for part in rows for row in part), slurm.silent, clock.ahead_s)
+        units = [(root, *unit) for root in roots for unit in _units(root, DEPTH, pool.map)]
+        survey.rows = [row for part in pool.map(lambda unit: rows(*unit), units) for row in part]
+    return survey
 
 
-def _name(root: Path, folder: Path) -> str:
-    inner = folder.relative_to(root)
-    return str(inner) if inner.parts else root.resolve().name
+def _kind(folder: Path, names: set[str]) -> str:
+    """Whether the folder of these names is a pipeline, a sweep or a run; empty for none of them."""
+    if "stages" in names:
+        return "pipeline"
+    # a folder called launch may also be a run among others: then it holds none of a launcher's files
+    if names & _RUN_MARKS or ("launch" in names and names_in(folder / "launch") & _LAUNCH_MARKS):
+        return "run"
+    return "sweep" if "config.yaml" in names and described(folder)[0] == "sweep" else ""
 
 
-def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
-
-
-def _units(folder: Path, depth: int, each: Callable[..., Iterable[list[Path]]] = map) -> list[Path]:
-    """Runs, sweeps and pipelines in ``folder``, itself included; nothing is looked for inside of one.
+def _units(folder: Path, depth: int, each: Callable[..., Iterable[Any]] = map) -> list[tuple[Path, str]]:
+    """Runs, sweeps and pipelines in ``folder``, itself included, with their kind; none is looked for inside of one.
 
     each: maps over the folders right below, perhaps side by side."""
-    names = _names(folder)
-    if names & _MARKS or "stages" in names or ("config.yaml" in names and files.described(folder)[0] == SWEEP):
-        return [folder]
-    if not depth:
-        return []
-    below = each(lambda inner: _units(inner, depth - 1), _inner(folder, names))  # a file holds no names
+    names = names_in(folder)
+    if kind := _kind(folder, names):
+        return [(folder, kind)]
+    below = each(lambda inner: _units(inner, depth - 1), _inner(folder, names)) if depth else ()  # a file has no names
     return [unit for units in below for unit in units]
 
 
@@ -131,140 +189,38 @@ def _inner(folder: Path, names: set[str]) -> list[Path]:
     return [folder / name for name in sorted(names - _INSIDE) if not name.startswith(".")]
 
 
-def _rows(name: str, folder: Path, slurm: Slurm, clock: Clock) -> list[Row]:
-    names = _names(folder)
-    if "stages" in names:
-        return _pipeline(name, folder, slurm, clock)
-    if not names & _MARKS:
-        return _sweep(name, folder, slurm, clock)
-    return _run(name, folder, 0, slurm, clock)
-
-
-def _sweep(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
-    """A row for the sweep, one for each point that has been launched."""
-    points = [unit for inner in _inner(out, _names(out)) for unit in _units(inner, 0)]
-    with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda point: _run(point.name, point, 1, slurm, clock), points))
-    states = [part[0].state.name for part in parts]
-    counts = {one: states.count(one) for one in (FAILED, RUNNING, WAITING, UNKNOWN, STOPPED, FINISHED)}
-    whole = next((one for one in (RUNNING, WAITING, UNKNOWN, FAILED, STOPPED) if counts.get(one)), FINISHED)
-    said = ", ".join(f"{number} {one}" for one, number in counts.items() if number)
-    state = State(whole, f"{len(points)} point{'s' * (len(points) != 1)}: {said}" if points else "no point has begun")
-    return [Row(name, out, 0, state, Progress(kind=SWEEP)), *(row for part in parts for row in part)]
-
-
-def _run(name: str, folder: Path, depth: int, slurm: Slurm, clock: Clock) -> list[Row]:
-    return _job(name, JobFolder.of(folder), folder, depth, slurm, clock)
-
-
-def _job(name: str, job: JobFolder, run: Path, depth: int, slurm: Slurm, clock: Clock) -> list[Row]:
-    """A row for a program, one for each rung of its ladder. run: the run directory of one that trains."""
-    progress = files.progress(run, clock) if run.is_dir() else Progress()
-    rungs = [] if progress.kind else _rungs(run, _names(run))
-    parts = [files.progress(rung, clock) for rung in rungs]
-    launched = job.path.is_dir() or (job.folder / "launch.lock").exists()
-    # of a launched ladder the launcher knows better whether it is done than the rungs that have begun
-    finished = progress.finished or (bool(parts) and not launched and all(part.finished for part in parts))
-    if not progress.kind and not rungs and (file := job.where(job.progress)) is not None:
-        progress = files.counted(file, clock)
-    if finished or _done(job):
-        restarts = tuple(count_restarts(_events(job)).items())
-        state = State(FINISHED, job=_first_job(job), restarts=restarts)
-    elif _on_cluster(job):
-        state = of_cluster(job, slurm)
-    else:
-        state = of_this_machine(job, run, False, clock)
-    return [_row(name, job.folder, depth, state, progress), *_ladder_rows(rungs, parts, state, depth + 1)]
-
-
-def _on_cluster(job: JobFolder) -> bool:
-    """Whether it was launched there last: an event of this machine's launcher names no job."""
-    if not job.lock.exists() and not job.history.exists():
-        return False
-    last = next((event for event in reversed(_events(job)) if event.get("event") in ("started", "submitted")), None)
-    return job.lock.exists() if last is None else bool(last.get("job"))
-
-
-def _events(job: JobFolder) -> list[dict[str, Any]]:
-    try:
-        return job.events()
-    except OSError:  # somebody else's, or damaged
-        return []
-
-
-def _done(job: JobFolder) -> bool:
-    try:
-        return job.is_done()
-    except OSError:
-        return False
-
-
-def _first_job(job: JobFolder) -> str:
-    held = lock.read(job)
-    return held.jobs[0] if held is not None and held.jobs else ""
-
-
-def _rungs(folder: Path, names: set[str]) -> list[Path]:
-    """The runs of a ladder: run directories right below."""
-    return [
-        path for path in _inner(folder, names) if (path / "record.json").exists() and (path / "config.yaml").exists()
-    ]
-
-
-def _ladder_rows(rungs: list[Path], parts: list[Progress], whole: State, depth: int) -> list[Row]:
+def _rung_rows(rungs: Mapping[Path, Progress], whole: State, depth: int) -> list[Row]:
     """One row per rung; while the ladder runs, the rung that gave the last sign of life is the one that is trained."""
-    open_ones = [i for i, part in enumerate(parts) if not part.finished]
-    ages = {i: quiet for i in open_ones if (quiet := parts[i].quiet_s) is not None}
-    latest = min(ages, key=lambda i: ages[i], default=None)
+    ages = {rung: part.quiet_s for rung, part in rungs.items() if not part.finished and part.quiet_s is not None}
+    trained = min(ages, key=lambda rung: ages[rung], default=None)
     rows = []
-    for i, (rung, part) in enumerate(zip(rungs, parts, strict=True)):
-        if part.finished:
-            state = State(FINISHED)
-        elif whole.name == RUNNING:
-            state = State(RUNNING if i == latest else WAITING, "" if i == latest else "for its turn")
-        else:
-            state = State(whole.name)
-        rows.append(_row(rung.name, rung, depth, state, part))
+    for rung, part in rungs.items():
+        state = State(FINISHED if part.finished else whole.name)
+        if state.name == RUNNING and rung != trained:
+            state = State(WAITING, "for its turn")
+        rows.append(Row(rung.name, rung, depth, state, part))
     return rows
 
 
-def _pipeline(name: str, out: Path, slurm: Slurm, clock: Clock) -> list[Row]:
-    """A row for the pipeline, one for each stage that has begun or is to come."""
-    declared = files.stages(out) or dict.fromkeys(sorted(_names(out / "stages")))
-    rows = []
-    for stage, points in declared.items():
-        rows += _stage(stage, out / "stages" / stage, points, slurm, clock)
-    stages = [row for row in rows if row.depth == 1]
-    now = next((row for row in stages if row.state.name != FINISHED), None)
-    done = f"{sum(row.state.name == FINISHED for row in stages)} of {len(stages)} stages are done"
-    state = State(FINISHED) if now is None else State(now.state.name, done)
-    if state.name == WAITING and not any((row.folder / "launch/lock.json").exists() for row in rows):
-        # on this machine the launcher starts one stage after another; lock names it
-        state = State(RUNNING, done) if lives(json_if_there(out / "lock") or {}) else State(STOPPED, done)
-    return [Row(name, out, 0, state, Progress(kind="pipeline")), *rows]
+def stages(out: Path) -> dict[str, Path | None]:
+    """The stages of a pipeline, in order, as OUT/config.yaml declares them, each with the folder of its points if it is
+    a sweep."""
+    pipeline = _yaml(out / "config.yaml")
+    values = {**(pipeline.get("counts") or {}), **(pipeline.get("variables") or {}), "out": str(out)}
+
+    def filled(text: str) -> Path:
+        return Path(_VARIABLE.sub(lambda match: str(values.get(match[1], match[0])), text))
+
+    declared = pipeline.get("stages") or []
+    return {stage["name"]: filled(stage["out"]) if stage.get("out") is not None else None for stage in declared}
 
 
-def _stage(name: str, folder: Path, points: Path | None, slurm: Slurm, clock: Clock) -> list[Row]:
-    """points: of a stage that is a sweep, the folder of its points."""
-    names = _names(folder)
-    done = _done(JobFolder.of(folder))
-    if points is not None and points.is_dir():
-        whole, *rows = _sweep(name, points, slurm, clock)
-        state = State(FINISHED) if done else whole.state
-        return [replace(row, depth=row.depth + 1) for row in (replace(whole, state=state), *rows)]
-    job = JobFolder.of(folder)
-    if not done and not job.path.is_dir() and "log" not in names:
-        return [_row(name, folder, 1, State(WAITING, "for the stages before it"), Progress())]
-    run = files.trained_in(job.where(job.config) or folder / "config.yaml") or folder
-    return _job(name, job, run, 1, slurm, clock)
+def _yaml(path: Path) -> dict[str, Any]:
+    """For the few files of a pipeline: the parser takes some 20 ms for a page."""
+    import yaml
 
-
-def _row(name: str, folder: Path, depth: int, state: State, progress: Progress) -> Row:
-    eta = None
-    if state.name == RUNNING and progress.images_per_s and progress.total and progress.done is not None:
-        eta = max(progress.total - progress.done, 0) / progress.images_per_s
-    if state.name == FINISHED:
-        progress = replace(progress, quiet_s=None)
-    quiet = progress.quiet_s
-    note = f"no sign of life for {quiet / 60:.0f} min" if state.name == RUNNING and quiet and quiet > QUIET_S else ""
-    return Row(name, folder, depth, state, progress, eta, note)
+    try:
+        content = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
