@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 OUT ?= runs/quickstart
+# Most tests keep one core busy; a file's tests stay in one process, which shares what they prepare.
+WORKERS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: venv quickstart test test-long test-all slurm slurm-test faults gpu-check lint format clean
 .DELETE_ON_ERROR:
@@ -26,10 +28,10 @@ quickstart: venv
 	$(VENV)/bin/llamagen quickstart --out $(OUT)
 
 test: venv
-	$(VENV)/bin/python -m pytest -m 'not long'
+	$(VENV)/bin/python -m pytest $(WORKERS) -m 'not long'
 
 test-long: venv
-	$(VENV)/bin/python -m pytest -m long
+	$(VENV)/bin/python -m pytest $(WORKERS) -m long
 
 test-all: test test-long
 

@@ -13,23 +13,26 @@ from typing import Any
 import torch.distributed as dist
 
 
+LINGER_S = 2.0
+
+
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
     """Call ``function(*arguments)`` on ``world`` gloo ranks; returns their results or raises the first traceback."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         sys.stdout.flush()
         sys.stderr.flush()
-        children = [_fork(function, rank, world, folder, arguments) for rank in range(world)]
+        children = [_fork(function, rank, world, folder, arguments, LINGER_S) for rank in range(world)]
         deadline = time.monotonic() + timeout_s
         alive = set(children)
+        codes: dict[int, int] = {}
         while alive and time.monotonic() < deadline:
-            for pid in list(alive):
-                if os.waitpid(pid, os.WNOHANG)[0]:
+            for rank, pid in enumerate(children):
+                if pid in alive and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(ended[1])
                     alive.discard(pid)
-            failed = sorted(folder.glob("failed-*"))
-            if failed and alive:
-                time.sleep(0.5)  # the others usually fail of it too; do not wait for them
-                break
+            if alive and any(folder.glob("failed-*")):  # the others usually fail of it too: a moment, no longer
+                deadline = min(deadline, time.monotonic() + LINGER_S)
             time.sleep(0.005)
         for pid in alive:
             os.kill(pid, 9)
@@ -39,10 +42,17 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
             raise AssertionError(f"{failed[0].name}:\n{failed[0].read_text()}")
         if alive:
             raise AssertionError(f"{len(alive)} of {world} ranks were still running after {timeout_s} s")
+        silent = {rank: code for rank, code in codes.items() if not (folder / f"result-{rank}").exists()}
+        if silent:  # os._exit, or a signal: what the rank printed says why
+            raise AssertionError(f"ranks that ended without a result: {silent} (rank: exit status)")
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world)]
 
 
-def _fork(function: Callable[..., Any], rank: int, world: int, folder: Path, arguments: tuple[Any, ...]) -> int:
+def _fork(
+    function: Callable[..., Any], rank: int, world: int, folder: Path, arguments: tuple[Any, ...], linger_s: float = 0
+) -> int:
+    """linger_s: how long a rank that fails waits for the others' results, so that its closed connection is not what
+    ends a collective that they are still in."""
     pid = os.fork()
     if pid:
         return pid
@@ -61,6 +71,9 @@ def _fork(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
         status = 0
     except BaseException:
         (folder / f"failed-{rank}").write_text(traceback.format_exc())
+        leaves = time.monotonic() + linger_s
+        while time.monotonic() < leaves and len([*folder.glob("failed-*"), *folder.glob("result-*")]) < world:
+            time.sleep(0.01)
     finally:
         os._exit(status)
 

@@ -20,8 +20,8 @@ from tests.ranks.fit_run import Fault, lines, run
 from tests.ranks.forked import end_ranks, run_ranks
 from tests.ranks.layouts import BATCH, Layout
 
-HANG_S = 1.5
-GUARD = (f"guard.hang_minutes={HANG_S / 60}", f"guard.start_minutes={HANG_S / 60}")
+HANG_S = 2.0  # far above a step (milliseconds), also beside a busy process
+GUARD = (f"guard.hang_minutes={HANG_S / 60}", "guard.start_minutes=1")  # the first step also pays for starting up
 WORLD = 3
 
 
@@ -112,19 +112,23 @@ def test_a_stopped_rank_is_named_and_once_it_is_woken_it_ends_without_a_step_or_
         store.verify(folder)
 
 
+SLOW_S = 0.5
+
+
 def slow_but_alive(folder: Path) -> None:
-    run(Layout(WORLD), folder, *GUARD, read=lambda task, number: time.sleep(0.4 * (task.topology.rank == 1)))
+    limits = (f"guard.hang_minutes={8 * SLOW_S / 60}", "guard.start_minutes=1")
+    run(Layout(WORLD), folder, *limits, read=lambda task, number: time.sleep(SLOW_S * (task.topology.rank == 1)))
 
 
 def test_a_slow_run_is_left_alone(tmp_path):
-    """Sabotage twin: ten steps of 0.4 s take far longer than the limit, none of them does."""
+    """Sabotage twin of the hangs: the ten steps together take longer than the limit, each alone is far below it."""
     (tmp_path / "log").mkdir()
     for left in ("heartbeat-rank-7.json", "heartbeat-rank-0.tmp", ".timing.n1.7.tmp.json"):  # a killed, larger start's
         (tmp_path / "log" / left).touch()
     (tmp_path / ".config.n1.7.tmp.yaml").touch()
     began = time.monotonic()
     run_ranks(slow_but_alive, WORLD, tmp_path)
-    assert time.monotonic() - began > 2 * HANG_S
+    assert time.monotonic() - began > 9 * SLOW_S, "longer than the limit"
     assert (tmp_path / "summary.json").exists()
     left = [p.name for p in (tmp_path / "log").iterdir()]
     assert left == ["timing.json"], "a run that ends well leaves nothing to look at"
