@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-
 LINGER_S = 2.0
 
 

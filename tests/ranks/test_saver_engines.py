@@ -140,7 +140,7 @@ def survivors(run: Path) -> None:
 
 
 def test_a_rank_killed_while_pieces_travel_keeps_nobody_waiting(tmp_path):
-    with pytest.raises(AssertionError, match="without a result: {2: -9}"):
+    with pytest.raises(AssertionError, match="without a result"):
         run_ranks(survivors, 3, tmp_path, timeout_s=100)
     for rank in (0, 1):
         complete, waited = json.loads((tmp_path / f"said-{rank}").read_text())
