@@ -4,13 +4,14 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamagen_dist.data.index import printable
+from llamagen_dist.data.source import Notes
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
@@ -22,12 +23,10 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Classes:
-    """label_of: the label of each class as the source calls it. names: of each label, for people."""
-
     label_of: dict[str, int]
+    """By the class's name in the source."""
     names: list[str]
-    notes: list[str] = field(default_factory=list)
-    """What was decided about their order."""
+    """Of each label, for people."""
     order: str | None = None
     """The rule, where it gives other labels than the text order of the names."""
 
@@ -84,26 +83,26 @@ class ClassMap:
         key, *rest = line.split(None, 1)
         return key, rest[0] if rest else key
 
-    def for_numbers(self, labels: NDArray[np.int64], where: str) -> tuple[list[str], list[str]]:
-        """(names, notes) where the labels are numbers already: line k is for label k.
+    def for_numbers(self, labels: NDArray[np.int64], notes: Notes) -> list[str]:
+        """The names where the labels are numbers already: line k is for label k.
 
-        A line holds the number and the name, or the name alone; with another first word it is said what was taken for
-        the name. Raises UserError for a label without a line, and where the numbers are not 0, 1, 2 …
+        A line contains the number and the name, or the name alone; of another first word a note says what was taken
+        for the name. Raises UserError for a label without a line, and where the numbers are not 0, 1, 2 …
         """
         pairs = [self._pair(line, set()) for line in self.lines]
         if all(key.isascii() and key.isdigit() for key, _ in pairs):
             wrong = next((n for n, (key, _) in enumerate(pairs) if int(key) != n), None)
             if wrong is not None:
                 raise UserError(
-                    f"{self.path}: the labels of {where} are numbers, so class {wrong} must stand in line {wrong + 1}, "
-                    f"but {pairs[wrong][0]!r} does; sort the lines"
+                    f"{self.path}: the labels of {notes.where} are numbers, so class {wrong} must stand in line "
+                    f"{wrong + 1}, but {pairs[wrong][0]!r} does"
                 )
         if (largest := int(labels.max(initial=0))) >= len(pairs):
-            raise UserError(f"{where}: holds the label {largest}, but {self.path} names {len(pairs)} classes, 0 first")
+            raise UserError(f"{notes.where}: has the label {largest}, but {self.path} names {len(pairs)} classes")
         # "great dane" alone would lose its first word: what was taken for a key is said
-        cut = [(key, name) for key, name in pairs if key != name and not key.isdigit()]
-        notes = [f"{self.path}: {key!r} is taken for the source's name of class {name!r}" for key, name in cut[:1]]
-        return [name for _, name in pairs], notes
+        if cut := next(((key, name) for key, name in pairs if key != name and not key.isdigit()), None):
+            notes.decided(f"{self.path}: {cut[0]!r} is taken for the source's name of class {cut[1]!r}")
+        return [name for _, name in pairs]
 
 
 def first_double(names: Sequence[str]) -> str | None:
@@ -121,16 +120,17 @@ def refuse_splits(names: Sequence[str], where: str, pack_what: str, least: int =
         )
 
 
-def folder_classes(folders: Sequence[str], class_map: ClassMap | None, where: str) -> Classes:
+def folder_classes(folders: Sequence[str], class_map: ClassMap | None, notes: Notes) -> Classes:
     """The classes that folders of these names are: as the class map says; without one by number where all names are
     numbers, else in the order of their text (Unicode). Raises UserError.
     """
+    where = notes.where
     for name in folders:
         if printable(name) != name:
             raise UserError(f"{where}: the class name {printable(name)!r} is not UTF-8; rename it")
     if class_map is not None:
         return class_map.for_keys(folders, where)
-    names, notes, order = sorted(folders), [], None
+    names, order = sorted(folders), None
     numbers = [name for name in names if name.isascii() and name.isdigit()]
     if names and len(numbers) == len(names):
         by_number = sorted(names, key=lambda name: (int(name), name))
@@ -141,15 +141,15 @@ def folder_classes(folders: Sequence[str], class_map: ClassMap | None, where: st
             order = "numeric"
         if order or odd is not None:
             shown = odd if odd is not None else len(names) - 1
-            notes.append(f"{where}: class names are numbers and sorted as such: label {shown} is {by_number[shown]!r}")
+            notes.decided(f"{where}: class names are numbers and sorted as such: label {shown} is {by_number[shown]!r}")
         names = by_number
     elif numbers or names != sorted(names, key=_natural):
         why = "some class names are numbers and some are not" if numbers else "class names hold numbers"
-        notes.append(
+        notes.decided(
             f"{where}: {why}; they are sorted as text: label 0 is {names[0]!r}, label {len(names) - 1} is "
             f"{names[-1]!r} (--class-map fixes another order)"
         )
-    return Classes({name: label for label, name in enumerate(names)}, names, notes, order)
+    return Classes({name: label for label, name in enumerate(names)}, names, order)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -160,12 +160,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 class SampleClasses:
     """Collects one class per sample; all must be numbers, or all names."""
 
-    def __init__(self, where: str, class_map: ClassMap | None) -> None:
-        self._where, self._map = where, class_map
+    def __init__(self, notes: Notes, class_map: ClassMap | None) -> None:
+        self._notes, self._where, self._map = notes, notes.where, class_map
         self._values, self._names = array("q"), dict[str, int]()
         self._missing = self._numbers = 0
         self._first_missing = ""
-        self.notes: list[str] = []
 
     def add(self, value: object, at: str) -> None:
         """The next sample's class: an int, digits, a name, or None. at: what to call the sample. Raises UserError."""
@@ -199,13 +198,10 @@ class SampleClasses:
         labels = np.frombuffer(self._values, np.int64).copy()
         if self._numbers == count:
             if self._map is not None:
-                names, notes = self._map.for_numbers(labels, self._where)
-                self.notes += notes
-                return labels, names
+                return labels, self._map.for_numbers(labels, self._notes)
             return labels, [str(label) for label in range(int(labels.max()) + 1)]
         if self._numbers:
             raise UserError(f"{self._where}: some classes are numbers and others names; use one or the other")
-        classes = folder_classes(list(self._names), self._map, self._where)
-        self.notes += classes.notes
+        classes = folder_classes(list(self._names), self._map, self._notes)
         order = np.array([classes.label_of[name] for name in self._names], np.int64)
         return order[labels], classes.names

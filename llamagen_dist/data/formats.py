@@ -25,12 +25,11 @@ from llamagen_dist.data import fashion_mnist
 from llamagen_dist.data.classes import MOST_CLASSES, ClassMap, SampleClasses, folder_classes, refuse_splits
 from llamagen_dist.data.index import printable
 from llamagen_dist.data.manifest import MANIFEST
-from llamagen_dist.data.source import ENDINGS, Caption, Source, Tally, caption_key, caption_of, fingerprint_of
+from llamagen_dist.data.source import ENDINGS, HIDDEN, Caption, Notes, Source, caption_key, caption_of, fingerprint_of
 from llamagen_dist.data.tar_sources import class_tars, holds_tars, webdataset
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 
-HIDDEN = "hidden files and folders (such as the ._ files of AppleDouble) passed over"
 _ARRAYS = ("arr_0", "arr_1", "labels")
 
 
@@ -50,10 +49,8 @@ def open_source(name: str, options: PackOptions | None = None, class_map: ClassM
         # Labels that are numbers may leave some out: no reason to refuse, but nothing can be learnt about such a class.
         empty = np.nonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)[0]
         if len(empty):
-            first = source.classes[empty[0]]
-            source.notes.append(
-                f"{name}: {len(empty)} of {len(source.classes)} classes have no images, the first is {first!r}"
-            )
+            counts, first = f"{len(empty)} of {len(source.classes)}", source.classes[empty[0]]
+            source.notes = [*source.notes, f"{name}: {counts} classes have no images, the first is {first!r}"]
     return source
 
 
@@ -70,7 +67,7 @@ def count(name: str, options: PackOptions | None = None) -> int:
                 return int(read(file)[0][0])
         except _NPZ_ERRORS as error:
             raise UserError(f"{name}: not a readable .npz file ({error})") from None
-    return fashion_mnist.COUNT if name == f"builtin:{fashion_mnist.NAME}" else len(open_source(name, options))
+    return fashion_mnist.COUNT if name == f"builtin:{fashion_mnist.NAME}" else open_source(name, options).count
 
 
 def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Source:
@@ -98,13 +95,7 @@ def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Sour
             )
         prefixes = [start[0] for tar in tars if (start := re.match(r"[A-Za-z]+", tar.name))]
         refuse_splits(sorted({*prefixes}), name, f"one of them as '{name}/{prefixes[0] if prefixes else ''}*.tar'")
-        passed = Tally()
-        for entry in sorted(path.iterdir()):
-            if entry.name.startswith("."):
-                passed.add(HIDDEN, printable(entry.name))
-        source = webdataset(name, tars, class_map, options)
-        source.notes += passed.notes(name)
-        return source
+        return webdataset(name, tars, class_map, options, [e.name for e in sorted(path.iterdir()) if e.name[0] == "."])
     if path.is_file() and path.suffix == ".npz":
         _refuse_options(name, options, "caption_key", "class_key")
         return _npz(path, class_map)
@@ -146,11 +137,11 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
     Raises UserError: no images, images outside a class folder, a class folder without images, folders that are the
     parts of a data set and no classes.
     """
-    passed, names, loose = Tally(), list[str](), list[str]()
+    notes, names, loose = Notes(str(folder)), list[str](), list[str]()
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         status = _status(entry)
         if entry.name.startswith("."):
-            passed.add(HIDDEN, printable(entry.name))
+            notes.skipped(HIDDEN, printable(entry.name))
         elif status is not None and S_ISDIR(status.st_mode):
             names.append(entry.name)
         elif entry.name.lower().endswith(ENDINGS):
@@ -158,7 +149,7 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         elif status is None:
             raise UserError(f"{entry.path}: this link leads nowhere, so a class may be missing; mend or remove it")
         else:
-            passed.add(_other(entry.name), printable(entry.name))
+            notes.skipped(_other(entry.name), printable(entry.name))
     if loose:
         raise UserError(
             f"{folder}: {len(loose)} images lie outside a class folder, the first is {printable(loose[0])}: "
@@ -166,10 +157,10 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         )
     if class_map is None:
         _refuse_parts(folder, names)
-    order = folder_classes(names, class_map, str(folder))
+    order = folder_classes(names, class_map, notes)
     paths, labels, digest = list[str](), array("q"), hashlib.sha256()
     for name in names:
-        images = sorted(_images_below(folder, name, passed))
+        images = sorted(_images_below(folder, name, notes))
         if not images and len(names) > 1:
             raise UserError(f"{folder / name}: no images in this class folder; remove it, or put images there")
         for path, size in images:
@@ -181,10 +172,9 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         raise UserError(
             f"{folder}: no images found; expected one sub-folder per class with files ending in {', '.join(ENDINGS)}"
         )
-    notes = [*order.notes, *passed.notes(str(folder))]
     below = {os.path.dirname(path) for path in paths}
     if len(names) == 1 and len(below - {names[0]}) > 1:
-        notes.append(
+        notes.decided(
             f"{folder}: one class, {names[0]!r}, whose images lie in {len(below)} folders; if these are the classes, "
             f"pack {folder / names[0]}"
         )
@@ -197,7 +187,7 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
         labels=np.array(labels, np.int64),
         classes=order.names,
         class_order=order.order,
-        notes=notes,
+        notes=notes.sentences(),
     )
 
 
@@ -226,7 +216,7 @@ def _other(name: str) -> str:
     return f"files that are no images ({ending or 'no ending'}) passed over"
 
 
-def _images_below(root: Path, name: str, passed: Tally) -> list[tuple[str, int]]:
+def _images_below(root: Path, name: str, notes: Notes) -> list[tuple[str, int]]:
     """(path, bytes) of every image file of a class, at any depth, also behind links; -1 bytes for a link that leads
     nowhere, which is named with the other unreadable images when its turn comes.
     """
@@ -238,22 +228,23 @@ def _images_below(root: Path, name: str, passed: Tally) -> list[tuple[str, int]]
         folder = pending.pop()
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
-            passed.add("linked folders passed over, as they are read already or hold this one", _shown(root, folder))
+            kind = "linked folders passed over, as they are read already or hold this one"
+            notes.skipped(kind, _shown(root, folder))
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in os.scandir(folder):
             inner, is_image = _status(entry), entry.name.lower().endswith(ENDINGS)
             if entry.name.startswith("."):
-                passed.add(HIDDEN, _shown(root, entry.path))
+                notes.skipped(HIDDEN, _shown(root, entry.path))
             elif inner is not None and S_ISDIR(inner.st_mode):
                 pending.append(entry.path)
             elif is_image and (inner is None or S_ISREG(inner.st_mode)):
                 images.append((entry.path, -1 if inner is None else inner.st_size))
             elif inner is None:
-                passed.add("links that lead nowhere passed over", _shown(root, entry.path))
+                notes.skipped("links that lead nowhere passed over", _shown(root, entry.path))
             else:
                 kind = "pipes and devices passed over" if is_image else _other(entry.name)
-                passed.add(kind, _shown(root, entry.path))
+                notes.skipped(kind, _shown(root, entry.path))
     return images
 
 
@@ -271,7 +262,8 @@ def _jsonl(path: Path, class_map: ClassMap | None, options: PackOptions) -> Sour
     Only where the lines begin is kept in memory; they are read again when their turn comes. Raises UserError, naming
     the line: not JSON or UTF-8, not an object, a key twice, no image_path, captions or classes of another type.
     """
-    captioned, begin, classes = False, 0, SampleClasses(str(path), class_map)
+    notes, captioned, begin = Notes(str(path)), False, 0
+    classes = SampleClasses(notes, class_map)
     lines, starts, sizes, pictures = (array("q") for _ in range(4))
     class_key, keys, unread = options.class_key or "class", dict[str, None](), Counter[str]()
     with open(path, "rb") as file:
@@ -293,10 +285,9 @@ def _jsonl(path: Path, class_map: ClassMap | None, options: PackOptions) -> Sour
         if key is not None and key not in keys:
             raise UserError(f"{option} {key}: no line of {path} has that key; it has {', '.join(map(repr, keys))}")
     labels, names = classes.finish()
-    notes = list(classes.notes)
     if unread:
         named = ", ".join(f"{printable(key)!r} ({many:,} lines)" for key, many in sorted(unread.items()))
-        notes.append(f"{path}: keys that are not read: {named}; --caption-key and --class-key choose others")
+        notes.decided(f"{path}: keys that are not read: {named}; --caption-key and --class-key choose others")
 
     def row(number: int) -> tuple[dict[str, Any], Caption | None]:
         with open(path, "rb") as file:
@@ -319,7 +310,7 @@ def _jsonl(path: Path, class_map: ClassMap | None, options: PackOptions) -> Sour
         labels,
         names,
         repeats=len(pictures) - len(np.unique(np.array(pictures))),
-        notes=notes,
+        notes=notes.sentences(),
     )
 
 
@@ -363,7 +354,12 @@ _NPZ_ERRORS = (
 
 
 def _pixels(
-    name: str, fingerprint: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, classes: list[str] | None
+    name: str,
+    fingerprint: str,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    classes: list[str] | None,
+    notes: Notes,
 ) -> Source:
     """pixels: uint8 [n, H, W, 3] or [n, H, W] (grey)."""
     return Source(
@@ -375,19 +371,19 @@ def _pixels(
         labels=labels,
         classes=classes,
         uniform_size=(pixels.shape[2], pixels.shape[1]),
+        notes=notes.sentences(),
     )
 
 
 def _embedded(name: str, class_map: ClassMap | None) -> Source:
-    pixels, labels = fashion_mnist.load()
-    source = _pixels(name, fashion_mnist.SHA256, pixels, labels, list(fashion_mnist.CLASSES))
-    if class_map is not None:
-        source.classes, source.notes = class_map.for_numbers(labels, name)
-    return source
+    notes, (pixels, labels) = Notes(name), fashion_mnist.load()
+    classes = list(fashion_mnist.CLASSES) if class_map is None else class_map.for_numbers(labels, notes)
+    return _pixels(name, fashion_mnist.SHA256, pixels, labels, classes, notes)
 
 
 def _npz(path: Path, class_map: ClassMap | None) -> Source:
     """arr_0 uint8 [n, H, W, 3] or [n, H, W], and arr_1 or labels: integers [n]. Raises UserError for anything else."""
+    notes = Notes(str(path))
     try:
         _check_memory(path)
         with np.load(path, allow_pickle=False) as file:
@@ -403,31 +399,29 @@ def _npz(path: Path, class_map: ClassMap | None) -> Source:
         raise UserError(f"{path}: arr_0 must be uint8 [images, height, width, 3], but it is {given}")
     if not pixels.size:
         raise UserError(f"{path}: no images found (arr_0 is empty)")
-    source = _pixels(path.name, sha256_file(path), pixels, None, None)
     key = next((key for key in ("labels", "arr_1") if key in arrays), None)
     if unread := sorted({*names} - {"arr_0", key}):
-        source.notes.append(f"{path}: arrays that are not read: {', '.join(printable(name) for name in unread)}")
-    if key is None:
-        if class_map is not None:
-            raise UserError(f"{path}: a class map was given, but the file has no labels")
-        return source
-    labels = arrays[key]
-    if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        notes.decided(f"{path}: arrays that are not read: {', '.join(printable(name) for name in unread)}")
+    if key is None and class_map is not None:
+        raise UserError(f"{path}: a class map was given, but the file has no labels")
+    labels = None if key is None else _labels(path, arrays[key], len(pixels))
+    classes = None if labels is None else [str(label) for label in range(int(labels.max()) + 1)]
+    if labels is not None and class_map is not None:
+        classes = class_map.for_numbers(labels, notes)
+    return _pixels(path.name, sha256_file(path), pixels, labels, classes, notes)
+
+
+def _labels(path: Path, labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """The labels of ``count`` images as int64 [n]. Raises UserError where they are anything but class numbers."""
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise UserError(
-            f"{path}: the labels must be {len(pixels)} integers from 0 (one per image), but they are "
-            f"{labels.dtype} {list(labels.shape)}"
+            f"{path}: the labels must be {count} integers from 0, but they are {labels.dtype} {list(labels.shape)}"
         )
     if (largest := int(labels.max())) >= MOST_CLASSES:
         raise UserError(
-            f"{path}: image {int(labels.argmax())} has the label {largest}, but labels count classes from 0 and must "
-            f"lie below {MOST_CLASSES:,}; number the classes anew"
+            f"{path}: image {int(labels.argmax())} has the label {largest}, but labels must lie below {MOST_CLASSES:,}"
         )
-    source.labels = labels.astype(np.int64)
-    source.classes = [str(label) for label in range(largest + 1)]
-    if class_map is not None:
-        source.classes, notes = class_map.for_numbers(source.labels, str(path))
-        source.notes += notes
-    return source
+    return labels.astype(np.int64)
 
 
 def _check_memory(path: Path) -> None:

@@ -153,10 +153,10 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
             "one picture into both parts; write its captions into one line, as a list, or split the file yourself"
         )
     if options.held_out is None:
-        parts = {"": np.arange(len(source))}
+        parts = {"": np.arange(source.count)}
     else:
-        count = int(options.held_out if options.held_out >= 1 else round(options.held_out * len(source)))
-        mask = held_out_mask(source.labels, len(source), count)
+        count = int(options.held_out if options.held_out >= 1 else round(options.held_out * source.count))
+        mask = held_out_mask(source.labels, source.count, count)
         parts = {"train": np.nonzero(~mask)[0], "validation": np.nonzero(mask)[0]}
     manifests = {}
     for name, numbers in parts.items():
@@ -208,7 +208,7 @@ def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, i
     fit = options.fit or ("pad" if picture and max(picture) <= size and picture != (size, size) else "crop")
     if fit == "crop":
         return fit, None
-    for number in range(len(source)):
+    for number in range(source.count):
         try:
             picture = picture or opened(source.picture(number), options.max_pixels)[0].size
             break

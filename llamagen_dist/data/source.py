@@ -1,8 +1,9 @@
 """What packing asks of pictures, wherever they come from."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HIDDEN = "hidden files and folders (such as the ._ files of AppleDouble) passed over"
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,9 @@ class Caption:
 
 @dataclass
 class Source:
-    """Pictures by number, each with a class label, a caption, both or neither.
+    """Rows of pictures, each with a class label, a caption, both or neither.
 
-    The functions take the number of a row. Rows are read when their turn comes: a source of 10^8 pictures keeps a few
-    arrays in memory, and no object per picture.
+    Kept as columns and functions of the row's number: 10^8 pictures are a few arrays, and no object per picture.
     """
 
     name: str
@@ -46,28 +47,31 @@ class Source:
     """Pictures that an earlier row has too, as far as the source can tell."""
     uniform_size: tuple[int, int] | None = None
     """(width, height) where all images are known to share it."""
-    notes: list[str] = field(default_factory=list)
-    """Sentences for the output and the manifest: what was passed over, and what was decided about classes."""
-
-    def __len__(self) -> int:
-        return self.count
+    notes: Sequence[str] = ()
+    """For the log and the manifest; see ``Notes``."""
 
 
-class Tally:
-    """Counts what a source holds and packing does not read; the first of each kind is named."""
+class Notes:
+    """Sentences about a source: what was decided about it, and how much of what kind is not read."""
 
-    def __init__(self) -> None:
-        self._counts = dict[str, int]()
+    def __init__(self, where: str) -> None:
+        """where: what to call the source."""
+        self.where = where
+        self._decided = list[str]()
+        self._counts = Counter[str]()
         self._first = dict[str, str]()
 
-    def add(self, kind: str, name: str, count: int = 1) -> None:
-        """kind: the sentence about it, from behind the number on. name: one of them."""
-        self._counts[kind] = self._counts.get(kind, 0) + count
+    def decided(self, sentence: str) -> None:
+        self._decided.append(sentence)
+
+    def skipped(self, kind: str, name: str, count: int = 1) -> None:
+        """kind: the sentence from behind the number on. name: one of them; the first of a kind is named."""
+        self._counts[kind] += count
         self._first.setdefault(kind, name)
 
-    def notes(self, where: str) -> list[str]:
-        """A sentence for each kind."""
-        return [f"{where}: {count:,} {kind}, the first is {self._first[kind]}" for kind, count in self._counts.items()]
+    def sentences(self) -> list[str]:
+        counted = [f"{many:,} {kind}, the first is {self._first[kind]}" for kind, many in self._counts.items()]
+        return [*self._decided, *(f"{self.where}: {text}" for text in counted)]
 
 
 def caption_of(record: Mapping[str, Any], key: str | None = None) -> Caption | None:
