@@ -28,70 +28,38 @@ from llamagen_dist.files import json_if_there, sync_folder, write_text
 HERE = "here"
 """The incarnation of a program that this machine's launcher runs."""
 
-# Where launches kept the same things before November 2026, from FOLDER/launch: such folders are read, and resumed.
+# Where launches kept the same things before November 2026, from FOLDER: such folders are read, and resumed.
 _OLDER = {
-    "job.json": ("stage.json", "../stage.json"),
-    "config.yaml": ("../config.yaml",),
-    "DONE.json": ("../DONE.json",),
-    "FAILED.json": ("END.json",),
-    "progress.json": ("../progress.json", "../log/progress.json"),
+    "job.json": ("launch/stage.json", "stage.json"),
+    "config.yaml": ("config.yaml",),
+    "DONE.json": ("DONE.json",),
+    "FAILED.json": ("launch/END.json",),
+    "progress.json": ("progress.json", "log/progress.json"),
 }
 
 
-@dataclass(frozen=True)
 class JobFolder:
-    """``folder``: the run directory, a stage's folder, or the launch folder of a program without one."""
+    """The paths of one launched program's files, and what is in them. ``folder``: the run directory, a stage's folder,
+    or the launch folder of a program without one."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "launch"
+        self.log = folder / "log"
+        """What the ranks print, wherever they run (an array's items: in the sweep's own log/)."""
+        self.config = self.path / "config.yaml"
+        self.job = self.path / "job.json"
+        self.lock = self.path / "lock.json"
+        self.owner = self.path / "owner.json"
+        self.history = self.path / "history.jsonl"
+        self.done = self.path / "DONE.json"
+        self.failed = self.path / "FAILED.json"
+        self.beat = self.path / "beat"
+        self.progress = self.path / "progress.json"
 
     @classmethod
     def of(cls, folder: str | Path) -> "JobFolder":
         return cls(Path(folder))
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "launch"
-
-    @property
-    def log(self) -> Path:
-        """What the ranks print, wherever they run (an array's items: in the sweep's own log/)."""
-        return self.folder / "log"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def job(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock.json"
-
-    @property
-    def owner(self) -> Path:
-        return self.path / "owner.json"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.jsonl"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "DONE.json"
-
-    @property
-    def failed(self) -> Path:
-        return self.path / "FAILED.json"
-
-    @property
-    def beat(self) -> Path:
-        return self.path / "beat"
-
-    @property
-    def progress(self) -> Path:
-        return self.path / "progress.json"
 
     def ranks(self, incarnation: str) -> Path:
         """The folder of what the ranks of one incarnation (JOB.RESTART, or HERE) report."""
@@ -106,14 +74,13 @@ class JobFolder:
         return self.path / f"spec-{token}.json"
 
     def where(self, file: Path) -> Path | None:
-        """The file, or the one that an older launch wrote in its place; None where there is neither."""
+        """The file, or the one that an older launch wrote instead; None where there is neither."""
         if file.exists():
             return file
         for name in _OLDER.get(file.name, ()):
-            older = self.folder / name[3:] if name.startswith("../") else self.path / name
             # FOLDER/config.yaml is an old stage's only beside its stage.json; in a run directory it is the run's own
-            if older.exists() and (name != "../config.yaml" or (self.folder / "stage.json").exists()):
-                return older
+            if (self.folder / name).exists() and (name != "config.yaml" or (self.folder / "stage.json").exists()):
+                return self.folder / name
         return None
 
     def read(self, file: Path) -> dict[str, Any] | None:

@@ -122,10 +122,7 @@ class LocalJob:
 
     def _settle(self) -> None:
         """Wait for the processes to leave, then make sure of it."""
-        deadline = time.monotonic() + EXIT_PATIENCE_S
-        while not self._submitted.done() and time.monotonic() < deadline:
-            time.sleep(POLL_S / 2)
-        if not self._submitted.done():
+        if not _wait(self._submitted.done, EXIT_PATIENCE_S):
             self.kill()
 
     def kill(self) -> None:
@@ -137,41 +134,29 @@ class LocalJob:
                 _send(_process_of(report), signal.SIGKILL, group=True)
         controller = self._submitted._process  # submitit's own cancel() sends SIGINT, which the controller ignores
         controller.terminate()  # it passes SIGTERM on to ranks that have not introduced themselves yet
-        deadline = time.monotonic() + 2.0
-        while controller.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_S / 2)
+        _wait(lambda: controller.poll() is not None, 2.0)
         controller.kill()
         controller.wait()
 
     def _judge(self, stop_requested: bool) -> Outcome:
-        """One outcome for the stage: the user's own mistake first, else the failure that came first."""
+        """One outcome for the program: the user's own mistake first, else the failure that came first."""
         reports = self.reports()
         peak = max((report.get("peak_rss_gb", 0.0) for report in reports.values()), default=0.0)
-
-        def first(*kinds: str) -> Outcome | None:
-            matching = [n for r, n in reports.items() if n["outcome"] in kinds and r not in self._killed]
-            if not matching:
-                return None
-            report = min(matching, key=lambda n: n["ended"])
-            rank = next(r for r, n in reports.items() if n is report)
-            message = report.get("message", "")
-            if report["outcome"] == DIED:
-                message = tail(self.log_of(rank))
-            return Outcome(report["outcome"], message, rank, self.log_of(rank), peak)
-
+        if all(report["outcome"] == DONE for report in reports.values()):
+            return Outcome(DONE, peak_rss_gb=peak)
+        by_itself = [(rank, report) for rank, report in reports.items() if rank not in self._killed]
+        by_itself.sort(key=lambda one: one[1]["ended"])
         if stop_requested:
             order: list[tuple[str, ...]] = [(USER_ERROR,), (STOPPED,), (INTERRUPTED,)]
-            if not all(report["outcome"] == DONE for report in reports.values()):
-                order.append((DONE,))  # a rank had finished, the others were stopped: not finished
         else:
             order = [(USER_ERROR,), (CRASHED, DIED), (INTERRUPTED,), (STOPPED,)]
         for kinds in order:
-            outcome = first(*kinds)
-            if outcome is not None:
-                return outcome if outcome.kind != DONE else Outcome(INTERRUPTED, peak_rss_gb=peak)
-        if all(report["outcome"] == DONE for report in reports.values()):
-            return Outcome(DONE, peak_rss_gb=peak)
-        return Outcome(INTERRUPTED, peak_rss_gb=peak)  # killed after its patience ran out
+            for rank, report in by_itself:
+                if report["outcome"] in kinds:
+                    log = self.log_of(rank)
+                    message = tail(log) if report["outcome"] == DIED else report.get("message", "")
+                    return Outcome(report["outcome"], message, rank, log, peak)
+        return Outcome(INTERRUPTED, peak_rss_gb=peak)  # stopped before it could save, or killed as a companion
 
 
 def submit(module: str, arguments: tuple[str, ...], ranks: int, root: Path, job: JobFolder) -> LocalJob:
@@ -226,23 +211,18 @@ def _as_if_at(root: Path) -> Iterator[None]:
 
 def wait_for_orphans(job: JobFolder, say: Callable[[str], None], patience_s: float = 120.0) -> None:
     """Ranks of a killed launcher stop by themselves; wait for them. Raises UserError if they do not."""
-    deadline = time.monotonic() + patience_s
-    announced = False
-    while True:
-        alive = [
-            _process_of(report).pid for report in read_reports(job.ranks(HERE)).values() if _process_of(report).alive()
-        ]
-        if not alive:
-            return
-        if not announced:
-            say(f"waiting for ranks of an earlier launch to save and stop (pids {', '.join(map(str, alive))})")
-            announced = True
-        if time.monotonic() > deadline:
+
+    def alive() -> str:
+        processes = [_process_of(report) for report in read_reports(job.ranks(HERE)).values()]
+        return ", ".join(str(process.pid) for process in processes if process.alive())
+
+    if pids := alive():
+        say(f"waiting for ranks of an earlier launch to save and stop (pids {pids})")
+        if not _wait(lambda: not alive(), patience_s):
             raise UserError(
-                f"{job.folder}: ranks of an earlier launch are still running (pids "
-                f"{', '.join(map(str, alive))}); end them with kill, then start again"
+                f"{job.folder}: ranks of an earlier launch are still running (pids {alive()}); end them with kill, "
+                "then start again"
             )
-        time.sleep(0.2)
 
 
 def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
@@ -285,3 +265,13 @@ def _send(who: Identity, number: int, group: bool = False) -> None:
             os.kill(who.pid, number)
     except ProcessLookupError:
         return  # it ended between the two lines
+
+
+def _wait(over: Callable[[], bool], patience_s: float) -> bool:
+    """Wait until something is over, at most so long; whether it is."""
+    deadline = time.monotonic() + patience_s
+    while not over():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S / 2)
+    return True
