@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
             return
         graph.check()
         ranks = graph.nodes[0].ranks
-        _show(graph, machine(args, ranks, ranks), 1, [state_of(point.job, {}) for point in graph.nodes])
+        _show(graph, machine(args, ranks, ranks), 1, [p.reopened(state_of(p.job, {})) for p in graph.nodes])
         print("Nothing was started.")
         return
     target = launch.Target(load(args.cluster, kind="cluster"))
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     graph.check()
     node = launch.sweep_node(graph)
     size, states = target.array_size(node), listing.states(graph)
+    states = {point.name: point.reopened(states[point.name]) for point in graph.nodes}
     there = machine(args, size.ranks, size.ranks_per_node)
     _show(graph, there, graph.at_once or len(graph.nodes), list(states.values()))
     print(f"\n{listing.script_of(graph, target, node, size, states)}\nNothing was started.")

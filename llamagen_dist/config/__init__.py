@@ -1,41 +1,25 @@
 """Typed configuration: YAML files plus ``key=value`` become one frozen, validated section."""
 # ruff: noqa: F401 - what other rooms use
 
-from llamagen_dist.config.data import (
-    ExtractConfig,
-    ImageDataSection,
-    Location,
-    ShardAccess,
-    TokenDataSection,
-    is_remote,
-)
+from llamagen_dist.config.data import ExtractConfig, ShardAccess, is_remote
 from llamagen_dist.config.evaluate import (
     ClassifierSection,
     EvaluateConfig,
-    ImageSetSection,
     InceptionSection,
-    KIDSection,
     ReconstructConfig,
     SampleConfig,
 )
-from llamagen_dist.config.launch import ClusterConfig, ElasticSection, PipelineConfig, StageSection, SweepConfig
+from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, StageSection, SweepConfig
 from llamagen_dist.config.loader import KINDS, difference, dump, load
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import Section, shrink
 from llamagen_dist.config.training import (
-    CheckpointSection,
-    ComputeSection,
-    DiscriminatorSection,
-    EMASection,
     GPTConfigFile,
-    GuardSection,
-    LogSection,
     OptimSection,
-    ParallelSection,
     TokenizerConfigFile,
     TokenizerLossSection,
+    TrainingConfig,
     TrainSection,
-    ValidationSection,
     rungs,
 )
 from llamagen_dist.config.yaml_text import parse

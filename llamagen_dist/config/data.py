@@ -54,31 +54,30 @@ class ShardAccess(Section):
         return Path(os.environ[STAGE]) if os.environ.get(STAGE) else None
 
 
-class TokenDataSection(ShardAccess):
+class TrainingData(ShardAccess):
+    """The token shards of a GPT, or the image shards of a tokenizer."""
+
     train: Location
-    """Folder of token shards (with manifest.json): a path, or an ``https://``, ``s3://`` or ``pipe:`` source."""
+    """Folder of shards (with manifest.json): a path, or an ``https://``, ``s3://`` or ``pipe:`` source."""
     validation: Location
-    """Folder of held-out token shards."""
-    short_captions: Probability = 0.0
-    """With ``condition: text``: share of training samples that are shown their short caption (LlamaGen: 0.3)."""
+    """Folder of held-out shards."""
     window_shards: CountInt = 0
     """0: samples come from all shards in random order. K: from K randomly chosen shards at a time, for storage where
     reading here and there is slow. Keep it for the whole of a run."""
 
 
-class ImageDataSection(ShardAccess):
-    train: Location
-    """Folder of image shards (with manifest.json): a path, or an ``https://``, ``s3://`` or ``pipe:`` source."""
-    validation: Location
+class TokenDataSection(TrainingData):
+    short_captions: Probability = 0.0
+    """With ``condition: text``: share of training samples that are shown their short caption (LlamaGen: 0.3)."""
+
+
+class ImageDataSection(TrainingData):
     image_size: PositiveInt = 256
     random_crop: bool = True
     """LlamaGen's augmentation: short side U{size..1.25 size}, random crop."""
     horizontal_flip: bool = True
     workers: CountInt = 0
     """Decoding processes per rank; 0 decodes in the training process."""
-    window_shards: CountInt = 0
-    """0: samples come from all shards in random order. K: from K randomly chosen shards at a time, for storage where
-    reading here and there is slow. Keep it for the whole of a run."""
 
 
 class ExtractConfig(Section):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from llamagen_dist.config.data import Location
 from llamagen_dist.config.section import CountInt, PositiveFloat, PositiveInt, Section
@@ -50,8 +50,34 @@ def minutes(time: str) -> float:
     return days * 1440 + hours * 60 + mins + seconds / 60
 
 
+def _at_least_one(time: str) -> str:
+    if minutes(time) < 1:
+        raise ValueError("SLURM counts in minutes: give at least one")
+    return time
+
+
+def _are_names(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is not a valid name of an environment variable")
+    return variables
+
+
+def _are_free(parameters: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+    for name in parameters:
+        plain = name.replace("_", "-").lstrip("-")
+        if plain in _SET_BY:
+            raise ValueError(f"{name} is set by {_SET_BY[plain]}, not here")
+    return parameters
+
+
+Time = Annotated[str, AfterValidator(_at_least_one)]
+Variables = Annotated[dict[str, str], AfterValidator(_are_names)]
+Parameters = Annotated[dict[str, str | int | bool], AfterValidator(_are_free)]
+
+
 class ElasticSection(Section):
-    """Going on with fewer nodes when the wanted ones do not come back, and growing again later."""
+    """Continuing with fewer nodes when the wanted ones do not come back, and growing again later."""
 
     nodes: tuple[PositiveInt, ...] = ()
     """Node counts to continue with, the largest first; empty: the run waits for all its nodes."""
@@ -78,7 +104,7 @@ class ClusterConfig(Section):
     memory_gb: PositiveFloat | None = None
     """Per node; empty: the partition's default."""
     exclusive: bool = False
-    time: str = "1-00:00:00"
+    time: Time = "1-00:00:00"
     """Of one time slice; a requeued run gets another."""
     requeue: bool = True
     """Let SLURM requeue after preemption and node failure, and requeue by itself after a time limit or a fault."""
@@ -88,9 +114,9 @@ class ClusterConfig(Section):
     """Restarts after a fault (a killed or hung rank) in all; time limits and preemptions are not counted."""
     max_stuck: PositiveInt = 2
     """Restarts in a row without progress before the run is failed."""
-    exports: dict[str, str] = Field(default_factory=dict)
+    exports: Variables = Field(default_factory=dict)
     """Environment variables of the job."""
-    nccl: dict[str, str] = Field(default_factory=dict)
+    nccl: Variables = Field(default_factory=dict)
     """NCCL_* variables, without their prefix: {SOCKET_IFNAME: ib0}."""
     modules: tuple[str, ...] = ()
     """``module load`` each."""
@@ -99,7 +125,7 @@ class ClusterConfig(Section):
     python: str | None = None
     """The command that starts Python on a compute node, for a virtual environment or a container:
     ``/shared/venv/bin/python`` or ``apptainer exec --nv /shared/image.sif python``. Empty: the one that launches."""
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    sbatch: Parameters = Field(default_factory=dict)
     """Further sbatch parameters, without their dashes: {reservation: maintenance}."""
     srun: tuple[str, ...] = ()
     """Further words for srun."""
@@ -115,30 +141,6 @@ class ClusterConfig(Section):
     @property
     def time_minutes(self) -> float:
         return minutes(self.time)
-
-    @field_validator("time")
-    @classmethod
-    def _is_a_time(cls, value: str) -> str:
-        if minutes(value) < 1:
-            raise ValueError("SLURM counts in minutes: give at least one")
-        return value
-
-    @field_validator("exports", "nccl")
-    @classmethod
-    def _are_variables(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} is not a valid name of an environment variable")
-        return value
-
-    @field_validator("sbatch")
-    @classmethod
-    def _are_extra(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        for name in value:
-            plain = name.replace("_", "-").lstrip("-")
-            if plain in _SET_BY:
-                raise ValueError(f"{name} is set by {_SET_BY[plain]}, not here")
-        return value
 
     def rules(self) -> Iterator[str]:
         if self.signal_delay_s >= 60 * self.time_minutes:

@@ -1,6 +1,5 @@
 """load() and dump(): YAML files merged left to right, then ``key=value``, become one frozen section."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from llamagen_dist.config.data import ExtractConfig
 from llamagen_dist.config.evaluate import EvaluateConfig, ReconstructConfig, SampleConfig
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
-from llamagen_dist.config.section import Section, build
+from llamagen_dist.config.section import Section, build, nearest
 from llamagen_dist.config.training import GPTConfigFile, TokenizerConfigFile
-from llamagen_dist.config.yaml_text import merge, parse, plain, read, text_of
+from llamagen_dist.config.yaml_text import merge, parse, read, text_of
 from llamagen_dist.errors import UserError
 
 KINDS: dict[str, type[Section]] = {
@@ -55,10 +54,8 @@ def resolve(data: Mapping[str, Any], source: str, kind: str | None = None, compl
     """A whole file's content as the section its kind names; see ``load``."""
     named = data.get("kind")
     if not isinstance(named, str) or named not in KINDS:
-        near = difflib.get_close_matches(str(named), KINDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(KINDS)}"
         what = "missing" if named is None else f"{named!r} is unknown"
-        raise UserError(f"{source}: kind: {what}; {hint}")
+        raise UserError(f"{source}: kind: {what}; {nearest(str(named), KINDS)}")
     if kind is not None and named != kind:
         raise UserError(f"{source}: kind is {named!r}, but this program reads kind: {kind}")
     return build(KINDS[named], data, source, complete)
@@ -66,7 +63,7 @@ def resolve(data: Mapping[str, Any], source: str, kind: str | None = None, compl
 
 def dump(section: Section) -> str:
     """The resolved config as YAML text; ``load`` of it gives an equal section back."""
-    return text_of(section.model_dump())
+    return text_of(section.model_dump(mode="json"))
 
 
 def difference(old: Section, new: Section, ignore: Iterable[str] = ()) -> list[str]:
@@ -78,11 +75,11 @@ def difference(old: Section, new: Section, ignore: Iterable[str] = ()) -> list[s
         return {prefix[:-1]: value}
 
     # as text would have it: a path and its string, a tuple and a list are no difference
-    left, right = (flat(plain(section.model_dump())) for section in (old, new))
+    left, right = (flat(section.model_dump(mode="json")) for section in (old, new))
+    both = {key: (left.get(key, "(absent)"), right.get(key, "(absent)")) for key in sorted(left.keys() | right.keys())}
     skipped = tuple(ignore)
     return [
-        f"{key}: {left.get(key, '(absent)')} -> {right.get(key, '(absent)')}"
-        for key in sorted(left.keys() | right.keys())
-        if left.get(key, "(absent)") != right.get(key, "(absent)")
-        and not any(key == s or key.startswith(s + ".") for s in skipped)
+        f"{key}: {before} -> {now}"
+        for key, (before, now) in both.items()
+        if before != now and not any(f"{key}.".startswith(f"{prefix}.") for prefix in skipped)
     ]

@@ -1,15 +1,24 @@
 """``model`` of a GPT and of a tokenizer: a named size or numbers of one's own, and the options of models/sizes.py."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from llamagen_dist.config.section import STRICT, PositiveInt, Probability, finite
+from llamagen_dist.config.section import STRICT, PositiveInt, Probability, finite, nearest
 from llamagen_dist.models.sizes import GPT_SIZES, VQ_SIZES, GPTConfig, GPTOptions, VQConfig, VQOptions
+
+
+def _one_of(sizes: Collection[str]) -> AfterValidator:
+    def check(size: str) -> str:
+        if size not in sizes:
+            raise ValueError(f"{size!r} is unknown; {nearest(size, sizes)}")
+        return size
+
+    return AfterValidator(check)
+
 
 # Sections are dataclasses here because they extend the models' own. Fields of a dataclass are collected from the last
 # base to the first: the sizes stand first in a resolved config.
@@ -17,16 +26,11 @@ from llamagen_dist.models.sizes import GPT_SIZES, VQ_SIZES, GPTConfig, GPTOption
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class _GPTSize:
-    size: str | None = None
+    size: Annotated[str, _one_of(GPT_SIZES)] | None = None
     """``GPT-B``, ``GPT-L``, ``GPT-XL``, ``GPT-XXL``, ``GPT-XXXL``, ``GPT-1B``, ``GPT-3B``, ``GPT-7B``."""
     n_layer: PositiveInt | None = None
     n_head: PositiveInt | None = None
     dim: PositiveInt | None = None
-
-    @field_validator("size")
-    @classmethod
-    def _size_is_known(cls, size: str | None) -> str | None:
-        return _known(size, GPT_SIZES)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -61,17 +65,12 @@ class GPTModelSection(GPTOptions, _GPTSize):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class _VQSize:
-    size: str | None = None
+    size: Annotated[str, _one_of(VQ_SIZES)] | None = None
     """``VQ-8`` or ``VQ-16``, a released size; all other fields but ``codebook_init`` then stay as they are."""
     channels: PositiveInt | None = None
     """Channels of the widest-resolution level (LlamaGen: 128)."""
     channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """One per level, highest resolution first; each level but the last halves the resolution."""
-
-    @field_validator("size")
-    @classmethod
-    def _size_is_known(cls, size: str | None) -> str | None:
-        return _known(size, VQ_SIZES)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -111,14 +110,6 @@ class TokenizerModelSection(VQOptions, _VQSize):
                     "channel_multipliers in place of size"
                 )
         return self
-
-
-def _known(size: str | None, sizes: dict[str, Any]) -> str | None:
-    if size is not None and size not in sizes:
-        near = difflib.get_close_matches(size, sizes, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(sizes)}"
-        raise ValueError(f"{size!r} is unknown; {hint}")
-    return size
 
 
 def _options(section: Any, options: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -137,7 +137,7 @@ def explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
             continue  # pydantic counts only the parts that are right
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            yield f"{where}: unknown key; {_nearest(section, where)}"
+            yield f"{where}: unknown key; {_nearest_key(section, where)}"
         elif item["type"] == "missing":
             yield f"{where}: missing; set it in the file or as {where}=…"
         else:
@@ -155,7 +155,13 @@ def _with_key(where: str, message: str) -> str:
     return f"{where or '(the whole file)'}: {message}"
 
 
-def _nearest(section: type[Section], where: str) -> str:
+def nearest(word: str, known: Collection[str], within: str = "") -> str:
+    """What to write instead of a word that is none of ``known``. within: the dotted keys above it, with a dot."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {within}{near[0]}?" if near else f"one of {', '.join(known)}"
+
+
+def _nearest_key(section: type[Section], where: str) -> str:
     *above, key = where.split(".")
     known = [name.split(".") for name, _ in keys_of(section)]
     siblings = [
@@ -165,9 +171,7 @@ def _nearest(section: type[Section], where: str) -> str:
     ]
     if elsewhere := [name for name in known if name[-1] == key]:
         return f"did you mean {'.'.join(elsewhere[0])}?"
-    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.5):
-        return f"did you mean {'.'.join([*above, near[0]])}?"
-    return f"allowed here: {', '.join(siblings)}"
+    return nearest(key, siblings, "".join(f"{part}." for part in above))
 
 
 def shrink(config: S, factor: float) -> S:

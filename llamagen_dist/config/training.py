@@ -196,17 +196,29 @@ def _complete(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("complete"))
 
 
-class GPTConfigFile(Section):
+class TrainingConfig(Section):
+    """What every training run has."""
+
+    kind: str
+    run_dir: Path
+    model: GPTModelSection | TokenizerModelSection
+    data: TokenDataSection | ImageDataSection
+    train: TrainSection
+    optim: OptimSection = OptimSection()
+    parallel: ParallelSection = ParallelSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    guard: GuardSection = GuardSection()
+
+
+class GPTConfigFile(TrainingConfig):
     """``kind: gpt``, read by ``llamagen_dist.train_gpt``."""
 
     kind: Literal["gpt"]
-    run_dir: Path
     model: GPTModelSection
     data: TokenDataSection
-    train: TrainSection
-    optim: OptimSection = OptimSection()
     ema: EMASection = EMASection()
-    parallel: ParallelSection = ParallelSection()
     compute: ComputeSection = ComputeSection()
     init_from: Path | None = None
     """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
@@ -214,10 +226,6 @@ class GPTConfigFile(Section):
     """Which weights of ``init_from``. Empty: a run's trained ones; of a file that also holds an average, that."""
     init_classes: Path | None = None
     """Class names of ``init_from``, one a line, where it does not carry them (a bare weights file)."""
-    validation: ValidationSection = ValidationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    log: LogSection = LogSection()
-    guard: GuardSection = GuardSection()
     ladder: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
 
@@ -323,21 +331,14 @@ class TokenizerLossSection(Section):
             )
 
 
-class TokenizerConfigFile(Section):
+class TokenizerConfigFile(TrainingConfig):
     """``kind: tokenizer``, read by ``tokenizer_training.train``."""
 
     kind: Literal["tokenizer"]
-    run_dir: Path
     model: TokenizerModelSection
     data: ImageDataSection
-    loss: TokenizerLossSection
-    train: TrainSection
     optim: OptimSection = OptimSection(weight_decay=0.0)
-    parallel: ParallelSection = ParallelSection()
-    validation: ValidationSection = ValidationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    log: LogSection = LogSection()
-    guard: GuardSection = GuardSection()
+    loss: TokenizerLossSection
 
     @field_validator("data")
     @classmethod

@@ -1,6 +1,5 @@
 """YAML as people read it: files with their ``base``, ``key=value`` words, and back to text."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,10 @@ class _Loader(yaml.SafeLoader):
     otherwise.)"""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that our reading or YAML 1.1's takes for something else."""
+
+
 _OURS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9][0-9_]*", "-+0123456789"),
@@ -29,7 +32,8 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _kind, (_pattern, _first) in _OURS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    for _either in (_Loader, _Dumper):
+        _either.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -122,37 +126,6 @@ def _value(text: str) -> Any:
     return words if anchored or repr(kept).replace(r"\ue000", "#") != repr(value) else value
 
 
-# --- back to text ---
-
-
-def plain(value: Any) -> Any:
-    """Mappings, lists and numbers only, as YAML has them."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and math.isfinite(value):
-        return _Float(value) if "e" in repr(value) else value
-    return str(value) if isinstance(value, Path) else value
-
-
-class _Float(float):
-    """With an exponent. PyYAML writes 1e-05, which YAML 1.1 readers take for a string: keep a point in the mantissa."""
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    mantissa, exponent = repr(float(value)).split("e")
-    point = mantissa if "." in mantissa else mantissa + ".0"
-    sign = "-" if exponent.startswith("-") else "+"
-    return dumper.represent_scalar("tag:yaml.org,2002:float", f"{point}e{sign}{exponent.lstrip('+-')}")
-
-
-_Dumper.add_representer(_Float, _represent_float)
-
-
 def text_of(data: Mapping[str, Any]) -> str:
-    return yaml.dump(plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """Mappings, lists, words and numbers as YAML that ``read`` takes for the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

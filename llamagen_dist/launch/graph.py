@@ -8,16 +8,17 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llamagen_dist.config import PipelineConfig, Section, SweepConfig, difference, dump, load
-from llamagen_dist.config.resume import ELASTIC
+from llamagen_dist.config.resume import ELASTIC, between
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.launch.folder import JobFolder, finish_whole, started_in
+from llamagen_dist.launch.state import JobState
 
 # How a node is executed may change between two commands; what it computes may not. A ladder is part of that.
 _MAY_CHANGE = tuple(key for key in ELASTIC if key != "ladder")
@@ -69,8 +70,11 @@ class Node:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
-    def changes(self) -> list[str]:
-        """How it differs from what its folder was started with, as ``key: old -> new`` lines; none if it was not."""
+    def changes(self, as_run: bool = False) -> list[str]:
+        """How it differs from what its folder was started with, as ``key: old -> new`` lines; none if it was not.
+
+        as_run: leave out what a run accepts that is started again, a longer training for example.
+        """
         started = self.job.read(self.job.job)
         if started is None:
             return []
@@ -84,7 +88,23 @@ class Node:
             return [*lines, "config: " + ("added" if earlier["config"] is None else "taken away")]
         # read again rather than compared as text: a later version writes more keys
         config = self.job.where(self.job.config)
-        return lines + (difference(load(config), self.config, ignore=_MAY_CHANGE) if config else [])
+        before = load(config) if config else self.config
+        changed = difference(before, self.config, ignore=_MAY_CHANGE)
+        if as_run:
+            refused = between(before, self.config).refused
+            changed = [line for line in changed if line in refused or line.startswith("ladder")]
+        return lines + changed
+
+    def reopens(self) -> bool:
+        """Whether its config now asks for more than a finished program in its folder has done."""
+        config = self.job.where(self.job.config)
+        if config is None or self.config is None or config.read_text(encoding="utf-8") == dump(self.config):
+            return False
+        return between(load(config), self.config).reopens
+
+    def reopened(self, state: JobState) -> JobState:
+        """The state of its folder, where a finished program that ``reopens`` is open."""
+        return replace(state, kind="open") if state.kind == "finished" and self.reopens() else state
 
     def is_finished(self) -> bool:
         """Whether it has ended well and all that it promises to produce is there. That its folder is about this very
@@ -173,11 +193,13 @@ class Graph:
         if self.config is not None:
             write_text(self.out / "config.yaml", dump(self.config))
 
-    def check(self) -> None:
+    def check(self, stage: bool = False) -> None:
         """Refuse, before anything is touched, what cannot go well: raises UserError.
 
         Programs that are not there; a folder that holds something else, another graph, or nodes that were started with
         another config.
+        stage: it is a sweep in a pipeline. Its points may not be trained for longer, as those of a sweep on its own
+        may: the stages after it have used them.
         """
         root = snapshot.code_root()
         if self.kind == "sweep":
@@ -186,11 +208,11 @@ class Graph:
             for node in self.nodes:
                 program_exists(node.module, root, f"stage {node.name}: " if self.kind == "pipeline" else "")
                 if node.sweep is not None:
-                    node.sweep.check()
+                    node.sweep.check(stage=True)
         if self.kind != "launch" and self.out.is_dir():
-            self._check_folder()
+            self._check_folder(stage)
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, stage: bool) -> None:
         kept = self.out / "config.yaml"
         if not kept.exists():
             if any(path.name != "lock" for path in self.out.iterdir()):
@@ -213,12 +235,14 @@ class Graph:
                     f"{self.out} holds points that this sweep does not have ({others[0]}{more}): it was started with "
                     "another file; choose another --out"
                 )
-        problems = [text for node in self.nodes if (text := self._changed(node))]
+        problems = [text for node in self.nodes if (text := self._changed(node, stage))]
         if problems:
             raise UserError("\n".join(problems))
 
-    def _changed(self, node: Node) -> str:
-        changed = "; ".join(node.changes()) if node.sweep is None else ""  # a sweep has checked itself
+    def _changed(self, node: Node, stage: bool) -> str:
+        if node.sweep is not None:
+            return ""  # it has checked itself
+        changed = "; ".join(node.changes(as_run=self.kind == "sweep" and not stage))
         if not changed:
             return ""
         if self.kind == "sweep":

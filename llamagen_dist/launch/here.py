@@ -105,7 +105,7 @@ class Runner:
         """
         failed: list[str] = []
         for number, point in enumerate(sweep.nodes, start=1):
-            where, state = f"[{number}/{len(sweep.nodes)}] {point.name}", state_of(point.job, {})
+            where, state = f"[{number}/{len(sweep.nodes)}] {point.name}", point.reopened(state_of(point.job, {}))
             if state.kind == "finished":
                 self.screen.say(f"{where} — finished earlier")
                 continue

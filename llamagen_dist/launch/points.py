@@ -28,7 +28,13 @@ def sweep(file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (
     settings: for all points, ``key=value`` words or dotted keys. small: factor on every training length.
     Raises UserError for anything wrong with the file or with the config of any point (the first one).
     """
-    config: SweepConfig = load(file, kind="sweep")
+    return fill(load(file, kind="sweep"), file, out, settings, small)
+
+
+def fill(
+    config: SweepConfig, file: Path, out: Path, settings: Sequence[str] | Mapping[str, Any] = (), small: float = 1.0
+) -> Graph:
+    """``sweep`` of a file that has been read."""
     base = file.parent / config.config
     rows = combinations(config, str(file))
     swept = {key for row in rows for key in row.settings}

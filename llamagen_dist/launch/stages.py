@@ -22,7 +22,13 @@ def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, smal
     """
     if not 0 < small <= 1:
         raise UserError(f"--small {small}: give a factor above 0 and up to 1, for example 0.05")
-    config: PipelineConfig = load(file, kind="pipeline")
+    return fill(load(file, kind="pipeline"), file, out, variables, small)
+
+
+def fill(
+    config: PipelineConfig, file: Path, out: Path, variables: Mapping[str, str] | None = None, small: float = 1.0
+) -> Graph:
+    """``plan`` of a file that has been read."""
     counts = {name: max(1, round(count * small)) for name, count in config.counts.items()}
     known = {**config.variables, **{name: str(count) for name, count in counts.items()}}
     for name in variables or {}:
@@ -32,7 +38,7 @@ def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, smal
     kept = {"variables": {k: values[k] for k in config.variables}, "counts": config.counts}
     nodes: list[Node] = []
     for stage in config.stages:  # every stage waits for the one before it
-        nodes.append(_fill(stage, file, values, small, out, tuple(node.name for node in nodes[-1:])))
+        nodes.append(_node(stage, file, values, small, out, tuple(node.name for node in nodes[-1:])))
     return Graph("pipeline", config.title, out, tuple(nodes), config.model_copy(update=kept))
 
 
@@ -45,7 +51,7 @@ def words(settings: Iterable[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _fill(
+def _node(
     stage: StageSection, file: Path, values: Mapping[str, str], small: float, out: Path, after: tuple[str, ...]
 ) -> Node:
     where = f"{file}: stage {stage.name}"

@@ -162,7 +162,7 @@ def open_run(
         data = {key: value for key, value in zip(DATA, (fingerprint, held_out), strict=True) if value is not None}
         _check_moved(directory, change.moved, record.get("data", {}), data)
         rewound = _rewind(directory, change)
-        for line in change.lines:
+        for line in change.lines(directory):
             topology.log0(line + rewound)
         # last, so that a start that is killed before does all of the above again
         write_text(directory / "config.yaml", dump(config))

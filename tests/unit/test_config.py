@@ -85,6 +85,17 @@ def test_settings_nest(pairs):
         assert inner == value
 
 
+@pytest.mark.parametrize("word", ["1e-4", "012", "on", "1_000", "0x1F", "2026-11-26", "a #b", "~", "12:30"])
+def test_a_word_that_looks_like_a_number_survives_dump_and_load(file, word):
+    config = load(file(GPT), [f"run_dir='{word}'"])
+    assert config.run_dir == Path(word)
+    assert load(file(dump(config), "again.yaml")) == config
+    assert yaml.safe_load(dump(config))["run_dir"] == word, "a plain YAML 1.1 reader must see a word too"
+    if word == "1e-4":  # sabotage twin: as YAML 1.1 alone would have it written
+        with pytest.raises(UserError, match="run_dir"):
+            load(file(yaml.safe_dump(config.model_dump(mode="json")), "again.yaml"))
+
+
 def test_base_is_inherited_and_overridden(file):
     file(GPT, "base.yaml")
     config = load(file("base: base.yaml\noptim: {clip: 2}\n"))
@@ -241,6 +252,23 @@ def test_what_a_start_would_stumble_over_is_found_by_the_command(name, words, ex
     assert code == 2
     assert any(expected in line for line in lines), lines
     assert command(ROOT / "configs" / f"{name}.yaml", *paths)[0] == 0, "sabotage twin"
+
+
+def test_the_points_of_a_sweep_and_the_stages_of_a_pipeline_are_opened_too(file):
+    base = file(GPT, "base.yaml")
+    sweep = f"kind: sweep\ntitle: t\nmodule: m\nconfig: {base}\ngrid: {{optim.KEY: [1, 2]}}\n"
+    code, lines = command(file(sweep.replace("KEY", "lrr")))
+    assert (code, len(lines)) == (2, 1)
+    assert "point lrr-1: base.yaml: optim.lrr: unknown key; did you mean optim.lr?" in lines[0]
+    assert command(file(sweep.replace("KEY", "lr"))) == (0, []), "sabotage twin"
+    assert command(file(sweep.replace("KEY", "lr")), "grid={train.images: [1]}")[0] == 2, "words change the sweep"
+    stage = f"{{name: s, why: w, module: m, config: {base}, set: {{train.KEY: 2}}}}"
+    pipeline = f"kind: pipeline\ntitle: t\nstages: [{stage}]\n"
+    assert "train.sed: unknown key; did you mean train.seed?" in command(file(pipeline.replace("KEY", "sed")))[1][0]
+    assert command(file(pipeline.replace("KEY", "seed"))) == (0, []), "sabotage twin"
+    for name in SHIPPED:
+        if name.startswith(("configs/sweep", "configs/pipeline")):
+            assert command(ROOT / name) == (0, []), name
 
 
 def test_a_plan_may_ask_about_a_split_that_cannot_be(file):

@@ -169,6 +169,35 @@ def test_another_sweep_in_the_folder_is_refused_and_more_points_are_not(tmp_path
         points.sweep(file(tmp_path, grid=grid), foreign).check()
 
 
+def test_a_point_is_trained_for_longer_as_a_run_is(tmp_path: Path) -> None:
+    """What a run accepts when it is started again, a point accepts; and a finished one is then open again."""
+    out, base = tmp_path / "out", {"train.images": 2560}
+
+    def again(**settings: Any) -> Graph:
+        return points.sweep(file(tmp_path, set=base | settings, grid={"optim.lr": [1e-4, 2e-4]}), out)
+
+    def kinds(made: Graph) -> list[str]:
+        return [point.reopened(state_of(point.job, {})).kind for point in made.nodes]
+
+    started(again(), 0, 1)
+    for point in again().nodes:
+        write_text(point.job.done, "{}")
+    assert kinds(again()) == ["finished", "finished"]
+    assert kinds(again(**{"log.every_steps": 3})) == ["finished", "finished"]
+    longer = again(**{"train.images": 5120})
+    longer.check()
+    assert kinds(longer) == ["open", "open"]
+    cooled = again(**{"optim.schedule": "wsd", "optim.cooldown_from": 1280, "optim.cooldown_images": 1280})
+    cooled.check()
+    assert kinds(cooled) == ["open", "open"], "the run goes back to a checkpoint from before the cooldown"
+    with pytest.raises(UserError, match=r"train.images: 2560 -> 1280"):
+        again(**{"train.images": 1280}).check()
+    with pytest.raises(UserError, match=r"train.images: 2560 -> 5120"):  # the stages after it have used its points
+        longer.check(stage=True)
+    with pytest.raises(UserError, match=r"config \(train.seed: 0 -> 1\)"):  # sabotage twin: not all is allowed now
+        again(**{"train.images": 5120, "train.seed": 1}).check()
+
+
 def test_the_state_of_a_point_is_what_its_folder_says(tmp_path: Path) -> None:
     made = points.sweep(file(tmp_path, grid={"optim.lr": [1e-4, 2e-4, 4e-4]}), tmp_path / "out")
     started(made, 0, 1)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile, dump, load
-from llamagen_dist.config.resume import same_config
+from llamagen_dist.config import ClusterConfig, Section, dump
+from llamagen_dist.config.resume import compare
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import not_anothers, only_launcher, own_folder, write_text
@@ -174,7 +174,7 @@ def launch(graph: Graph, target: Target, *, dry_run: bool = False, follow: bool 
     if smaller:
         config = standby.fixed_micro_batch(config, size.ranks)
         node = replace(node, config=config)
-    for line in same_config(folder, config):
+    for line in compare(folder, config).lines(folder):
         print(line)
     if dry_run:
         print(masked(target.submission(graph, node, [node], size, folder / "code/SNAPSHOT").script()), end="")
@@ -201,7 +201,7 @@ def _submit_or_attach(
     job, folder, deadline = node.job, node.folder, time.monotonic() + PATIENCE_S
     while True:
         (state,) = settled({str(folder): job}, screen).values()
-        if state.kind == "finished" and not _goes_further(node):
+        if state.kind == "finished" and not node.reopens():
             screen.say(f"{folder}: finished (job {state.job})")
             return False
         if state.live and state.queued is not None:
@@ -231,16 +231,6 @@ def _submit_or_attach(
         if smaller and held is not None:
             standby.submit_all(replace(submission, token=held.token), name, smaller, screen.say)
         return True
-
-
-def _goes_further(node: Node) -> bool:
-    """Whether the config of a finished run now asks for a longer training."""
-    before = node.job.where(node.job.config)
-    return before is not None and _images(load(before)) < _images(node.config)
-
-
-def _images(config: Section | None) -> int:
-    return config.train.images if isinstance(config, (GPTConfigFile, TokenizerConfigFile)) else 0
 
 
 def _say_what_ended(folder: Path, state: JobState, screen: Screen) -> None:
@@ -313,6 +303,7 @@ class Launcher:
         """Returns the points that have failed and are not tried again, with the reason."""
         count = len(self.graph.nodes)
         states = settled(jobs_of(self.graph), self.screen)
+        states = {point.name: point.reopened(states[point.name]) for point in self.graph.nodes}
         release_left(list(states.values()), self.target)
         chosen = [p for p in self.graph.nodes if states[p.name].kind in ("open", *(["failed"] * retry_failed))]
         failed = {name: one.reason for name, one in states.items() if one.kind == "failed" and not retry_failed}

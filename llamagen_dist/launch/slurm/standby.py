@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TokenizerConfigFile
+from llamagen_dist.config import ClusterConfig, Section, TrainingConfig
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.slurm import lock
 from llamagen_dist.launch.slurm.submit import Size, Submission
@@ -18,10 +18,9 @@ def sizes(profile: ClusterConfig, size: Size) -> list[Size]:
 def fixed_micro_batch(config: Section, ranks: int) -> Section:
     """The config with the micro-batch of the full size written down: with fewer ranks a share is larger, and must be
     accumulated in pieces that fit into memory as before (and, for a discriminator, are normalised as before)."""
-    if not isinstance(config, (GPTConfigFile, TokenizerConfigFile)) or config.train.micro_batch is not None:
+    if not isinstance(config, TrainingConfig) or config.train.micro_batch is not None:
         return config
-    tensor = config.parallel.tensor if isinstance(config, GPTConfigFile) else 1
-    micro = per_rank_batch(config.train.global_batch, data_ranks(ranks, tensor))
+    micro = per_rank_batch(config.train.global_batch, data_ranks(ranks, config.parallel.tensor))
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
 
 
