@@ -14,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from llamagen_dist.config import ReconstructConfig, load
-from llamagen_dist.console import main_rank_progress
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim_llamagen, unpadded
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
+from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
-from llamagen_dist.sampling.parts import Parts, write_npz
 from llamagen_dist.sampling.pictures import decode_tokens
 from llamagen_dist.tracking.provenance import versions
 
-RESULT = "reconstruction.npz"
+SET = "reconstruction"
+RESULT = f"{SET}.npz"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
 
 
@@ -74,46 +74,29 @@ class Reconstruction:
             "n": self.count,
             "batch": config.batch,
         }
-        self.parts = Parts(config.out, made_from, [RESULT])
-        self.names = [f"reconstruction-{chunk:06d}" for chunk in range(-(-self.count // config.batch))]
+        self.output = ChunkFolder(config.out, made_from, [RESULT], topology, [SET], self.count, config.batch)
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
-        missing = self.topology.broadcast_from_rank0(
-            lambda: None if self.parts.complete() else self.parts.missing(self.names)
-        )
-        if missing is None:
-            self.topology.log0(f"{self.config.out}: complete already")
+        if (missing := self.output.missing()) is None:
             return
-        mine = missing[self.topology.rank :: self.topology.world]
-        with main_rank_progress(
-            "reconstructions", sum(len(self._samples(name)) for name in mine), self.topology.rank, self.topology.world
-        ) as progress:
-            for name in mine:
-                self.parts.save(name, **self._chunk(name))
-                if progress is not None:
-                    progress.advance(len(self._samples(name)))
-        self.topology.barrier()
+        self.output.make(missing, "reconstructions", self._arrays)
         averages = self.topology.broadcast_from_rank0(self._finish)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in averages.items())
         self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")
 
-    def _samples(self, name: str) -> range:
-        first = int(name.rpartition("-")[2]) * self.config.batch
-        return range(first, min(first + self.config.batch, self.count))
-
-    def _chunk(self, name: str) -> dict[str, NDArray[Any]]:
+    def _arrays(self, chunk: Chunk) -> dict[str, NDArray[Any]]:
         """images uint8 [n, S, S, 3], codes int64 [n, N], and one float64 [n] per metric. The batch is filled up."""
-        samples = self._samples(name)
+        n = len(chunk.samples)
         originals = np.zeros((self.config.batch, self.size, self.size, 3), np.uint8)
-        originals[: len(samples)] = load_images(self.images, samples, self.size)
+        originals[:n] = load_images(self.images, chunk.samples, self.size)
         codes = self.tokenizer.model.encode(to_floats(originals).to(self.topology.device)).flatten(1)
         rebuilt = decode_tokens(self.tokenizer.model, codes)
         shown, truth = (
-            torch.from_numpy(pixels[: len(samples)]).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals)
+            torch.from_numpy(pixels[:n]).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals)
         )
         scores = {metric: score(shown, truth, self.region).numpy() for metric, score in METRICS.items()}
-        return {"images": rebuilt[: len(samples)], "codes": codes[: len(samples)].cpu().numpy(), **scores}
+        return {"images": rebuilt[:n], "codes": codes[:n].cpu().numpy(), **scores}
 
     def _finish(self) -> dict[str, float]:
         """reconstruction.npz and the record with the averages. Rank 0 only."""
@@ -124,17 +107,16 @@ class Reconstruction:
         scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
-            for name in self.names:
-                part = self.parts.load(name)
-                used[part["codes"]] = True
+            for _, arrays in self.output.load(SET):
+                used[arrays["codes"]] = True
                 for metric in METRICS:
-                    scores[metric].append(part[metric])
-                yield part["images"]
+                    scores[metric].append(arrays[metric])
+                yield arrays["images"]
 
         write_npz(self.config.out / RESULT, labels, self.count, blocks())
         averages = {metric: float(np.concatenate(values).mean()) for metric, values in scores.items()}
         averages["codebook_usage"] = float(used.mean())
-        self.parts.finish(
+        self.output.finish(
             averages
             | {
                 "tokenizer": str(self.config.tokenizer),

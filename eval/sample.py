@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=8 -m eval.sample CONFIG checkpoint=RUN tokenizer=RUN out=DIR
 
-also plain ``python -m`` for one rank, or ``srun``. The same command again goes on where it was cut off. Sample i has
-class (or caption, with ``captions=``) i modulo their number and its own noise, and is always computed at the same place
-of the same batch shape, so the files' bytes do not depend on the number of ranks.
+also plain ``python -m`` for one rank, or ``srun``. The same command again resumes where it was cut off. Sample i has
+class (or caption, with ``captions=``) i modulo their number and its own noise, and is always computed at the same
+position of the same batch shape, so the files' bytes do not depend on the number of ranks.
 """
 
 import json
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist.config import SampleConfig, load
-from llamagen_dist.console import main_rank_progress
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
@@ -25,10 +24,10 @@ from llamagen_dist.files import write_text
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint
-from llamagen_dist.sampling.parts import Parts, write_npz
 from llamagen_dist.tracking.provenance import versions
 
 PER_CLASS = 10
@@ -109,30 +108,18 @@ class Sampling:
             "batch": config.batch,
         }
         results = [*(f"{name}.npz" for name in config.sets), "grid.png"]
-        self.parts = Parts(config.out, made_from, results + (["captions.json"] if wanted.kind == "caption" else []))
-        self.chunks = -(-config.images // config.batch)
+        if wanted.kind == "caption":
+            results.append("captions.json")
+        self.output = ChunkFolder(config.out, made_from, results, topology, config.sets, config.images, config.batch)
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
         began = time.monotonic()
-        names = [f"{name}-{chunk:06d}" for name in self.config.sets for chunk in range(self.chunks)]
-        missing = self.topology.broadcast_from_rank0(
-            lambda: None if self.parts.complete() else self.parts.missing(names)
-        )
-        if missing is None:
-            self.topology.log0(f"{self.config.out}: complete already")
+        if (missing := self.output.missing()) is None:
             return
-        if self.tokens is not None and any(name.startswith("unigram") for name in missing):
+        if self.tokens is not None and any(chunk.set == "unigram" for chunk in missing):
             self.histogram = self._count(self.tokens)
-        mine = missing[self.topology.rank :: self.topology.world]
-        with main_rank_progress(
-            "samples", sum(len(self._numbers(name)) for name in mine), self.topology.rank, self.topology.world
-        ) as progress:
-            for name in mine:
-                self.parts.save(name, images=self._chunk(name))
-                if progress is not None:
-                    progress.advance(len(self._numbers(name)), name.partition("-")[0])
-        self.topology.barrier()
+        self.output.make(missing, "samples", lambda chunk: {"images": self._images(chunk)})
         seconds = time.monotonic() - began
         self.topology.broadcast_from_rank0(lambda: self._finish(seconds))
         self.topology.log0(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
@@ -142,26 +129,20 @@ class Sampling:
         counts = pictures.code_counts(TokenReader(tokens), shards)
         return self.topology.sum(counts.to(self.topology.device)).cpu()
 
-    def _numbers(self, name: str) -> range:
-        """The sample numbers of a chunk."""
-        first = int(name.rpartition("-")[2]) * self.config.batch
-        return range(first, min(first + self.config.batch, self.config.images))
-
-    def _chunk(self, name: str) -> NDArray[np.uint8]:
+    def _images(self, chunk: Chunk) -> NDArray[np.uint8]:
         """uint8 [n, S, S, 3]. Always a whole batch is computed; the last chunk is then cut."""
-        kept = self._numbers(name)
-        numbers = torch.arange(kept.start, kept.start + self.config.batch)
+        numbers = torch.arange(chunk.samples.start, chunk.samples.start + self.config.batch)
         seeds = pictures.sample_seeds(self.config.seed, numbers)
         shape = self.gpt.config.vocab_size, self.gpt.config.image_tokens
-        if name.startswith("model"):
+        if chunk.set == "model":
             condition = self.conditions.at(self._labels(numbers))
             tokens = pictures.model_tokens(self.gpt.model, condition, seeds, self.settings)
-        elif name.startswith("untrained"):
+        elif chunk.set == "untrained":
             tokens = pictures.untrained_tokens(*shape, seeds)
         else:
             assert self.histogram is not None
             tokens = pictures.unigram_tokens(self.histogram, shape[1], seeds)
-        return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(kept)]
+        return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(chunk.samples)]
 
     def _labels(self, numbers: Tensor) -> Tensor:
         return numbers % len(self.conditions)
@@ -182,7 +163,7 @@ class Sampling:
         if kind == "caption":
             used = [self.conditions.name(number) for number in range(min(count, self.config.images))]
             write_text(self.config.out / "captions.json", json.dumps(used, ensure_ascii=False, indent=0) + "\n")
-        self.parts.finish(
+        self.output.finish(
             {
                 "checkpoint": str(self.config.checkpoint),
                 "tokenizer": str(self.config.tokenizer),
@@ -206,12 +187,10 @@ class Sampling:
         self, name: str, wanted: NDArray[np.bool_], kept: list[NDArray[np.uint8]]
     ) -> Iterator[NDArray[np.uint8]]:
         """One set's pictures in order; those that are ``wanted`` are appended to ``kept``."""
-        for chunk in range(self.chunks):
-            part = f"{name}-{chunk:06d}"
-            images = self.parts.load(part)["images"]
-            numbers = self._numbers(part)
-            if wanted[numbers.start : numbers.stop].any():
-                kept.append(images[wanted[numbers.start : numbers.stop]])
+        for chunk, arrays in self.output.load(name):
+            images, chosen = arrays["images"], wanted[chunk.samples.start : chunk.samples.stop]
+            if chosen.any():
+                kept.append(images[chosen])
             yield images
 
 

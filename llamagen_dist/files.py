@@ -285,6 +285,7 @@ class OutputFolder:
         record: str = "record.json",
         under: str | None = None,
         what: str = "results",
+        key: str = "",
     ) -> None:
         """
         folder: need not exist yet.
@@ -292,28 +293,33 @@ class OutputFolder:
         record: the name of the file that is written last.
         under: the key of the record that holds the identity; None: the record's own keys.
         what: what to call the results in messages.
+        key: the config key that names the folder, for messages.
         """
         self.folder, self.identity, self.what = folder, as_json(identity), what
+        self._named = f"{key}: {folder}" if key else f"{folder}"
         self.record, self._under = folder / record, under
         self.parts = folder / ".parts"
         self._job = self.parts / "job.json"
 
-    def finished(self) -> dict[str, Any] | None:
-        """The record, if the folder is finished. Raises UserError where it is another identity's, with the difference,
-        or damaged."""
+    def finished(self, results: Iterable[Path] = ()) -> dict[str, Any] | None:
+        """The record, if the folder is finished and none of ``results`` is gone since. Raises UserError where it is
+        another identity's, with the difference, or damaged."""
         if not os.path.lexists(self.record):
             return None
         record = read_json(self.record)
         earlier = record.get(self._under) if self._under else {key: record.get(key) for key in self.identity}
         self._refuse_unless_same(earlier if isinstance(earlier, dict) else {}, f"already holds {self.what}")
-        return record
+        return record if all(path.exists() for path in results) else None
 
-    def begin(self, foreign: Iterable[Path] = (), discard: Callable[[], None] | None = None) -> None:
+    def begin(
+        self, foreign: Iterable[Path] = (), discard: Callable[[], None] | None = None, refuse_empty: bool = False
+    ) -> None:
         """Create the folder, or take up an unfinished job of the same identity.
 
-        foreign: files that only this job may have written; they are refused where no job is under way.
+        foreign: files that only this job may have written; they are refused where there is neither job nor record.
         discard: removes the results of an unfinished job of another identity, which is refused without it (and is
             thrown away without it too, where it has kept nothing yet).
+        refuse_empty: refuse it there too: its process may be alive, and would keep its parts in this job.
         Raises UserError, also where the folder cannot be written.
         """
         try:
@@ -323,21 +329,24 @@ class OutputFolder:
                     return
                 if discard is not None:
                     discard()
-                elif any(not part.name.startswith(".") and part != self._job for part in self.parts.iterdir()):
+                elif refuse_empty or any(
+                    not part.name.startswith(".") and part != self._job for part in self.parts.iterdir()
+                ):
                     self._refuse_unless_same(earlier, f"holds unfinished {self.what}")
                 # job.json goes last: whoever is killed before that finds the other job again and discards the rest
                 for part in self.parts.iterdir():
                     if part != self._job:
                         part.unlink()
                 self._job.unlink()
-            if (taken := next((path for path in foreign if path.exists()), None)) is not None:
+            taken = None if self.record.exists() else next((path for path in foreign if path.exists()), None)
+            if taken is not None:
                 raise UserError(
-                    f"{self.folder}: holds {taken.name}, which this command did not write; choose an empty folder"
+                    f"{self._named}: holds {taken.name}, which this command did not write; choose an empty folder"
                 )
             self.parts.mkdir(parents=True, exist_ok=True)
             write_text(self._job, json.dumps(self.identity))
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
+            raise UserError(f"{self._named}: cannot be written ({error.strerror}); choose another folder") from None
 
     def keep(self, part: str, content: Mapping[str, Any]) -> None:
         """Remember a finished part, after its results are on the disk."""
@@ -365,7 +374,7 @@ class OutputFolder:
                 f"{key}: {_short(earlier.get(key))} -> {_short(self.identity.get(key))}" for key in different
             )
             raise UserError(
-                f"{self.folder}: {holds} made in another way ({changes}); use the old values, choose another folder, "
+                f"{self._named}: {holds} made in another way ({changes}); use the old values, choose another folder, "
                 "or delete this one"
             )
 

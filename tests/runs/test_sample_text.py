@@ -25,7 +25,7 @@ from llamagen_dist.parallel.topology import Topology
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
-from tests.runs.test_sample import SIZES, tokenizer_run
+from tests.runs.sampling_work import SIZES, tokenizer_run
 from tests.runs.token_shards import VOCABULARY
 from tests.tiny_t5 import write_t5
 

@@ -109,3 +109,32 @@ def test_results_of_another_identity_are_refused_with_the_difference(tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         work(tmp_path / "file" / "out", 1)
+
+
+def test_a_lost_result_reopens_a_finished_folder(tmp_path: Path) -> None:
+    """Twin: the same files where there is no record are somebody else's."""
+    output = OutputFolder(tmp_path, {"seed": 1}, key="out")
+    results = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for result in results:
+        result.touch()
+    with pytest.raises(UserError, match=r"^out: .* holds a\.npz, which this command did not write"):
+        output.begin(results)
+    output.begin()
+    output.finish({})
+    assert output.finished(results) == {"seed": 1}
+    results[1].unlink()
+    assert output.finished(results) is None
+    with pytest.raises(UserError, match=r"^out: .* already holds results made in another way"):
+        OutputFolder(tmp_path, {"seed": 2}, key="out").finished(results)
+    output.begin(results)
+    assert output.parts.exists()
+
+
+def test_an_empty_job_is_refused_only_where_its_process_could_still_add_to_it(tmp_path: Path) -> None:
+    OutputFolder(tmp_path, {"seed": 1}).begin()
+    other = OutputFolder(tmp_path, {"seed": 2})
+    with pytest.raises(UserError, match=r"holds unfinished results made in another way \(seed: 1 -> 2\)"):
+        other.begin(refuse_empty=True)
+    other.begin()
+    with pytest.raises(UserError, match=r"\(seed: 2 -> 1\)"):
+        OutputFolder(tmp_path, {"seed": 1}).begin(refuse_empty=True)
