@@ -101,12 +101,8 @@ class Judge:
         assert train.labels is not None
         assert validation.labels is not None
         self.classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
-        for images, labels in ((train, train.labels), (validation, validation.labels)):
-            if labels.min() < 0 or labels.max() >= self.classes:
-                raise UserError(
-                    f"classifier: {images.path} has labels {labels.min()} to {labels.max()}, but {train.path} has "
-                    f"{self.classes} classes"
-                )
+        for images in (train, validation):
+            images.check_labels(self.classes, "classifier", f"{train.path} has")
         chosen = balanced(train.labels, train.count, section.keep, section.seed)
         pixels = train.read(chosen)
         # the ranks train it together, so its bar counts the whole work

@@ -43,7 +43,7 @@ class Comparison:
         self.absent: dict[str, str] = {}
         self._numbers: dict[tuple[str, bytes], int] = {}
         self._opened: dict[Path, ImageSet] = {}
-        self._radii: dict[int, Tensor] = {}
+        self._known_radii: dict[int, Tensor] = {}
         self._left_out: set[str] = set()
         self.sets: dict[str, tuple[Side, Side]] = {}
         opened = {
@@ -60,7 +60,9 @@ class Comparison:
                     f"{pair.reference} {reference.width} x {reference.height}; compare images of one size"
                 )
             self.sets[name] = (Side(generated, self._select(generated, self.limit)), self._reference(reference))
-        self.kid_subset = config.kid.subset_size or self._kid_subset()
+        # 1000, or half of the smallest set whose features are kept
+        least = min((len(s.kept) for s in self.selections if len(s.kept)), default=0)
+        self.kid_subset = config.kid.subset_size or max(2, min(1000, least // 2))
         for name in self.sets:
             self._check(name)
         counts = {len(self.selections[side.selection]) for side, _ in self.sets.values() if side.selection is not None}
@@ -85,11 +87,6 @@ class Comparison:
             return limit
         counts = [images.count for images in opened if not images.statistics]
         return min(counts if limit is None else [limit, *counts], default=None)
-
-    def _kid_subset(self) -> int:
-        """1000, or half of the smallest set whose features are kept."""
-        least = min((len(s.kept) for s in self.selections if len(s.kept)), default=0)
-        return max(2, min(1000, least // 2))
 
     def _reference(self, images: ImageSet) -> Side:
         wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
@@ -148,15 +145,9 @@ class Comparison:
         """Every labelled set fits the classifier's classes. classes: None without a classifier."""
         if "class_agreement" not in self.config.metrics or classes is None:
             return
-        bare = [name for name, (side, _) in self.sets.items() if side.images.labels is None]
         for name, (side, _) in self.sets.items():
-            labels = side.images.labels
-            if labels is not None and (labels.min() < 0 or labels.max() >= classes):
-                raise UserError(
-                    f"{name}: {side.images.path} has labels {labels.min()} to {labels.max()}, but the classifier knows "
-                    f"{classes} classes"
-                )
-        if bare:
+            side.images.check_labels(classes, name, "the classifier knows")
+        if bare := [name for name, (side, _) in self.sets.items() if side.images.labels is None]:
             self.absent["class_agreement"] = f"no labels in {', '.join(bare)}"
 
     def without_features(self, reason: str) -> None:
@@ -204,13 +195,9 @@ class Comparison:
                     mine.pool, theirs.pool, self.config.kid.subsets, self.kid_subset, self.config.seed, topology
                 )
             else:
-                k = self.config.neighbours
-                radii = tuple(
-                    self._radius(side.selection, pool, topology)
-                    for side, pool in ((generated, mine.pool), (reference, theirs.pool))
-                )
+                radii = self._radii(generated, mine.pool, topology), self._radii(reference, theirs.pool, topology)
                 values["precision"], values["recall"] = precision_recall(
-                    mine.pool, theirs.pool, k, topology, radii=(radii[0], radii[1])
+                    mine.pool, theirs.pool, self.config.neighbours, topology, radii=radii
                 )
         if "inception_score" in wanted and mine.score is not None:
             values["inception_score"] = mine.score
@@ -233,11 +220,12 @@ class Comparison:
         mean, covariance = (torch.tensor(array, dtype=torch.float64) for array in images.statistics[metric])
         return Gaussian(mean.to(topology.device), covariance.to(topology.device))
 
-    def _radius(self, selection: int | None, pool: Tensor, topology: Topology) -> Tensor:
-        assert selection is not None
-        if selection not in self._radii:
-            self._radii[selection] = squared_radii(pool, self.config.neighbours, topology)
-        return self._radii[selection]
+    def _radii(self, side: Side, pool: Tensor, topology: Topology) -> Tensor:
+        """``squared_radii`` of a side's kept images, once for each selection."""
+        assert side.selection is not None
+        if side.selection not in self._known_radii:
+            self._known_radii[side.selection] = squared_radii(pool, self.config.neighbours, topology)
+        return self._known_radii[side.selection]
 
     def describe(self, name: str, measured: Sequence[SetFeatures]) -> dict[str, Any]:
         """Where the two sides of a set come from and what their pixels hash to."""
@@ -268,30 +256,25 @@ class Comparison:
 
     def protocol(self, extractor: dict[str, object] | None, classifier: dict[str, Any] | None) -> dict[str, Any]:
         """Metric -> everything besides the images that decides its value; equal for comparable results."""
-        if extractor is None:
-            network: dict[str, Any] = {}
-        else:
-            kept = ("network", "weights_sha256", "arithmetic")
-            network = {**{key: extractor[key] for key in kept}, "resize": inception.RESIZE}
+        network: dict[str, Any] = {}
+        if extractor is not None:
+            network = {key: extractor[key] for key in ("network", "weights_sha256", "arithmetic")}
+            network["resize"] = inception.RESIZE
+        pool = {**network, "features": inception.TAPS["fid"]}
         subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
         kid_section = {**subsets, "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
         large = {"keep": self.config.keep, "subsample": self.config.subsample}
         details: dict[str, dict[str, Any]] = {
-            "fid": {**network, "features": inception.TAPS["fid"], "covariance": "n - 1"},
+            "fid": {**pool, "covariance": "n - 1"},
             "sfid": {**network, "features": inception.TAPS["sfid"], "covariance": "n - 1"},
-            "kid": {**network, "features": inception.TAPS["fid"], **kid_section, **large},
+            "kid": {**pool, **kid_section, **large},
             "precision_recall": {
-                **network,
-                "features": inception.TAPS["fid"],
+                **pool,
                 "k": self.config.neighbours,
                 "inside": "distance <= radius, float64",
                 **large,
             },
-            "inception_score": {
-                **network,
-                "logits_sha256": None if extractor is None else extractor["logits_sha256"],
-                "splits": 1,
-            },
+            "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": 1},
             "class_agreement": classifier or {},
         }
         return {metric: details[metric] for metric in record.VALUES if metric in self.config.metrics}

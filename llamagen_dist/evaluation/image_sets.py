@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,12 @@ class ImageSet:
     """None (and count, height and width 0) where there are statistics only."""
     statistics: dict[str, tuple[NDArray[Any], NDArray[Any]]]
     """Stored (mean [d], covariance [d, d]) by metric; empty for ordinary images."""
+
+    def check_labels(self, classes: int, where: str, who: str) -> None:
+        """Raises UserError for labels beyond ``classes``. where, who: begin its message and say who has the classes."""
+        if self.labels is not None and (self.labels.min() < 0 or self.labels.max() >= classes):
+            least, most = self.labels.min(), self.labels.max()
+            raise UserError(f"{where}: {self.path} has labels {least} to {most}, but {who} {classes} classes")
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, H, W, 3]. Raises UserError for an image that cannot be decoded."""
@@ -120,6 +126,9 @@ _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error
 """What the readers of a damaged, cut or encrypted .npz raise."""
 
 
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
     """One array of the .npz; mapped instead of read where it is not compressed (50,000 images are 10 GB).
 
@@ -127,30 +136,21 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
     """
     entry = archive.getinfo(f"{name}.npy")
     with archive.open(entry) as member:
-        shape, fortran, dtype, header = _header(member)
+        version = npy.read_magic(member)
+        if version not in _HEADERS:
+            raise ValueError(f"version {version} of the .npy format is unknown")
+        shape, fortran, dtype = _HEADERS[version](member)
+        order: Literal["F", "C"] = "F" if fortran else "C"
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are not read")
         if entry.compress_type != zipfile.ZIP_STORED:
-            data = member.read()
-            return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    if fortran:
-        raise ValueError(f"{name} is stored in Fortran order")
+            return np.frombuffer(member.read(), dtype).reshape(shape, order=order)
+        header = member.tell()
     with open(path, "rb") as file:
         file.seek(entry.header_offset + 26)
         name_length, extra_length = struct.unpack("<HH", file.read(4))
     start = entry.header_offset + 30 + name_length + extra_length + header
-    return np.memmap(path, dtype, "r", start, shape) if np.prod(shape) else np.empty(shape, dtype)
-
-
-def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """(shape, Fortran order, dtype, bytes of the header) of an .npy stream."""
-    stream: BinaryIO = member
-    version = npy.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} of the .npy format is unknown")
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    return shape, fortran, dtype, stream.tell()
+    return np.memmap(path, dtype, "r", start, shape, order) if np.prod(shape) else np.empty(shape, dtype)
 
 
 def choose(images: ImageSet, limit: int | None, seed: int) -> NDArray[np.int64]:

