@@ -17,6 +17,7 @@ beat             touched by the batch script's keeper while it lives
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from llamagen_dist.files import json_if_there, sync_folder, write_text
 
 HERE = "here"
 """The incarnation of a program that this machine's launcher runs."""
+VARIABLE = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
+"""In a pipeline file, and in the OUT/config.yaml that is kept of it."""
 
 # Where launches kept the same things before November 2026, from FOLDER: such folders are read, and resumed.
 _OLDER = {

@@ -1,14 +1,14 @@
 """What is launched, as a graph: a launch is one node, a sweep nodes without edges, a pipeline nodes with edges.
 
-A node is one program in one folder; in a pipeline a whole sweep may stand in a node's place. Every node is filled in
-(its exact program, config and folder) before anything is started or written. Executors: here.py and slurm/launch.py.
+A node is one program in one folder, or in a pipeline a whole sweep. Every node is filled in (its exact program, config
+and folder) before anything is started or written. Executors: here.py and slurm/launch.py.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,10 +46,8 @@ class Node:
     """How many it works on, where only the pipeline file says so."""
     after: tuple[str, ...] = ()
     """Edges: nodes that must have ended well before."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of a sweep's point: what tells it from the others, dotted."""
     sweep: "Graph | None" = None
-    """The sweep that stands in this node's place; ``config`` is then the sweep's."""
+    """The sweep whose points run instead of a single program; ``config`` is then the sweep's."""
 
     @property
     def job(self) -> JobFolder:
@@ -159,14 +157,13 @@ class Node:
 @dataclass(frozen=True)
 class Graph:
     """``out``: the folder of everything. ``config``: as read, with the command line's settings in it; it is kept as
-    OUT/config.yaml. ``keys``: of a sweep, the dotted keys that differ between its points."""
+    OUT/config.yaml."""
 
     kind: Literal["launch", "sweep", "pipeline"]
     title: str
     out: Path
     nodes: tuple[Node, ...]
     config: PipelineConfig | SweepConfig | None = None
-    keys: tuple[str, ...] = ()
 
     @property
     def at_once(self) -> int | None:
@@ -219,16 +216,15 @@ class Graph:
                 raise UserError(f"{self.out} is not empty and holds no {self.kind}; choose another --out")
             return
         earlier = load(kept, kind=self.kind)
-        if self.kind == "pipeline":
-            if earlier.title != self.title:
-                raise UserError(f"{self.out} holds another pipeline ({earlier.title!r}); choose another --out")
-        else:
+        if self.kind == "pipeline" and earlier.title != self.title:
+            raise UserError(f"{self.out} holds another pipeline ({earlier.title!r}); choose another --out")
+        if self.kind == "sweep":
             if earlier.module != self.module:
                 raise UserError(
                     f"{self.out} holds a sweep of {earlier.module}, not of {self.module}; choose another --out"
                 )
-            known = {point.name for point in self.nodes}
-            others = [job.folder.name for job in started_in(self.out) if job.folder.name not in known]
+            names = {point.name for point in self.nodes}
+            others = [job.folder.name for job in started_in(self.out) if job.folder.name not in names]
             if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 raise UserError(
@@ -245,14 +241,14 @@ class Graph:
         changed = "; ".join(node.changes(as_run=self.kind == "sweep" and not stage))
         if not changed:
             return ""
-        if self.kind == "sweep":
-            what, wrote = f"{self.out}: point {node.name}", ""
-        else:
-            inside = [path.relative_to(self.out) for path in node.produces if path.is_relative_to(self.out)]
+        what, written = f"{self.out}: point {node.name}", ""
+        if self.kind == "pipeline":
             what = f"stage {node.name}"
-            wrote = "".join(f" and {path}" for path in sorted({self.out / path.parts[0] for path in inside}))
+            inside = [path.relative_to(self.out) for path in node.produces if path.is_relative_to(self.out)]
+            written = "".join(f" and {path}" for path in sorted({self.out / path.parts[0] for path in inside}))
         return (
-            f"{what} was started with another config ({changed}): choose another --out, or delete {node.folder}{wrote}"
+            f"{what} was started with another config ({changed}): choose another --out, or delete "
+            f"{node.folder}{written}"
         )
 
 

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from llamagen_dist.console import Screen, duration
@@ -49,13 +50,11 @@ class Runner:
     out: Path
     screen: Screen
     stop: local.StopRequest
-    _code: Path | None = None
 
-    @property
+    @cached_property
     def code(self) -> Path:
         """The snapshot that everything of this launch runs, taken when it is needed first."""
-        self._code = self._code or take_code(self.out, self.screen)
-        return self._code
+        return take_code(self.out, self.screen)
 
     def single(self, node: Node) -> None:
         """A program on its own; it finds by itself where nothing is left to do."""
@@ -88,7 +87,7 @@ class Runner:
                 raise explain_failure(f"stage {node.name}", outcome, self.screen)
 
     def sweep_stage(self, node: Node, sweep: Graph) -> None:
-        """The points of a sweep in a node's place, failed ones again."""
+        """The points of a stage that is a sweep, failed ones again."""
         own_folder(sweep.out)
         sweep.keep()
         node.prepare()

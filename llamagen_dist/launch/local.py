@@ -68,10 +68,6 @@ class LocalJob:
         self._began = time.monotonic()
         self._killed: set[int] = set()
 
-    def seconds(self) -> float:
-        """Since submission."""
-        return time.monotonic() - self._began
-
     def log_of(self, rank: int) -> Path:
         """Everything this rank printed, stdout and stderr."""
         return Path(self._submitted.task(rank).paths.stdout)
@@ -80,7 +76,7 @@ class LocalJob:
         """What each rank has reported; a rank that ended without a report gets the outcome ``died``."""
         reports = read_reports(self._reports)
         over = self._submitted.done()
-        late = self.seconds() > START_PATIENCE_S
+        late = time.monotonic() - self._began > START_PATIENCE_S
         for rank in range(self.ranks):
             if rank not in reports:
                 if over or late:

@@ -70,11 +70,10 @@ def fill(
                 nodes=config.nodes,
                 gpus_per_node=config.gpus_per_node,
                 config=whole,
-                settings=row.settings,
             )
         )
     kept = config.model_copy(update={"config": base.absolute(), "set": below})
-    return Graph("sweep", config.title, out, tuple(points), kept, _differing(rows))
+    return Graph("sweep", config.title, out, tuple(points), kept)
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,11 @@ def _sources(root: Path) -> list[str]:
             names |= {str(p.relative_to(root)) for p in (root / folder).rglob("*") if "__pycache__" not in p.parts}
     files = sorted(n for n in names if n and (root / n).is_file() and (root / n).resolve().is_relative_to(root))
     sizes = {name: (root / name).stat().st_size for name in files}
-    if sum(sizes.values()) > LIMIT_BYTES:
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise UserError(
-            f"{root}: the sources come to {sum(sizes.values()) / 1e6:.0f} MB, more than a snapshot may "
-            f"hold ({LIMIT_BYTES / 1e6:.0f} MB); move large files such as {largest} out of them"
+            f"{root}: the sources come to {total / 1e6:.0f} MB, more than a snapshot may hold "
+            f"({LIMIT_BYTES / 1e6:.0f} MB); move large files such as {largest} out of them"
         )
     return files

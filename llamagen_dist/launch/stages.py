@@ -9,9 +9,8 @@ from llamagen_dist.config import PipelineConfig, Section, StageSection, SweepCon
 from llamagen_dist.config.yaml_text import nest
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch import points
+from llamagen_dist.launch.folder import VARIABLE
 from llamagen_dist.launch.graph import Graph, Node, absolute
-
-_NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
 
 def plan(file: Path, out: Path, variables: Mapping[str, str] | None = None, small: float = 1.0) -> Graph:
@@ -108,4 +107,4 @@ def _substitute(value: Any, values: Mapping[str, str], where: str) -> Any:
             raise UserError(f"{where}: {{{match[1]}}} is not a variable; there are {', '.join(sorted(values))}")
         return values[match[1]]
 
-    return _NAME.sub(look_up, value)
+    return VARIABLE.sub(look_up, value)

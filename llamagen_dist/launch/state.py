@@ -41,39 +41,37 @@ class JobState:
 
 def state_of(folder: JobFolder, jobs: Mapping[str, QueuedJob] | None) -> JobState:
     """jobs: ``queue.my_jobs()``; empty where no cluster is to be asked, None where it gave no answer."""
-    held = locks.read(folder)
-    first = held.jobs[0] if held is not None and held.jobs else None
+    lock = locks.read(folder)
+    first = lock.jobs[0] if lock is not None and lock.jobs else None
     if folder.is_done():
-        return JobState("finished", job=first, lock=held)
+        return JobState("finished", job=first, lock=lock)
     if jobs is None:
-        return JobState("unknown", job=first, lock=held)
-    ours = [] if held is None else locks.jobs_of(held, jobs)
-    idle = [] if held is None else elastic.left_over(folder, held, jobs)
+        return JobState("unknown", job=first, lock=lock)
+    ours = [] if lock is None else locks.jobs_of(lock, jobs)
+    idle = [] if lock is None else elastic.left_over(folder, lock, jobs)
     alive = sorted((j for j in ours if j.alive and j.job not in idle), key=lambda j: (j.state != "RUNNING", j.job))
-    if held is not None and not held.jobs and locks.submitting(folder, held, bool(alive)):
-        return JobState("submitting", lock=held)
+    if lock is not None and not lock.jobs and locks.submitting(folder, lock, bool(alive)):
+        return JobState("submitting", lock=lock)
     if alive:
         kind: Literal["waiting", "running"] = "waiting" if alive[0].state == "PENDING" else "running"
-        return JobState(kind, f"job {alive[0].job}", alive[0].job, alive[0], held)
+        return JobState(kind, f"job {alive[0].job}", alive[0].job, alive[0], lock)
     failed = folder.read(folder.failed)
     if failed is not None:
-        return JobState("failed", str(failed.get("reason", "")), first, None, held)
-    return JobState("open", "", first, next(iter(ours), None), held)
+        return JobState("failed", str(failed.get("reason", "")), first, None, lock)
+    return JobState("open", "", first, next(iter(ours), None), lock)
 
 
 def nothing_runs(folders: Sequence[Path]) -> None:
     """Before a launch on this machine: raises UserError where a cluster's job runs or waits in one of the folders."""
-    held = [job for job in map(JobFolder.of, folders) if job.lock.exists()]
-    if not held:
-        return
+    locked = [job for job in map(JobFolder.of, folders) if job.lock.exists()]
     try:
-        jobs = queue.my_jobs()
+        jobs = queue.my_jobs() if locked else {}
     except UserError as error:
         raise UserError(
-            f"{held[0].folder} was launched on a cluster, and whether its job still runs cannot be asked ({error}); if "
-            f"it does not, delete {held[0].lock}"
+            f"{locked[0].folder} was launched on a cluster, and whether its job still runs cannot be asked ({error}); "
+            f"if it does not, delete {locked[0].lock}"
         ) from None
-    for job in held:
+    for job in locked:
         state = state_of(job, jobs)
         if state.live or state.kind == "submitting":
             raise UserError(

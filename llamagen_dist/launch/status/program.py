@@ -21,6 +21,7 @@ from llamagen_dist.launch.slurm.lock import Lock
 from llamagen_dist.launch.slurm.queue import QueuedJob
 from llamagen_dist.launch.state import state_of
 from llamagen_dist.process import Identity, started_at
+from llamagen_dist.training import heartbeat
 
 RUNNING, WAITING, SUBMITTING = "running", "waiting", "submitting"
 FINISHED, FAILED, STOPPED, UNKNOWN = "finished", "failed", "stopped", "unknown"
@@ -104,7 +105,7 @@ class Reader:
         summary = json_if_there(run / "summary.json")
         done = summary.get("images_seen") if summary else (seen[-1] if seen else None)
         step, saved_s = self._saved(run / "checkpoints")
-        signs = [self.age(run / "metrics.jsonl"), self.age(run / "log" / "heartbeat-rank-0.json")]
+        signs = [self.age(run / "metrics.jsonl"), self.age(heartbeat.path(run / "log", 0))]
         return Progress(
             kind=kind,
             done=done,
@@ -131,36 +132,36 @@ class Reader:
             events = job.events()
         except OSError:  # somebody else's, or damaged: the other files may say
             events = []
-        held = lock.read(job)
-        names = [*(held.jobs if held is not None else ()), *(str(event.get("job") or "") for event in events[-1:])]
+        locked = lock.read(job)
+        names = [*(locked.jobs if locked is not None else ()), *(str(event.get("job") or "") for event in events[-1:])]
         known = State("", job=next(iter(names), ""), restarts=tuple(count_restarts(events).items()))
         if finished:
             return replace(known, name=FINISHED)
         # where it was launched last: an event of this machine's launcher names no job
         last = next((event for event in reversed(events) if event.get("event") in ("started", "submitted")), None)
         if job.lock.exists() if last is None else last.get("job"):
-            return self._on_cluster(job, events, held, known)
+            return self._on_cluster(job, events, locked, known)
         return replace(self._here(job, run), restarts=known.restarts)
 
     def _on_cluster(
-        self, job: JobFolder, events: Sequence[Mapping[str, Any]], held: Lock | None, known: State
+        self, job: JobFolder, events: Sequence[Mapping[str, Any]], locked: Lock | None, known: State
     ) -> State:
         failed = job.read(job.failed)
-        if outcome_of(events) == "failed" or (failed is not None and (held is None or not held.jobs)):
+        if outcome_of(events) == "failed" or (failed is not None and (locked is None or not locked.jobs)):
             return replace(known, name=FAILED, reason=one_line((failed or {}).get("reason", "no reason is given")))
-        if held is None:
+        if locked is None:
             return replace(known, name=STOPPED, reason="nothing runs or waits; the same launch resumes it")
         state = state_of(job, self.jobs())
         if state.queued is not None and state.live:
             first = (self.jobs() or {}).get(known.job)
             return replace(_queued(state.queued, first, events), restarts=known.restarts)
         gone = "nothing runs or waits"
-        if held.jobs:
+        if locked.jobs:
             gone = f"job {known.job} is over ({state.queued.state if state.queued else 'forgotten by SLURM'})"
         if events and events[-1].get("event") == "gave_up":
             gone += f": {events[-1].get('reason')}"
         name, reason = {
-            "submitting": (SUBMITTING, f"by {held.user} on {held.host}"),
+            "submitting": (SUBMITTING, f"by {locked.user} on {locked.host}"),
             "unknown": (UNKNOWN, "SLURM does not answer"),
             "finished": (FINISHED, ""),
             "failed": (FAILED, state.reason),
@@ -189,7 +190,7 @@ class Reader:
                     return State(name, one_line(message, last=True))
         ends = [beat["ended"] for beat in beats.values() if beat.get("ended")]
         if ends:  # a rank that gave up did so because of another
-            return State(FAILED, one_line(min(ends, key=lambda text: text.startswith("gave up: "))))
+            return State(FAILED, one_line(min(ends, key=lambda text: text.startswith(heartbeat.GAVE_UP))))
         if self._starting(run / "lock"):
             return State(RUNNING, where=here)
         gone = "its processes are gone without a message (killed? out of memory?); the same command resumes it"

@@ -1,6 +1,5 @@
 """From folders to rows: what each run, sweep and pipeline in them is doing."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from typing import Any
 
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import json_if_there
-from llamagen_dist.launch.folder import JobFolder
+from llamagen_dist.launch.folder import VARIABLE, JobFolder
 from llamagen_dist.launch.status.program import (
     FAILED,
     FINISHED,
@@ -34,7 +33,6 @@ QUIET_S = 600.0
 _RUN_MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch.lock"}
 _LAUNCH_MARKS = {"lock.json", "job.json", "stage.json", "history.jsonl", "DONE.json", "FAILED.json", "END.json"}
 _INSIDE = {"code", "checkpoints", "log", "report", "stages", "__pycache__"}
-_VARIABLE = re.compile(r"\{([a-z_][a-z0-9_]*)\}")  # as launch/stages.py has it
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def stages(out: Path) -> dict[str, Path | None]:
     values = {**(pipeline.get("counts") or {}), **(pipeline.get("variables") or {}), "out": str(out)}
 
     def filled(text: str) -> Path:
-        return Path(_VARIABLE.sub(lambda match: str(values.get(match[1], match[0])), text))
+        return Path(VARIABLE.sub(lambda match: str(values.get(match[1], match[0])), text))
 
     declared = pipeline.get("stages") or []
     return {stage["name"]: filled(stage["out"]) if stage.get("out") is not None else None for stage in declared}
