@@ -10,6 +10,7 @@ position of the same batch shape, so the files' bytes do not depend on the numbe
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.conditions import Conditions, conditions
-from llamagen_dist.sampling.grid import save, shown_classes
+from llamagen_dist.sampling.grid import class_grid, save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint
 from llamagen_dist.tracking.provenance import versions
 
@@ -99,11 +100,7 @@ class Sampling:
             "image_size": gpt.image_size,
             "n": config.images,
             "sets": config.sets,
-            "cfg_scale": config.cfg_scale,
-            "cfg_interval": config.cfg_interval,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
+            **asdict(self.settings),
             "seed": config.seed,
             "batch": config.batch,
         }
@@ -145,23 +142,23 @@ class Sampling:
         return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(chunk.samples)]
 
     def _labels(self, numbers: Tensor) -> Tensor:
-        return numbers % len(self.conditions)
+        return numbers % self.conditions.count
 
     def _finish(self, seconds: float) -> None:
         """The .npz files, the grid of the first set, the captions, the record. Rank 0 only."""
         labels = self._labels(torch.arange(self.config.images)).numpy()
-        count = len(self.conditions)
+        count = self.conditions.count
         shown = set(shown_classes(range(min(count, self.config.images))))
         first = np.array([label in shown for label in labels]) & (np.arange(len(labels)) < PER_CLASS * count)
         kept: list[NDArray[np.uint8]] = []
         for name in self.config.sets:
             wanted = first if name == self.config.sets[0] else np.zeros_like(first)
             write_npz(self.config.out / f"{name}.npz", labels, self.config.images, self._blocks(name, wanted, kept))
+        images, words, kind = np.concatenate(kept), self.conditions.name, self.conditions.kind
         grid = self.config.out / "grid.png"
-        save(grid, np.concatenate(kept), labels[first], self.conditions.name, PER_CLASS, self._originals)
-        kind = self.conditions.kind
+        save(grid, lambda: class_grid(images, labels[first], words, PER_CLASS, self._originals))
         if kind == "caption":
-            used = [self.conditions.name(number) for number in range(min(count, self.config.images))]
+            used = [words(number) for number in range(min(count, self.config.images))]
             write_text(self.config.out / "captions.json", json.dumps(used, ensure_ascii=False, indent=0) + "\n")
         self.output.finish(
             {

@@ -44,8 +44,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from llamagen_dist.sampling.conditions import Classes, Conditions, written
-    from llamagen_dist.sampling.grid import save
+    from llamagen_dist.sampling.conditions import classes, written_captions
+    from llamagen_dist.sampling.grid import class_grid, save
     from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
     from llamagen_dist.sampling.pictures import Settings, rows_of_pictures
 
@@ -63,20 +63,19 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.checkpoint, "checkpoint", which=which)
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(checkpoint), key="--tokenizer")
     gpt = load_gpt(checkpoint, tokenizer)
-    asked: Conditions
     if args.captions:
         if gpt.config.condition == "class":
             raise UserError(f"--caption: {args.checkpoint} is conditioned on classes; use --class")
-        asked = written(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
-        chosen = list(range(len(asked)))
+        asked = written_captions(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
+        chosen = list(range(asked.count))
     else:
         if gpt.config.condition == "text":
             raise UserError(f"--class: {args.checkpoint} is conditioned on text; use --caption TEXT")
-        asked = Classes(gpt.classes)
+        asked = classes(gpt)
         everything = args.classes == ["all"]
         chosen = [class_number(name, gpt.classes) for name in ([] if everything else args.classes)]
-        chosen = list(range(len(asked))) if everything else list(dict.fromkeys(chosen))
+        chosen = list(range(asked.count)) if everything else list(dict.fromkeys(chosen))
     settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
     images, labels = rows_of_pictures(gpt.model, tokenizer.model, asked.at, chosen, args.per_class, args.seed, settings)
-    save(args.out, images, labels, asked.name, args.per_class)
+    save(args.out, lambda: class_grid(images, labels, asked.name, args.per_class))
     print(args.out)

@@ -126,7 +126,7 @@ def _histogram(labels: list[int], classes: list[str]) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from llamagen_dist.sampling.grid import save_page
+    from llamagen_dist.sampling.grid import save
     from llamagen_dist.sampling.sheet import shard_sheet
 
     if not 1 <= args.n <= MOST_SHOWN:
@@ -135,7 +135,7 @@ def _show(args: argparse.Namespace) -> None:
         if not 0 <= args.start < len(shards):
             raise UserError(f"--start {args.start}: {args.folder} holds samples 0 to {len(shards) - 1}")
         samples = range(args.start, min(args.start + args.n, len(shards)))
-        save_page(args.out, lambda: shard_sheet(shards, samples, args.tokenizer))
+        save(args.out, lambda: shard_sheet(shards, samples, args.tokenizer))
     print(args.out)
 
 

@@ -1,9 +1,10 @@
 """What pictures are drawn from: the classes a GPT knows, or captions, by number."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,115 +21,85 @@ from llamagen_dist.models.gpt import Condition
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT
 
 
-class Conditions(Protocol):
-    """Numbered conditions; sample i of a set is drawn from number i modulo ``len``."""
+@dataclass(frozen=True)
+class Conditions:
+    """Numbered conditions; sample i of a set is drawn from number i modulo ``count``.
 
-    kind: str
+    identity: what decides the conditions' content, for the record; None for classes, which belong to the GPT.
+    name: the class or caption in words.
+    at: numbers int64 (B,) below ``count`` -> the model's condition.
+    originals: numbers -> codes int64 [n, tokens] of the images that the conditions come from; None where they come
+        with none.
+    """
+
+    kind: Literal["class", "caption"]
+    count: int
     identity: str | None
-    """What decides the conditions' content, for the record; None for classes, which belong to the GPT."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, number: int) -> str:
-        """The class or caption in words."""
-        ...
-
-    def at(self, numbers: Tensor) -> Condition:
-        """The model's condition for these numbers, int64 (B,) below ``len``."""
-        ...
-
-    def originals(self, numbers: Sequence[int]) -> NDArray[np.int64] | None:
-        """int64 [n, tokens] of the images that the conditions come from; None where they come with none."""
-        ...
+    name: Callable[[int], str]
+    at: Callable[[Tensor], Condition]
+    originals: Callable[[Sequence[int]], NDArray[np.int64] | None] = lambda numbers: None
 
 
-class Classes:
+def classes(gpt: TrainedGPT) -> Conditions:
     """The GPT's own classes."""
-
-    kind = "class"
-    identity: str | None = None
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, number: int) -> str:
-        return self._names[number]
-
-    def at(self, numbers: Tensor) -> Condition:
-        return numbers
-
-    def originals(self, numbers: Sequence[int]) -> None:
-        return None
+    return Conditions("class", len(gpt.classes), None, gpt.classes.__getitem__, lambda numbers: numbers)
 
 
-class WrittenCaptions:
-    """Captions in words, encoded here. Raises UserError for another encoder than the GPT was trained with."""
-
-    kind = "caption"
-
-    def __init__(self, captions: Sequence[str], encoder: CaptionEncoder, gpt: TrainedGPT) -> None:
-        known = gpt.captions
-        if encoder.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != encoder.sha256):
-            was = "" if known is None else f" ({known['encoder']}, sha256 {known['encoder_sha256'][:12]}…)"
-            raise UserError(
-                f"text_encoder: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is "
-                f"not the one that {gpt.path} was trained with{was}; its features mean other things"
-            )
-        self._captions = list(captions)
-        self._features = encoder.encode(self._captions)
-        self._places = gpt.config.prefix
-        content = "\n".join([encoder.sha256, *self._captions])
-        self.identity: str | None = hashlib.sha256(content.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._captions)
-
-    def name(self, number: int) -> str:
-        return self._captions[number]
-
-    def at(self, numbers: Tensor) -> Condition:
-        return left_padded([self._features[number] for number in numbers.tolist()], self._places)
-
-    def originals(self, numbers: Sequence[int]) -> None:
-        return None
-
-
-class ShardCaptions:
+def shard_captions(shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> Conditions:
     """The captions of token shards, read when they are needed. Raises UserError where they do not fit the GPT."""
+    _check_encoding(shards.manifest.captions, gpt, f"captions: {shards.location}")
+    reader = TokenReader(shards)
 
-    kind = "caption"
+    def at(numbers: Tensor) -> Condition:
+        features = reader.caption_features(numbers.numpy(), short=np.zeros(len(numbers), np.bool_))
+        return left_padded(features, gpt.config.prefix)
 
-    def __init__(self, shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> None:
-        check_encoding(shards.manifest.captions, gpt, f"captions: {shards.location}")
-        self._shards, self._reader, self._places = shards, TokenReader(shards), gpt.config.prefix
-        self._same_codes = shards.manifest.tokenizer_sha256 == tokenizer.sha256
-        self.identity: str | None = shards.manifest.fingerprint()
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def name(self, number: int) -> str:
-        return self._shards.read(number, CAPTION_MEMBER).decode()
-
-    def at(self, numbers: Tensor) -> Condition:
-        long = np.zeros(len(numbers), np.bool_)
-        return left_padded(self._reader.caption_features(numbers.numpy(), long), self._places)
-
-    def originals(self, numbers: Sequence[int]) -> NDArray[np.int64] | None:
-        if not self._same_codes:
-            return None
+    def originals(numbers: Sequence[int]) -> NDArray[np.int64] | None:
+        if shards.manifest.tokenizer_sha256 != tokenizer.sha256:
+            return None  # this tokenizer would decode other pictures from them
         chosen = np.array(numbers, np.int64)
-        return self._reader.codes(chosen, np.zeros_like(chosen))
+        return reader.codes(chosen, np.zeros_like(chosen))
+
+    def name(number: int) -> str:
+        return shards.read(number, CAPTION_MEMBER).decode()
+
+    return Conditions("caption", len(shards), shards.manifest.fingerprint(), name, at, originals)
 
 
-def check_encoding(found: CaptionEncoding | None, gpt: TrainedGPT, where: str) -> None:
+def written_captions(
+    captions: Sequence[str], gpt: TrainedGPT, text_encoder: Path | None, device: torch.device, key: str
+) -> Conditions:
+    """Captions in words, encoded here.
+
+    text_encoder: None takes the one that the GPT's record names.
+    key: the config key or option that names it, for messages.
+    Raises UserError: no encoder is named, or another than the GPT was trained with.
+    """
+    known = gpt.captions
+    path = Path(known["encoder"]) if text_encoder is None and known is not None else text_encoder
+    if path is None:
+        raise UserError(f"{key}: the checkpoint does not name its text encoder; say where it is")
+    encoder = CaptionEncoder(path, device, gpt.config.prefix)
+    if encoder.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != encoder.sha256):
+        was = "" if known is None else f" ({known['encoder']}, sha256 {known['encoder_sha256'][:12]}…)"
+        raise UserError(
+            f"{key}: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is "
+            f"not the one that {gpt.path} was trained with{was}; its features mean other things"
+        )
+    features = encoder.encode(list(captions))
+    identity = hashlib.sha256("\n".join([encoder.sha256, *captions]).encode()).hexdigest()
+
+    def at(numbers: Tensor) -> Condition:
+        return left_padded([features[number] for number in numbers.tolist()], gpt.config.prefix)
+
+    return Conditions("caption", len(captions), identity, captions.__getitem__, at)
+
+
+def _check_encoding(found: CaptionEncoding | None, gpt: TrainedGPT, where: str) -> None:
     """Raises UserError unless caption features of this encoding are what the GPT was trained on."""
     if found is None:
         raise UserError(f"{where} holds no caption features; extract with text_encoder=PATH")
-    known: dict[str, Any] | None = gpt.captions
+    known = gpt.captions
     if found.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != found.encoder_sha256):
         raise UserError(
             f"{where} was encoded by {found.encoder} (sha256 {found.encoder_sha256[:12]}…), which is not the text "
@@ -136,8 +107,8 @@ def check_encoding(found: CaptionEncoding | None, gpt: TrainedGPT, where: str) -
         )
     if found.max_tokens > gpt.config.prefix:
         raise UserError(
-            f"{where} has captions of up to {found.max_tokens} tokens, and the GPT has {gpt.config.prefix} places for "
-            "them"
+            f"{where} has captions of up to {found.max_tokens} tokens, and the GPT has {gpt.config.prefix} positions "
+            "for them"
         )
 
 
@@ -149,30 +120,18 @@ def conditions(
     if gpt.config.condition == "class":
         if captions is not None:
             raise UserError(f"captions: {gpt.path} is conditioned on classes; leave captions out")
-        return Classes(gpt.classes)
+        return classes(gpt)
     if captions is None:
         raise UserError(
             f"captions: {gpt.path} is conditioned on text; name token shards with caption features, or a text file "
             "with one caption a line beside text_encoder=PATH"
         )
     if captions.is_dir():
-        return ShardCaptions(open_shards(captions, "tokens"), gpt, tokenizer)
+        return shard_captions(open_shards(captions, "tokens"), gpt, tokenizer)
     try:
         lines = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"captions: {captions} cannot be read ({error})") from None
     if not lines:
         raise UserError(f"captions: {captions} holds no captions; write one a line")
-    return written(lines, gpt, text_encoder, device, "text_encoder")
-
-
-def written(
-    lines: Sequence[str], gpt: TrainedGPT, text_encoder: Path | None, device: torch.device, key: str
-) -> WrittenCaptions:
-    """Captions in words. text_encoder: None takes the one the GPT's record names. Raises UserError."""
-    path = text_encoder
-    if path is None and gpt.captions is not None:
-        path = Path(gpt.captions["encoder"])
-    if path is None:
-        raise UserError(f"{key}: the checkpoint does not name its text encoder; say where it is")
-    return WrittenCaptions(lines, CaptionEncoder(path, device, gpt.config.prefix), gpt)
+    return written_captions(lines, gpt, text_encoder, device, "text_encoder")

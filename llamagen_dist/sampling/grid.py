@@ -119,19 +119,7 @@ def _lines(name: str, font: Any) -> str:
     return name if font.getlength(name) <= _WIDEST_NAME else "\n".join(_wrapped(f"\n{name}", font, _WIDEST_NAME)[1:])
 
 
-def save(
-    path: Path,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    name: Callable[[int], str],
-    per_class: int = 10,
-    originals: Callable[[list[int]], NDArray[np.uint8] | None] = lambda labels: None,
-) -> None:
-    """Write ``class_grid`` of these, aside and renamed. Raises UserError: another ending, or not writable."""
-    save_page(path, lambda: class_grid(images, labels, name, per_class, originals))
-
-
-def save_page(path: Path, draw: Callable[[], Image.Image]) -> None:
+def save(path: Path, draw: Callable[[], Image.Image]) -> None:
     """Write what ``draw`` makes, aside and renamed. Raises UserError: an ending but .png or .jpg, or not writable."""
     form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
     if form is None:

@@ -1,7 +1,7 @@
 """From labels or histograms to pictures: what the evaluation's sets are made of."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.sampling.sampler import draw, generate, noise_streams
 
-BATCH = 32  # pictures at once where nothing is said about it
+BATCH = 32  # pictures at once where no config says it
 _BLOCK = 4096  # samples of a token shard counted at once
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How codes are drawn; see ``sampler.generate``."""
+    """How codes are drawn: what ``sampler.generate`` takes under these names."""
 
     cfg_scale: float = 1.0
     cfg_interval: int = -1
@@ -39,16 +39,7 @@ def model_tokens(model: GPT, condition: Condition, seeds: Tensor, settings: Sett
     """(B, N) int64 from the GPT. seeds: (B,) int64."""
     device = model.rotary.device
     moved = (condition[0].to(device), condition[1].to(device)) if isinstance(condition, tuple) else condition.to(device)
-    return generate(
-        model,
-        moved,
-        cfg_scale=settings.cfg_scale,
-        cfg_interval=settings.cfg_interval,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seeds=seeds,
-    )
+    return generate(model, moved, seeds=seeds, **asdict(settings))
 
 
 def untrained_tokens(vocab_size: int, image_tokens: int, seeds: Tensor) -> Tensor:

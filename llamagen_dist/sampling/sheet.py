@@ -1,6 +1,5 @@
 """What lies in shards, to be looked at: images as they are, tokens decoded, with their classes and captions."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image
 
 from llamagen_dist.data.images import read_image
 from llamagen_dist.data.shards import CAPTION_MEMBER, LABEL_MEMBER, Shards
-from llamagen_dist.data.tokens import CODES_MEMBER
+from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.sampling.grid import contact_sheet
@@ -32,47 +31,31 @@ def shard_sheet(shards: Shards, samples: range, tokenizer: Path | None = None) -
             raise UserError(f"--tokenizer: {shards.location} holds images, which need none; leave it out")
         pictures = [read_image(shards, sample) for sample in samples]
     else:
-        model = _tokenizer_of(shards, tokenizer)
+        model, reader = _tokenizer_of(shards, tokenizer), TokenReader(shards)
         pictures = []
         for start in range(samples.start, samples.stop, _BATCH):
-            codes = [_first_crop(shards, number) for number in range(start, min(start + _BATCH, samples.stop))]
-            pictures += [Image.fromarray(image) for image in decode_tokens(model, torch.from_numpy(np.stack(codes)))]
+            chosen = np.arange(start, min(start + _BATCH, samples.stop))
+            codes = torch.from_numpy(reader.codes(chosen, np.zeros_like(chosen)))
+            pictures += [Image.fromarray(image) for image in decode_tokens(model, codes)]
         title += f", decoded from tokens (crop 1 of {manifest.crops})"
     return contact_sheet(pictures, [_text(shards, sample) for sample in samples], title)
 
 
 def _tokenizer_of(shards: Shards, path: Path | None) -> VQModel:
+    """The tokenizer at ``path``, or else where the manifest says it lies; refused unless it made the tokens."""
     manifest = shards.manifest
     if path is None and (manifest.tokenizer_path is None or not Path(manifest.tokenizer_path).exists()):
         raise UserError(
             f"{shards.location}: its tokenizer ({manifest.tokenizer_path or 'not named'}) is gone; say where it is "
             "with --tokenizer PATH"
         )
-    found = load_tokenizer(path or Path(str(manifest.tokenizer_path)), key="--tokenizer")
-    if found.sha256 != manifest.tokenizer_sha256:
+    named = load_tokenizer(path or Path(str(manifest.tokenizer_path)), key="--tokenizer")
+    if named.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"--tokenizer: {found.path} (sha256 {found.sha256[:12]}…) is not the one that made the tokens in "
+            f"--tokenizer: {named.path} (sha256 {named.sha256[:12]}…) is not the one that made the tokens in "
             f"{shards.location} ({manifest.tokenizer_path}, sha256 {str(manifest.tokenizer_sha256)[:12]}…)"
         )
-    return found.model
-
-
-def _first_crop(shards: Shards, sample: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """int64 [tokens]."""
-    manifest = shards.manifest
-    assert manifest.grid is not None
-    assert manifest.vocab_size is not None
-    try:
-        codes = np.load(io.BytesIO(shards.read(sample, CODES_MEMBER)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{shards.where(sample)}: {CODES_MEMBER} cannot be read ({error}); make it again") from None
-    expected = (manifest.crops, manifest.grid[0] * manifest.grid[1])
-    if codes.dtype != np.uint16 or codes.shape != expected or codes.max() >= manifest.vocab_size:
-        raise UserError(
-            f"{shards.where(sample)}: holds {codes.dtype} {codes.shape} up to {codes.max()}, not uint16 {expected} "
-            f"below {manifest.vocab_size}; check llamagen shards verify {shards.location}"
-        )
-    return codes[0].astype(np.int64)
+    return named.model
 
 
 def _text(shards: Shards, sample: int) -> str:
