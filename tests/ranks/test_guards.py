@@ -171,15 +171,15 @@ def without_rehearsal(layout: Layout, settings: tuple[str, ...]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("layout", "settings"),
-    [
+    mostly_long(
         (Layout(), ("train.micro_batch=4",)),
         (Layout(2), ("train.micro_batch=3",)),
         (Layout(2, 1, 1), ("compute.precision=bf16", "train.micro_batch=3")),
         (Layout(2, 1, 2), ()),
         (Layout(2, 1, 3), ("compute.precision=bf16",)),
         (Layout(2, 2, 1), ()),
-    ],
-    ids=str,
+        quick=[(Layout(), ("train.micro_batch=4",)), (Layout(2, 1, 2), ()), (Layout(2, 2, 1), ())],
+    ),
 )
 def test_a_rehearsal_leaves_no_trace(layout, settings):
     expected = run_ranks(without_rehearsal, layout.ranks, layout, settings)

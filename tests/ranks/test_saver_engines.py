@@ -15,7 +15,7 @@ from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.errors import UserError
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
-from tests.ranks.layouts import Layout, make_task, steps
+from tests.ranks.layouts import Layout, make_task, mostly_long, steps
 from tests.ranks.pacing import paced
 
 LAYOUTS = [Layout(2, 1, 1), Layout(3, 1, 3), Layout(2, 2, 0), Layout(4, 2, 2), Layout(4, 2, 3)]
@@ -63,7 +63,7 @@ def same(run: Path) -> bool:
     return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", mostly_long(*LAYOUTS, quick=LAYOUTS[:4]))
 def test_pieces_gathered_beside_training_are_the_state_at_the_save(tmp_path, layout):
     assert all(run_ranks(save_both_ways, layout.ranks, tmp_path, layout, True)), "steps were done before it was written"
     store.verify(store.complete(tmp_path / "background")[0])
@@ -104,9 +104,8 @@ def test_a_rank_that_cannot_write_still_sends_what_the_others_write(tmp_path):
     for message, left in run_ranks(fill_the_disk_of_one_rank, 3, tmp_path, False):
         assert "File too large (rank 1" in message
         assert left == ["step_00000001"]
-    with pytest.raises(
-        AssertionError, match=r"still running|Connection closed"
-    ):  # sabotage twin: until they are killed
+    ended = r"still running|Connection closed|Connection reset"  # by whoever was killed first
+    with pytest.raises(AssertionError, match=ended):  # sabotage twin: until they are killed
         run_ranks(fill_the_disk_of_one_rank, 3, tmp_path / "twin", True, timeout_s=6)
 
 

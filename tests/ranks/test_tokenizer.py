@@ -114,7 +114,7 @@ def four_ranks(config: Path) -> Path:
     return config.parent / "four"
 
 
-@pytest.mark.parametrize("images_kept", [32, 64])
+@pytest.mark.parametrize("images_kept", [32, pytest.param(64, marks=pytest.mark.long)])
 def test_a_resumed_run_is_bit_equal(config, four_ranks, tmp_path, images_kept):
     """Once from before and once from after the discriminator came in. Four ranks: the sum of two gradients is the same
     in any order, that of more is not."""

@@ -163,6 +163,7 @@ def test_shards_compressed_files_and_published_statistics_are_read(work, result,
     assert b["sets"]["generated"]["fid"] > 0
 
 
+@pytest.mark.long
 def test_statistics_without_images_are_a_reference(work, tmp_path):
     """ADM's four arrays give the FID and the sFID of the images they were computed from; the rest says why not."""
     extractor = inception_weights.open_extractor(InceptionSection(cache=work / "cache"))

@@ -52,6 +52,7 @@ def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path
     assert not list(out.glob("*/launch/FAILED.json"))
 
 
+@pytest.mark.long
 def test_a_pipelines_stage_that_is_a_sweep(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_sweep(tmp_path / "ladder.yaml", {"small": {"train.seed": 1}, "large": {"train.seed": 13}})

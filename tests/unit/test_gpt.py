@@ -126,6 +126,7 @@ def recipe(model: GPT) -> None:
         tensor.copy_(torch.from_numpy(scaled.astype(np.float32)))
 
 
+@pytest.mark.long
 def test_gpt_b_matches_the_reference_at_full_size():
     golden = np.load(GOLDEN / "gptb_recipe.npz")
     model = GPT(GPTConfig(**GPT_SIZES["GPT-B"], **NO_DROPOUT))

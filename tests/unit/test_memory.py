@@ -72,7 +72,7 @@ def test_a_wrong_count_is_noticed():
 
 
 @pytest.mark.parametrize("every", [0, 1])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_sum_of_the_parts_is_not_below_the_real_peak(precision, every):
     """Of forward and backward pass: gradients grow while activations go, so the sum is an upper bound, not far off."""
     config = replace(SMALL, n_layer=6, dim=128, vocab_size=1024, image_tokens=256)
