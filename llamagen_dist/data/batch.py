@@ -1,7 +1,7 @@
 """What a training step is fed with."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,14 +50,8 @@ class TokenBatch:
 
     def rows(self, chosen: slice) -> "TokenBatch":
         """Some of the samples (views)."""
-        samples = None if self.samples is None else self.samples[chosen]
-        if isinstance(self.condition, tuple):
-            features, present = self.condition
-            condition: Condition = (features[chosen], present[chosen])
-        else:
-            condition = self.condition[chosen]
-        dropped = None if self.dropped is None else self.dropped[chosen]
-        return TokenBatch(self.tokens[chosen], condition, self.positions[chosen], samples, dropped)
+        rows = self._each(lambda tensor: tensor[chosen])
+        return rows if self.samples is None else replace(rows, samples=self.samples[chosen])
 
     def split(self, size: int) -> "list[TokenBatch]":
         """Micro-batches of ``size`` samples (the last may be smaller)."""
@@ -65,20 +59,21 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> "TokenBatch":
         """On that device, but for ``samples``. From pinned memory the copy runs beside what the device computes."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "TokenBatch":
         """In page-locked memory, but for ``samples``. Needs CUDA."""
-        return self._moved(Tensor.pin_memory)
+        return self._each(Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> "TokenBatch":
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """Every tensor changed, but for ``samples``."""
         if isinstance(self.condition, tuple):
             features, present = self.condition
-            condition: Condition = (move(features), move(present))
+            condition: Condition = (change(features), change(present))
         else:
-            condition = move(self.condition)
-        dropped = None if self.dropped is None else move(self.dropped)
-        return TokenBatch(move(self.tokens), condition, move(self.positions), self.samples, dropped)
+            condition = change(self.condition)
+        dropped = None if self.dropped is None else change(self.dropped)
+        return TokenBatch(change(self.tokens), condition, change(self.positions), self.samples, dropped)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class NodeCache:
             raise UserError(f"the manifest's sha256 {sha256!r} is not one; make the shards again")
         if self.limit is not None and size > self.limit:
             raise UserError(
-                f"data.cache_gb: a shard of {size / 1e9:.3g} GB does not fit into {self.limit / 1e9:.3g} GB; raise it"
+                f"data.cache_gb: a shard of {size / 1e9:.3g} GB does not fit into {self.limit / 1e9:.3g} GB"
             )
         try:
             return self._present(sha256) or self._fetched(sha256, size, fill)
@@ -162,13 +162,11 @@ class NodeCache:
                 room += size
         if room < needed:
             raise UserError(
-                f"data.cache: {self.folder} has {room / 1e9:.3g} GB free and {needed / 1e9:.3g} GB are needed; make "
-                "room there or name another folder"
+                f"data.cache: {self.folder} has {room / 1e9:.3g} GB free and {needed / 1e9:.3g} GB are needed"
             )
         if total > limit:
             raise UserError(
-                f"data.cache_gb: {limit / 1e9:.3g} GB are not enough for the shards that the processes of this "
-                "node fetch at the same time; raise it"
+                f"data.cache_gb: {limit / 1e9:.3g} GB do not hold what this node's processes fetch at once; raise it"
             )
 
     def release(self) -> None:
@@ -220,7 +218,7 @@ class NodeCache:
         if free < needed:
             raise UserError(
                 f"data.stage: {self.folder.parent} has {free / 1e9:.3g} GB free, but {self.source.location} needs "
-                f"{needed / 1e9:.3g} GB; make room, name another folder, or leave stage empty"
+                f"{needed / 1e9:.3g} GB"
             )
         began = reported = time.monotonic()
         count = len(manifest.shards)

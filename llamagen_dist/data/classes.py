@@ -65,10 +65,7 @@ class ClassMap:
         if unknown := sorted({*folders} - {*keys}):
             raise UserError(f"{where}: {len(unknown)} classes are not in {self.path}, the first is {unknown[0]!r}")
         if absent := sorted({*keys} - {*folders}):
-            raise UserError(
-                f"{where}: {len(absent)} classes of {self.path} have no images, the first is {absent[0]!r}; add "
-                "images, or take them out of the class map"
-            )
+            raise UserError(f"{where}: {len(absent)} classes of {self.path} have no images, the first is {absent[0]!r}")
         return Classes({key: label for label, key in enumerate(keys)}, [name for _, name in pairs])
 
     @staticmethod
@@ -191,10 +188,8 @@ class SampleClasses:
                 raise UserError(f"{self._where}: a class map was given, but the samples have no classes")
             return None, None
         if self._missing:
-            raise UserError(
-                f"{self._where}: {self._missing} of {count} samples have no class, the first is {self._first_missing}; "
-                "give every sample one, or none"
-            )
+            first = self._first_missing
+            raise UserError(f"{self._where}: {self._missing} of {count} samples have no class, the first is {first}")
         labels = np.frombuffer(self._values, np.int64).copy()
         if self._numbers == count:
             if self._map is not None:

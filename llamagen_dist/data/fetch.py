@@ -143,8 +143,7 @@ class Source(ABC):
             self.fetch(MANIFEST, memory, _LARGEST_MANIFEST)
         except NotThere:
             raise UserError(
-                f"{self.location}: no shards here ({MANIFEST} is missing); copy it there with the shards, which "
-                "llamagen pack, tokenizer_training.extract or llamagen shards index make"
+                f"{self.location}: no shards here ({MANIFEST} is missing); copy it there with the shards"
             ) from None
         return parse_manifest(memory.getvalue(), self.shown(MANIFEST))
 
@@ -157,14 +156,13 @@ def source_at(location: str | Path, allow_pipe: bool = False) -> Source:
     if location.startswith("pipe:"):
         if not allow_pipe:
             raise UserError(
-                f"{location}: runs a command, which is only done on request: set data.allow_pipe=true, or give "
-                "--allow-pipe, if you trust it"
+                f"{location}: runs a command: if you trust it, set data.allow_pipe=true or give --allow-pipe"
             )
         return PipeSource(location)
     if urlsplit(location).password is not None:
         raise UserError(
-            f"{_without_secrets(location)}: a password in a URL ends up in logs and snapshots; use a signed URL, or "
-            "the credentials that the object store's client reads from the environment"
+            f"{_without_secrets(location)}: a password in a URL ends up in logs; use a signed URL, or the credentials "
+            "that the store's client reads from the environment"
         )
     return HttpSource(location) if location.startswith(("http://", "https://")) else ObjectStoreSource(location)
 
@@ -176,8 +174,7 @@ def _write(into: IO[bytes], block: bytes) -> None:
     except OSError as error:
         name = getattr(into, "name", "memory")
         raise UserError(
-            f"{name}: cannot be written ({error.strerror}); make room there, or name another folder as data.cache or "
-            "data.stage"
+            f"{name}: cannot be written ({error.strerror}); make room, or name another data.cache or data.stage"
         ) from None
 
 
@@ -279,8 +276,7 @@ class ObjectStoreSource(_UrlSource):
                 self._store, self._process = fsspec.core.url_to_fs(self._url), os.getpid()
             except (ImportError, ValueError) as error:
                 raise UserError(
-                    f"{self.location}: cannot be reached ({error}); for s3:// install the extra: "
-                    "pip install 'llamagen-dist[remote]'"
+                    f"{self.location}: cannot be reached ({error}); s3:// needs pip install 'llamagen-dist[remote]'"
                 ) from None
         store, folder = self._store
         return store.open(f"{folder.rstrip('/')}/{name}", "rb", block_size=8 * _BLOCK, cache_type="readahead")
@@ -318,9 +314,7 @@ class PipeSource(Source):
     def __init__(self, location: str) -> None:
         self._command, self.location = location.removeprefix("pipe:").strip(), location
         if "{name}" not in self._command:
-            raise UserError(
-                f"{location}: write {{name}} where the name of the file goes, as in pipe:cat /data/{{name}}"
-            )
+            raise UserError(f"{location}: write {{name}} where the file's name goes, as in pipe:cat /data/{{name}}")
 
     def shown(self, name: str) -> str:
         return f"pipe:{self._filled(name)}"

@@ -68,11 +68,7 @@ def _problems(shards: Shards, record: ShardRecord) -> list[str]:
     return problems
 
 
-def index_folder(
-    folder: Path,
-    classes: list[str] | None = None,
-    advance: Advance = _no_progress,
-) -> Manifest:
+def index_folder(folder: Path, classes: list[str] | None = None, advance: Advance = _no_progress) -> Manifest:
     """Make manifest.json and the indexes for every ``*.tar`` in ``folder`` (image shards, WebDataset naming).
 
     Where there is a manifest already, only its indexes are made again.
@@ -122,8 +118,7 @@ def index_folder(
 def _check_members(folder: Path, members: tuple[str, ...]) -> None:
     if CODES_MEMBER in members:
         raise UserError(
-            f"{folder}: these are token shards, and only their {MANIFEST} says which tokenizer made them; copy it from "
-            "where they were made, or extract them again"
+            f"{folder}: these are token shards; copy their {MANIFEST}, which names the tokenizer, or extract them again"
         )
     if not {*IMAGE_MEMBERS} & {*members}:
         raise UserError(f"{folder}: no images in these tars (only {', '.join(members)}; images are {IMAGE_MEMBERS})")
@@ -168,10 +163,7 @@ def _index_again(folder: Path, advance: Advance) -> Manifest:
         path = folder / record.name
         index = scan(path)
         if sha256_file(path) != record.sha256:  # an index of other bytes would make it look whole
-            raise UserError(
-                f"{path}: is not the shard that {MANIFEST} records; look for the damage with llamagen shards verify "
-                f"{folder}"
-            )
+            raise UserError(f"{path}: is not the shard that {MANIFEST} records; run llamagen shards verify {folder}")
         if len(index.spans) != record.samples:  # an earlier version read only the first of several tars in a file
             raise UserError(
                 f"{path}: holds {len(index.spans)} samples, but {MANIFEST} records {record.samples}; delete {MANIFEST} "
@@ -183,12 +175,7 @@ def _index_again(folder: Path, advance: Advance) -> Manifest:
     return manifest
 
 
-def merge(
-    folders: Sequence[Path],
-    out: Path,
-    copy: bool = False,
-    advance: Advance = _no_progress,
-) -> Manifest:
+def merge(folders: Sequence[Path], out: Path, copy: bool = False, advance: Advance = _no_progress) -> Manifest:
     """Put the shards of ``folders`` into ``out``: all of the first folder in its order, then all of the second, …
 
     The tars become hard links where the file system has them (a shard is never changed once it is written), else
@@ -245,25 +232,25 @@ def _differences(first: Manifest, other: Manifest) -> list[str]:
     """Why two sets do not go together, one reason each."""
     if first.kind != other.kind:
         return [f"one holds {first.kind}, the other {other.kind}"]
-    reasons = []
-
-    def compare(what: str, one: Any, two: Any) -> None:
-        if one != two:
-            reasons.append(f"{what}: {_short(one)} and {_short(two)}")
-
-    compare("the tokenizers differ (sha256)", first.tokenizer_sha256, other.tokenizer_sha256)
-    compare("codes", first.vocab_size, other.vocab_size)
-    compare("grid of tokens", first.grid, other.grid)
-    compare("crops per image", first.crops, other.crops)
-    compare("image size", first.image_size, other.image_size)
-    compare("padding", first.padding, other.padding)
-    if first.classes != other.classes:
-        reasons.append(_class_difference(first.classes, other.classes))
-    # The encoder's path says nothing: equal hashes mean equal features.
-    encodings = [m.captions and replace(m.captions, encoder="") for m in (first, other)]
-    compare("the captions were encoded differently", *encodings)
     pictures = {*IMAGE_MEMBERS} if first.kind == "images" else set[str]()
-    compare("parts of a sample", *(sorted({*m.members} - pictures) for m in (first, other)))
+
+    def compared(manifest: Manifest) -> dict[str, Any]:
+        return {
+            "the tokenizers differ (sha256)": manifest.tokenizer_sha256,
+            "codes": manifest.vocab_size,
+            "grid of tokens": manifest.grid,
+            "crops per image": manifest.crops,
+            "image size": manifest.image_size,
+            "padding": manifest.padding,
+            # The encoder's path says nothing: equal hashes mean equal features.
+            "the captions were encoded differently": manifest.captions and replace(manifest.captions, encoder=""),
+            "parts of a sample": sorted({*manifest.members} - pictures),
+        }
+
+    pairs = zip(compared(first).items(), compared(other).values(), strict=True)
+    reasons = [f"{what}: {_short(one)} and {_short(two)}" for (what, one), two in pairs if one != two]
+    if first.classes != other.classes:
+        reasons.insert(0, _class_difference(first.classes, other.classes))
     return reasons
 
 
@@ -287,10 +274,7 @@ def _refuse_doubles(parts: Sequence[Shards]) -> None:
         for record in part.manifest.shards:
             path = part.folder / record.name
             if record.samples and record.sha256 in seen:
-                raise UserError(
-                    f"{path}: has the same bytes as {seen[record.sha256]}, so its samples would be there twice; merge "
-                    "different shards"
-                )
+                raise UserError(f"{path}: has the same bytes as {seen[record.sha256]}; merge different shards")
             seen[record.sha256] = path
 
 

@@ -90,8 +90,7 @@ def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Sour
             return _folder(path, class_map)
         if any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError(
-                f"{name}: holds both tar files and folders; name the tars as '{name}/*.tar', or move them "
-                "elsewhere to pack the class folders"
+                f"{name}: holds both tar files and folders; name the tars as '{name}/*.tar', or move them elsewhere"
             )
         prefixes = [start[0] for tar in tars if (start := re.match(r"[A-Za-z]+", tar.name))]
         refuse_splits(sorted({*prefixes}), name, f"one of them as '{name}/{prefixes[0] if prefixes else ''}*.tar'")
@@ -111,8 +110,7 @@ def _opened(name: str, options: PackOptions, class_map: ClassMap | None) -> Sour
         if matches and all(match.suffix == ".tar" for match in matches):
             return webdataset(name, matches, class_map, options)
         raise UserError(
-            f"{name}: {'matches other files than tars' if matches else 'matches no file'}; give a pattern for "
-            "WebDataset tars, such as 'data/*.tar'"
+            f"{name}: matches {'other files than tars' if matches else 'no file'}; give a pattern such as 'data/*.tar'"
         )
     what = "not a folder or a file of a known kind" if path.exists() else "no such folder or file"
     raise UserError(
@@ -152,8 +150,8 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
             notes.skipped(_other(entry.name), printable(entry.name))
     if loose:
         raise UserError(
-            f"{folder}: {len(loose)} images lie outside a class folder, the first is {printable(loose[0])}: "
-            "their labels are missing; move each into a sub-folder named after its class"
+            f"{folder}: {len(loose)} images lie outside a class folder, so their labels are missing; the first is "
+            f"{printable(loose[0])}"
         )
     if class_map is None:
         _refuse_parts(folder, names)
@@ -169,9 +167,7 @@ def _folder(folder: Path, class_map: ClassMap | None) -> Source:
             paths.append(relative)
             labels.append(order.label_of[name])
     if not paths:
-        raise UserError(
-            f"{folder}: no images found; expected one sub-folder per class with files ending in {', '.join(ENDINGS)}"
-        )
+        raise UserError(f"{folder}: no images found; expected one sub-folder per class with {', '.join(ENDINGS)} files")
     below = {os.path.dirname(path) for path in paths}
     if len(names) == 1 and len(below - {names[0]}) > 1:
         notes.decided(
@@ -414,13 +410,9 @@ def _npz(path: Path, class_map: ClassMap | None) -> Source:
 def _labels(path: Path, labels: NDArray[Any], count: int) -> NDArray[np.int64]:
     """The labels of ``count`` images as int64 [n]. Raises UserError where they are anything but class numbers."""
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise UserError(
-            f"{path}: the labels must be {count} integers from 0, but they are {labels.dtype} {list(labels.shape)}"
-        )
+        raise UserError(f"{path}: the labels must be {count} integers from 0, not {labels.dtype} {list(labels.shape)}")
     if (largest := int(labels.max())) >= MOST_CLASSES:
-        raise UserError(
-            f"{path}: image {int(labels.argmax())} has the label {largest}, but labels must lie below {MOST_CLASSES:,}"
-        )
+        raise UserError(f"{path}: image {int(labels.argmax())} has the label {largest}, not below {MOST_CLASSES:,}")
     return labels.astype(np.int64)
 
 
@@ -431,6 +423,5 @@ def _check_memory(path: Path) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
-            f"{path}: unpacks to {needed / 1e9:,.1f} GB, more than this machine's {memory / 1e9:,.1f} GB of "
-            "memory; cut it into several files, or pack a folder of images"
+            f"{path}: unpacks to {needed / 1e9:,.1f} GB, more than this machine's {memory / 1e9:,.1f} GB of memory"
         )

@@ -1,7 +1,9 @@
 """Images by position: decoding, LlamaGen's crops and flip, batches for the tokenizer."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,8 +39,8 @@ def resize_short_side(image: Image.Image, short: int) -> Image.Image:
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MOST_PIXELS:
         raise ValueError(
-            f"{image.width} x {image.height} pixels would become {width} x {height} with a shorter side of {short}, "
-            f"more than the limit of {MOST_PIXELS:,} pixels"
+            f"{image.width} x {image.height} pixels would become {width} x {height}, more than the limit of "
+            f"{MOST_PIXELS:,} pixels"
         )
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -96,8 +98,7 @@ def decode_sample(shards: Shards, sample: int, data: bytes) -> Image.Image:
         return decode(data)
     except DECODE_ERRORS as error:
         raise UserError(
-            f"{shards.where(sample)}: the image cannot be decoded ({error}); pack the images again, or check "
-            f"the bytes with llamagen shards verify {shards.location}"
+            f"{shards.where(sample)}: the image cannot be decoded ({error}); run llamagen shards verify"
         ) from None
 
 
@@ -117,9 +118,7 @@ def naming(shards: Shards, sample: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(
-            f"{shards.where(sample)}: {error}; leave it out (--skip-bad) by packing the images again with --size"
-        ) from None
+        raise UserError(f"{shards.where(sample)}: {error}; pack the images again with --size and --skip-bad") from None
 
 
 class ImageStream:
@@ -162,16 +161,11 @@ class ImageStream:
             return self._batches[images_seen + self._offset]
         if self._loader is None or self._next != images_seen:
             self._loader = None  # before the new one starts: it holds processes
-            starts: Any = _Starts(images_seen + self._offset, self._global_batch)
-            self._loader = iter(
-                DataLoader(
-                    self._batches,
-                    batch_size=None,
-                    sampler=starts,
-                    num_workers=self._workers,
-                    prefetch_factor=4,
-                )
+            starts: Any = itertools.count(images_seen + self._offset, self._global_batch)
+            loader = DataLoader(
+                self._batches, batch_size=None, sampler=starts, num_workers=self._workers, prefetch_factor=4
             )
+            self._loader = iter(loader)
         self._next = images_seen + self._global_batch
         return next(self._loader)
 
@@ -180,63 +174,47 @@ class ImageStream:
         return self._shards.where(sample)
 
 
+@dataclass
 class _Batches(Dataset[ImageBatch]):
     """One rank's batches by their first position; what a decoding process works on."""
 
-    def __init__(
-        self,
-        shards: Shards,
-        order: Order,
-        share: int,
-        seed: int,
-        image_size: int,
-        random_crop: bool,
-        horizontal_flip: bool,
-    ) -> None:
-        self._shards, self._order = shards, order
-        self._share, self._seed, self._size = share, seed, image_size
-        self._random_crop, self._horizontal_flip = random_crop, horizontal_flip
-        stored = shards.manifest.image_size
-        small = stored is not None and len(shards) * stored**2 * 3 <= _KEPT_BYTES
+    shards: Shards
+    order: Order
+    share: int
+    seed: int
+    size: int
+    random_crop: bool
+    horizontal_flip: bool
+
+    def __post_init__(self) -> None:
+        stored = self.shards.manifest.image_size
+        small = stored is not None and len(self.shards) * stored**2 * 3 <= _KEPT_BYTES
         self._kept: dict[int, NDArray[np.uint8]] | None = {} if small else None
 
     def __getitem__(self, start: int) -> ImageBatch:
-        positions = torch.arange(start, start + self._share)
-        samples = self._order.samples(start, self._share)
-        pixels = np.empty((self._share, self._size, self._size, 3), np.uint8)
-        most = int(np.ceil(self._size * _LARGEST_SHORT_SIDE))
-        short = prng.integers(self._seed, "crop-scale", positions, most - self._size + 1) + self._size
-        across, down = (prng.uniform(self._seed, "crop-place", positions, place) for place in (0, 1))
-        mirrored = prng.uniform(self._seed, "flip", positions) < (0.5 if self._horizontal_flip else 0.0)
+        positions = torch.arange(start, start + self.share)
+        samples = self.order.samples(start, self.share)
+        pixels = np.empty((self.share, self.size, self.size, 3), np.uint8)
+        most = int(np.ceil(self.size * _LARGEST_SHORT_SIDE))
+        short = prng.integers(self.seed, "crop-scale", positions, most - self.size + 1) + self.size
+        across, down = (prng.uniform(self.seed, "crop-place", positions, place) for place in (0, 1))
+        mirrored = prng.uniform(self.seed, "flip", positions) < (0.5 if self.horizontal_flip else 0.0)
         for number, sample in enumerate(samples.tolist()):
             picture = self._picture(sample)
-            with naming(self._shards, sample):
-                if self._random_crop:
+            with naming(self.shards, sample):
+                if self.random_crop:
                     position = float(across[number]), float(down[number])
-                    image = random_crop(Image.fromarray(picture), self._size, int(short[number]), *position)
+                    image = random_crop(Image.fromarray(picture), self.size, int(short[number]), *position)
                     picture = np.asarray(image)
-                elif picture.shape[:2] != (self._size, self._size):
-                    picture = np.asarray(center_crop(Image.fromarray(picture), self._size))
+                elif picture.shape[:2] != (self.size, self.size):
+                    picture = np.asarray(center_crop(Image.fromarray(picture), self.size))
             pixels[number] = picture[:, ::-1] if mirrored[number] else picture
         return ImageBatch(to_floats(pixels), samples)
 
     def _picture(self, sample: int) -> NDArray[np.uint8]:
         """The decoded image, uint8 [H, W, 3]; small data sets are decoded only once."""
         if self._kept is None:
-            return np.asarray(read_image(self._shards, sample))
+            return np.asarray(read_image(self.shards, sample))
         if sample not in self._kept:
-            self._kept[sample] = np.asarray(read_image(self._shards, sample))
+            self._kept[sample] = np.asarray(read_image(self.shards, sample))
         return self._kept[sample]
-
-
-class _Starts:
-    """images_seen, images_seen + global_batch, … without end: what the decoding processes are asked for."""
-
-    def __init__(self, first: int, step: int) -> None:
-        self._first, self._step = first, step
-
-    def __iter__(self) -> Iterator[int]:
-        start = self._first
-        while True:
-            yield start
-            start += self._step

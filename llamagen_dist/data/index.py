@@ -82,10 +82,7 @@ def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarf
                             yield item
                     archive = _next_archive(path, file, tar.offset, end)
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{path}: not a complete uncompressed tar ({error}); unpack a compressed one first, "
-            "because samples are read from the middle of the file"
-        ) from None
+        raise UserError(f"{path}: not a complete uncompressed tar ({error}); unpack a compressed one first") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -98,10 +95,7 @@ def _next_archive(path: Path, file: BinaryIO, position: int, end: int) -> int | 
     file.seek(position)
     # tarfile takes a damaged header for the end: what lies there must be the empty block that closes a tar
     if position + _BLOCK > end or any(file.read(_BLOCK)):
-        raise UserError(
-            f"{path}: cut short or damaged at byte {position} of {end}, where the next member or the closing "
-            "empty block should be; copy the tar again"
-        )
+        raise UserError(f"{path}: cut short or damaged at byte {position} of {end}; copy the tar again")
     position += _BLOCK
     # Writers fill the last record up with empty blocks, and ``cat`` leaves those in the middle: up to the first byte
     # that is not zero nothing can be lost.
@@ -123,8 +117,7 @@ def _next_archive(path: Path, file: BinaryIO, position: int, end: int) -> int | 
         if end - position < tarfile.RECORDSIZE:
             return None
         raise UserError(
-            f"{path}: after the end of a tar, at byte {position} of {end}, stands something that is no other tar; copy "
-            "the tar again, or cut it off there"
+            f"{path}: after the end of a tar, at byte {position} of {end}, stands something that is no other tar"
         ) from None
     return position
 
@@ -163,8 +156,7 @@ def scan(path: Path) -> TarIndex:
         if key != current:
             if key in seen:
                 raise UserError(
-                    f"{path}: the key {shown(key)} comes twice, with other samples between: its parts must stand next "
-                    "to each other and no two samples may share a key; write the tar again"
+                    f"{path}: the key {shown(key)} comes twice, with other samples between; write the tar again"
                 )
             seen.add(key)
             current, rows = key, rows + 1
@@ -241,10 +233,7 @@ def rebuilt_index(tar: Path, name: str, record: ShardRecord, members: tuple[str,
     index = scan(tar)
     data = index_bytes(index.columns(members)) if set(index.members) <= set(members) else b""
     if hashlib.sha256(data).hexdigest() != record.index_sha256:
-        raise UserError(
-            f"{name}: cannot be made again, because {record.name} has changed since the manifest was written; copy or "
-            "make the shard again"
-        )
+        raise UserError(f"{name}: cannot be made again, because {record.name} has changed since; copy the shard again")
     return data
 
 
@@ -258,9 +247,7 @@ def spans_start(file: IO[bytes], record: ShardRecord, members: tuple[str, ...]) 
     file.seek(0)
     shape = (record.samples, len(members), 2)
     if npy.shape_of(file.read(start), "<u8") != shape:
-        raise UserError(
-            f"{index_name(record.name)}: is not the uint64 {list(shape)} of the manifest; run llamagen shards index"
-        )
+        raise UserError(f"{index_name(record.name)}: is not uint64 {list(shape)}; run llamagen shards index")
     return start
 
 

@@ -109,20 +109,13 @@ class Manifest:
         location: what to call the shards. Raises UserError where they hold no tokens.
         """
         if self.vocab_size is None or self.grid is None:
-            raise UserError(
-                f"{location}: holds {self.kind}, not tokens; run tokenizer_training.extract on it, and name its output"
-            )
+            raise UserError(f"{location}: holds {self.kind}, not tokens; name the output of tokenizer_training.extract")
         rows, columns = self.grid
         return {"vocab_size": self.vocab_size, "image_tokens": rows * columns, "num_classes": self.class_count}
 
     def fingerprint(self) -> str:
         """sha256 (hex) that changes when any byte of the data does; independent of where it lies."""
-        content = [
-            self.kind,
-            self.members,
-            self.classes,
-            [(s.name, s.samples, s.sha256) for s in self.shards],
-        ]
+        content = [self.kind, self.members, self.classes, [(s.name, s.samples, s.sha256) for s in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

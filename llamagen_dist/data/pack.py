@@ -150,7 +150,7 @@ def pack(source_name: str, out: Path, options: PackOptions) -> dict[str, Manifes
     if options.held_out is not None and source.repeats:
         raise UserError(
             f"{source.name}: {source.repeats} lines name a picture that an earlier line names, so --held-out could put "
-            "one picture into both parts; write its captions into one line, as a list, or split the file yourself"
+            "one picture into both parts; write its captions into one line, as a list"
         )
     if options.held_out is None:
         parts = {"": np.arange(source.count)}
@@ -216,8 +216,7 @@ def _how_to_fit(source: Source, options: PackOptions) -> tuple[Fit, tuple[int, i
             continue  # it is named when its turn comes
     if picture is not None and max(picture) > size:
         raise UserError(
-            f"--fit pad: the images of {source.name} are {picture[0]} x {picture[1]} pixels, larger than "
-            f"--size {size}; use --fit crop or a larger --size"
+            f"--fit pad: the images of {source.name} are {picture[0]} x {picture[1]} pixels, larger than --size {size}"
         )
     return fit, picture
 
@@ -320,6 +319,6 @@ def _each_shard(split: _Split, pending: list[int]) -> Iterator[tuple[int, Packed
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"{split.job.folder}: one of the {jobs} packing processes was killed, perhaps for want of memory; run "
-                "the same command again with fewer --jobs (what is finished is kept)"
+                f"{split.job.folder}: one of the {jobs} packing processes was killed, perhaps for want of memory; "
+                "run the same command again with fewer --jobs"
             ) from None

@@ -138,8 +138,7 @@ class Shards:
             self._read_into(shard, memoryview(header), int(offsets[row]))
             if npy.shape_of(bytes(header), "<u2") != shape:
                 raise UserError(
-                    f"{self.where(int(samples[row]))}: its {member} is not uint16 {list(shape)}, as the manifest says; "
-                    "extract them again, with one tokenizer at one image size"
+                    f"{self.where(int(samples[row]))}: its {member} is not uint16 {list(shape)}; extract them again"
                 )
             checked[shard] = size
 
@@ -181,10 +180,8 @@ class Shards:
             raise UserError(f"{self.where(bad)} has no {member} (it has: {self.parts(bad)})")
         outside = offsets + sizes > table[4][shard_of]
         if outside.any():
-            raise UserError(
-                f"{self.where(int(samples[int(np.argmax(outside))]))}: the index or manifest says that it lies outside "
-                "its file; run llamagen shards index"
-            )
+            bad = int(samples[int(np.argmax(outside))])
+            raise UserError(f"{self.where(bad)}: {member} lies outside its file; run llamagen shards index")
         return shard_of, offsets, sizes
 
     def _table(self, member: str) -> NDArray[np.int64]:
@@ -212,10 +209,7 @@ class Shards:
         data = os.pread(opened.index.fileno(), size, opened.index_start + start)
         if len(data) != size:
             name = index_name(self.manifest.shards[shard].name)
-            raise UserError(
-                f"{self._source.shown(name)}: was cut short while it was in use; run llamagen shards index "
-                f"{self.location}"
-            )
+            raise UserError(f"{self._source.shown(name)}: was cut short while it was in use; run llamagen shards index")
         return data
 
     def _read_into(self, shard: int, buffer: memoryview, offset: int) -> None:
@@ -225,7 +219,7 @@ class Shards:
             count = os.preadv(opened.descriptor, [buffer], offset)
         except OSError as error:
             raise UserError(
-                f"{self._where_shard(shard)}: cannot be read any more ({error.strerror}); copy the shard again"
+                f"{self._where_shard(shard)}: cannot be read any more ({error.strerror}); copy it again"
             ) from None
         if count != len(buffer):
             raise UserError(
@@ -334,8 +328,7 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     source = source_at(location, access.allow_pipe)
     if not near and access.cache is None and stage_in is None:
         raise UserError(
-            f"{source.location}: shards from elsewhere need a folder on a local disk to be kept in: set data.cache "
-            "(and data.cache_gb), or data.stage"
+            f"{source.location}: remote shards need a local folder: set data.cache (and data.cache_gb), or data.stage"
         )
     manifest = read_manifest(Path(location)) if near else source.manifest()
     if kind is not None and manifest.kind != kind:
@@ -344,7 +337,9 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     if manifest.count == 0:
         raise UserError(f"{source.location}: the shards hold no samples")
     if near:
-        _check_sizes(Path(location), manifest)
+        problems = [_size_problem(Path(location), record) for record in manifest.shards]
+        if any(problems):
+            raise UserError("\n".join(filter(None, problems)))
     if stage_in is not None:
         cache = NodeCache.pinned(source, manifest, stage_in)
     elif near:
@@ -355,12 +350,6 @@ def open_shards(location: str | Path, kind: str | None = None, access: ShardAcce
     shards = Shards(cache.folder, manifest, source, cache)
     weakref.finalize(shards, cache.release)
     return shards
-
-
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    problems = [text for record in manifest.shards if (text := _size_problem(folder, record))]
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def _size_problem(folder: Path, record: ShardRecord) -> str | None:

@@ -18,12 +18,8 @@ MAX_TOKENS = 120
 """LlamaGen's caption prefix."""
 _BUCKET = 8  # captions whose lengths in tokens round up to the same multiple share batches
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+    "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 class CaptionEncoder:
@@ -61,13 +57,13 @@ class CaptionEncoder:
         lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if lacking:
             raise UserError(
-                f"text encoder {path}: {len(lacking)} of its weights are not in the files or of another shape "
-                f"({lacking[0]} is the first); copy the folder again"
+                f"text encoder {path}: {len(lacking)} of its weights are not in the files or of another shape, such as "
+                f"{lacking[0]}; copy the folder again"
             )
         if len(self.tokenizer) > model.config.vocab_size:
             raise UserError(
-                f"text encoder {path}: its tokenizer knows {len(self.tokenizer)} pieces, but its weights only "
-                f"{model.config.vocab_size}; these files do not belong together"
+                f"text encoder {path}: its tokenizer knows {len(self.tokenizer)} pieces, but its weights "
+                f"{model.config.vocab_size}: these files do not belong together"
             )
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.dim: int = model.config.d_model

@@ -52,10 +52,7 @@ class TokenReader:
         bad = codes.max(axis=1, initial=0) >= self.vocab_size
         if bad.any():
             first = int(samples[int(np.argmax(bad))])
-            raise UserError(
-                f"{self.shards.where(first)}: a code lies outside the manifest's {self.vocab_size} codes; check "
-                f"llamagen shards verify {self.shards.location}"
-            )
+            raise UserError(f"{self.shards.where(first)}: a code lies outside the manifest's {self.vocab_size} codes")
         return codes
 
     def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -87,7 +84,7 @@ class TokenReader:
         ):
             raise UserError(
                 f"{self.shards.where(sample)}: {member} does not hold uint16 [1 to {self.captions.max_tokens}, "
-                f"{self.captions.dim}], as the manifest says; check llamagen shards verify {self.shards.location}"
+                f"{self.captions.dim}]; run llamagen shards verify"
             )
         return torch.frombuffer(data, dtype=torch.bfloat16, offset=start).view(length, dim)
 
@@ -187,8 +184,8 @@ def check_captions(shards: Shards, prefix_tokens: int, dim: int, short_share: fl
     captions = shards.manifest.captions
     if captions is None:
         raise UserError(
-            f"{shards.location}: holds no caption features, and a text-conditional model needs them; extract the "
-            "tokens with text_encoder=PATH, from image shards with captions"
+            f"{shards.location}: holds no caption features, and a text-conditional model needs them; extract again "
+            "with text_encoder=PATH"
         )
     if captions.dim != dim:
         raise UserError(
@@ -201,6 +198,4 @@ def check_captions(shards: Shards, prefix_tokens: int, dim: int, short_share: fl
             f"{captions.max_tokens} tokens; set it to {captions.max_tokens}"
         )
     if short_share > 0 and not captions.short:
-        raise UserError(
-            f"data.short_captions: {shards.location} holds no short captions; set it to 0, or extract them too"
-        )
+        raise UserError(f"data.short_captions: {shards.location} holds no short captions; set it to 0")

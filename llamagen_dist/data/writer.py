@@ -1,5 +1,4 @@
-"""Writing shards: the same bytes every time, nothing half-written, finished shards kept when a job is cut
-off.
+"""Writing shards: the same bytes every time, nothing half-written, finished shards kept when a job is cut off.
 
 Tars follow WebDataset's conventions and hold no time, user or host. A shard is written aside, synced,
 renamed; then its record goes to the folder ``.parts``; the manifest comes last and ``.parts`` is removed.
@@ -14,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.data.index import index_bytes, index_name, scan
-from llamagen_dist.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardRecord,
-    shard_record,
-    write_manifest,
-)
+from llamagen_dist.data.manifest import MANIFEST, Manifest, ShardRecord, shard_record, write_manifest
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import OutputFolder, remove_asides, sha256_file, sync_folder, write_bytes
@@ -46,9 +39,7 @@ def refused_when_full(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(
-            f"{folder}: {error.strerror}; make room and run the same command again (what is finished is kept)"
-        ) from None
+        raise UserError(f"{folder}: {error.strerror}; make room and run the same command again") from None
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[Sample], members: Sequence[str]) -> ShardRecord:
@@ -129,15 +120,9 @@ class ShardJob:
         return (record, data["extra"]) if intact else None
 
     def write(
-        self,
-        name: str,
-        samples: Iterable[Sample],
-        members: Sequence[str],
-        extra: Mapping[str, Any] | None = None,
+        self, name: str, samples: Iterable[Sample], members: Sequence[str], extra: Mapping[str, Any] | None = None
     ) -> ShardRecord:
-        """Write one shard and remember it. ``extra`` is read after the samples are exhausted, and kept as
-        JSON.
-        """
+        """Write one shard and remember it. ``extra`` is read after the samples are exhausted, and kept as JSON."""
         record = write_shard(self.folder, name, samples, members)
         with refused_when_full(self.folder):
             self._output.keep(name, {"record": asdict(record), "extra": dict(extra or {})})
