@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
+from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import GPTConfigFile, load, rungs
 from llamagen_dist.data.prefetch import Prefetcher
 from llamagen_dist.data.shards import Shards, open_shards
@@ -40,7 +41,10 @@ def main(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Rung:
-    """One run: all that is read and checked before anything is trained."""
+    """One run: all that is read and checked before anything is trained.
+
+    initial: what ``init_from`` names; None without it, and for a run that has checkpoints to resume from.
+    """
 
     name: str
     config: GPTConfigFile
@@ -53,7 +57,11 @@ class Rung:
 def _rung(name: str, config: GPTConfigFile, topology: Topology) -> Rung:
     train, validation = _data(config)
     model = _model(config, train, validation, topology)
-    return Rung(name, config, train, validation, model, initial_weights(config, model, train.manifest, topology, name))
+    initial = None
+    # whether the checkpoints that are there are good is verified once, when the run is opened
+    if not topology.broadcast_from_rank0(lambda: complete(config.run_dir)):
+        initial = initial_weights(config, model, train.manifest, topology, name)
+    return Rung(name, config, train, validation, model, initial)
 
 
 def _data(config: GPTConfigFile) -> tuple[Shards, Shards]:
@@ -91,9 +99,12 @@ def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: T
 
 def train_one(rung: Rung, label: str, topology: Topology) -> bool:
     """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
-    config, model, train, validation, initial = rung.config, rung.model, rung.train, rung.validation, rung.initial
+    config, model, train, validation = rung.config, rung.model, rung.train, rung.validation
     prints = train.manifest.fingerprint(), validation.manifest.fingerprint()
     with open_run(config, topology, config.run_dir, train.manifest.classes, prints[0], label, prints[1]) as run:
+        initial = rung.initial
+        if initial is None and run.newest is None:  # all its checkpoints are damaged: it begins again
+            initial = initial_weights(config, model, train.manifest, topology, rung.name)
         note_origin(run, initial, train.manifest)
         stream = token_stream(train, config, model, topology, training=True)
         held_out = token_stream(validation, config, model, topology, training=False)

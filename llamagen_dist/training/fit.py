@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.console import Progress
 from llamagen_dist.data import digest
@@ -172,7 +171,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
 def _resume(task: Task, images: int, run: Run) -> Position:
     """Put the newest good checkpoint back into the task; a run without one stands at its start."""
     # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
-    checkpoint = Checkpoint.newest(run.directory, task.topology)
+    checkpoint = run.newest
     if checkpoint is None:
         run.cut_metrics(0)
         return Position()

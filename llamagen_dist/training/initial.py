@@ -52,12 +52,12 @@ class Initial:
 def initial_weights(
     config: GPTConfigFile, model: GPTConfig, manifest: Manifest, topology: Topology, label: str = "init_from"
 ) -> Initial | None:
-    """What ``config.init_from`` means for a run on the token shards of ``manifest``; None: nothing, or a resume.
+    """What ``config.init_from`` means for a run on the token shards of ``manifest``; None where it is empty.
 
-    Collective: rank 0 verifies the source, and prints what is taken over. A run that has a checkpoint continues from
-    that, whatever ``init_from`` says. Raises UserError for a source that is missing, damaged or does not fit.
+    Collective: rank 0 verifies the source, and prints what is taken over. A run that has a checkpoint resumes from that
+    instead (train_gpt.py). Raises UserError for a source that is missing, damaged or does not fit.
     """
-    if config.init_from is None or Checkpoint.newest(config.run_dir, topology, warn=False) is not None:
+    if config.init_from is None:
         return None
     which = "weights" if config.init_weights == "trained" else config.init_weights
     try:

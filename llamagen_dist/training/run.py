@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from llamagen_dist import __version__
+from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import Section, dump
 from llamagen_dist.config.resume import DATA, Change, compare
@@ -43,6 +45,11 @@ class Run:
 
     def say(self, text: str) -> None:
         self.topology.log0(text)
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        """The newest good checkpoint, None without one (collective the first time, which alone verifies it)."""
+        return Checkpoint.newest(self.directory, self.topology)
 
     def metrics(self, **values: Any) -> None:
         """Append one line to metrics.jsonl. Raises UserError where the disk does not take it."""

@@ -8,7 +8,9 @@ import deepspeed  # noqa: F401 - before the fork, so that ranks start at once
 import pytest
 import yaml
 
+from llamagen_dist.checkpoint import checkpoint as checkpoints
 from llamagen_dist.training import initial
+from llamagen_dist.training.run import Run
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.test_train_gpt import BATCH, call, lines
@@ -116,6 +118,42 @@ def test_a_resume_wins_and_needs_the_source_no_more(config):
     assert code == 0, err
     assert "resumed from" in out
     assert "weights of" not in out
+
+
+@pytest.mark.parametrize("verifies", [1, 2])
+def test_a_resume_hashes_its_checkpoint_once(config, tmp_path, monkeypatch, verifies):
+    """Twice in the sabotage twin, which does not keep the checkpoint that was opened."""
+    source, log = config.parent / "source", tmp_path / "hashed"
+    run, _ = started(config, f"hashed-{verifies}", f"init_from={source}")
+    (run / "summary.json").unlink()
+    real = checkpoints.sha256_file
+
+    def noted(path: Path) -> str:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{path}\n")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "sha256_file", noted)
+    if verifies == 2:
+        again = property(lambda self: checkpoints.Checkpoint.newest(self.directory, self.topology))
+        monkeypatch.setattr(Run, "newest", again)
+    started(config, run.name, f"init_from={source}")
+    hashed = log.read_text().splitlines()
+    files = {str(file) for file in store.newest(run).iterdir() if file.name != "COMPLETE"}
+    assert set(hashed) == files
+    assert all(hashed.count(file) == verifies for file in files)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again_from_its_source(config):
+    source = config.parent / "source"
+    run, _ = started(config, "damaged", f"init_from={source}")
+    (run / "summary.json").unlink()
+    victim = next(store.newest(run).glob("weights-*"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    _, out = started(config, "damaged", f"init_from={source}")
+    assert "checkpoint skipped" in out
+    assert "weights of" in out
+    assert worst(run, source) < 1e-5
 
 
 def test_what_does_not_fit_stops_every_rank_before_the_run_begins(config):

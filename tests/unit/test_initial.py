@@ -218,12 +218,6 @@ def test_sources_that_are_missing_damaged_or_no_gpt_are_refused(source, tmp_path
         start(victim.parent)
 
 
-def test_a_run_with_a_checkpoint_resumes_whatever_init_from_says(source, tmp_path):
-    run = source()
-    settings = config(run, init_from=str(tmp_path / "gone"))
-    assert initial_weights(settings, CLASS, MANIFEST, Topology()) is None
-
-
 def test_an_older_checkpoint_asks_the_manifest_of_its_token_shards(tmp_path):
     """state.json did not name the tokenizer then; where the shards are gone, nothing is known and nothing refused."""
     run, shards, model = tmp_path / "old", tmp_path / "shards", model_of(CLASS)
