@@ -20,9 +20,9 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 class Fence:
     """One lock file, seen by one incarnation ("JOB.RESTART"); without a lock (outside a cluster's job) all is allowed.
 
-    The file is opened anew at every look: that is when a network disk asks its server whether it is still the same
-    file. Between a look and the write after it another incarnation may still begin; it starts with seconds of imports,
-    and what it finds half-written it removes.
+    The file is opened again for every check: that is when a network disk asks its server whether it is still the same
+    file. Between a check and the write after it another incarnation may still begin; it starts with seconds of imports,
+    and removes what is half-written.
     """
 
     def __init__(self, lock: Path | None = None, owner: str = "") -> None:
@@ -30,7 +30,7 @@ class Fence:
 
     @classmethod
     def of_environment(cls) -> "Fence":
-        """What the launcher told this rank."""
+        """From the variables that a cluster's job sets for its ranks; inactive elsewhere."""
         lock, owner = os.environ.get(LOCK), os.environ.get(OWNER)
         return cls(Path(lock), owner) if lock and owner else cls()
 
@@ -49,8 +49,8 @@ class Fence:
             except _UNREADABLE as error:
                 if time.monotonic() > deadline:
                     raise Superseded(
-                        f"{self._lock}: cannot be read any more ({error}), so nothing says that the run is still "
-                        f"that of job {self._owner}; this process stops and writes nothing more"
+                        f"{self._lock}: cannot be read any more ({error}), so job {self._owner} may have lost this "
+                        "run; this process stops and writes nothing more"
                     ) from None
                 time.sleep(0.1)
 
@@ -69,10 +69,10 @@ class Fence:
         return ""
 
     def _compare(self, lock: Path) -> None:
-        found = json.loads(lock.read_text(encoding="utf-8"))["owner"]
-        if found != self._owner:
-            now = f"as job {found}" if found else "in a job that has not begun yet"
+        owner = json.loads(lock.read_text(encoding="utf-8"))["owner"]
+        if owner != self._owner:
+            now = f"as job {owner}" if owner else "in a job that has not begun yet"
             raise Superseded(
-                f"{lock.parent.parent}: this run went on {now}; this process, of job {self._owner}, stops and writes "
-                "nothing more"
+                f"{lock.parent.parent}: this run continues {now}; this process, of job {self._owner}, stops and "
+                "writes nothing more"
             )

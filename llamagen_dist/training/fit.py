@@ -44,10 +44,16 @@ class Position:
 
 
 def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
-    """Train ``task`` to ``config.train.images`` images, resuming from the newest good checkpoint of ``run``.
+    """Train ``task`` to ``config.train.images`` images, from the newest good checkpoint of ``run`` on (collective).
 
-    All ranks call it. Raises Stopped after a signal, once everything is saved; the same command then goes on. Returns
-    whether a signal came during the very last step, for a caller that would have gone on with another run.
+    task: built and sharded; its weights are replaced where there is a checkpoint.
+    stream: batches by position.
+    config: the sections that all training runs share.
+    run: the opened run directory.
+
+    Returns whether a signal came during the very last step, for a caller that has another run to train. Raises Stopped
+    after a signal, once everything is saved; UserError for other data, a full disk, or too little memory;
+    NonFiniteError; LostRankError.
     """
     train, topology, guard, keep = config.train, task.topology, task.guard, config.checkpoint
     at = _resume(task, train.images, run)
@@ -56,7 +62,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
         run.say(f"{run.directory}: already finished")
         return False
 
-    started, first_step, asked = time.monotonic(), step, False
+    started, first_step, stopping = time.monotonic(), step, False
     log, limits, batch_size = run.directory / "log", config.guard, train.global_batch
     window = _window(task, config, at.seen)
     spikes = Spikes(limits.spike_window, limits.spike_score, run.logged("loss", limits.spike_window))
@@ -88,7 +94,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
     def stopped() -> Stopped:
         return Stopped(
             f"{run.directory}: stopped at image {images_seen} of {train.images}; everything is saved, the same command "
-            "goes on from here"
+            "resumes it"
         )
 
     bar = Progress(run.label, train.images) if topology.rank == 0 else nullcontext()
@@ -98,6 +104,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
     profiler = StepProfiler(log, topology, config.log.profile_steps)
     collection = ScheduledCollection()
     with StopFlag(topology) as stop, saver, bar as progress, task.clock.collectives(), watchdog, profiler, collection:
+        # the guard's all-reduce, one a step, carries the stop flag as well: no collective of its own for that
         guard.stop, guard.where = lambda: stop.up or saver.failed, stream.where
         if images_seen < train.images and stop.on_any_rank():  # while ranks waited for each other: all is on disk
             raise stopped()
@@ -118,9 +125,9 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
             watchdog.beat(step)
             collection.step(step)
             window.count(batch.samples)
-            if step == first_step + 1:
+            if step == first_step + 1:  # ranks start and compile at different speeds; from here on they are in step
                 topology.set_timeouts(60 * limits.collective_minutes)
-            done, asked = images_seen >= train.images, guard.stop_requested
+            done, stopping = images_seen >= train.images, guard.stop_requested
             if step % config.log.every_steps == 0 or step == 1 or done:
                 line = window.line(metrics)
                 if guard.skipped:
@@ -136,20 +143,20 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
                     progress.set(images_seen, f"{loss}{line['images_per_s']:.0f} images/s")
             if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
                 with watchdog.phase("validation"), stopwatch.timing("validation"):
-                    held_out = task.validate()
-                    asked = stop.on_any_rank(saver.failed)  # it may have taken long
-                run.metrics(step=step, images_seen=images_seen, **held_out)
-                run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
+                    scores = task.validate()
+                    stopping = stop.on_any_rank(saver.failed)  # it may have taken long
+                run.metrics(step=step, images_seen=images_seen, **scores)
+                run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
                 window.restart()
-            # asked: by a signal, or because a checkpoint cannot be written, and then save() says why
-            if done or asked or _due(images_seen, batch_size, config.checkpoint.every_images):
+            # stopping: for a signal, or because a checkpoint cannot be written, and then save() raises the reason
+            if done or stopping or _due(images_seen, batch_size, config.checkpoint.every_images):
                 with watchdog.phase("save"):
                     save()
-                    if done or asked:
+                    if done or stopping:
                         saver.wait()
                         stopwatch.saved(saver.committed_s)
                 window.restart()
-            if asked and not done:
+            if stopping and not done:
                 raise stopped()
     peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
     if topology.world > 1:
@@ -165,13 +172,12 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
         flop_convention=FLOP_CONVENTION,
         **task.describe(),
     )
-    return asked
+    return stopping
 
 
 def _resume(task: Task, images: int, run: Run) -> Position:
     """Put the newest good checkpoint back into the task; a run without one stands at its start."""
-    # rank 0 looks and verifies; the others take its word, so that no two ranks resume from different steps
-    checkpoint = run.newest
+    checkpoint = run.newest  # as rank 0 sees the disk, so that no two ranks resume from different steps
     if checkpoint is None:
         run.cut_metrics(0)
         return Position()

@@ -10,14 +10,23 @@ from llamagen_dist.files import disk_time
 from llamagen_dist.process import Identity, identify
 
 WAITING = "communication"
+"""The part of a rank that waits for others in a collective."""
 GAVE_UP = "gave up: "
-"""Begins the end of a rank that left because of another: what follows it is about that other one."""
+"""Begins ``ended`` of a rank that left because of another one; the rest is about that one."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """step: completed ones. phase: start, train, validation or save. part: of the clock, and ``since`` when (seconds
-    since the epoch). time: when this was written. ended: empty while it runs, else why it ended."""
+    """What one rank was doing when it last wrote its file.
+
+    pid, started: the process (process.Identity), so that a reused pid is not taken for it.
+    step: completed steps.
+    phase: start, train, validation or save.
+    part: the clock's innermost part.
+    since: when that part began, in seconds since the epoch.
+    time: when this was written, likewise.
+    ended: empty while the rank runs, else why it ended.
+    """
 
     rank: int
     host: str
@@ -47,10 +56,11 @@ def write(log: Path, beat: Heartbeat) -> None:
 
 
 def read(log: Path, ranks: int) -> list[Heartbeat]:
-    """The heartbeats that can be read, with their times brought to this host's clock.
+    """The heartbeats of ranks 0 … ``ranks`` - 1 that can be read, with their times converted to this host's clock.
 
-    Hosts' clocks may differ by more than a rank may be silent. How old a heartbeat is says the disk: the time of its
-    file against the disk's time now. The writer's own clock only says how long before that ``since`` was.
+    Hosts' clocks may differ by more than a rank may be silent, so the age of a heartbeat is measured on the disk: the
+    time of its file against the disk's time now. The writer's own clock is used only for the difference between
+    ``since`` and ``time``.
     """
     now = time.time()
     try:
@@ -70,7 +80,7 @@ def read(log: Path, ranks: int) -> list[Heartbeat]:
 
 
 def forget(log: Path, ranks: int) -> None:
-    """Remove what an earlier start with more ranks has left; theirs would be taken for a sign of life."""
+    """Remove the files of an earlier start with more ranks, which would be taken for signs of life."""
     for file in log.glob("heartbeat-rank-*"):
         number = file.stem.removeprefix("heartbeat-rank-")
         if number.isdecimal() and int(number) >= ranks:
@@ -84,31 +94,35 @@ def first(rank: int) -> Heartbeat:
 
 def gone(beats: list[Heartbeat], stale_s: float) -> list[str]:
     """A clause for every rank that has ended by itself, was killed, or gives no sign of life for ``stale_s``."""
-    found = []
+    clauses = []
     for beat in beats:
-        place = f"in step {beat.step + 1}, {_doing(beat)}"
-        quiet = time.time() - beat.time
-        if beat.ended and not beat.ended.startswith(GAVE_UP):
-            found.append(f"{beat.name} ended in step {beat.step + 1}: {beat.ended}")
-        elif beat.ended:
-            continue
+        last_seen = f"last seen in step {beat.step + 1}, {_doing(beat)}"
+        silent_s = time.time() - beat.time
+        if beat.ended.startswith(GAVE_UP):
+            continue  # because of another rank, which has a clause of its own
+        if beat.ended:
+            clauses.append(f"{beat.name} ended in step {beat.step + 1}: {beat.ended}")
         elif beat.host == platform.node() and not Identity(beat.pid, beat.started).alive():
-            found.append(f"{beat.name} was killed, last seen {place}")
-        elif quiet > stale_s:
-            found.append(
-                f"{beat.name} gives no sign of life for {quiet:.0f} s, last seen {place}: its machine is lost, or "
+            clauses.append(f"{beat.name} was killed, {last_seen}")
+        elif silent_s > stale_s:  # a process of another host cannot be asked: only its silence is known
+            clauses.append(
+                f"{beat.name} gives no sign of life for {silent_s:.0f} s, {last_seen}: its machine is lost, or "
                 "it is stopped or stuck in C code"
             )
-    return found
+    return clauses
 
 
 def behind(beats: list[Heartbeat]) -> list[str]:
-    """A clause for every living rank that the others wait for: fewest steps, or the same and not itself waiting."""
+    """A clause for every living rank that the others wait for: fewest steps, or the same and not itself waiting.
+
+    None where that is all of them: then the files do not tell who is at fault.
+    """
     living = [beat for beat in beats if not beat.ended]
     if not living:
         return []
     fewest = min(beat.step for beat in living)
     slow = [beat for beat in living if beat.step == fewest]
+    # a step ends for all ranks in the same collective, so equal steps are the rule; who is not in one yet is late
     busy = [beat for beat in slow if beat.part != WAITING]
     if busy and len(busy) < len(living):
         slow = busy
@@ -118,8 +132,8 @@ def behind(beats: list[Heartbeat]) -> list[str]:
     return [f"{b.name} is in step {b.step + 1}, {_doing(b)} for {now - b.since:.1f} s" for b in slow]
 
 
-def told(beats: list[Heartbeat]) -> list[str]:
-    """What ranks that have given up said of others."""
+def reported(beats: list[Heartbeat]) -> list[str]:
+    """What ranks that have given up wrote about the rank they waited for."""
     return [beat.ended.removeprefix(GAVE_UP) for beat in beats if beat.ended.startswith(GAVE_UP)]
 
 

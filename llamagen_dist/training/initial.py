@@ -61,8 +61,7 @@ def initial_weights(
         return None
     which = "weights" if config.init_weights == "trained" else config.init_weights
     try:
-        source = Checkpoint.open(config.init_from, topology, which)
-        return _initial(source, config, model, manifest, topology, label)
+        return _initial(Checkpoint.open(config.init_from, topology, which), config, model, manifest, topology, label)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
 
@@ -70,28 +69,28 @@ def initial_weights(
 def _initial(
     source: Checkpoint, config: GPTConfigFile, model: GPTConfig, manifest: Manifest, topology: Topology, label: str
 ) -> Initial:
-    path, folder, sha256 = source.path, source.folder, source.identity
-    tokenizer, grid = _codes(source)
+    path, folder = source.path, source.folder
+    tokenizer, grid = _tokenizer_of(source)
     _check(source, tokenizer, model, manifest)
-    record: dict[str, Any] = {"path": str(path), "weights_sha256": sha256}
+    record: dict[str, Any] = {"path": str(path), "weights_sha256": source.identity}
     if folder is not None:
         record |= {"folder": str(folder), "images_seen": source.state.get("images_seen")}
     classes, rows = "", None
     if model.condition == "class":
         count = source.shapes[llamagen.CLASSES][0] - 1  # the last row is the null class
-        old = _class_names(config, source, count)
-        rows, classes = class_rows(old, count, manifest.classes, model.num_classes, str(path))
+        names = _class_names(config, source, count)
+        rows, classes = class_rows(names, count, manifest.classes, model.num_classes, str(path))
         record["class_rows"] = list(rows)
-    was = f"{grid[0]}x{grid[1]}" if grid else "any number of"
+    before = f"{grid[0]}x{grid[1]}" if grid else "any number of"
     now = f"{manifest.grid[0]}x{manifest.grid[1]}" if manifest.grid else str(model.image_tokens)
     topology.log0(
-        f"{label}: weights of {folder or path} (sha256 {sha256[:12]}…), from {was} to {now} tokens per image, on which "
-        f"no weight depends; optimizer and image count start fresh{classes}"
+        f"{label}: weights of {folder or path} (sha256 {source.identity[:12]}…), from {before} to {now} tokens per "
+        f"image; optimizer and image count start fresh{classes}"
     )
     return Initial(source, rows, record)
 
 
-def _codes(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]:
+def _tokenizer_of(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]:
     """(sha256 of the tokenizer, grid of tokens) that the source was trained on, where they are known."""
     tokenizer, grid = (source.state.get("tokenizer") or {}).get("sha256"), source.state.get("grid")
     if tokenizer is None and isinstance(source.config, GPTConfigFile):
@@ -110,27 +109,24 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
         raise UserError(f"{path} is a tokenizer; give a GPT's run directory, step folder or weights file")
     if kind != wanted:
         raise UserError(
-            f"{path} is a {kind} and this run trains a {wanted}: the condition of one means nothing to the other; "
-            f"start from a {wanted}, or leave init_from out"
+            f"{path} is a {kind} and this run trains a {wanted}; start from a {wanted}, or leave init_from out"
         )
     codes = shapes["tok_embeddings.weight"][0]
     if codes != model.vocab_size:
         raise UserError(
-            f"{path} knows {codes} codes and the token shards of data.train have {model.vocab_size}: another "
-            "tokenizer, whose codes mean other things; extract the tokens with the tokenizer of those weights"
+            f"{path} knows {codes} codes and the token shards of data.train have {model.vocab_size}; extract the "
+            "tokens with the tokenizer of those weights"
         )
     if None not in (tokenizer, manifest.tokenizer_sha256) and tokenizer != manifest.tokenizer_sha256:
         raise UserError(
-            f"{path} was trained on the codes of another tokenizer (sha256 {str(tokenizer)[:12]}…, the shards "
-            f"of data.train: {str(manifest.tokenizer_sha256)[:12]}…), so the same numbers mean other things; extract "
-            "the tokens with that tokenizer, or, if only its decoder differs, give the weights as a bare file "
-            "(llamagen convert)"
+            f"{path} was trained on the codes of another tokenizer (sha256 {str(tokenizer)[:12]}…, the shards of "
+            f"data.train: {str(manifest.tokenizer_sha256)[:12]}…); extract the tokens with that one, or, if only its "
+            "decoder differs, give the weights as a bare file (llamagen convert)"
         )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(model).state_dict().items()}
-    rows = llamagen.CLASSES
-    if rows in shapes:  # the number of classes may differ
-        expected[rows] = (shapes[rows][0], *expected[rows][1:])
+    if (table := llamagen.CLASSES) in shapes:  # the number of classes may differ
+        expected[table] = (shapes[table][0], *expected[table][1:])
     problem = llamagen.first_difference(shapes, expected, "this run's model")
     if problem is not None:
         raise UserError(f"{path}: {problem}; make model.* the source's own sizes")
@@ -142,9 +138,9 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
             num_classes=model.num_classes,
         )
         for key, name in (("n_head", "n_head"), ("n_kv_head", "kv_heads"), ("prefix_rotation", "prefix_rotation")):
-            was, now = getattr(theirs, name), getattr(model, name)  # no shape shows these
-            if was != now:
-                raise UserError(f"{path} has model.{key} {was} and this run {now}: the weights mean other things")
+            before, now = getattr(theirs, name), getattr(model, name)  # no shape shows these
+            if before != now:
+                raise UserError(f"{path} has model.{key} {before} and this run {now}; use the source's")
 
 
 def _class_names(config: GPTConfigFile, source: Checkpoint, count: int) -> list[str] | None:
@@ -170,11 +166,17 @@ def _class_names(config: GPTConfigFile, source: Checkpoint, count: int) -> list[
 def class_rows(
     old: Sequence[str] | None, old_count: int, new: Sequence[str] | None, new_count: int, source: str
 ) -> tuple[tuple[int, ...], str]:
-    """(source row of each new row with the null row last, what to print about it).
+    """Which row of the source's class table each row of the new one starts from.
 
     Rows are kept by name, equal names by their order (ImageNet has two "crane"). A class that the source does not know
-    starts as its null row: the model then paints it unconditionally at first, which is far from noise. Raises UserError
-    where names are missing and the counts differ.
+    starts as its null row: the model then draws it unconditionally at first, which is far from noise.
+
+    old, new: names of the source's and of this run's classes, label 0 first; None where they are not known.
+    old_count, new_count: numbers of classes, without the null class.
+    source: what to call the source in a message.
+
+    Returns (source row of each new row, the null row last; what to print about it). Raises UserError where names are
+    missing and the counts differ.
     """
     null = old_count
     if old is None or new is None:
@@ -183,26 +185,25 @@ def class_rows(
                 f"{source} has {old_count} classes, this run {new_count}, and their names are not known; name those "
                 "of the source, one a line in the order of its labels, in a file: init_classes=FILE"
             )
-        told = f"; the {new_count} classes are kept by number, as their names are not known on both sides"
-        return (*range(new_count), null), told
-    places = defaultdict(list)
-    for number, name in enumerate(old):
-        places[name].append(number)
-    rows = [places[name].pop(0) if places[name] else null for name in new]
-    fresh = [name for name, row in zip(new, rows, strict=True) if row == null]
-    unused = sum(len(left) for left in places.values())
+        return (*range(new_count), null), f"; the {new_count} classes are kept by number, as names are missing"
+    left = defaultdict(list)  # name -> rows of the source that no new class has taken yet
+    for row, name in enumerate(old):
+        left[name].append(row)
+    rows = [left[name].pop(0) if left[name] else null for name in new]
+    if rows == list(range(old_count)):
+        return (*rows, null), f"; the same {old_count} classes"
     lines = [
         f"  {number} {name}: {'new' if row == null else f'was {row}'}"
         for number, (name, row) in enumerate(zip(new, rows, strict=True))
     ]
-    if rows == list(range(old_count)):
-        return (*rows, null), f"; the same {old_count} classes"
-    more = [f"  … and {len(lines) - LISTED} more (all in record.json)"] if len(lines) > LISTED else []
-    told = (
-        f"; classes: {new_count - len(fresh)} kept by name, {len(fresh)} new (they start as the null class), {unused} "
-        "of the source left out\n"
+    if len(lines) > LISTED:
+        lines[LISTED:] = [f"  … and {len(lines) - LISTED} more (all in record.json)"]
+    fresh, unused = rows.count(null), sum(map(len, left.values()))
+    summary = (
+        f"; classes: {new_count - fresh} kept by name, {fresh} new (they start as the null class), {unused} of the "
+        "source left out"
     )
-    return (*rows, null), told + "\n".join(lines[:LISTED] + more)
+    return (*rows, null), "\n".join([summary, *lines])
 
 
 def note_origin(run: Run, initial: Initial | None, manifest: Manifest) -> None:

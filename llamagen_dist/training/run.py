@@ -1,4 +1,4 @@
-"""The run directory: the same command again means that the run continues; another config in it is refused."""
+"""The run directory: the same command again resumes the run; another config in it is refused."""
 
 import errno
 import json
@@ -89,8 +89,7 @@ class Run:
         if self.topology.rank or not path.exists():
             return []
         with open(path, encoding="utf-8") as file:
-            found = deque((line[key] for line in map(json.loads, file) if key in line), maxlen=last)
-        return list(found)
+            return list(deque((line[key] for line in map(json.loads, file) if key in line), maxlen=last))
 
     def summary(self, **values: Any) -> None:
         if self.topology.rank == 0:
@@ -148,12 +147,15 @@ def open_run(
     label: str | None = None,
     held_out: str | None = None,
 ) -> Iterator[Run]:
-    """Make or reopen ``config.run_dir`` (collective; rank 0 does the work).
+    """Make or reopen a run directory for the length of a block (collective; rank 0 does the work).
 
+    directory: None takes ``config.run_dir``.
+    classes: names, label 0 first, for the checkpoints' classes.json.
     fingerprint, held_out: of the training and of the validation data.
+    label: what log lines call the run; None takes the directory's name.
 
-    Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with
-    another config (listing what differs) or other data, belongs to somebody else, or is in use.
+    Writes config.yaml and record.json. Raises UserError on every rank if the directory holds a run with another config
+    (listing what differs) or other data, belongs to somebody else, or is in use.
     """
     directory = directory or getattr(config, "run_dir")  # noqa: B009 - every kind with runs has the key
     lock: int | None = None
@@ -171,7 +173,7 @@ def open_run(
         rewound = _rewind(directory, change)
         for line in change.lines(directory):
             topology.log0(line + rewound)
-        # last, so that a start that is killed before does all of the above again
+        # config.yaml last: until then ``compare`` sees the old config, so a start that is killed here is repeated whole
         write_text(directory / "config.yaml", dump(config))
         if "data" not in record:
             write_text(file, json.dumps(record | {"data": data}, indent=1))
@@ -198,8 +200,8 @@ def _check_moved(directory: Path, moved: tuple[str, ...], recorded: Mapping[str,
             known = read_json(folders[-1] / "state.json")["data"]  # of a run that an older version began
         if known is None:
             raise UserError(
-                f"{key}: another path than before, and {directory} does not say which data it was begun with; start it "
-                "once from the old path, which notes it, or choose another run_dir"
+                f"{key}: another path than before, and {directory} does not record which data it was begun with; start "
+                "it once from the old path, which records that, or choose another run_dir"
             )
         if known != data.get(key):
             raise UserError(
@@ -239,7 +241,7 @@ def _rewind(directory: Path, change: Change) -> str:
 
 
 def _record() -> dict[str, Any]:
-    """What ran: a launched job runs a snapshot, which says where it was taken; else the checkout itself is asked."""
+    """What ran: a launched job runs a snapshot with a record of its own; elsewhere the checkout itself is asked."""
     root = Path(__file__).resolve().parents[2]
     taken = root / "record.json"
     code = json.loads(taken.read_text(encoding="utf-8")) if taken.exists() else provenance.record(root)

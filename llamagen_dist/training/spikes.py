@@ -8,9 +8,13 @@ FEWEST = 8  # losses before there is a score
 
 
 class Spikes:
-    """Scores every logged loss against the ``window`` logged ones before it; a pure function of metrics.jsonl.
+    """Scores every logged loss against the logged ones before it; a pure function of metrics.jsonl.
 
-    before: the losses logged so far, oldest first, where a run goes on. It reports and never stops or changes anything.
+    It reports and never stops or changes anything.
+
+    window: how many losses a loss is compared with.
+    threshold: in standard deviations; scores up to it are not reported.
+    before: the losses logged so far, oldest first, when a run resumes.
     """
 
     def __init__(self, window: int, threshold: float, before: Iterable[float] = ()) -> None:
@@ -19,10 +23,8 @@ class Spikes:
 
     def score(self, loss: float) -> float | None:
         """(loss - mean) / standard deviation where that is above the threshold, else None; remembers ``loss``."""
-        found = None
-        if len(self._losses) >= FEWEST:
-            deviation = statistics.stdev(self._losses)
-            if deviation > 0:
-                found = (loss - statistics.fmean(self._losses)) / deviation
+        score = 0.0
+        if len(self._losses) >= FEWEST and (deviation := statistics.stdev(self._losses)) > 0:
+            score = (loss - statistics.fmean(self._losses)) / deviation
         self._losses.append(loss)
-        return found if found is not None and found > self._threshold else None
+        return score if score > self._threshold else None

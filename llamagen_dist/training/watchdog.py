@@ -19,11 +19,10 @@ from llamagen_dist.program import leave_sentence
 from llamagen_dist.training import heartbeat
 
 LONGEST_TICK_S = 10.0
-# What gloo, NCCL and the store say when another rank has gone or does not come
 
 
 class LostRankError(Exception):
-    """Another rank is gone or hangs; the message names it. The same command goes on from the last checkpoint."""
+    """Another rank is gone or hangs; the message names it. The same command resumes from the last checkpoint."""
 
 
 class Watchdog:
@@ -35,8 +34,9 @@ class Watchdog:
     Python itself is stuck in C code no thread of it can run: then faulthandler's timer, which needs no Python and
     which the thread sets anew at every tick, writes the stacks and ends the process with exit code 1.
 
-    lost(): looked at in every tick; once it is not empty the run goes on in another process, and this one says so and
-    ends at once with exit code 75, without another heartbeat, which would be taken for the other process's.
+    lost(): Fence.lost, asked in every tick: once it returns a sentence the run continues in another process, and this
+        one prints the sentence and ends at once with exit code 75, without another heartbeat, which would be taken for
+        the other process's.
 
     ``hang_s`` 0: heartbeats only. An exception that comes from a collective is turned into LostRankError once it is
     known which rank caused it. On CUDA the host runs ahead of the device, so a rank's part says less there; NCCL's
@@ -147,7 +147,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         quiet = time.monotonic() - self._alive
         beats = heartbeat.read(self._log, self._topology.world)
-        clauses = heartbeat.gone(beats, self._stale) + heartbeat.told(beats) or heartbeat.behind(beats)
+        clauses = heartbeat.gone(beats, self._stale) + heartbeat.reported(beats) or heartbeat.behind(beats)
         cause = "; ".join(dict.fromkeys(clauses)) or "all ranks are equally far and wait for each other"
         text = f"no step for {quiet:.1f} s after step {self._beat.step}: {cause}"
         with suppress(OSError):  # a full disk must not keep a hanging rank alive
@@ -185,13 +185,12 @@ class Watchdog:
         while True:
             self._write(part=heartbeat.WAITING)
             beats = heartbeat.read(self._log, self._topology.world)
-            clauses = heartbeat.gone(beats, self._stale) or heartbeat.told(beats)
+            clauses = heartbeat.gone(beats, self._stale) or heartbeat.reported(beats)
             late = time.monotonic() >= deadline
             if not clauses and late:
                 clauses = heartbeat.behind(beats)
             if clauses or late:
-                said = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0])[:120]  # without gloo's file
-                return (
-                    f"{'; '.join(dict.fromkeys(clauses)) or 'a collective failed, all ranks live'} (noticed by: {said})"
-                )
+                message = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0])[:120]  # without gloo's file
+                cause = "; ".join(dict.fromkeys(clauses)) or "a collective failed, all ranks live"
+                return f"{cause} (noticed by: {message})"
             time.sleep(min(0.1, self._tick))

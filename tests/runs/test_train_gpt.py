@@ -24,6 +24,7 @@ from llamagen_dist.data import digest
 from llamagen_dist.data.order import Order
 from llamagen_dist.errors import UserError
 from llamagen_dist.train_gpt import main
+from llamagen_dist.training import run as run_directory
 from tests import checkpoints as store
 from tests.expected_digest import expected
 from tests.ranks.forked import run_ranks
@@ -296,11 +297,12 @@ def test_a_finished_run_grows_into_the_run_that_was_longer_from_the_start(data, 
 WSD = ("optim.schedule=wsd", "optim.cooldown_images=160", "train.images=320")
 
 
-def test_a_cooled_down_run_continues_from_before_its_cooldown(config, tmp_path):
-    run, longer = tmp_path / "run", tmp_path / "longer"
+def test_a_cooled_down_run_continues_from_before_its_cooldown(config, tmp_path, monkeypatch):
+    run, longer, sabotaged = tmp_path / "run", tmp_path / "longer", tmp_path / "sabotaged"
     keep = "checkpoint.keep_last=9"
     assert run_all(1, config, f"run_dir={run}", *WSD, "optim.cooldown_from=160", keep)[0][0] == 0
     cooled = store.newest(run).name
+    shutil.copytree(run, sabotaged)
     grown = (*WSD[:2], "train.images=480", "optim.cooldown_from=320", keep)
     code, out, err = run_all(1, config, f"run_dir={run}", *grown)[0]
     assert code == 0, out + err
@@ -312,6 +314,9 @@ def test_a_cooled_down_run_continues_from_before_its_cooldown(config, tmp_path):
     (aside,) = (run / "checkpoints").glob("set_aside_*")
     assert [folder.name for folder in aside.iterdir()] == [cooled]
     assert (aside / cooled / "COMPLETE").exists(), "the cooled-down model is kept"
+    monkeypatch.setattr(run_directory, "_rewind", lambda directory, change: "")  # sabotage twin: on from the cooled one
+    assert run_all(1, config, f"run_dir={sabotaged}", *grown)[0][0] == 0
+    assert not same_weights(sabotaged, longer)
 
 
 def test_a_cooldown_that_no_checkpoint_is_from_before_is_not_continued(config, tmp_path):
@@ -360,7 +365,7 @@ def test_an_old_run_moves_its_training_data_and_says_what_it_does_not_know(data,
     shutil.copytree(data / "validation", tmp_path / "moved")
     code, _, err = run_all(1, config, f"run_dir={run}", f"data.validation={tmp_path / 'moved'}")[0]
     assert code == 2
-    assert "does not say which data it was begun with; start it once from the old path" in err
+    assert "does not record which data it was begun with; start it once from the old path" in err
     shutil.copytree(data / "train", tmp_path / "train")
     there = (f"run_dir={run}", f"data.train={tmp_path / 'train'}")
     assert run_all(1, config, *there)[0][0] == 0
@@ -402,7 +407,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(data, conf
     [
         (["train.global_batch=15", "train.images=600"], "15 images cannot be shared equally by 2"),
         (["data.train=nowhere"], "nowhere"),
-        (["run_dir=/proc/version/x"], "cannot be made"),
+        (["run_dir=/proc/version/x"], "is a file"),
         (["model.dim=36"], "multiple of 4"),
         (
             ["model.size=GPT-Q", "model.n_layer=null", "model.n_head=null", "model.dim=null"],

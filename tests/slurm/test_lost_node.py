@@ -65,7 +65,7 @@ def test_the_run_goes_on_elsewhere_and_what_lives_on_neither_writes_nor_calls_it
         first = run.goes_on(before)
         wait_for(lambda: gone(pid), "the end of the rank on the lost node", 30)
         text = run.log()
-        assert f"this run went on as job {run.owner}; this process, of job {before}, stops" in text
+        assert f"this run continues as job {run.owner}; this process, of job {before}, stops" in text
         lived_on = [step.number for step in run.steps() if step.owner == before and step.time > lost]
         assert lived_on, "it was no node of the dead"
         begun = run.events("started")[-1]["time"]

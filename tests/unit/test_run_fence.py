@@ -106,15 +106,15 @@ def launched(tmp_path, monkeypatch):
 def test_a_program_that_was_superseded_says_so_and_ends_with_75(tmp_path, launched, capsys):
 
     def main(argv: list[str]) -> None:
-        raise Superseded("this run went on as job 12.1")
+        raise Superseded("this run continues as job 12.1")
 
     with pytest.raises(SystemExit) as end:
         program.run(main)
     assert end.value.code == 75
     time_and_rank, _, line = capsys.readouterr().err.partition(" | ")
     assert time_and_rank.endswith(" rank 0")
-    assert line == "llamagen: this run went on as job 12.1\n"
-    assert (tmp_path / "error.txt").read_text() == "this run went on as job 12.1"
+    assert line == "llamagen: this run continues as job 12.1\n"
+    assert (tmp_path / "error.txt").read_text() == "this run continues as job 12.1"
 
 
 # --- a full disk ---
