@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     for number, rung in enumerate(plan, 1):
         stopped = train_one(rung, rung.name if len(plan) == 1 else f"{rung.name} ({number}/{len(plan)})", topology)
         if stopped and number < len(plan):
-            raise Stopped(f"{config.run_dir}: stopped after {rung.name}; the same command goes on with the next one")
+            raise Stopped(f"{config.run_dir}: stopped after {rung.name}; the same command continues with the next one")
 
 
 @dataclass(frozen=True)

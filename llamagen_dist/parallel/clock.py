@@ -15,6 +15,7 @@ from torch.autograd import Variable
 PARTS = ("data", "compute", "optimizer", "communication")
 
 # Every way from Python into a collective: torch.distributed's functions, and so DeepSpeed's and Megatron's, end here.
+# Names differ between torch versions; those that the installed one lacks are passed over.
 _COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "monitored_barrier"),
     *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
@@ -74,7 +75,10 @@ class Clock:
         self._open.pop()
 
     def _ours(self) -> bool:
+        """Whether the calling thread's time counts: the clock's own thread, or one of autograd's."""
         me = threading.get_ident()
+        # On CUDA the backward pass runs on threads of the C++ engine, which Python's list does not know; a saver's or a
+        # prefetcher's thread is in it. On a CPU the backward pass runs on the caller's thread.
         return me == self._owner or (
             self._stream is not None and all(me != thread.ident for thread in threading.enumerate())
         )
@@ -89,7 +93,7 @@ class Clock:
                 self._seconds[self._open[-1]] += now - self._since
         else:
             now = torch.cuda.Event(enable_timing=True)
-            now.record(self._stream)
+            now.record(self._stream)  # returns at once; the elapsed time is read in ``take``, when the device is there
             if self._open:
                 self._events.append((self._open[-1], self._since, now))
         self._since = now
@@ -114,11 +118,13 @@ class Clock:
         waiting = False
 
         def computed() -> None:
+            """All gradients are computed; from here to the end of the backward pass DDP only waits."""
             nonlocal waiting
             waiting = self._ours()
             if waiting:
                 self._begin("communication")
 
+        # the hook runs as the first act of the backward pass: only inside one does the engine take callbacks
         hook = loss.register_hook(lambda _: Variable._execution_engine.queue_callback(computed))
         try:
             yield

@@ -15,7 +15,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET
-from llamagen_dist.parallel.entries import Sharding, TensorEntry, buffers, sharded
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries, sharded
 from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
@@ -23,12 +23,12 @@ from llamagen_dist.parallel.zero_state import ZeroState
 
 def numel_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Elements per block (``layers.3``) and per module outside the blocks, from the parameters' shapes by name."""
-    found: dict[str, int] = {}
+    numel: dict[str, int] = {}
     for name, shape in shapes.items():
         words = name.split(".")
         module = ".".join(words[:2]) if words[0] == "layers" else words[0]
-        found[module] = found.get(module, 0) + math.prod(shape)
-    return found
+        numel[module] = numel.get(module, 0) + math.prod(shape)
+    return numel
 
 
 class _ModelParallelUnit:
@@ -100,11 +100,18 @@ def _join(topology: Topology) -> Any:
 class DeepSpeedEngine:
     """ZeRO stage 1, 2 or 3 over the data-parallel ranks of ``topology``.
 
-    module: plain GPT whose split layers are already in place, weights fp32; called: a module around it whose forward is
-    run instead. micro_batch: images per rank and forward pass; accumulation: forward passes per optimizer step.
-    precision ``bf16``: bfloat16 weights and activations, fp32 masters, gradient sums and reductions. ema_decay: 0 keeps
-    no average. query_group: query heads per key-value head. exact: where the fp32 weights can be had again, by name and
-    full shape, once the module's have been rounded; empty: a copy is held until then.
+    module: plain GPT whose split layers are already in place, weights fp32.
+    optim: optimizer, clipping and schedule.
+    topology: the ranks.
+    stage: 1 shards the optimizer state, 2 gradients too, 3 weights too.
+    micro_batch: images per rank and forward pass.
+    accumulation: forward passes per optimizer step.
+    called: a module around ``module`` whose forward is run instead.
+    precision: ``bf16``: bfloat16 weights and activations, fp32 masters, gradient sums and reductions.
+    ema_decay: 0 keeps no average.
+    query_group: query heads per key-value head.
+    exact: gives the fp32 weights again, by name and full shape, once the module's have been rounded; None: a copy of
+        them is kept until then.
     """
 
     def __init__(
@@ -127,9 +134,9 @@ class DeepSpeedEngine:
         self.query_group = query_group
         self.plain = module.to(topology.device)
         self.shapes = {name: tuple(p.shape) for name, p in self.plain.named_parameters()}
-        held = {}
+        copies = {}
         if precision == "bf16" and exact is None:
-            held = {name: p.detach().to("cpu", copy=True) for name, p in self.plain.named_parameters()}
+            copies = {name: p.detach().to("cpu", copy=True) for name, p in self.plain.named_parameters()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=called if called is not None else self.plain,
             optimizer=optimizers.build(self.plain, optim),
@@ -140,14 +147,17 @@ class DeepSpeedEngine:
         self.module: nn.Module = self._engine
         self.state = ZeroState(self._engine.optimizer, self.plain, stage, topology, ema=ema_decay > 0)
         if precision == "bf16":
-            self._unround(held, exact)
+            self._unround(copies, exact)
 
-    def _unround(self, held: Mapping[str, Tensor], exact: Source | None) -> None:
-        """DeepSpeed makes its fp32 masters of weights it has rounded to bf16 before: give them their digits back."""
+    def _unround(self, copies: Mapping[str, Tensor], exact: Source | None) -> None:
+        """DeepSpeed makes its fp32 masters from weights it has rounded to bf16 before: give them their digits back.
+
+        Else a bf16 run would start from other weights than the fp32 run of the same seed.
+        """
         t = self.topology
         for name, p in self.plain.named_parameters():
             if exact is None:
-                part = held[name]
+                part = copies[name]
             else:
                 whole = exact(name, full_shape(name, self.shapes[name], t.tensor))
                 part = cut(name, whole, t.tensor, t.tp_rank, self.query_group)
@@ -161,7 +171,7 @@ class DeepSpeedEngine:
         bucket = min(LARGEST_BUCKET, numel)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.stage == 3:
-            # one block computes while the next is fetched; what was used is given back at once, or nothing is saved
+            # one block computes while the next is fetched; what was used is freed at once, or nothing would be saved
             live = 2 * max(numel_by_module(self.shapes).values())
             zero |= {
                 "stage3_prefetch_bucket_size": min(bucket, live // 2),
@@ -181,7 +191,7 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }
-        if precision == "bf16":
+        if precision == "bf16":  # sums and reductions in fp32, or the layout would decide what is rounded away
             settings["bf16"] = {"enabled": True}
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
             settings["communication_data_type"] = "fp32"
@@ -214,26 +224,20 @@ class DeepSpeedEngine:
 
     def entries(self) -> list[TensorEntry]:
         """fp32 masters, their average and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
-        found: list[TensorEntry] = []
-        for name, p in self.plain.named_parameters():
-            found.append(self._entry("weights", name, name, p, None))
-            if self.ema_decay > 0:
-                found.append(self._entry("ema", name, name, p, ema.KEY))
-            for moment in optimizers.MOMENTS:
-                found.append(self._entry("optimizer", f"{moment}/{name}", name, p, moment))
-        found += buffers("weights", self.plain)
-        return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
+        return all_entries(self.plain, self._entry, self.ema_decay > 0)
 
     def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t = self.topology
         part_shape = self.shapes[name]  # under ZeRO-3 the parameter itself is empty between its uses
 
         def owners(writer: int) -> list[tuple[int, int]]:
+            # a replicated weight is taken from the writer's own column of data-parallel ranks, a split one from all
             columns = [writer % t.tensor] if split_of(name) is None else range(t.tensor)
             return [(d * t.tensor + c, size) for c in columns for d, size in self.state.sizes(p)]
 
         def merged(parts: list[Tensor]) -> Tensor:
-            each = len(self.state.sizes(p))  # pieces of one tensor-parallel rank's part
+            # first the data-parallel pieces of each tensor-parallel part, end to end; then the parts, by the table
+            each = len(self.state.sizes(p))
             whole = [torch.cat(parts[i : i + each]).view(part_shape) for i in range(0, len(parts), each)]
             return merge(name, whole, self.query_group)
 

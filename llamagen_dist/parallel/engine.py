@@ -13,7 +13,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
-from llamagen_dist.parallel.entries import Sharding, TensorEntry, buffers, replicated, sharded
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries, replicated, sharded
 from llamagen_dist.parallel.tensor_parallel import cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 
@@ -65,11 +65,18 @@ class _WithIdle(nn.Module):
 class TorchEngine:
     """One process, or DDP when the topology has several data-parallel ranks; fp32, tensor parallelism allowed.
 
-    module: what training calls (DDP-wrapped if there are several ranks); plain: the bare module, whose parameter names
-    the checkpoint uses. called: a module around ``module`` whose forward is to be run instead. Initial weights are
-    those of rank 0. group, optimizer_group: file families in the checkpoint. ema_decay: 0 keeps no average.
-    query_group: query heads per key-value head, for weights split by tensor parallelism. sync_buffers: rank 0's buffers
-    are sent to all before every forward pass (batch statistics). clock: is told what DDP waits.
+    Initial weights are those of rank 0.
+
+    module: the bare module (``plain``), whose parameter names the checkpoint uses; ``self.module`` is what training
+        calls, wrapped in DDP if there are several ranks.
+    optim: optimizer, clipping and schedule.
+    topology: the ranks.
+    called: a module around ``module`` whose forward is to be run instead.
+    group, optimizer_group: file families in the checkpoint.
+    ema_decay: 0 keeps no average.
+    query_group: query heads per key-value head, for weights split by tensor parallelism.
+    sync_buffers: rank 0's buffers are sent to all before every forward pass (batch statistics).
+    clock: charged with what DDP waits for its all-reduces.
     """
 
     def __init__(
@@ -98,9 +105,9 @@ class TorchEngine:
                 process_group=topology.dp_group,
                 broadcast_buffers=sync_buffers,
                 gradient_as_bucket_view=True,
-                # It keeps the buckets of the first step. DDP would lay them out anew after it, and where a gradient
-                # lies decides in which order more than two ranks' shares of it are added up: the first step after a
-                # resume would not be bit-equal to the same step of a run that went on.
+                # It keeps the buckets of the first step. DDP would rebuild them after it, and a gradient's position in
+                # its bucket decides in which order more than two ranks' shares of it are added up: the first step after
+                # a resume would not be bit-equal to the same step of an uninterrupted run.
                 find_unused_parameters=True,
             )
         self.optimizer = optimizers.build(self.plain, optim)
@@ -152,26 +159,17 @@ class TorchEngine:
         if self.topology.tensor == 1:
             return nn.utils.get_total_norm([gradient for _, gradient in named])
         copies = nn.utils.get_total_norm([g for name, g in named if split_of(name) is None])
+        # squares add up over disjoint parts; the copies are equal on all ranks and must not be added tp times
         parts = nn.utils.get_total_norm([g for name, g in named if split_of(name) is not None]).square()
         dist.all_reduce(parts, group=self.topology.tp_group)
         return (copies.square() + parts).sqrt()
 
     def entries(self) -> list[TensorEntry]:
         """Weights, buffers, Adam moments and the moving average, merged over the tensor-parallel ranks."""
-        found: list[TensorEntry] = []
-        for name, p in self.plain.named_parameters():
-            found.append(self._entry(self.group, name, name, p))
-            if p.requires_grad:
-                state = self.optimizer.state[p]
-                if ema.KEY in state:
-                    found.append(self._entry("ema", name, name, state[ema.KEY]))
-                for moment in optimizers.MOMENTS:
-                    found.append(self._entry(self.optimizer_group, f"{moment}/{name}", name, state[moment]))
-        found += buffers(self.group, self.plain)
-        return found + (buffers("ema", self.plain) if self.ema_decay > 0 else [])
+        return all_entries(self.plain, self._entry, self.ema_decay > 0, self.group, self.optimizer_group)
 
-    def _entry(self, group: str, key: str, name: str, tensor: Tensor) -> TensorEntry:
-        t = self.topology
+    def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
+        t, tensor = self.topology, p if kind is None else self.optimizer.state[p][kind]
         if t.tensor == 1 or split_of(name) is None:
             return replicated(group, key, tensor)
 
@@ -182,7 +180,8 @@ class TorchEngine:
         shape, numel = tuple(tensor.shape), tensor.numel()
 
         def owners(writer: int) -> list[tuple[int, int]]:
-            first = writer // t.tensor * t.tensor  # the tensor-parallel group that the writer is in
+            # all data-parallel ranks hold the same parts: the writer's own tensor-parallel group, which are neighbours
+            first = writer // t.tensor * t.tensor
             return [(rank, numel) for rank in range(first, first + t.tensor)]
 
         sharding = Sharding(

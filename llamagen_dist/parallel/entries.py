@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llamagen_dist.parallel import ema as averages
+from llamagen_dist.parallel.optim import MOMENTS
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -28,9 +31,15 @@ class Sharding:
     def gather(
         self, mine: Tensor, rank: int, writer: int, group: dist.ProcessGroup | None = None, tag: int = 0
     ) -> tuple[Tensor | None, Any]:
-        """(the full tensor on the writer, None elsewhere; what a sender has to wait for, or None). Collective.
+        """Send the shards to the rank that writes the tensor (collective over the owners and the writer).
 
-        mine: this rank's piece, or a copy of it. Pieces go straight to the writer over ``group`` (None: all ranks).
+        mine: this rank's shard, flat, or a copy of it.
+        rank: this one's.
+        writer: the rank that gets the full tensor.
+        group: to send over; None: the default group.
+        tag: tells the messages of tensors apart that are under way together.
+
+        Returns (the full tensor on the writer, None elsewhere; what a sender has to wait for, or None).
         """
         if rank != writer:
             return None, dist.isend(mine, writer, group=group, tag=tag) if self.contributes(rank, writer) else None
@@ -88,6 +97,30 @@ def sharded(
         return full
 
     return TensorEntry(group, key, shape, read, write, sharding=sharding)
+
+
+def all_entries(
+    module: nn.Module,
+    entry: Callable[[str, str, str, Tensor, str | None], TensorEntry],
+    ema: bool,
+    group: str = "weights",
+    optimizer_group: str = "optimizer",
+) -> list[TensorEntry]:
+    """What a checkpoint holds of a module and its optimizer, in the order of its parameters, the same on all ranks.
+
+    entry(group, key, name, parameter, kind): of one tensor; kind: None for the weight, else a key of Adam's state.
+    ema: whether there is a moving average.
+    group, optimizer_group: file families.
+    """
+    entries: list[TensorEntry] = []
+    for name, p in module.named_parameters():
+        entries.append(entry(group, name, name, p, None))
+        if p.requires_grad:
+            if ema:
+                entries.append(entry("ema", name, name, p, averages.KEY))
+            entries += [entry(optimizer_group, f"{moment}/{name}", name, p, moment) for moment in MOMENTS]
+    # buffers are not trained and have no average; a copy stands with it, so that the average is a whole model
+    return entries + buffers(group, module) + (buffers("ema", module) if ema else [])
 
 
 def buffers(group: str, module: nn.Module) -> list[TensorEntry]:

@@ -48,11 +48,7 @@ class Topology:
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average over the data-parallel ranks (a new tensor; collective)."""
-        if self.dp_group is None:
-            return values
-        total = values.clone()
-        dist.all_reduce(total, group=self.dp_group)
-        return total / self.dp
+        return values if self.dp_group is None else self.sum(values) / self.dp
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the data-parallel ranks (a new tensor; collective)."""
@@ -71,7 +67,11 @@ class Topology:
         return bool(seen.item())
 
     def broadcast_from_rank0(self, decide: Callable[[], T]) -> T:
-        """What ``decide()`` returns on rank 0, on every rank (collective); a UserError there is raised everywhere."""
+        """What ``decide()`` returns on rank 0, on every rank (collective).
+
+        A UserError there is raised everywhere: a rank that went on alone would wait in the next collective. The value
+        is pickled.
+        """
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -93,6 +93,7 @@ class Topology:
     def set_timeouts(self, seconds: float) -> None:
         """Of every group that this rank is in, Megatron's and DeepSpeed's too, for collectives from now on."""
         if self.world > 1:
+            # private, for want of a public list of groups: those that libraries made have no other handle here
             for group in list(dist.distributed_c10d._world.pg_map):
                 dist.set_timeout(timedelta(seconds=seconds), group)
 
@@ -204,9 +205,15 @@ def start(
 ) -> Topology:
     """Join the process group that RANK and WORLD_SIZE describe (torchrun's, srun's or our launcher's variables).
 
-    A group that exists already is used as it is (forked test ranks). tensor: tensor-parallel size; it must divide
-    the number of ranks, else UserError. threads: CPU threads of this rank. timeout_s: of collectives, of all groups,
-    until ``set_timeouts``. run_dir: where NCCL may leave its record of a collective that timed out.
+    A group that exists already is used as it is (forked test ranks).
+
+    tensor: tensor-parallel size.
+    threads: CPU threads of this rank; None leaves torch's own number.
+    timeout_s: seconds, of collectives of all groups, until ``set_timeouts``.
+    run_dir: where NCCL may leave its record of a collective that timed out.
+
+    Raises UserError where ``tensor`` does not divide the ranks, where the variables describe no group, or where a rank
+    has no GPU of its own.
     """
     if dist.is_initialized():
         world, rank = dist.get_world_size(), dist.get_rank()
@@ -222,7 +229,7 @@ def start(
         # same config, seed and layout: the same losses to the last bit. The CPU kernels we use are deterministic
         # anyway, and the call imports the compiler, which takes seconds.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # not a pass over every new buffer: nothing here reads memory it has not written
+        # the mode would also fill every new buffer, in case it is read before it is written, which nothing here does
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - untyped in torch
     else:
         device = torch.device("cpu")

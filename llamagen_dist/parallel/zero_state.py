@@ -18,7 +18,14 @@ from llamagen_dist.parallel.topology import Topology
 
 
 class ZeroState:
-    """optimizer: DeepSpeed's, of an engine for ``module`` at ``stage`` 1, 2 or 3. ema: also keep a moving average."""
+    """One rank's partition of masters, moments and average, addressed by parameter.
+
+    optimizer: DeepSpeed's, of an engine for ``module``.
+    module: whose parameters the state belongs to.
+    stage: of ZeRO, 1, 2 or 3.
+    topology: the ranks that share the state.
+    ema: also keep a moving average.
+    """
 
     def __init__(self, optimizer: Any, module: nn.Module, stage: int, topology: Topology, ema: bool) -> None:
         self._zero, self._stage, self._topology = optimizer, stage, topology
@@ -27,11 +34,12 @@ class ZeroState:
             self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
         else:
             self.flats = [p for group in self._inner.param_groups for p in group["params"]]
+        # torch's Adam makes its state in the first step; a resume writes into it before that
         for flat in self.flats:
             self._inner.state[flat] = optimizers.fresh_state(flat)
             if ema:
                 self._inner.state[flat][averages.KEY] = flat.detach().clone()
-        if stage < 3:
+        if stage < 3:  # links every parameter to its span of the state just made, which DeepSpeed does once
             optimizer._lazy_init_hp_params_optimizer_state()
         self._spans = self._find_spans(list(module.parameters()))
 
@@ -41,8 +49,10 @@ class ZeroState:
         return self._inner.state
 
     def local(self, p: Tensor, kind: str | None) -> Tensor:
-        """What this rank holds of a parameter's fp32 tensor: a flat, live view without padding, maybe empty. kind: None
-        for the master, else a key of the optimizer's state.
+        """This rank's piece of a parameter's fp32 tensor: a flat, live view without padding, maybe empty.
+
+        p: a parameter of the module.
+        kind: None for the master, else a key of the optimizer's state.
 
         DeepSpeed's own calls for whole tensors all-reduce them, which costs several times what sending the pieces to
         one rank does, and grows with the number of ranks.
@@ -54,7 +64,7 @@ class ZeroState:
         return [(d, size) for d, (_, size) in enumerate(self._spans[p]) if size]
 
     def _piece(self, p: Tensor, kind: str | None) -> Tensor:
-        """What this rank holds of it: flat, padded at the end under ZeRO-3."""
+        """As ``local``, but under ZeRO-3 with the padding at the end."""
         from deepspeed import utils
 
         if self._stage == 3:
@@ -63,24 +73,31 @@ class ZeroState:
         return torch.empty(0, device=p.device) if mapping is None else mapping.get_hp_fragment(kind)
 
     def _find_spans(self, parameters: Sequence[Tensor]) -> dict[Tensor, list[tuple[int, int]]]:
-        """(first element, number of elements) that each data-parallel rank holds of each parameter."""
+        """For each parameter (first element, number of elements) of every data-parallel rank's piece (collective)."""
         t = self._topology
         if self._stage == 3:
-            found = {}
+            # every parameter is cut into equal shares, the last ones padded, or all padding where it is tiny
+            spans_of = {}
             for p in parameters:
                 share, numel = p.ds_tensor.numel(), p.ds_numel  # type: ignore[attr-defined]
-                found[p] = [(min(share * d, numel), max(0, min(share, numel - share * d))) for d in range(t.dp)]
-            return found
+                spans_of[p] = [(min(share * d, numel), max(0, min(share, numel - share * d))) for d in range(t.dp)]
+            return spans_of
+        # stages 1 and 2 flatten all parameters into one row and cut that into equal partitions, so a parameter may lie
+        # in one rank's partition, across a border, or on ranks far from this one: only its owners know where
         mappings = [p._hp_mapping for p in parameters]  # type: ignore[attr-defined]
         mine = [(0, 0) if m is None else (m.lp_fragment_address.start, m.lp_fragment_address.numel) for m in mappings]
         spans: list[Any] = [mine]
         if t.dp_group is not None:
             spans = [None] * t.dp
             dist.all_gather_object(spans, mine, group=t.dp_group)
-        return {p: [held[number] for held in spans] for number, p in enumerate(parameters)}
+        return {p: [of_rank[number] for of_rank in spans] for number, p in enumerate(parameters)}
 
     def set(self, p: Tensor, kind: str | None, full: Tensor) -> None:
-        """The inverse; every data-parallel rank gives the same tensor and keeps its share."""
+        """Write a parameter's fp32 tensor; every data-parallel rank gives the same one and keeps its share.
+
+        p, kind: as in ``local``.
+        full: fp32, this tensor-parallel rank's whole part, on the device.
+        """
         from deepspeed import utils
 
         if self._stage < 3:
@@ -89,6 +106,7 @@ class ZeroState:
             else:
                 utils.safe_set_full_optimizer_state(p, full, kind)
             return
+        # ZeRO-3 has a call for the local piece only: cut it out here, padded as DeepSpeed pads it
         share: int = p.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = full.new_zeros(share * self._topology.dp)
         padded[: full.numel()] = full.flatten()
@@ -99,6 +117,7 @@ class ZeroState:
             utils.safe_set_local_optimizer_state(p, mine, kind)
 
     def adam_step(self) -> float:
+        """Steps that Adam has made, the same for all partitions."""
         return float(self._inner.state[self.flats[0]]["step"])
 
     def set_adam_step(self, step: float) -> None:
@@ -107,11 +126,14 @@ class ZeroState:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Masters that were written become the weights that the model computes with."""
+        """Masters that were written become the weights that the model computes with (collective)."""
         zero = self._zero
         if self._stage < 3:
-            zero.update_lp_params()
+            zero.update_lp_params()  # casts this rank's partition and all-gathers the rest
             return
+        # What DeepSpeed's stage 3 does at the end of a step, which it has no call for: cast the masters into the flat
+        # weights and let every parameter's shard view them. The whole weights are gathered when they are next used,
+        # except the small ones that stay whole (persistent): those are cut and gathered again now.
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[i].copy_(flat)
             views = zero.unflatten(zero.fp16_partitioned_groups_flat[i], zero.fp16_partitioned_groups[i])
@@ -123,7 +145,7 @@ class ZeroState:
 
     def held_bytes(self, module: nn.Module) -> dict[str, int]:
         """Bytes of weights, gradients, masters, moments and average on this rank; shared storage is counted once."""
-        weights = {}
+        weights = {}  # storage -> bytes: parameters are views of one flat buffer, and in fp32 of the masters
         for p in module.parameters():
             for tensor in (p, getattr(p, "ds_tensor", None)):
                 if tensor is not None and tensor.numel():

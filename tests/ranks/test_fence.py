@@ -68,7 +68,7 @@ def overtaken_while_writing(run_dir: Path, fenced: bool) -> str:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_is_overtaken_is_neither_committed_nor_cleaned_up(tmp_path, ranks):
     for result in run_ranks(overtaken_while_writing, ranks, tmp_path, True):
-        assert result.startswith(f"Superseded: {tmp_path}: this run went on as job 12.1; this process, of job 12.0")
+        assert result.startswith(f"Superseded: {tmp_path}: this run continues as job 12.1; this process, of job 12.0")
     folder = tmp_path / "checkpoints" / "step_00000001"
     assert (folder / "theirs").exists(), "the folder may be the successor's"
     assert store.complete(tmp_path) == []
@@ -200,7 +200,7 @@ def test_a_run_on_a_lost_node_ends_by_itself(tmp_path, capfd, every, last):
     ((code, trace),) = end_ranks(zombie, 1, tmp_path, (f"log.every_steps={every}",), True)
     assert code == 75 or "Superseded" in trace, "its watchdog, or the line that it would have written"
     assert code == 75 or every == 1
-    assert "this run went on as job 12.1" in trace + capfd.readouterr().err
+    assert "this run continues as job 12.1" in trace + capfd.readouterr().err
     assert lines(tmp_path)[-1]["step"] == last
     assert store.complete(tmp_path) == []
     assert not (tmp_path / "summary.json").exists()

@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, config, uninterrupted, num
     reached = store.read_state(store.newest(run))["images_seen"]
     if number == signal.SIGTERM:
         assert code == 75
-        assert "the same command goes on" in err
+        assert "the same command resumes" in err
         assert reached == lines(run)[-1]["images_seen"], "a signal loses no step"
     else:
         assert reached >= 160, "a kill loses at most the save interval"
