@@ -12,12 +12,12 @@ from torch import Tensor
 class LayerCache:
     """One layer's keys and values, (B, heads, capacity, head_dim), of which the first ``filled`` positions are set.
 
-    The memory is taken once, at the first ``extend``, in the type that the layer computes in; the number of heads is
-    read off there too (a tensor-parallel rank has its own share of them).
+    The memory is allocated once, at the first ``extend``, in the type that the layer computes in; the number of heads
+    is read off there too (a tensor-parallel rank has its own share of them).
 
     capacity: positions in all.
     share: (B, T) fp32 or None; with it the first T positions, which come in one ``extend``, are kept as one: their
-        means weighted by it.
+        mean weighted by ``share``.
     """
 
     def __init__(self, capacity: int, share: Tensor | None = None) -> None:
@@ -27,8 +27,10 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, heads, S, head_dim) each; returns those of all positions so far. Raises ValueError beyond the
-        capacity."""
+        """Add the keys and values of S more positions, (B, heads, S, head_dim) each.
+
+        Returns those of all positions so far, as views of the cache. Raises ValueError beyond the capacity.
+        """
         if self._share is not None:
             share, self._share = self._share[:, None, None, :], None
             # the prefix attends to itself as it is; only what comes later sees the one position it is folded into
@@ -82,7 +84,7 @@ class Cache:
         term added to the logits, (B, 1, 1, S). None: everything alike."""
         if self._hidden is None:
             return None
-        further = self.layers[0].filled + 1 - self._hidden.shape[1]
+        further = self.layers[0].filled + 1 - self._hidden.shape[1]  # image tokens, which nothing hides: True or + 0
         return F.pad(self._hidden, (0, further), value=self._hidden.dtype == torch.bool)[:, None, None, :]
 
     def keep(self, rows: int) -> None:

@@ -37,12 +37,15 @@ class Randomness:
         return replace(self, keys=self._site_keys(4 * (number + 1)))
 
     def _site_keys(self, site: int) -> Tensor:
-        # an odd multiplier sets neighbouring sites far apart before they are mixed; masked to fit into int32
+        # an odd multiplier spreads neighbouring sites before they are mixed; masked to fit into int32
         return prng.mix(self.keys ^ ((site + 1) * 0x632BE5AB & 0x7FFFFFFF))
 
     def kept(self, x: Tensor, p: float, site: int) -> Tensor:
-        """int8 of x's shape (B, S, dim), dim even: 0 where x is dropped, else 1. Element x[b, s, d] has the number
-        (first + s) x dim + d."""
+        """int8 of x's shape (B, S, dim), dim even: 0 where x is dropped, else 1.
+
+        Element x[b, s, d] has the number (first + s) x dim + d, whatever part of the sequence x is. The three branches
+        below give the same mask.
+        """
         _, rows, dim = x.shape
         keys, begin, count = self._site_keys(site).view(-1, 1), self.first * dim // 2, rows * dim // 2
         # an element's bits are half of a 32-bit hash: that of (number / 2), alike for all samples and so made once,
@@ -51,6 +54,7 @@ class Randomness:
         if torch.compiler.is_compiling():  # one fused loop, without memory; the other branch needs few passes instead
             numbers = torch.arange(2 * begin, 2 * (begin + count), dtype=torch.int32, device=x.device)
             raw = prng.mix(prng.mix(numbers >> 1) ^ keys)
+            # the lower 16 bits for even elements, the upper for odd: the order of two int16 in an int32 of this machine
             half = torch.where((numbers & 1) == 1, raw >> 16, (raw << 16) >> 16)
             return (half > last).view(x.shape).to(torch.int8)
         hashed = _hashed_numbers(begin, count, x.device)

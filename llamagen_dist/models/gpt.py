@@ -129,6 +129,7 @@ def rotary_table(config: GPTConfig) -> Tensor:
     The prefix rows are 0, 0 (``prefix_rotation: zero``, what the released weights were trained with) or 1, 0.
     """
     side, half = math.isqrt(config.image_tokens), config.head_dim // 2
+    # each axis turns half / 2 of the pairs, at frequencies base^(-2i / half), as RoPE does for a head of size half
     theta = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
     along = torch.outer(torch.arange(side).float(), theta)
     rows = along[:, None, :].expand(side, side, -1)
@@ -177,6 +178,7 @@ class Attention(nn.Module):
         causal = mask is None
         if past is not None:
             k, v = past.extend(k, v)
+            # SDPA's is_causal aligns the first query with the first key; a single new query may see all that is cached
             causal = causal and q.shape[2] == k.shape[2]
         if random is not None and threshold(self.dropout_p) > 0:
             out = self._with_dropout(q, k, v, random)
@@ -185,8 +187,11 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, random: Randomness) -> Tensor:
-        """Causal attention (training only) that holds the (B, heads, S, S) probabilities, in fp32, to drop some: the
-        fused kernels draw their masks from a generator, so that they would change with the layout."""
+        """Causal attention (training only) with some of the probabilities dropped, which it keeps in fp32.
+
+        q (B, heads, S, head_dim); k, v (B, kv_heads, S, head_dim). The fused kernels draw their masks from a generator,
+        so that they would change with the layout.
+        """
         k, v = _repeated(k, self.group), _repeated(v, self.group)
         scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -340,6 +345,7 @@ class GPT(nn.Module):
         x = torch.cat([prefix, self.tok_embeddings(tokens[:, :-1])], dim=1)
         table = self.rotary[: x.shape[1]]
         if present is not None:
+            # the rotary table moves along: a token keeps the angle of its position, wherever it is computed
             order = sequence_order(present, n - 1)
             x, table = rows_of(x, order), table[order]
         if random is not None:
@@ -358,6 +364,7 @@ class GPT(nn.Module):
         # norm and head only where a token is predicted: of 120 caption positions that is the last one
         if present is None:
             return self.norm(x[:, prefix.shape[1] - 1 :])
+        # a caption of m tokens stands at 0 … m - 1 and the image behind it: m - 1 + t predicts token t
         return self.norm(rows_of(x, present.sum(dim=1, keepdim=True) - 1 + torch.arange(n, device=x.device)))
 
     def _prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
@@ -388,7 +395,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean nats per token (0-d fp32); in eval mode the validation loss.
 
+        tokens, condition, sample_ids: as in ``forward``.
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
+
+        Raises ValueError for dropout without sample_ids.
         """
         logits = self.output(self._hidden(tokens, condition, sample_ids)).flatten(0, 1)
         # the mean is taken by weights of each token, so that a chunked, vocabulary-parallel loss is one weighted sum
@@ -399,7 +409,10 @@ class GPT(nn.Module):
         return weighted_nll(logits, tokens.flatten(), each.flatten(), self.token_nll)
 
     def null_condition(self, condition: Condition) -> Condition:
-        """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample."""
+        """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample.
+
+        condition: as in ``forward``; only its shapes, type and padding matter.
+        """
         if isinstance(condition, tuple):
             features, present = condition
             null: Tensor = self.cls_embedding.uncond_embedding  # type: ignore[assignment]
@@ -407,11 +420,16 @@ class GPT(nn.Module):
         return torch.full_like(condition, self.config.num_classes)
 
     def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
-        """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout."""
+        """The condition's pass of generation; never any dropout.
+
+        condition: as in ``forward``.
+
+        Returns (logits (B, V) of the first image token, the cache that ``decode`` continues with).
+        """
         x, present = self._prefix(condition)
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
-        if present is not None:
+        if present is not None:  # no image yet: tokens first, padding last, so that causal attention hides it
             order = sequence_order(present, 0)
             x, table, present = rows_of(x, order), table[order], present.gather(1, order)
             last = present.sum(dim=1, keepdim=True) - 1
@@ -419,7 +437,11 @@ class GPT(nn.Module):
         return self._advance(x, table, last, None, cache), cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the next image token; tokens (B,) int64 are the ones before it, which enter the cache."""
+        """Logits (B, V) of the next image token.
+
+        tokens: (B,) int64, the token before it of each sample; its keys and values enter the cache.
+        cache: of ``prefill``. Raises ValueError once it is full.
+        """
         x = self.tok_embeddings(tokens).unsqueeze(1)
         table = self.rotary[cache.position : cache.position + 1]
         return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)
@@ -432,10 +454,12 @@ class GPT(nn.Module):
 
 def sequence_order(present: Tensor, tokens: int) -> Tensor:
     """(B, T + tokens) int64: the caption's tokens, then the image's, then the caption's padding, each in its order."""
+    # sorted by 0 (caption), 1 (image), 2 (padding); a stable sort keeps the order within each
     return F.pad(2 - 2 * present.to(torch.int8), (0, tokens), value=1).argsort(dim=1, stable=True)
 
 
 def rows_of(x: Tensor, positions: Tensor) -> Tensor:
     """x (B, S, d), positions (B, n) int64 -> (B, n, d), the rows at these positions of each sample."""
+    # one index_select over all rows: gather would want an index as large as its result
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (first + positions).flatten()).unflatten(0, positions.shape)

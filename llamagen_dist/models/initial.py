@@ -8,7 +8,16 @@ from llamagen_dist.models.sizes import GPTConfig
 
 
 def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """LlamaGen's: N(0, 0.02) for matrices, zero for the head, one for norms. fp32 on the CPU."""
+    """LlamaGen's initial value of one parameter: N(0, 0.02) for matrices, zero for the head, one for norms.
+
+    Drawn on the CPU whatever the model's device: GPUs draw other numbers from the same seed.
+
+    seed: of the run.
+    name: LlamaGen's name of the parameter; every parameter has a random stream of its own.
+    shape: of the whole tensor, not of a rank's part.
+
+    Returns fp32 on the CPU.
+    """
     if name == "output.weight":
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:

@@ -14,7 +14,7 @@ CPU_CHUNK = 1 << 20  # as many as stay in a CPU's cache
 
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(n, V), (n,) int64 -> (n,) nats in fp32."""
+    """Cross-entropy of each row: logits (n, V), tokens (n,) int64 -> (n,) nats in fp32."""
     return F.cross_entropy(logits.float(), tokens, reduction="none")
 
 
@@ -52,7 +52,7 @@ class _WeightedNLL(torch.autograd.Function):
             if nll is token_nll:
                 total += _gradient_in_place(logits_chunk, targets, weight)
                 continue
-            with torch.enable_grad():
+            with torch.enable_grad():  # nll may hold collectives, whose gradients only autograd knows
                 leaf = logits_chunk.detach().requires_grad_()
                 part = (nll(leaf, targets) * weight).sum()
             (grad_chunk,) = torch.autograd.grad(part, leaf)
@@ -64,9 +64,9 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (upstream,) = gradients
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient, ctx.gradient = ctx.gradient, None  # not save_for_backward: the memory is given away, and once
         if gradient is None:
-            raise RuntimeError("the loss can be differentiated once: its gradient took the place of the logits")
+            raise RuntimeError("the loss can be differentiated once: its gradient has overwritten the logits")
         if upstream.device.type != "cpu" or upstream != 1:  # on a GPU the question would wait for the device
             gradient.mul_(upstream)
         return gradient, None, None, None
@@ -79,6 +79,7 @@ def _gradient_in_place(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tenso
     probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
     # log sum exp = max_logit - log(the largest probability), which is at least 1 / V and so exact enough
     nll = (max_logit.float() - target_logit.float() - probs.amax(dim=-1, keepdim=True).log()).flatten()
+    # d nll / d logits = softmax - one-hot, of each row times its weight
     probs.scatter_add_(1, targets, torch.full_like(nll[:, None], -1.0))
     logits.copy_(probs.mul_(weights[:, None]))
     return (nll * weights).sum()

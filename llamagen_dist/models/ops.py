@@ -37,6 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # |x|^2 / dim is the mean of squares. vector_norm sums in fp32 in one pass over x, where the formula makes a
+        # copy in fp32 and squares it; the root that it takes is undone, on one number a row
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -50,7 +52,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With n = x / rms(x) and g = gradient x weight: the gradient of x is (g - n mean(g n)) / rms(x)."""
+        """With n = x / rms(x) and g = gradient x weight: the gradient of x is (g - n mean(g n)) / rms(x).
+
+        The second term is what changing x changes in rms(x) itself. That of the weight is the sum of gradient x n over
+        all positions.
+        """
         x, weight, inverse = ctx.saved_tensors
         grad_x, wide_weight = torch.empty_like(x), weight.float()
         grad_weight = torch.zeros_like(wide_weight)
@@ -58,8 +64,8 @@ class _RMSNorm(torch.autograd.Function):
             normed = x_i * inverse_i  # fp32, as all that follows
             product = normed * gradient_i
             grad_weight += product.flatten(0, -2).sum(0)
-            mean = (product @ wide_weight).div_(x.shape[-1])
-            scaled = torch.mul(gradient_i, wide_weight, out=product)
+            mean = (product @ wide_weight).div_(x.shape[-1])  # mean(g n), as a matrix-vector product over the last axis
+            scaled = torch.mul(gradient_i, wide_weight, out=product)  # g, in memory that is not needed any more
             torch.mul(scaled.addcmul_(normed, mean.unsqueeze(-1), value=-1.0), inverse_i, out=grad_x_i)
         return grad_x, grad_weight.type_as(weight), None
 
@@ -90,6 +96,7 @@ class _Gated(torch.autograd.Function):
         a, b = ctx.saved_tensors
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         for gradient_i, a_i, b_i, grad_a_i, grad_b_i in _samples(gradients[0], a, b, grad_a, grad_b):
+            # d/db = silu(a), computed once more rather than kept; d/da = b silu'(a), which torch has as an operation
             torch.mul(F.silu(a_i), gradient_i, out=grad_b_i)
             torch.ops.aten.silu_backward.grad_input(gradient_i * b_i, a_i, grad_input=grad_a_i)
         return grad_a, grad_b
@@ -97,16 +104,20 @@ class _Gated(torch.autograd.Function):
 
 @contextmanager
 def recomputed(product: Tensor, a: Tensor, b: Tensor) -> Iterator[None]:
-    """In here autograd keeps nothing where it would keep ``product``, which is gated(a, b): it is computed again when
-    it is needed. Worth it because a and b are kept anyway, for gated's own gradient."""
+    """In here autograd keeps nothing where it would keep ``product``: it is computed again when it is needed.
+
+    Worth it because a and b are kept anyway, for gated's own gradient, and w2 would keep the product beside them.
+
+    product: gated(a, b).
+    """
     a, b = a.detach(), b.detach()
-    # Held until the end, so that no other tensor can get its memory and be taken for it; and no longer, since autograd
-    # keeps pack itself as long as the graph.
-    held = [product]
+    # Referenced until the end of the block, so that no other tensor can get its memory and be taken for it; and no
+    # longer, since autograd keeps ``pack`` itself as long as the graph.
+    reference = [product]
     del product
 
     def pack(x: Tensor) -> Tensor | torch.Size:
-        return x.shape if is_whole(x, held[0]) else x
+        return x.shape if is_whole(x, reference[0]) else x
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
         return kept if isinstance(kept, Tensor) else F.silu(a).mul_(b).view(kept)
@@ -115,7 +126,7 @@ def recomputed(product: Tensor, a: Tensor, b: Tensor) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        held.clear()
+        reference.clear()
 
 
 def is_whole(x: Tensor, product: Tensor) -> bool:
@@ -123,6 +134,7 @@ def is_whole(x: Tensor, product: Tensor) -> bool:
 
     Not so for a cast (autocast), a copy or another view of it, which are saved as they are.
     """
+    # several views share an address and a size; contiguous, they also have the same numbers in the same order
     return (
         x.data_ptr() == product.data_ptr()
         and x.dtype == product.dtype
@@ -136,6 +148,7 @@ def is_whole(x: Tensor, product: Tensor) -> bool:
 
 
 def split_and_rotate_formula(fused: Tensor, table: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    # [q | k | v] in the ratio group : 1 : 1, on a tensor-parallel rank too, which has its share of each
     kv_width = fused.shape[-1] // (group + 2)
     parts = fused.split([group * kv_width, kv_width, kv_width], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
@@ -143,6 +156,7 @@ def split_and_rotate_formula(fused: Tensor, table: Tensor, group: int, head_dim:
 
 
 def _rotated(x: Tensor, table: Tensor) -> Tensor:
+    # interleaved pairs, as the released weights need them; many other models pair element p with p + head_dim / 2
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unsqueeze(-3).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
@@ -169,7 +183,9 @@ class _SplitAndRotate(torch.autograd.Function):
         """rotary: complex64 (B, S, 1, head_dim / 2): a pair is a complex number, and turning it one product."""
         ctx.save_for_backward(rotary)
         heads = fused.detach().unflatten(-1, (-1, head_dim))
-        rotated = (fused.shape[-1] - kv_width) // head_dim  # the heads of q and k, which lie before v
+        # q and k lie side by side, so one pass rotates both. They may be overwritten: a linear layer's gradient needs
+        # its input and weight, not its output, so nobody reads fused again
+        rotated = (fused.shape[-1] - kv_width) // head_dim
         queries = rotated - kv_width // head_dim
         for heads_i, rotary_i in _samples(heads[..., :rotated, :], rotary):
             _rotate(heads_i, rotary_i, heads_i)
@@ -179,6 +195,7 @@ class _SplitAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """A rotation's gradient is the rotation back: by the conjugate. (By zero, of a prefix, it is zero too.)"""
         (rotary,) = ctx.saved_tensors
+        # the three gradients are written side by side, as the one gradient that the projection's backward pass takes
         sizes = [gradient.shape[-2] for gradient in gradients]
         whole = gradients[0].new_empty(*gradients[0].shape[:2], sum(sizes), gradients[0].shape[-1])
         grad_q, grad_k, grad_v = whole.split(sizes, dim=-2)

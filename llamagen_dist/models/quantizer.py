@@ -96,6 +96,7 @@ class VectorQuantizer(nn.Module):
         rows: fp32 (N, C), prepared. Both means are over the rows of this call, one micro-batch of one rank.
         """
         codes = self.codes_as_vectors()
+        # |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, so that the N x K distances are one matrix product
         distance = rows.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * rows @ codes.t()
         log_p = F.log_softmax(-distance / ENTROPY_TEMPERATURE, dim=-1)
         p = log_p.exp()

@@ -123,8 +123,8 @@ class GPTConfig(GPTOptions):
     @property
     def ffn_dim(self) -> int:
         """2/3 of 4 x dim, rounded up to ``multiple_of``."""
-        wanted = int(2 * 4 * self.dim / 3)
-        return -(-wanted // self.multiple_of) * self.multiple_of
+        width = int(2 * 4 * self.dim / 3)
+        return -(-width // self.multiple_of) * self.multiple_of
 
     def unsplittable(self, tensor: int) -> str | None:
         """Why ``tensor`` tensor-parallel ranks cannot share this model, with the numbers that could; None: they can.
