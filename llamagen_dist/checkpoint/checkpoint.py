@@ -1,4 +1,4 @@
-"""One open checkpoint: found and verified once, by rank 0 for all, and then read tensor by tensor.
+"""One open checkpoint: located and verified once, by rank 0 for all, and then read tensor by tensor.
 
 ``step_00012000/`` holds full tensors in safetensors shards, one or more per file family and writer rank
 (``weights-00000-000.safetensors``, ``optimizer-00001-001.safetensors`` …), ``index.json`` (tensor -> file, and each
@@ -46,14 +46,14 @@ class Checkpoint:
     def __init__(
         self, path: Path, folder: Path | None, which: str | None, topology: Topology, files: dict[str, Any]
     ) -> None:
-        """``open`` and ``newest`` are the way in. files: those that verifying has opened already, by name."""
+        """Use ``open`` or ``newest``. files: those that verifying has opened already, by name."""
         self.path, self.folder, self._topology, self._files = path, folder, topology, files
         self._bare: dict[str, Tensor] = {}
         self._index: dict[str, str] = {}
         if folder is None:
-            found = llamagen.unwrap(llamagen.load(path), path, None if which == "all" else which)
-            self._bare = found.tensors
-            for note in found.notes:
+            weights = llamagen.unwrap(llamagen.load(path), path, None if which == "all" else which)
+            self._bare = weights.tensors
+            for note in weights.notes:
                 topology.log0(f"{path}: {note}")
             return
         self._index = read_index(folder)["tensors"]
@@ -65,9 +65,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, topology: Topology = ALONE, which: str | None = None) -> "Checkpoint":
-        """Find and verify what ``path`` names (collective).
+        """Locate and verify what ``path`` names (collective).
 
         path: a run directory, a step_… folder, or a .safetensors, .pt or .pth file.
+        topology: the ranks that call it.
         which: ``weights`` or ``ema``, the moving average; ``all`` also verifies what only a resume reads. None: a run's
             trained weights; of a file that holds an average, that, as LlamaGen itself evaluates it.
 
@@ -84,7 +85,10 @@ class Checkpoint:
     ) -> "Checkpoint | None":
         """The newest good checkpoint of a run, None without one (collective).
 
-        A damaged one is named (unless ``warn`` is off) and the one before it tried.
+        run_dir: the run's directory.
+        topology: the ranks that call it.
+        which: as in ``open``; by default all that a resume reads.
+        warn: log a line for every damaged checkpoint that is passed over.
         """
         files: dict[str, Any] = {}
         folder = topology.broadcast_from_rank0(lambda: _newest(run_dir, which, files, warn))
@@ -134,8 +138,11 @@ class Checkpoint:
     def restore(self, entries: Sequence[TensorEntry]) -> None:
         """Put every tensor back through its entry, one at a time (every rank calls it, in the same order).
 
-        Each file is opened once and mapped, not read: what an entry cuts away of a tensor costs nothing. Raises
-        UserError where the checkpoint lacks a tensor or has another shape.
+        Each file is mapped, not read: what an entry cuts away of a tensor costs nothing.
+
+        entries: of the model and its optimizer, whatever layout saved the checkpoint.
+
+        Raises UserError where the checkpoint lacks a tensor or has another shape.
         """
         by_file: dict[str, list[TensorEntry]] = {}
         for entry in entries:
@@ -148,13 +155,7 @@ class Checkpoint:
         assert self.folder is not None
         for name, inside in by_file.items():
             file, where = self._file(name), self.folder / name
-            keys = set(file.keys())
             for entry in inside:
-                if entry.key not in keys:
-                    raise UserError(
-                        f"{where}: lacks the tensor {entry.key}, which index.json says is in it; remove this "
-                        "checkpoint to continue from the one before"
-                    )
                 shape = tuple(file.get_slice(entry.key).get_shape())
                 if shape != tuple(entry.shape):
                     raise UserError(f"{where}: {entry.key} has shape {shape}, the model wants {tuple(entry.shape)}")
@@ -237,12 +238,13 @@ def _verify(folder: Path, which: str, files: dict[str, Any]) -> None:
     if not (folder / "COMPLETE").exists():
         raise UserError(f"{folder}: not a complete checkpoint (no COMPLETE file); its writing was interrupted")
     index_path = folder / "index.json"
+    # a chain of hashes: COMPLETE has the index's, the index has those of all other files
     try:
-        written, found = (folder / "COMPLETE").read_text().strip(), sha256_file(index_path)
+        written, sha256 = (folder / "COMPLETE").read_text().strip(), sha256_file(index_path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{index_path}: missing or unreadable ({error})") from None
-    if written != found:
-        raise UserError(f"{index_path}: damaged (sha256 {found}, written as {written})")
+    if written != sha256:
+        raise UserError(f"{index_path}: damaged (sha256 {sha256}, written as {written})")
     index = read_index(folder)
     keys_of: dict[str, list[str]] = {}
     tensors = index["tensors"]
@@ -251,27 +253,27 @@ def _verify(folder: Path, which: str, files: dict[str, Any]) -> None:
         for key, name in _file_of(tensors, group).items():
             keys_of.setdefault(name, []).append(key)
     small = {name for name in index["files"] if not name.endswith(".safetensors")}
-    wanted = sorted(small | keys_of.keys())
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter lock alone
-        for problem in pool.map(lambda name: _problem(folder / name, index["files"].get(name)), wanted):
+    names = sorted(small | keys_of.keys())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+        for problem in pool.map(lambda name: _problem(folder / name, index["files"].get(name)), names):
             if problem is not None:
                 raise UserError(problem)
     for name, keys in sorted(keys_of.items()):
         files[name] = opened(folder / name)
-        there = set(files[name].keys())
-        missing = next((key for key in keys if key not in there), None)
+        inside = set(files[name].keys())
+        missing = next((key for key in keys if key not in inside), None)
         if missing is not None:
             raise UserError(f"{folder / name}: damaged (the tensor {missing} that index.json names is not in it)")
 
 
 def _problem(path: Path, expected: str | None) -> str | None:
     try:
-        found = sha256_file(path)
+        sha256 = sha256_file(path)
     except FileNotFoundError:
         return f"{path}: missing from the checkpoint"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None if found == expected else f"{path}: damaged (sha256 {found}, written as {expected})"
+    return None if sha256 == expected else f"{path}: damaged (sha256 {sha256}, written as {expected})"
 
 
 def _file_of(tensors: Mapping[str, str], group: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The life of a checkpoint folder: begun, reported on by every writer, committed, pruned, or found half-written."""
+"""The life of a checkpoint folder: begun, reported on by every writer, committed, pruned; or left half-written."""
 
 import json
 import shutil
@@ -31,10 +31,10 @@ def remove(folder: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> list[Path]:
     """Delete what interrupted saves left behind. Only while nothing is being written."""
-    found = [f for f in (run_dir / "checkpoints").glob("step_*") if f.is_dir() and not (f / "COMPLETE").exists()]
-    for folder in found:
+    left = [f for f in (run_dir / "checkpoints").glob("step_*") if f.is_dir() and not (f / "COMPLETE").exists()]
+    for folder in left:
         shutil.rmtree(folder, ignore_errors=True)
-    return sorted(found)
+    return sorted(left)
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_images: int = 0) -> None:
@@ -76,10 +76,13 @@ def collect_reports(
 
     Files are used, not collectives: this runs beside training, whose collectives must keep their order.
 
-    patience_s(): how long a rank may neither report nor write anything; asked again and again, as it may shrink.
+    folder: the checkpoint being written.
+    plan: which says what files a rank writes.
+    world: ranks.
+    patience_s(): seconds that a rank may neither report nor write anything; called at every poll, as it may shrink.
     given_up: set when another rank has failed.
 
-    Raises Abandoned in both cases.
+    Raises Abandoned when it is, or when a rank's patience is over.
     """
     sums: dict[str, str] = {}
     missing = list(range(world))
@@ -95,6 +98,7 @@ def collect_reports(
             break
         if given_up.wait(POLL_S):
             raise Abandoned
+        # a slow disk is no reason to give up: growing files are progress, and only silence counts
         now = {rank: _written(folder, plan, rank) for rank in missing}
         if now != sizes:
             sizes, since = now, time.monotonic()
@@ -105,6 +109,7 @@ def collect_reports(
 
 
 def _written(folder: Path, plan: Plan, rank: int) -> int:
+    """Bytes of the rank's files that are in the folder so far."""
     total = 0
     for name in plan.file_names(rank):
         try:
@@ -129,6 +134,7 @@ def commit(
         texts["classes.json"] = json.dumps(list(classes), ensure_ascii=False)
     for name, text in texts.items():
         write_text(folder / name, text)
+    # the hashes of tensors are those of the bytes that were meant, taken while writing; nothing is read back
     files = dict(sums) | {name: sha256_file(folder / name) for name in texts}
     index = {"format": FORMAT, "files": files, "tensors": plan.where()}
     write_text(folder / "index.json", json.dumps(index, indent=1, sort_keys=True))

@@ -1,6 +1,6 @@
 """Released LlamaGen weight files: reading them, which model they are, and what they lack of it.
 
-A file is a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``. ``Weights.notes`` tells what
+A file is a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``. ``Weights.notes`` names what
 was taken where a file leaves a choice, and which wrapper's prefix its names carried.
 """
 

@@ -65,6 +65,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Plan:
+    """The same on all ranks, since it is computed from the entries' shapes alone: nobody has to be asked."""
+
     owners: tuple[int, ...]
     """The writer rank of each entry."""
     rounds: tuple[Round, ...]
@@ -84,7 +86,10 @@ def size_of(entry: TensorEntry) -> int:
 
 
 def deal(entries: Sequence[TensorEntry], world: int) -> tuple[int, ...]:
-    """The writer rank of each entry: always the least loaded so far, so that all ranks write about as much."""
+    """The writer rank of each entry: always the least loaded so far, so that all ranks write about as much.
+
+    In the entries' order, not the largest first: then a round is a run of neighbours, and memory stays bounded.
+    """
     load_of = [0] * world
     owners = []
     for entry in entries:
@@ -98,11 +103,15 @@ def make_plan(entries: Sequence[TensorEntry], world: int, limit: int | None = No
     """Cut the entries into rounds in which no rank gathers more than ``limit`` bytes (or one tensor).
 
     All ranks gather a round and then write it at the same time; were each tensor written as it comes, gathering the
-    next one would make the ranks write one after another. limit: SHARD_BYTES if None.
+    next one would make the ranks write one after another.
+
+    entries: all tensors of the checkpoint.
+    world: ranks.
+    limit: bytes; None: SHARD_BYTES.
     """
     limit = SHARD_BYTES if limit is None else limit
     owners = deal(entries, world)
-    cuts, load_of = [0], [0] * world
+    cuts, load_of = [0], [0] * world  # where rounds begin; bytes of each rank in the present one
     for number, (entry, owner) in enumerate(zip(entries, owners, strict=True)):
         if load_of[owner] and load_of[owner] + size_of(entry) > limit:
             cuts.append(number)

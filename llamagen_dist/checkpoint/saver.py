@@ -100,7 +100,17 @@ class Saver:
         config_text: str,
         classes: Sequence[str] | None = None,
     ) -> Path:
-        """Save ``run_dir/checkpoints/step_…`` (collective), after the one before is on disk. Returns its path."""
+        """Save ``run_dir/checkpoints/step_…`` (collective), once the save before it is on disk.
+
+        step, images_seen: where the run stands.
+        entries: every tensor, in an order that is the same on all ranks.
+        state: what else state.json is to hold.
+        config_text: for config.yaml.
+        classes: names, label 0 first, for classes.json.
+
+        Returns the folder; with ``background`` it is not complete yet. Raises UserError on all ranks where this save
+        cannot be begun or copied, or the one before could not be written; Superseded.
+        """
         begin = time.monotonic()
         self.wait()
         begun = time.monotonic()
@@ -110,7 +120,8 @@ class Saver:
         state = {**state, "step": step, "images_seen": images_seen}
         save = _Save(folder, plan, state, config_text, classes, begun)
         if self._group is None and self._topology.world > 1 and any(entry.sharding for entry in entries):
-            # its own: what travels beside training must not come between training's collectives
+            # its own: what travels beside training must not come between training's collectives; gloo, since shards are
+            # in host memory; made late, since a run on one data-parallel rank needs none
             made = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience_s))
             self._group = made if isinstance(made, dist.ProcessGroup) else None
         if self._background:
@@ -134,6 +145,7 @@ class Saver:
         if save is not None:
             thread = save.thread
             assert thread is not None
+            # not ``join``: rank 0's thread also waits for every rank's report, which a rank that failed never writes
             save.written.wait()
             self._finish(save, thread.join)
 
@@ -154,7 +166,7 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is Superseded and self._current is not None:
-            self._current.given_up.set()
+            self._current.given_up.set()  # so that rank 0's thread stops waiting for reports; nothing may be committed
         self.close()
         if kind is None and self._group is not None:
             dist.destroy_process_group(self._group)
@@ -172,7 +184,10 @@ class Saver:
             raise UserError(f"checkpoint {folder} could not be begun: {error.strerror}") from None
 
     def _finish(self, save: _Save, committed: Callable[[], None]) -> None:
-        """All ranks have written or failed; ``committed()`` then returns on rank 0 when it has committed or failed."""
+        """All ranks have written or failed; ``committed()`` then returns on rank 0 when it has committed or failed.
+
+        Two rounds: an error of any rank while writing, then one of rank 0 while committing.
+        """
         self._raise_together(save)
         if self._topology.rank == 0:
             committed()
@@ -187,7 +202,7 @@ class Saver:
         if self._topology.world > 1:
             errors = [None] * self._topology.world
             dist.all_gather_object(errors, save.error)
-        self._current = None
+        self._current = None  # before anything is raised: the next ``wait`` has nothing to wait for
         error = next(text for text in errors if text is not None)
         self._topology.broadcast_from_rank0(lambda: self._give_up(save, error))
 
@@ -222,6 +237,7 @@ class Saver:
         save.written.set()
 
     def _guarded(self, save: _Save, work: Callable[[], None]) -> None:
+        """Do ``work`` unless this rank has failed already; what it raises becomes ``save.error``, for all to see."""
         if save.error is not None:
             return
         try:

@@ -23,7 +23,7 @@ ALIGNMENT = 64  # of a tensor's bytes within the host buffer
 class HostBuffer:
     """Host memory that stays from one save to the next: the page faults of fresh memory cost as much as the copy.
 
-    pinned: for copies from a GPU at full speed.
+    pinned: page-locked, for copies from a GPU at full speed.
     """
 
     def __init__(self, pinned: bool = False) -> None:
@@ -48,18 +48,23 @@ class HostBuffer:
 
     @property
     def size(self) -> int:
-        """Bytes that are held."""
+        """Bytes allocated."""
         return self._memory.numel()
 
 
 class LocalCopy:
-    """This rank's share of the state as it is at this moment: what it holds itself of each tensor that is written.
+    """This rank's share of the state as it is at this moment: the shards and whole tensors that it has to contribute.
 
     Taken on the training thread without any communication; later, beside training, ``gather`` sends the shards to the
     ranks that write them, over a process group of its own.
 
+    entries: all tensors of the checkpoint.
+    plan: which rank writes which of them.
+    rank: this one.
     rounds: of ``plan``, that this is for.
     buffer: where to copy to. None: nothing is copied, for a caller that changes nothing until all is written.
+
+    Raises UserError where there is no memory for the copy.
     """
 
     def __init__(
@@ -85,19 +90,25 @@ class LocalCopy:
             self._copy_to(buffer)
 
     def _copy_to(self, buffer: HostBuffer) -> None:
+        # one block for all tensors, each at a multiple of ALIGNMENT: views of any type may begin there
         ends = list(itertools.accumulate(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in self._local.values()))
         memory = buffer.take(ends[-1] if ends else 0)
         for (number, tensor), begin in zip(self._local.items(), [0, *ends], strict=False):
             copy = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copy.copy_(tensor, non_blocking=memory.is_pinned())
             self._local[number] = copy
-        if memory.is_pinned():  # copies from a GPU return before they are done, and training is about to go on
+        if memory.is_pinned():  # copies from a GPU return before they are done, and training is about to continue
             torch.cuda.synchronize()
 
     def gather(self, part: Round, group: dist.ProcessGroup | None) -> tuple[dict[int, Tensor], list[Exception]]:
-        """The full tensors that this rank writes in a round, by number, and what failed (all ranks, round by round).
+        """Exchange the shards of one round (all ranks call it, round by round).
 
         A rank that is gone is no reason to let the others wait: what fails is returned, and the rest exchanged.
+
+        part: the round.
+        group: gloo, to send over; None where nothing is sharded.
+
+        Returns (the full tensors that this rank writes, by number; what failed).
         """
         whole: dict[int, Tensor] = {}
         sent: list[Any] = []
@@ -110,7 +121,7 @@ class LocalCopy:
                     # gloo sends from host memory; an empty shard is not sent, but ``gather`` takes its type from it
                     mine = torch.empty(0, dtype=entry.dtype) if tensor is None else tensor.reshape(-1).cpu()
                     tensor, sending = entry.sharding.gather(mine, self._rank, owner, group, number)
-                    if sending is not None:
+                    if sending is not None:  # waited for at the end, so that this rank's sends overlap
                         sent.append(sending)
                 if owner == self._rank:
                     if tensor is None or tuple(tensor.shape) != tuple(entry.shape) or tensor.dtype != entry.dtype:
