@@ -66,11 +66,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_rss_gb() -> float:
-    """Largest resident set of this process or of one child so far, in GB (10^9 bytes)."""
+def peak_rss_gb(children: bool = False) -> float:
+    """Largest resident set of this process so far, in GB (10^9 bytes). children: or of one child that has ended."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
-    sizes = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(sizes) * unit / 1e9
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) if children else (resource.RUSAGE_SELF,)
+    return max(resource.getrusage(each).ru_maxrss for each in who) * unit / 1e9
 
 
 def free_port() -> int:

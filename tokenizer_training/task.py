@@ -24,7 +24,7 @@ from llamagen_dist.parallel.engine import TorchEngine
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import StepGuard
-from llamagen_dist.training.out_of_memory import held
+from llamagen_dist.training.out_of_memory import engine_memory
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
 
@@ -213,4 +213,4 @@ class TokenizerTask:
         return {"params": self.parameters, "precision": "fp32"}
 
     def memory(self) -> list[str]:
-        return [held(self.generator)]
+        return [engine_memory(self.generator)]

@@ -56,10 +56,6 @@ def forward_flops(config: GPTConfig, dense: bool = False) -> dict[str, int]:
     }
 
 
-def forward_flops_per_image(config: GPTConfig, dense: bool = False) -> int:
-    return sum(forward_flops(config, dense).values())
-
-
 def training_flops_per_image(config: GPTConfig, dense: bool = False) -> int:
     """Forward plus backward, the backward pass costing twice the forward one; recomputation is not counted."""
-    return 3 * forward_flops_per_image(config, dense)
+    return 3 * sum(forward_flops(config, dense).values())

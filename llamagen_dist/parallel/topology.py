@@ -137,14 +137,14 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
         return default
     if not text.isdecimal():
         raise UserError(
-            f"{name} is {text!r} in the environment, not a number: unset what an earlier job left there "
-            "(unset RANK WORLD_SIZE LOCAL_RANK), or start the ranks with llamagen launch, torchrun or srun"
+            f"{name} is {text!r} in the environment, not a number: unset RANK WORLD_SIZE LOCAL_RANK, or start the "
+            "ranks with llamagen launch, torchrun or srun"
         )
     return int(text)
 
 
 def ranks_of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(WORLD_SIZE, RANK); (1, 0) where nothing is said. Raises UserError where the variables do not describe a group.
+    """(WORLD_SIZE, RANK); (1, 0) where neither is set. Raises UserError where the variables do not describe a group.
 
     A WORLD_SIZE that an earlier job has left in the shell would otherwise end in torch's rendezvous, with a traceback
     or, worse, a wait for ranks that nobody starts.
@@ -157,8 +157,8 @@ def ranks_of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
         raise UserError(
-            f"WORLD_SIZE is {world} in the environment but {' and '.join(missing)} not: for a single rank unset "
-            "WORLD_SIZE; for several start them with llamagen launch, torchrun or srun, which set all of these"
+            f"WORLD_SIZE is {world} in the environment but {' and '.join(missing)} not: unset it for a single rank; "
+            "start several with llamagen launch, torchrun or srun"
         )
     _number(environment, "MASTER_PORT", 0)
     if rank >= world:
@@ -242,16 +242,15 @@ def start(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     _warn_of_threads(rank, world)
-    if tensor == 1:
-        topology = Topology(rank, world, 1, device, dist.group.WORLD, None)
-        topology.set_timeouts(timeout_s)
-        return topology
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it
-    from megatron.core import parallel_state
+    dp_group, tp_group = dist.group.WORLD, None
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it
+        from megatron.core import parallel_state
 
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
-    dp_group = parallel_state.get_data_parallel_group() if world > tensor else None
-    topology = Topology(rank, world, tensor, device, dp_group, parallel_state.get_tensor_model_parallel_group())
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        dp_group = parallel_state.get_data_parallel_group() if world > tensor else None
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+    topology = Topology(rank, world, tensor, device, dp_group, tp_group)
     topology.set_timeouts(timeout_s)  # Megatron's groups were made with its own
     return topology

@@ -1,8 +1,6 @@
 """What one line of metrics.jsonl says, and how the ranks' shares of it come together."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from llamagen_dist.data import digest
 from llamagen_dist.parallel.clock import PARTS, Clock
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.process import peak_rss_gb
 from llamagen_dist.tracking.devices import peak_flops
 
 OWN = ("data", "compute", "optimizer")  # a rank's own work: all but the wait for others
@@ -28,14 +27,8 @@ FLOP_CONVENTION = (
 )
 
 
-def peak_rss_gb() -> float:
-    """Largest resident memory this process ever had, in 10^9 bytes (Linux counts KiB, macOS bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this rank ever held, in 10^9 bytes: torch's on a CUDA device, else the resident set."""
+    """The most memory this rank has used so far, in 10^9 bytes: torch's on a CUDA device, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return peak_rss_gb()
@@ -44,8 +37,12 @@ def peak_memory_gb(device: torch.device) -> float:
 class LogWindow:
     """The steps since the last line, on this rank. ``line`` is collective.
 
-    tokens_per_image, flops_per_image (training): None where unknown; their keys are then absent. seen: the digest of
-    what the run showed before.
+    topology: the ranks.
+    clock: of this rank; its seconds are taken at every line.
+    global_batch: images in a step, over all ranks.
+    precision: of the matrix products, for the device's peak rate.
+    tokens_per_image, flops_per_image (training): None where unknown; their keys are then absent.
+    seen: the digest of what the run showed before.
     """
 
     def __init__(
@@ -88,12 +85,18 @@ class LogWindow:
         return digest.text(self._before + self._topology.sum(self._mine))
 
     def line(self, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
-        """metrics: this rank's, of the last step; averaged over the data-parallel ranks, left out where not finite.
+        """One line of metrics.jsonl, equal on all ranks (collective); the window starts again.
 
-        images_per_s, tokens_per_s: over the window's wall time. data_s, compute_s, optimizer_s, communication_s: per
-        step, the mean over all ranks. slowest_rank, slowest_rank_s: who needed most time per step for its own work,
-        without waiting in collectives, and how much. peak_memory_gb: the largest rank's. mfu: FLOP_CONVENTION.
-        samples: the digest of all samples shown since the run began (data/digest.py). Equal on all ranks.
+        metrics: this rank's, of the last step; averaged over the data-parallel ranks, left out where not finite.
+
+        Besides them:
+        images_per_s, tokens_per_s: over the window's wall time.
+        data_s, compute_s, optimizer_s, communication_s: per step, the mean over all ranks.
+        slowest_rank, slowest_rank_s: who needed most time per step for its own work, without waiting in collectives,
+            and how much.
+        peak_memory_gb: the largest rank's.
+        mfu: see FLOP_CONVENTION.
+        samples: the digest of all samples shown since the run began (data/digest.py).
         """
         steps = max(self._steps, 1)
         speed = steps * self._batch / max(time.perf_counter() - self._began, 1e-9)
@@ -103,21 +106,22 @@ class LogWindow:
         device = self._topology.device  # all there, so that the host waits once for all of them
         mine += torch.stack([metrics[n].detach().to(device, torch.float64) for n in names]).tolist()
         everyone = self._gathered(mine)
+        # tensor-parallel neighbours report the same metrics: one of each group counts
         averaged = everyone[:: self._topology.tensor, len(PARTS) + 1 :].mean(0).tolist()
         parts = everyone[:, : len(PARTS)]
         own = parts[:, [PARTS.index(name) for name in OWN]].sum(1)
         slowest = int(own.argmax())
-        found: dict[str, Any] = {n: v for n, v in zip(names, averaged, strict=True) if math.isfinite(v)}
-        found["images_per_s"] = round(speed, 2)
+        values: dict[str, Any] = {n: v for n, v in zip(names, averaged, strict=True) if math.isfinite(v)}
+        values["images_per_s"] = round(speed, 2)
         if self._tokens is not None:
-            found["tokens_per_s"] = round(speed * self._tokens, 1)
-        found |= {f"{n}_s": round(v, 6) for n, v in zip(PARTS, parts.mean(0).tolist(), strict=True)}
+            values["tokens_per_s"] = round(speed * self._tokens, 1)
+        values |= {f"{n}_s": round(v, 6) for n, v in zip(PARTS, parts.mean(0).tolist(), strict=True)}
         if self._flops is not None and self._peak is not None:
-            found["mfu"] = round(speed * self._flops / (self._topology.world * self._peak), 4)
-        found["peak_memory_gb"] = round(float(everyone[:, len(PARTS)].max()), 3)
-        found |= {"slowest_rank": slowest, "slowest_rank_s": round(float(own[slowest]), 6), "samples": self.seen()}
+            values["mfu"] = round(speed * self._flops / (self._topology.world * self._peak), 4)
+        values["peak_memory_gb"] = round(float(everyone[:, len(PARTS)].max()), 3)
+        values |= {"slowest_rank": slowest, "slowest_rank_s": round(float(own[slowest]), 6), "samples": self.seen()}
         self.restart()
-        return found
+        return values
 
     def _gathered(self, mine: list[float]) -> Tensor:
         """float64 (ranks, n). On the host's own group, so that no device is waited for."""

@@ -11,7 +11,8 @@ from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.console import Progress
 from llamagen_dist.data import digest
 from llamagen_dist.errors import Stopped, UserError
-from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow, peak_rss_gb
+from llamagen_dist.process import peak_rss_gb
+from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow
 from llamagen_dist.tracking.profile import StepProfiler
 from llamagen_dist.training.garbage import ScheduledCollection
 from llamagen_dist.training.guards import StopFlag

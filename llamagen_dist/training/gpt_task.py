@@ -21,7 +21,7 @@ from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.planning.plan import memory_lines
 from llamagen_dist.training.guards import StepGuard
-from llamagen_dist.training.out_of_memory import held
+from llamagen_dist.training.out_of_memory import engine_memory
 
 
 class Objective(nn.Module):
@@ -38,7 +38,11 @@ class Objective(nn.Module):
 def training_condition(model: GPT, batch: TokenBatch) -> Condition:
     """The batch's condition, with the model's null class or caption for the samples that are ``dropped``.
 
-    The model is asked at every step: a resumed run reads its null caption from the checkpoint. (On the batch's device.)
+    The null caption is read from the model at every step, since a resume puts the checkpoint's there.
+
+    batch: on the model's device.
+
+    Returns labels (B,) int64, or (features (B, T, C), present (B, T) bool).
     """
     if batch.dropped is None:
         return batch.condition
@@ -55,7 +59,13 @@ def build_engine(
 ) -> Engine:
     """The engine the layout asks for: plain torch or DDP without ZeRO, DeepSpeed with it; Megatron-core splits both.
 
+    model: whole; its layers are split in place.
+    config: layout, precision, optimizer, batch.
+    topology: the ranks.
+    clock: charged with what DDP waits.
     source: the weights of a model that was built on the meta device; None: it has them already.
+
+    Raises UserError where batch, model or compiler do not fit the layout.
     """
     batch = divide_batch(config.train, topology.dp)
     if source is not None:
@@ -64,39 +74,35 @@ def build_engine(
     tensor_parallel.apply(model, topology, config.parallel.sequence)
     if config.compute.compile:
         compile_blocks(model, topology.device)
-    group = tensor_parallel.query_group(model.config)
-    if config.parallel.zero == 0:
-        return TorchEngine(
-            model,
-            config.optim,
-            topology,
-            called=Objective(model),
-            ema_decay=config.ema.decay,
-            query_group=group,
-            sync_buffers=False,
-            clock=clock,
-        )
-
+    common: dict[str, Any] = {
+        "called": Objective(model),
+        "ema_decay": config.ema.decay,
+        "query_group": tensor_parallel.query_group(model.config),
+    }
+    if config.parallel.zero == 0:  # no buffer of a GPT ever changes: none is sent before a forward pass
+        return TorchEngine(model, config.optim, topology, sync_buffers=False, clock=clock, **common)
     return DeepSpeedEngine(
         model,
         config.optim,
         topology,
-        called=Objective(model),
         stage=config.parallel.zero,
         micro_batch=batch.micro,
         accumulation=batch.accumulation,
         precision=config.compute.precision,
-        ema_decay=config.ema.decay,
-        query_group=group,
         exact=source,
+        **common,
     )
 
 
 class GPTTask:
-    """model: the plain model, whole and with its initial weights, or on the meta device with a ``source`` of them; it
-    is split and sharded here.
+    """One GPT on this rank, split and sharded.
 
-    validation_batches() yields this data-parallel rank's share of the held-out samples, each once.
+    model: the plain model, whole and with its initial weights, or on the meta device with a ``source`` of them.
+    config: the run's.
+    topology: the ranks.
+    name: for summary.json.
+    validation_batches(): this data-parallel rank's share of the held-out samples, each once.
+    source: (name, full shape) -> the full fp32 tensor.
     """
 
     def __init__(
@@ -152,9 +158,9 @@ class GPTTask:
         for batch, counts in self._in_step(self._validation_batches()):
             batch = batch.to(self.topology.device)
             count = len(batch.tokens) if counts else 0
-            for place, condition in enumerate((batch.condition, self.model.null_condition(batch.condition))):
+            for column, condition in enumerate((batch.condition, self.model.null_condition(batch.condition))):
                 with self.clock.part("compute"):  # a sign of life for the watchdog
-                    sums[place] += float(self._loss(batch.tokens, condition)) * count
+                    sums[column] += float(self._loss(batch.tokens, condition)) * count
             sums[2] += count
         if self.zero == 3:
             self.engine.module.empty_partition_cache()  # type: ignore[operator]  # evaluation leaves fetched weights
@@ -205,4 +211,7 @@ class GPTTask:
         }
 
     def memory(self) -> list[str]:
-        return [*memory_lines(self.model.config, self.config, self.topology.world, self.micro), held(self.engine)]
+        return [
+            *memory_lines(self.model.config, self.config, self.topology.world, self.micro),
+            engine_memory(self.engine),
+        ]

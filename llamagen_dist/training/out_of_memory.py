@@ -1,4 +1,4 @@
-"""Out of memory, said in a way that helps: what was expected, what was held, what to set."""
+"""Out of memory, explained: what was expected, what was in use, what to set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU)
 
 
-def held(engine: Engine | TorchEngine) -> str:
+def engine_memory(engine: Engine | TorchEngine) -> str:
     """One line: what this rank's engine holds right now, in GiB."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in engine.held_bytes().items())
     return f"held by this rank's engine, in GiB: {parts}"
@@ -33,17 +33,17 @@ def held(engine: Engine | TorchEngine) -> str:
 
 @contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Turns running out of memory inside into a UserError with the plan's table beside what is really held."""
+    """Turns running out of memory inside into a UserError with the plan's table beside what is really in use."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines() or ["no memory"]
+        first_line = (str(error).splitlines() or ["no memory"])[0]
         device, rank = task.topology.device, task.topology.rank
         kind = "device memory in use by torch" if device.type == "cuda" else "resident memory"
         lines = [
-            f"out of memory on rank {rank} of {task.topology.world}: {said[0]}",
+            f"out of memory on rank {rank} of {task.topology.world}: {first_line}",
             *task.memory(),
             f"peak {kind} of this rank: {peak_memory_gb(device) * 1e9 / GIB:.2f} GiB",
             SETTINGS,

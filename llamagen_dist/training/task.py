@@ -5,26 +5,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llamagen_dist.config.training import CheckpointSection, GuardSection, LogSection, TrainSection, ValidationSection
+from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import StepGuard
 
-
-class TrainingConfig(Protocol):
-    """The sections that every training run's config has, whatever it trains."""
-
-    @property
-    def train(self) -> TrainSection: ...
-    @property
-    def validation(self) -> ValidationSection: ...
-    @property
-    def checkpoint(self) -> CheckpointSection: ...
-    @property
-    def log(self) -> LogSection: ...
-    @property
-    def guard(self) -> GuardSection: ...
+TrainingConfig = GPTConfigFile | TokenizerConfigFile
+"""Of either, fit() reads only the sections that both have: train, validation, checkpoint, log, guard."""
 
 
 class Task(Protocol):
@@ -52,8 +40,11 @@ class Task(Protocol):
         ...
 
     def rehearse(self, batch: Any, images_seen: int) -> None:
-        """The same computation as ``step`` would do, before the first of a start: it compiles what is compiled and
-        meets what memory is lacking, but weights, buffers, optimizer state and random numbers stay as they are."""
+        """The same computation as ``step`` would do, before the first of a start.
+
+        It compiles what is compiled and runs out of memory if a step would, but weights, buffers, optimizer state and
+        random numbers stay as they are.
+        """
         ...
 
     def validate(self) -> Mapping[str, float]:
@@ -71,8 +62,11 @@ class Task(Protocol):
     def load_scalars(self, scalars: Mapping[str, float]) -> None: ...
 
     def describe(self) -> Mapping[str, Any]:
-        """What summary.json says of the system: ``params`` and ``precision`` (of the matrix products, as in
-        devices.py) at least; ``tokens_per_image`` and ``training_flops_per_image`` where known."""
+        """What summary.json records of the system.
+
+        At least ``params`` and ``precision`` (of the matrix products, as in devices.py); ``tokens_per_image`` and
+        ``training_flops_per_image`` where known.
+        """
         ...
 
     def memory(self) -> Sequence[str]:
@@ -95,5 +89,5 @@ class Stream(Protocol):
         ...
 
     def where(self, sample: int) -> str:
-        """A sample's shard and place in it, for messages."""
+        """A sample's shard and its position there, for messages."""
         ...

@@ -78,7 +78,7 @@ def run_rank(spec: JobSpec) -> None:
             error=error,
             ended=time.time(),
             seconds=time.time() - began,
-            peak_rss_gb=peak_rss_gb(),
+            peak_rss_gb=peak_rss_gb(children=True),
         )
     if outcome == ranks.DONE:
         return
