@@ -79,13 +79,10 @@ class LocalCopy:
         self._local: dict[int, Tensor] = {}
         for number in range(rounds[0].first, rounds[-1].last):
             entry, owner = entries[number], plan.owners[number]
-            tensor: Tensor | None = None
-            if entry.sharding is None:
-                tensor = entry.read(owner) if owner == rank else None
-            elif entry.sharding.contributes(rank, owner):
-                tensor = entry.sharding.local_shard()
-            if tensor is not None:
-                self._local[number] = tensor.detach()
+            # of a tensor that all ranks have whole the writer takes its own
+            needed = owner == rank if entry.sharding is None else entry.sharding.contributes(rank, owner)
+            if needed:
+                self._local[number] = entry.local().detach()
         if buffer is not None:
             self._copy_to(buffer)
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET
-from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries, sharded
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries
 from llamagen_dist.parallel.tensor_parallel import Source, cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.parallel.zero_state import ZeroState
@@ -244,8 +245,9 @@ class DeepSpeedEngine:
         def write(full: Tensor) -> None:
             self.state.set(p, kind, cut(name, full, t.tensor, t.tp_rank, self.query_group).to(t.device))
 
-        sharding = Sharding(lambda: self.state.local(p, kind), owners, merged)
-        return sharded(group, key, full_shape(name, part_shape, t.tensor), sharding, write, t.rank)
+        shape = full_shape(name, part_shape, t.tensor)
+        local = partial(self.state.local, p, kind)
+        return TensorEntry(group, key, shape, local, write, sharding=Sharding(owners, merged))
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer.step": self.state.adam_step()}

@@ -13,7 +13,7 @@ from llamagen_dist.config import OptimSection
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
-from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries, replicated, sharded
+from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries, replicated
 from llamagen_dist.parallel.tensor_parallel import cut, full_shape, merge, split_of
 from llamagen_dist.parallel.topology import Topology
 
@@ -184,12 +184,10 @@ class TorchEngine:
             first = writer // t.tensor * t.tensor
             return [(rank, numel) for rank in range(first, first + t.tensor)]
 
-        sharding = Sharding(
-            lambda: tensor.detach().flatten(),
-            owners,
-            lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group),
+        sharding = Sharding(owners, lambda parts: merge(name, [part.view(shape) for part in parts], self.query_group))
+        return TensorEntry(
+            group, key, full_shape(name, shape, t.tensor), lambda: tensor.detach().flatten(), write, sharding=sharding
         )
-        return sharded(group, key, full_shape(name, shape, t.tensor), sharding, write, t.rank)
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.optimizer_group}.step": float(next(iter(self.optimizer.state.values()))["step"])}

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, whatever engine holds it: how to get it whole, how to put it back."""
+"""One tensor of a checkpoint, whatever engine owns it: how to get it whole, how to put it back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,10 @@ from llamagen_dist.parallel.optim import MOMENTS
 class Sharding:
     """How a tensor is spread over ranks, for a checkpoint that copies the shards first and puts them together later.
 
-    local_shard(): what this rank holds: a flat, live view, maybe empty.
     owners(writer): (rank, elements) of the shards that a writer needs, the same list on every rank.
     merge(shards): flat shards in that order -> the full tensor.
     """
 
-    local_shard: Callable[[], Tensor]
     owners: Callable[[int], list[tuple[int, int]]]
     merge: Callable[[list[Tensor]], Tensor]
 
@@ -60,43 +58,39 @@ class TensorEntry:
 
     group: the file family (``weights``, ``optimizer``, ``discriminator``…).
     key: its name in the file.
-    read(writer): the full, TP-merged tensor on global rank ``writer`` (fp32 for parameters and moments, the module's
-        dtype for buffers); other ranks may get None. Collective over all ranks.
+    shape: of the full tensor.
+    local(): what this rank has of it, a live view: the whole tensor, or its shard, flat and maybe empty.
     write(full): takes the full tensor on every rank and keeps this rank's part.
-    sharding: None where every rank holds the whole tensor, so that ``read`` communicates nothing.
+    dtype: fp32 for parameters and moments, the module's for buffers.
+    sharding: None where every rank has the whole tensor.
     """
 
     group: str
     key: str
     shape: tuple[int, ...]
-    read: Callable[[int], Tensor | None]
+    local: Callable[[], Tensor]
     write: Callable[[Tensor], None]
     dtype: torch.dtype = torch.float32
     sharding: Sharding | None = None
 
+    def read(self, writer: int) -> Tensor | None:
+        """The full tensor on global rank ``writer``; other ranks may get None. Collective where it is sharded."""
+        if self.sharding is None:
+            return self.local()
+        full, sending = self.sharding.gather(self.local().contiguous(), dist.get_rank(), writer)
+        if sending is not None:
+            sending.wait()
+        return full
+
 
 def replicated(group: str, key: str, tensor: Tensor) -> TensorEntry:
-    """A tensor that every rank holds whole and equal (DDP weights, buffers)."""
+    """A tensor that every rank has whole and equal (DDP weights, buffers)."""
 
     def write(full: Tensor) -> None:
         with torch.no_grad():
             tensor.copy_(full)
 
-    return TensorEntry(group, key, tuple(tensor.shape), lambda writer: tensor.detach(), write, tensor.dtype)
-
-
-def sharded(
-    group: str, key: str, shape: tuple[int, ...], sharding: Sharding, write: Callable[[Tensor], None], rank: int
-) -> TensorEntry:
-    """A tensor that no rank holds whole; rank: this one."""
-
-    def read(writer: int) -> Tensor | None:
-        full, sending = sharding.gather(sharding.local_shard().contiguous(), rank, writer)
-        if sending is not None:
-            sending.wait()
-        return full
-
-    return TensorEntry(group, key, shape, read, write, sharding=sharding)
+    return TensorEntry(group, key, tuple(tensor.shape), tensor.detach, write, tensor.dtype)
 
 
 def all_entries(

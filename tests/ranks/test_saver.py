@@ -177,7 +177,7 @@ def restore_a_part(run: Path, rows: int) -> int:
         part.copy_(full[:rows])
         most = resident_file_bytes()
 
-    entry = TensorEntry("weights", "big", (8192, 1024), lambda writer: None, write)
+    entry = TensorEntry("weights", "big", (8192, 1024), lambda: None, write)
     store.restore(store.newest(run), [entry])  # the code that runs becomes resident too
     before = resident_file_bytes()
     store.restore(store.newest(run), [entry])

@@ -175,7 +175,7 @@ def test_a_failing_prune_does_not_undo_the_save(tmp_path, monkeypatch, capsys):
 
 
 def test_too_little_host_memory_says_what_to_set(tmp_path):
-    found = [TensorEntry("weights", "huge", (1 << 50,), lambda writer: None, lambda full: None)]
+    found = [TensorEntry("weights", "huge", (1 << 50,), lambda: None, lambda full: None)]
     laid = plan.make_plan(found, 1)
     with pytest.raises(UserError, match=r"no host memory for the .* GB .*checkpoint\.background=false"):
         HostBuffer().take(laid.rounds[0].staged(0))

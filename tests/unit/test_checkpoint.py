@@ -170,7 +170,7 @@ def test_the_plan_bounds_what_a_rank_stages_and_shares_the_bytes_out():
     sizes = [*torch.randint(0, 4000, (200,), generator=generator).tolist(), 9000]
     types = (torch.float32, torch.int64, torch.bool, torch.bfloat16)
     found = [
-        TensorEntry(("weights", "optimizer")[n % 2], str(n), (size,), lambda w: None, lambda t: None, types[n % 4])
+        TensorEntry(("weights", "optimizer")[n % 2], str(n), (size,), lambda: None, lambda t: None, types[n % 4])
         for n, size in enumerate(sizes)
     ]
     total = sum(plan.size_of(entry) for entry in found)
