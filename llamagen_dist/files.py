@@ -217,9 +217,11 @@ def not_anothers(folder: Path, shown: str = "") -> None:
 
 @contextmanager
 def only_launcher(lock: Path) -> Iterator[None]:
-    """Hold the lock file of a folder; the kernel lets go of it when this process ends, however it ends.
+    """Lock a folder for one launcher; the kernel releases the lock when this process ends, however it ends.
 
-    Raises UserError, naming the pid, while another launcher holds it. On a disk without locks nobody is kept out.
+    lock: the lock file, in the folder.
+
+    Raises UserError, naming the pid, while another launcher has it. On a disk without locks nobody is kept out.
     """
     with ExitStack() as stack:
         try:
@@ -238,14 +240,18 @@ def only_launcher(lock: Path) -> Iterator[None]:
 
 
 def take_lock(path: Path, shared: bool = False, wait: bool = True) -> int | None:
-    """A descriptor that holds the lock until it is closed; None where ``wait`` is off and it is held elsewhere.
+    """A descriptor that locks ``path`` until it is closed; None where ``wait`` is off and another process has the lock.
 
-    The file at ``path`` is created; whoever holds the lock alone may remove or rename it: those who waited notice.
+    The file is created. The owner of an exclusive lock may remove or rename it: those who waited notice.
+
+    shared: together with other shared locks, for readers.
+    wait: until the lock is free.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            # the one that was waited for may have been removed or renamed meanwhile: then this locks nothing
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:
@@ -261,7 +267,7 @@ def take_lock(path: Path, shared: bool = False, wait: bool = True) -> int | None
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock at ``path`` for the length of a block."""
+    """Lock ``path`` for the length of a block."""
     descriptor = take_lock(path)
     assert descriptor is not None
     try:

@@ -33,7 +33,11 @@ def _halves(value: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_(x: Tensor, scratch: Tensor) -> Tensor:
-    """``mix`` in place; scratch: memory of x's shape. No memory is taken, which is what counts on large tensors."""
+    """``mix`` in place, without allocating anything, which is what takes the time on large tensors.
+
+    x: int32, any shape.
+    scratch: memory of x's shape and type, overwritten.
+    """
     for shift, mask, multiplier in ((16, 0xFFFF, _MULTIPLIER_1), (15, 0x1FFFF, _MULTIPLIER_2)):
         torch.bitwise_right_shift(x, shift, out=scratch)
         x.bitwise_xor_(scratch.bitwise_and_(mask)).mul_(multiplier)

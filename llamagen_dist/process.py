@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Identity:
-    """A process: its pid and when it started (kernel ticks since boot; empty where /proc does not say)."""
+    """A process: its pid and when it started (kernel ticks since boot; empty without /proc)."""
 
     pid: int
     started: str

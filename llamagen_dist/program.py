@@ -18,12 +18,15 @@ SIGNAL_DELAY = "LLAMAGEN_SIGNAL_DELAY_S"  # how long before the time limit the j
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run ``main(sys.argv[1:])`` and end the process as the house rules say.
+    """Run ``main(sys.argv[1:])`` and end the process with the exit code of how it ended.
 
-    UserError: its sentence on stderr, exit 2. Stopped, Superseded: the message, exit 75. Ctrl-C: one line, exit 130.
-    Any other exception is a bug: it keeps its traceback, exit 1 (and the process group is left, as after Superseded,
-    since taking it down properly can wait for ranks that will never answer; the closing sockets tell them).
-    Lines of one rank of a job carry time and rank (``set_up_logging``).
+    UserError: its sentence on stderr, exit 2.
+    Stopped, Superseded: the message on stderr, exit 75.
+    Ctrl-C: one line, exit 130.
+    Any other exception is a bug: it keeps its traceback, exit 1.
+
+    After a bug and after Superseded the process group is not taken down, which could wait for ranks that never answer:
+    the closing sockets end their collectives. Lines of one rank of a job carry time and rank (``set_up_logging``).
     """
     code = 0
     set_up_logging(launched=ERROR_FILE in os.environ)

@@ -98,7 +98,7 @@ def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: T
 
 
 def train_one(rung: Rung, label: str, topology: Topology) -> bool:
-    """One run in its run directory, from wherever it stands to its end. Returns whether it was told to stop then."""
+    """One run in its run directory, from where it stands to its end. Returns whether a signal came in its last step."""
     config, model, train, validation = rung.config, rung.model, rung.train, rung.validation
     prints = train.manifest.fingerprint(), validation.manifest.fingerprint()
     with open_run(config, topology, config.run_dir, train.manifest.classes, prints[0], label, prints[1]) as run:

@@ -111,7 +111,7 @@ def share_input_reduction(model: GPT, topology: Topology) -> None:
 
 def install(model: GPT, topology: Topology) -> None:
     """Hooks that cut the sequence in front of the first block, gather it where a block needs all of it, and after the
-    last one. The blocks' dropout masks are told where in the sequence they are."""
+    last one. The blocks' dropout masks get the position of the rank's first row."""
     length = [0]  # of the whole sequence; set by the first block, read by the others in the same pass
 
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ def install(model: GPT, topology: Topology) -> None:
             length[0] = x.shape[1]
             x = cut(x, topology)
         if random is not None:
-            share = -(-length[0] // topology.tensor)
+            share = -(-length[0] // topology.tensor)  # rounded up: the sequence is padded to a multiple
             random = random.at(share * topology.tp_rank)
         return (x, table, mask, random, *rest)
 

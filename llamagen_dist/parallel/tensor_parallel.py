@@ -23,13 +23,20 @@ Source = Callable[[str, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """kind: ``vocab``, ``column`` or ``row``; dim: the dimension cut; fused: whether it is [q|k|v], cut one by one."""
+    """How one weight is cut.
+
+    kind: ``vocab`` (embedding rows), ``column`` (output features) or ``row`` (input features).
+    dim: the dimension that is cut.
+    fused: whether that is [q | k | v], each of which is cut by itself.
+    """
 
     kind: str
     dim: int
     fused: bool = False
 
 
+# Column layers, then a row layer: each rank computes its own heads, or its own part of the feed-forward width, from the
+# whole input, and one all-reduce after the row layer adds the ranks' parts up. New weights of an attention go here.
 TABLE: tuple[tuple[str, Split], ...] = (
     (r"tok_embeddings\.weight", Split("vocab", 0)),
     (r"layers\.\d+\.attention\.wqkv\.weight", Split("column", 0, fused=True)),
@@ -56,7 +63,9 @@ def _blocks(split: Split, size: int, group: int) -> list[int]:
 def cut(name: str, full: Tensor, tensor: int, rank: int, group: int = 1) -> Tensor:
     """The part of a full tensor that tensor-parallel rank ``rank`` of ``tensor`` holds.
 
-    group: query heads per key-value head (n_head / n_kv_head), which says where q, k and v lie in a fused weight.
+    name: LlamaGen's, of the parameter.
+    full: the whole tensor, of any type.
+    group: query heads per key-value head (n_head / n_kv_head), by which q, k and v lie in a fused weight.
     """
     split = split_of(name)
     if split is None or tensor == 1:
@@ -82,7 +91,11 @@ def query_group(config: GPTConfig) -> int:
 def materialize(model: GPT, topology: Topology, source: Source) -> GPT:
     """Give a model built on the meta device its weights, a parameter at a time and only this rank's part of each.
 
-    So a rank never holds more than its share and one full tensor. ``source`` is asked for saved buffers too.
+    So a rank never holds more than its share and one full tensor.
+
+    model: plain, on the meta device; changed in place.
+    topology: the ranks.
+    source: (name, full shape) -> the full fp32 tensor, of parameters and saved buffers.
     """
     group = query_group(model.config)
     model.make_buffers(0)
@@ -100,10 +113,13 @@ def materialize(model: GPT, topology: Topology, source: Source) -> GPT:
 
 
 def apply(model: GPT, topology: Topology, sequence: bool = False) -> GPT:
-    """Replace the split layers of a finished plain model by Megatron-core's, in place.
+    """Replace the split layers of a finished plain model by Megatron-core's, in place; nothing at tensor size 1.
 
-    The model holds full weights, the same on every rank, or this rank's parts already (``materialize``). sequence: also
-    split what lies between these layers along the sequence. Nothing happens at tensor size 1.
+    model: with full weights, the same on every rank, or this rank's parts already (``materialize``).
+    topology: the ranks.
+    sequence: also split what lies between these layers along the sequence.
+
+    Raises UserError where the model's sizes do not divide.
     """
     if topology.tensor == 1:
         return model
@@ -166,7 +182,7 @@ class _MegatronLayers:
         self.column, self.row = Column, Row
 
     def swapped(self, name: str, split: Split, old: nn.Module, weight: Tensor) -> nn.Module:
-        """The split module for the place of ``old``, with this rank's part of ``weight`` (which may be one already)."""
+        """The split module to put where ``old`` is, with this rank's part of ``weight`` (which may be one already)."""
         from megatron.core.tensor_parallel import VocabParallelEmbedding
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -194,7 +210,7 @@ class _MegatronLayers:
             own.copy_(cut(name, weight, t.tensor, t.tp_rank, self.group) if whole else weight)
         for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             if hasattr(own, attribute):
-                delattr(own, attribute)
+                delattr(own, attribute)  # the constructor may have set them, and the call below refuses to do so twice
         # without this mark DeepSpeed takes the part for a replica and the gradient norm comes out too small
         set_tensor_model_parallel_attributes(own, True, split.dim, 1)
         return new

@@ -29,7 +29,7 @@ class StopFlag:
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self.up = False
-        """Whether this rank was told to stop."""
+        """Whether this rank has had a signal."""
         self._previous: dict[int, Any] = {}
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
@@ -60,13 +60,13 @@ class StepGuard:
         self._tracked: list[tuple[Tensor, Tensor | None]] = []
         self._rehearsing = False
         self.stop: Callable[[], bool] = lambda: False
-        """Whether this rank was told to stop: asked, and agreed on, together with the rest."""
+        """Whether this rank is to stop; ``check_finite`` asks, and shares the answer with all ranks."""
         self.where: Callable[[int], str] = "sample {}".format
         """Names a sample for people."""
         self.skipped = 0
         """Steps left out since the start of the run."""
         self.stop_requested = False
-        """Whether any rank was told to stop, as of the last step."""
+        """Whether any rank was to stop, as of the last step."""
 
     def track_loss(self, loss: Tensor, samples: Tensor | None = None) -> Tensor:
         """``loss`` for the backward pass, remembered until ``check_finite``; no wait for the device.
@@ -74,7 +74,7 @@ class StepGuard:
         samples: the images it was computed on, int64 (n,). A loss that is not finite is made to have no finite
         gradient either, so that the gradient norm, which all ranks share, tells everyone of it.
         """
-        finite = torch.isfinite(loss.detach())
+        finite = torch.isfinite(loss.detach())  # stays on the device: a Python ``if`` would wait for it
         self._tracked.append((loss.detach(), samples))
         return loss * torch.where(finite & (not self._rehearsing), 1.0, torch.nan)
 
@@ -110,18 +110,18 @@ class StepGuard:
         self.stop_requested = stop
         if not bad:
             return True
-        found = self._named(tracked, only_bad=True)
-        if not found:
+        causes = self._named(tracked, only_bad=True)
+        if not causes:
             size = ", ".join(str(float(n)) for n in norms)
-            found = [f"the gradient norm is {size} and every loss finite", *self._named(tracked, only_bad=False)]
+            causes = [f"the gradient norm is {size} and every loss finite", *self._named(tracked, only_bad=False)]
         if self.skipped >= self._skip:
             before = f" ({self.skipped} such steps were skipped before)" if self.skipped else ""
             raise NonFiniteError(
-                f"loss or gradient not finite: {'; '.join(found)}. No weight was changed{before}. The last checkpoint "
+                f"loss or gradient not finite: {'; '.join(causes)}. No weight was changed{before}. The last checkpoint "
                 "is good: look at those images, lower optim.lr, or set guard.skip_non_finite"
             )
         self.skipped += 1
-        self._topology.log0(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(found)}")
+        self._topology.log0(f"step skipped ({self.skipped} of {self._skip}), not finite: {'; '.join(causes)}")
         return False
 
     def _named(self, tracked: list[tuple[Tensor, Tensor | None]], only_bad: bool) -> list[str]:

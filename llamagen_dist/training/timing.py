@@ -18,8 +18,12 @@ MARGIN = 2.0  # a save may be under way when the signal comes, and the next one 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, as rank 0 measured them. step_s: the longest of a start, without its first one, which compiles.
-    validation_s: the longest; 0 without. save_s: the last one from its beginning until it was committed."""
+    """Seconds, as rank 0 measured them.
+
+    step_s: the longest step of a start, without its first one, which compiles.
+    validation_s: the longest validation; 0 without.
+    save_s: the last save, from its beginning until it was committed.
+    """
 
     step_s: float
     validation_s: float
@@ -46,7 +50,8 @@ class Timing:
 class Stopwatch:
     """Measures one start of a run and keeps log/timing.json up to date (on rank 0, which alone knows of commits).
 
-    say() is given one warning where a cluster's job is told of its end too late.
+    log: the run's folder log/.
+    say(text): prints a line; called once, where a cluster signals its jobs too late before their time limit.
     """
 
     def __init__(self, log: Path, say: Callable[[str], None]) -> None:
@@ -82,15 +87,15 @@ class Stopwatch:
 
 def measured(folder: Path) -> Timing | None:
     """What a run has measured so far; of a folder of runs (a ladder) the one that needs longest; None if nothing."""
-    found = []
+    timings = []
     for path in (folder / "log" / "timing.json", *folder.glob("*/log/timing.json")):
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             step_s, validation_s, save_s = (float(known[name]) for name in ("step_s", "validation_s", "save_s"))
-            found.append(Timing(step_s, validation_s, save_s, str(known["host"])))
+            timings.append(Timing(step_s, validation_s, save_s, str(known["host"])))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return max(found, key=lambda timing: timing.needed_s, default=None)
+    return max(timings, key=lambda timing: timing.needed_s, default=None)
 
 
 def warning(folder: Path, signal_delay_s: float) -> str | None:
