@@ -2,7 +2,7 @@
 
     srun … python -m llamagen_dist.preflight FOLDER
 
-FOLDER lies on the disk that all nodes share. Every rank leaves rank_K.json there, written anew after each part, so
+FOLDER lies on the disk that all nodes share. Every rank leaves rank_K.json there, written again after each part, so
 that a rank which hangs or dies has said how far it came. It never fails by itself: who reads the files judges.
 """
 

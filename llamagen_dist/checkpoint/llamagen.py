@@ -191,37 +191,37 @@ def incomplete(weights: Mapping[str, Tensor]) -> str | None:
     The sizes are read off the tensors that are there: the number of layers from the largest index, widths from the
     embeddings, so that a gap anywhere shows. Raises UserError (kind_of).
     """
-    kind, found = kind_of(weights), _shapes_in(weights)
+    kind, shapes = kind_of(weights), _shapes_in(weights)
     if kind == "tokenizer":
-        own = _vq_sizes(found)
+        own = _vq_sizes(shapes)
         if own is None:
             return "encoder.conv_in.weight or encoder.conv_out.weight is missing"
-        return first_difference(found, _expected(weights, kind, own), "this tokenizer")
-    layers = 1 + max((int(name.split(".")[1]) for name in found if re.match(r"layers\.\d+\.", name)), default=0)
-    dim = found["tok_embeddings.weight"][1]
+        return first_difference(shapes, _expected(weights, kind, own), "this tokenizer")
+    layers = 1 + max((int(name.split(".")[1]) for name in shapes if re.match(r"layers\.\d+\.", name)), default=0)
+    dim = shapes["tok_embeddings.weight"][1]
     # one head: the number of heads shows in no shape; the two widths that are free are then taken from the layers
     expected = _expected(weights, kind, {"n_layer": layers, "n_head": 1, "dim": dim, "multiple_of": 1})
     for part, free in (("attention.wqkv", 0), ("feed_forward.w1", 0), ("feed_forward.w3", 0), ("feed_forward.w2", 1)):
         names = [f"layers.{layer}.{part}.weight" for layer in range(layers)]
-        width = next((found[name][free] for name in names if len(found.get(name, ())) == 2), 0)
+        width = next((shapes[name][free] for name in names if len(shapes.get(name, ())) == 2), 0)
         for name in names:
             expected[name] = (width, dim) if free == 0 else (dim, width)
-    return first_difference(found, expected, "this GPT")
+    return first_difference(shapes, expected, "this GPT")
 
 
 def first_difference(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
 ) -> str | None:
     """The first key (in the order of ``expected``) that is missing, of another shape, or does not belong there."""
-    missing = [name for name in expected if name not in found and name != STATISTIC]
+    missing = [name for name in expected if name not in shapes and name != STATISTIC]
     for name, shape in expected.items():
         if name == STATISTIC:
             continue
-        if name not in found:
+        if name not in shapes:
             return f"{name} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-        if found[name] != shape:
-            return f"{name} has shape {list(found[name])}, and {what} has {list(shape)}"
-    extra = next((name for name in found if name not in expected), None)
+        if shapes[name] != shape:
+            return f"{name} has shape {list(shapes[name])}, and {what} has {list(shape)}"
+    extra = next((name for name in shapes if name not in expected), None)
     return None if extra is None else f"{extra} does not belong to {what}"
 
 
@@ -229,19 +229,19 @@ def _shapes_in(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def _vq_sizes(found: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def _vq_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     """VQConfig's keys as the shapes show them; None where a tensor that shows one is missing."""
-    first, last = found.get("encoder.conv_in.weight"), found.get("encoder.conv_out.weight")
+    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("encoder.conv_out.weight")
     blocks = re.compile(r"(?:encoder|decoder)\.conv_blocks\.(\d+)\.")
     res = re.compile(r"encoder\.conv_blocks\.\d+\.res\.(\d+)\.")
-    levels = 1 + max((int(match[1]) for name in found if (match := blocks.match(name))), default=-1)
-    deep = 1 + max((int(match[1]) for name in found if (match := res.match(name))), default=-1)
+    levels = 1 + max((int(match[1]) for name in shapes if (match := blocks.match(name))), default=-1)
+    deep = 1 + max((int(match[1]) for name in shapes if (match := res.match(name))), default=-1)
     if first is None or last is None or levels == 0 or deep == 0:
         return None
     widths = []
     for level in range(levels):  # the last convolution of a level has its width; any block of it will do
         names = [f"encoder.conv_blocks.{level}.res.{block}.conv2.weight" for block in range(deep)]
-        widths.append(next((found[name][0] for name in names if name in found), first[0]))
+        widths.append(next((shapes[name][0] for name in names if name in shapes), first[0]))
     return {
         "channels": first[0],
         "image_channels": first[1],

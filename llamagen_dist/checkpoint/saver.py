@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy to host memory, then write from a thread of every rank."""
+"""Saving while training continues: copy to host memory, then write from a thread of every rank."""
 
 import threading
 import time

@@ -313,8 +313,10 @@ class GPT(nn.Module):
         return self
 
     def make_buffers(self, seed: int) -> None:
-        """The rotary table and, for captions, LlamaGen's null caption, anew on the CPU (after a construction on meta,
-        or for another seed) or, if the model's weights are elsewhere, there."""
+        """Make the rotary table and, for captions, LlamaGen's null caption, after a construction on meta or for a seed.
+
+        They are put where the weights are, or on the CPU while those are on meta.
+        """
         where = self.norm.weight.device if not self.norm.weight.is_meta else torch.device("cpu")
         with torch.device("cpu"):
             self.rotary = rotary_table(self.config).to(where)
@@ -323,7 +325,7 @@ class GPT(nn.Module):
                 self.cls_embedding.uncond_embedding = null_caption(self.config, seed).to(where, dtype)
 
     def compile_blocks(self) -> None:
-        """torch.compile every block in place; they share one piece of code, and names stay."""
+        """torch.compile every block in place; they share one compiled program, and names stay."""
         for layer in self.layers:
             layer.compile()
 

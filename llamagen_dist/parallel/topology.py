@@ -69,7 +69,7 @@ class Topology:
     def broadcast_from_rank0(self, decide: Callable[[], T]) -> T:
         """What ``decide()`` returns on rank 0, on every rank (collective).
 
-        A UserError there is raised everywhere: a rank that went on alone would wait in the next collective. The value
+        A UserError there is raised everywhere: a rank that continued alone would wait in the next collective. The value
         is pickled.
         """
         answer: list[Any] = [None, None]

@@ -32,7 +32,7 @@ class Watchdog:
     in a ``phase``: without any change of the clock's part) it writes all stacks to log/stacks-rank-N.txt, names the
     rank that the others wait for in log/hang-rank-N.txt and on stderr, and ends the process with exit code 75. While
     Python itself is stuck in C code no thread of it can run: then faulthandler's timer, which needs no Python and
-    which the thread sets anew at every tick, writes the stacks and ends the process with exit code 1.
+    which the thread resets at every tick, writes the stacks and ends the process with exit code 1.
 
     lost(): Fence.lost, asked in every tick: once it returns a sentence the run continues in another process, and this
         one prints the sentence and ends at once with exit code 75, without another heartbeat, which would be taken for
