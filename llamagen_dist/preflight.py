@@ -13,7 +13,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,8 @@ def main(argv: list[str]) -> None:
         return
     if topology.world > 1:
         topology.set_timeouts(COLLECTIVE_S)
-        gather = partial(network.gathered, topology)
         trials.part("clock", lambda: network.clock(topology))
-        trials.part("shared", lambda: disk.together(scratch, trials.rank, first, gather))
+        trials.part("shared", lambda: disk.together(scratch, trials.rank, first, topology.gather))
         trials.part("all_reduce", lambda: network.all_reduce(topology))
 
     def train() -> Any:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from llamagen_dist.config import ExtractConfig, load
 from llamagen_dist.console import LOG, Progress, main_rank_progress
@@ -203,10 +202,7 @@ class Extraction:
 
     def _gathered(self, mine: Finished, refusal: str = "") -> Finished:
         """Every rank's (collective). Raises UserError on all of them where one was refused something."""
-        reports = [(mine, refusal)]
-        if self.topology.world > 1:
-            reports = reports * self.topology.world
-            dist.all_gather_object(reports, (mine, refusal))
+        reports = self.topology.gather((mine, refusal))
         if sentences := [sentence for _, sentence in reports if sentence]:
             raise UserError(sentences[0])
         return {shard: finished for report, _ in reports for shard, finished in report.items()}

@@ -198,12 +198,8 @@ class Saver:
         """Raise the first failing rank's sentence on all ranks, once nobody writes any more (collective)."""
         if not self._topology.any_rank(save.error is not None):
             return
-        errors: list[Any] = [save.error]
-        if self._topology.world > 1:
-            errors = [None] * self._topology.world
-            dist.all_gather_object(errors, save.error)
+        error = next(text for text in self._topology.gather(save.error) if text is not None)
         self._current = None  # before anything is raised: the next ``wait`` has nothing to wait for
-        error = next(text for text in errors if text is not None)
         self._topology.broadcast_from_rank0(lambda: self._give_up(save, error))
 
     def _give_up(self, save: _Save, error: str) -> None:

@@ -58,13 +58,24 @@ class Topology:
         dist.all_reduce(total, group=self.dp_group)
         return total
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each value over all ranks (in place; collective)."""
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank at all (collective)."""
         if self.world == 1:
             return flag
-        seen = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item())
+        return bool(self.max(torch.tensor([int(flag)], device=self.device)).item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank (collective). Values are pickled: for small things that are not tensors."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast_from_rank0(self, decide: Callable[[], T]) -> T:
         """What ``decide()`` returns on rank 0, on every rank (collective).
@@ -181,7 +192,7 @@ def thread_warning(threads: Sequence[int], cores: int) -> str:
     )
 
 
-def _warn_of_threads(rank: int, world: int) -> None:
+def _warn_of_threads(topology: Topology) -> None:
     """Print ``thread_warning`` for this node, on every rank of it (collective).
 
     Nothing in the environment says for certain how many ranks share a node and its cores (srun may bind each to its
@@ -189,15 +200,12 @@ def _warn_of_threads(rank: int, world: int) -> None:
     """
     bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores())
     mine = (platform.node(), torch.get_num_threads(), sum(1 << core for core in bound))
-    everyone: list[tuple[str, int, int]] = [mine] * world
-    if world > 1:
-        dist.all_gather_object(everyone, mine)
-    here = [(threads, mask) for host, threads, mask in everyone if host == mine[0]]
+    here = [(threads, mask) for host, threads, mask in topology.gather(mine) if host == mine[0]]
     together = 0
     for _, mask in here:
         together |= mask
     if text := thread_warning([threads for threads, _ in here], together.bit_count()):
-        LOG.warning(f"rank {rank}: {text}")
+        LOG.warning(f"rank {topology.rank}: {text}")
 
 
 def start(
@@ -234,14 +242,15 @@ def start(
     else:
         device = torch.device("cpu")
     if world == 1:
-        _warn_of_threads(rank, world)
-        return Topology(device=device)
+        alone = Topology(device=device)
+        _warn_of_threads(alone)
+        return alone
     if not dist.is_initialized():
         if run_dir is not None and device.type == "cuda":
             record_collectives(run_dir / "log")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    _warn_of_threads(rank, world)
+    _warn_of_threads(Topology(rank, world))
     dp_group, tp_group = dist.group.WORLD, None
     if tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from llamagen_dist.checkpoint.saver import Saver
 from llamagen_dist.console import Progress
@@ -159,9 +158,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
                 window.restart()
             if stopping and not done:
                 raise stopped()
-    peak = torch.tensor(peak_rss_gb(), dtype=torch.float64)
-    if topology.world > 1:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    peak = topology.max(torch.tensor(peak_rss_gb(), dtype=torch.float64))
     run.summary(
         images_seen=images_seen,
         step=step,

@@ -7,7 +7,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llamagen_dist.parallel.topology import Topology
@@ -102,9 +101,7 @@ class StepGuard:
         # losses and norms together, so that the host waits for the device once a step, at ``tolist``
         finite = torch.isfinite(torch.stack([v.to(self._topology.device) for v in values])).all()
         flags = torch.stack([torch.tensor(self.stop(), device=finite.device), ~finite]).int()
-        if self._topology.world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, bad = map(bool, flags.tolist())
+        stop, bad = map(bool, self._topology.max(flags).tolist())
         if self._rehearsing:
             return False
         self.stop_requested = stop
@@ -133,8 +130,4 @@ class StepGuard:
                 shown = ", ".join(self.where(number) for number in numbers[:NAMED])
                 more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
                 mine.append(f"rank {self._topology.rank}: the loss is {loss.item()} on {shown or 'its batch'}{more}")
-        if self._topology.world == 1:
-            return mine
-        everyone: list[list[str]] = [[] for _ in range(self._topology.world)]
-        dist.all_gather_object(everyone, mine)
-        return [line for lines in everyone for line in lines]
+        return [line for lines in self._topology.gather(mine) for line in lines]

@@ -12,15 +12,6 @@ ROUNDS = 10
 BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
-def gathered(topology: Topology, value: Any) -> list[Any]:
-    """Everyone's value, by rank (collective)."""
-    if topology.world == 1:
-        return [value]
-    values: list[Any] = [None] * topology.world
-    dist.all_gather_object(values, value)
-    return values
-
-
 def clock(topology: Topology) -> dict[str, float]:
     """Collective: rank 0 asks one rank after the other.
 

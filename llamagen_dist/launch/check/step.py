@@ -10,7 +10,6 @@ import torch
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
-from llamagen_dist.launch.check.network import gathered
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.gpt_task import GPTTask
 
@@ -62,5 +61,5 @@ def train(topology: Topology, folder: Path, as_on_gpus: bool | None = None) -> d
         "losses": losses,
         "expected": round(math.log(VOCABULARY), 6),
         "seconds": round(seconds, 4),
-        "equal": len(set(gathered(topology, total))) == 1,
+        "equal": len(set(topology.gather(total))) == 1,
     }
