@@ -25,7 +25,7 @@ from llamagen_dist.training.watchdog import Watchdog
 
 def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ()) -> bool:
     """Whether this step was the first to reach a multiple of ``every`` or one of ``points``."""
-    before = images_seen - batch
+    before = images_seen - batch  # a batch may step over a multiple, so "is divisible" would miss it
     return (every > 0 and images_seen // every > before // every) or any(before < p <= images_seen for p in points)
 
 
@@ -65,6 +65,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
     started, first_step, stopping = time.monotonic(), step, False
     log, limits, batch_size = run.directory / "log", config.guard, train.global_batch
     window = _window(task, config, at.seen)
+    # from the log, so that a resumed run scores the next loss as the uninterrupted one would
     spikes = Spikes(limits.spike_window, limits.spike_score, run.logged("loss", limits.spike_window))
     saver = Saver(
         run.directory,

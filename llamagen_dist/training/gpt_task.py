@@ -134,7 +134,7 @@ class GPTTask:
 
     def _step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         self.engine.module.train()
-        pieces = batch.split(self.micro)
+        pieces = batch.split(self.micro)  # equal (divide_batch), so the mean of their mean losses is the batch's
         total = torch.zeros((), device=self.topology.device)
         for number, piece in enumerate(pieces, 1):
             piece = piece.to(self.topology.device)
@@ -154,6 +154,8 @@ class GPTTask:
     def validate(self) -> Mapping[str, float]:
         """val_loss (true condition), val_loss_null (null class or caption): mean nats per held-out token."""
         self.engine.module.eval()
+        # weighted by samples, since the last batch and the ranks' shares may be smaller; fp64, so that the order of the
+        # additions does not show in the digits that are printed
         sums = torch.zeros(3, dtype=torch.float64)
         for batch, counts in self._in_step(self._validation_batches()):
             batch = batch.to(self.topology.device)

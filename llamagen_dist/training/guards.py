@@ -102,11 +102,12 @@ class StepGuard:
         finite = torch.isfinite(torch.stack([v.to(self._topology.device) for v in values])).all()
         flags = torch.stack([torch.tensor(self.stop(), device=finite.device), ~finite]).int()
         stop, bad = map(bool, self._topology.max(flags).tolist())
-        if self._rehearsing:
+        if self._rehearsing:  # only now: all ranks have taken part in the collective
             return False
         self.stop_requested = stop
         if not bad:
             return True
+        # the gradient can be infinite although every loss is finite: then any micro-batch may be the cause
         causes = self._named(tracked, only_bad=True)
         if not causes:
             size = ", ".join(str(float(n)) for n in norms)

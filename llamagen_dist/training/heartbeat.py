@@ -49,6 +49,7 @@ def path(log: Path, rank: int) -> Path:
 
 
 def write(log: Path, beat: Heartbeat) -> None:
+    # renamed but not synced, as files.write_text would: every rank writes one a tick, and none need survive a power cut
     target = path(log, beat.rank)
     scratch = target.with_suffix(".tmp")
     scratch.write_text(json.dumps(asdict(beat)), encoding="utf-8")

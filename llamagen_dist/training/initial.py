@@ -123,6 +123,7 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
             f"data.train: {str(manifest.tokenizer_sha256)[:12]}…); extract the tokens with that one, or, if only its "
             "decoder differs, give the weights as a bare file (llamagen convert)"
         )
+    # by building the model: whatever it is made of, names and shapes are compared without a list of them here
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(model).state_dict().items()}
     if (table := llamagen.CLASSES) in shapes:  # the number of classes may differ

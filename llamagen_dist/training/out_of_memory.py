@@ -36,7 +36,7 @@ def explained(task: Task) -> Iterator[None]:
     """Turns running out of memory inside into a UserError with the plan's table beside what is really in use."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
         first_line = (str(error).splitlines() or ["no memory"])[0]

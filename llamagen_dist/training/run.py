@@ -57,6 +57,8 @@ class Run:
             self.fence.check()
             path = self.directory / "metrics.jsonl"
             try:
+                # unbuffered, a line a write: a killed process leaves whole lines and perhaps a cut last one, which
+                # ``cut_metrics`` drops
                 if self._metrics is None:
                     self._metrics = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by open_run
                 line = (json.dumps(values) + "\n").encode()

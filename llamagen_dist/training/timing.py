@@ -73,6 +73,7 @@ class Stopwatch:
         if save_s is None:
             return
         now = Timing(self._longest["step"], self._longest["validation"], save_s, platform.node())
+        # a save is written down once, and again only when steps have become noticeably longer since
         if self._written and self._written.save_s == save_s and now.needed_s < 1.1 * self._written.needed_s:
             return
         self._written = now

@@ -124,7 +124,7 @@ class Watchdog:
             if sentence := self._lost():
                 LOG.error(f"llamagen: {sentence}")
                 leave_sentence(sentence)
-                os._exit(EXIT_STOPPED)
+                os._exit(EXIT_STOPPED)  # the main thread may be in a collective that never returns: nothing unwinds it
             if self._clock.changes != self._changes:
                 self._changes = self._clock.changes
                 with self._lock:
