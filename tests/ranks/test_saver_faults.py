@@ -36,14 +36,14 @@ def save_on_a_disk_that_fills_up(run: Path, background: bool, how: str) -> tuple
     if topology.rank == 1 and how == "device":
         laid = plan.make_plan(found, topology.world)
         mine = laid.owners.index(1)
-        real = found[mine].read
+        real = found[mine].local
 
-        def plant(writer: int) -> torch.Tensor | None:
+        def plant() -> torch.Tensor:
             for name in laid.file_names(1)[:1]:
                 (run / "checkpoints" / "step_00000002" / name).symlink_to("/dev/full")
-            return real(writer)
+            return real()
 
-        found[mine] = dataclasses.replace(found[mine], read=plant)
+        found[mine] = dataclasses.replace(found[mine], local=plant)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if topology.rank == 1 and how == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))

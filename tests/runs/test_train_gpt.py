@@ -407,7 +407,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(data, conf
     [
         (["train.global_batch=15", "train.images=600"], "15 images cannot be shared equally by 2"),
         (["data.train=nowhere"], "nowhere"),
-        (["run_dir=/proc/version/x"], "is a file"),
+        (["run_dir=/proc/version/x"], "cannot be made"),
         (["model.dim=36"], "multiple of 4"),
         (
             ["model.size=GPT-Q", "model.n_layer=null", "model.n_head=null", "model.dim=null"],

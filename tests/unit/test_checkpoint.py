@@ -201,7 +201,7 @@ def test_without_complete_it_does_not_exist(tmp_path):
 def test_a_tensor_that_cannot_be_read_leaves_the_old_checkpoint(tmp_path):
     save(tmp_path, 1, entries(1))
 
-    def gone(writer):
+    def gone():
         raise RuntimeError("Connection closed by peer")
 
     broken = entries(2)
