@@ -187,18 +187,14 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, random: Randomness) -> Tensor:
-        """Causal attention (training only) with some of the probabilities dropped, which it keeps in fp32.
-
-        q (B, heads, S, head_dim); k, v (B, kv_heads, S, head_dim). The fused kernels draw their masks from a generator,
-        so that they would change with the layout.
-        """
+        """Causal attention (training only) with some of the (B, heads, S, S) fp32 probabilities dropped: the fused
+        kernels draw their masks from a generator, so that they would change with the layout."""
         k, v = _repeated(k, self.group), _repeated(v, self.group)
         scores = (q @ k.transpose(-1, -2)).float() * self.head_dim**-0.5
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return (
-            random.attention_dropout(probabilities, self.dropout_p, PROBABILITIES_SITE, self.first_head).type_as(v) @ v
-        )
+        kept = random.attention_dropout(probabilities, self.dropout_p, PROBABILITIES_SITE, self.first_head)
+        return kept.type_as(v) @ v
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
@@ -313,10 +309,7 @@ class GPT(nn.Module):
         return self
 
     def make_buffers(self, seed: int) -> None:
-        """Make the rotary table and, for captions, LlamaGen's null caption, after a construction on meta or for a seed.
-
-        They are put where the weights are, or on the CPU while those are on meta.
-        """
+        """Make the rotary table and, for captions, LlamaGen's null caption, where the weights are (meta: on the CPU)."""
         where = self.norm.weight.device if not self.norm.weight.is_meta else torch.device("cpu")
         with torch.device("cpu"):
             self.rotary = rotary_table(self.config).to(where)
@@ -399,8 +392,6 @@ class GPT(nn.Module):
 
         tokens, condition, sample_ids: as in ``forward``.
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
-
-        Raises ValueError for dropout without sample_ids.
         """
         logits = self.output(self._hidden(tokens, condition, sample_ids)).flatten(0, 1)
         # the mean is taken by weights of each token, so that a chunked, vocabulary-parallel loss is one weighted sum
@@ -411,10 +402,7 @@ class GPT(nn.Module):
         return weighted_nll(logits, tokens.flatten(), each.flatten(), self.token_nll)
 
     def null_condition(self, condition: Condition) -> Condition:
-        """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample.
-
-        condition: as in ``forward``; only its shapes, type and padding matter.
-        """
+        """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample."""
         if isinstance(condition, tuple):
             features, present = condition
             null: Tensor = self.cls_embedding.uncond_embedding  # type: ignore[assignment]
@@ -422,12 +410,7 @@ class GPT(nn.Module):
         return torch.full_like(condition, self.config.num_classes)
 
     def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
-        """The condition's pass of generation; never any dropout.
-
-        condition: as in ``forward``.
-
-        Returns (logits (B, V) of the first image token, the cache that ``decode`` continues with).
-        """
+        """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout."""
         x, present = self._prefix(condition)
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
