@@ -309,7 +309,7 @@ class GPT(nn.Module):
         return self
 
     def make_buffers(self, seed: int) -> None:
-        """Make the rotary table and, for captions, LlamaGen's null caption, where the weights are (meta: on the CPU)."""
+        """Make the rotary table and the null caption (of captions) where the weights are, for meta ones on the CPU."""
         where = self.norm.weight.device if not self.norm.weight.is_meta else torch.device("cpu")
         with torch.device("cpu"):
             self.rotary = rotary_table(self.config).to(where)
