@@ -44,12 +44,13 @@ def run(args: argparse.Namespace) -> None:
         launch.run(graph, target, retry_failed=args.retry_failed, follow=args.follow)
         return
     graph.check()
-    node = launch.sweep_node(graph)
-    size, states = target.array_size(node), listing.states(graph)
+    launcher = launch.Launcher(graph, target, Screen())
+    (node,), states = launcher.nodes, listing.states(graph)
     states = {point.name: point.reopened(states[point.name]) for point in graph.nodes}
+    size = launcher.sizes[node.name]
     there = machine(args, size.ranks, size.ranks_per_node)
     _show(graph, there, graph.at_once or len(graph.nodes), list(states.values()))
-    print(f"\n{listing.script_of(graph, target, node, size, states)}\nNothing was started.")
+    print(f"\n{listing.script_of(launcher, node, states)}\nNothing was started.")
 
 
 def _show(graph: Graph, there: Machine, at_once: int, states: list[JobState]) -> None:

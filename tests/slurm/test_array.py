@@ -8,7 +8,7 @@ import pytest
 
 from llamagen_dist.config import load
 from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits, outcome_of
-from llamagen_dist.launch.slurm import queue, submit
+from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.submit import Submission, size_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +69,13 @@ def test_no_item_begins_before_its_folder_names_it(tmp_path: Path, monkeypatch: 
     """Naming the items one after another takes a slow disk long; those that are named last must not have ended by then.
     The twin is not submitted held."""
     cluster = load(ROOT / "slurm/local.yaml", ["nodes=1", "ranks_per_node=1"], kind="cluster")
-    original, slow = submit.name_job, 2.0
+    original, slow = lock.name_submitted, 2.0
 
     def name_slowly(*arguments: Any, **facts: Any) -> None:
         time.sleep(slow)
         original(*arguments, **facts)
 
-    monkeypatch.setattr(submit, "name_job", name_slowly)
+    monkeypatch.setattr(lock, "name_submitted", name_slowly)
 
     def outcomes(out: Path) -> list[str]:
         specs = tuple(JobSpec(str(n), "timeit", ("-n1", "pass"), str(out / str(n)), str(ROOT)) for n in range(3))
@@ -87,8 +87,14 @@ def test_no_item_begins_before_its_folder_names_it(tmp_path: Path, monkeypatch: 
         return [outcome_of(JobFolder.of(spec.folder).events()) for spec in specs]
 
     assert outcomes(tmp_path / "held") == ["done"] * 3
-    enqueue = Submission.enqueue
-    monkeypatch.setattr(Submission, "enqueue", lambda self, hold: enqueue(self, hold=False))
-    monkeypatch.setattr(submit, "release", lambda job: None)
+    executor = Submission._executor
+
+    def not_held(self: Submission) -> Any:
+        made = executor(self)
+        del made.parameters["additional_parameters"]["hold"]
+        return made
+
+    monkeypatch.setattr(Submission, "_executor", not_held)
+    monkeypatch.setattr(queue, "release", lambda job: None)
     slow = 6.0
     assert outcomes(tmp_path / "sabotaged")[-1] == "", "done before it was submitted: it looks as if it had not ended"

@@ -102,10 +102,11 @@ def test_a_cancelled_run_does_not_rise_again_and_its_command_starts_anew(toy: To
 def test_without_the_keeper_a_stand_by_begins_beside_the_run_and_steps_back(toy: Toy, tmp_path: Path) -> None:
     """Sabotage of the first test: a keeper that pushes nothing. Then the stand-by's own look at the queue must do."""
     broken = Toy(tmp_path)
-    keeper = broken.root / "llamagen_dist/launch/slurm/keeper.py"
+    keeper = broken.root / "llamagen_dist/launch/slurm/elastic.py"
     text = keeper.read_text()
-    assert text.count("queue.delay_start(job, seconds)") == 1
-    keeper.write_text(text.replace("queue.delay_start(job, seconds)", "pass"))
+    good = "_ask(functools.partial(queue.delay_start, other, seconds))"
+    assert text.count(good) == 1
+    keeper.write_text(text.replace(good, "pass"))
     broken.launch("deaf", "90 0.2 1000", **ELASTIC)
     wait_for(lambda: ("waits", jobs(broken, "deaf")[1]) in told(broken, "deaf"), 40)
     wait_for(lambda: broken.last("deaf")["event"] == "done")

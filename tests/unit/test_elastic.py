@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 
 from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits
+from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits, outcome_of
+from llamagen_dist.launch.graph import single
 from llamagen_dist.launch.slurm import lock
-from llamagen_dist.launch.slurm.elastic import Decision, claim, decide_turn, left_over, makes_room, over
-from llamagen_dist.launch.slurm.keeper import begins, period_s, room_for
+from llamagen_dist.launch.slurm.elastic import (
+    Decision,
+    begins,
+    claim,
+    decide_turn,
+    left_over,
+    makes_room,
+    period_s,
+    room_for,
+)
+from llamagen_dist.launch.slurm.launch import Target, fits, fixed_micro_batch, launch
 from llamagen_dist.launch.slurm.lock import Lock, own
 from llamagen_dist.launch.slurm.queue import NodeKind, QueuedJob
-from llamagen_dist.launch.slurm.standby import begins_after, fixed_micro_batch, sizes
-from llamagen_dist.launch.slurm.submit import Size
+from llamagen_dist.launch.slurm.submit import Size, Submission
 
 JOBS = ("40", "20", "10")  # named after their nodes
 AFTER_S = 100.0
@@ -142,11 +151,11 @@ def test_what_history_says_of_hand_overs(tmp_path):
     assert makes_room(place, "20") is None  # that was an earlier incarnation
     place.tell("makes_room", job="20", **{"for": "40"})
     assert makes_room(place, "20") == "40"
-    assert not over(place)
+    assert outcome_of(place.events()) == ""
     place.tell("done", job="20")
-    assert over(place)
+    assert outcome_of(place.events()) == "done"
     place.tell("submitted", job="50")
-    assert not over(place)
+    assert outcome_of(place.events()) == ""
 
 
 def test_stand_bys_of_a_cancelled_run_are_left_over(tmp_path):
@@ -179,12 +188,15 @@ def test_a_queue_without_this_very_job_is_no_answer(tmp_path, monkeypatch):
 PROFILE = {"kind": "cluster", "nodes": 4, "gpus_per_node": 2, "elastic": {"nodes": [2, 1], "after_minutes": 30}}
 
 
+def stand_bys(size: Size) -> list[tuple[int, str | None]]:
+    work = JobSpec("x", "m", (), "/run", "/code")
+    return [(less.size.nodes, less.begin) for less in Submission((work,), ClusterConfig(**PROFILE), size).stand_bys]
+
+
 def test_the_stand_bys_of_a_profile():
-    profile = ClusterConfig(**PROFILE)
-    assert [size.nodes for size in sizes(profile, Size(4, 2, 2))] == [2, 1]
-    assert [size.nodes for size in sizes(profile, Size(2, 2, 2))] == [1]  # --nodes 2
-    assert sizes(profile, Size(1, 2, 2)) == []
-    assert [begins_after(profile, number) for number in (1, 2)] == ["now+1800", "now+3600"]
+    assert stand_bys(Size(4, 2, 2)) == [(2, "now+1800"), (1, "now+3600")]
+    assert stand_bys(Size(2, 2, 2)) == [(1, "now+1800")]  # --nodes 2
+    assert stand_bys(Size(1, 2, 2)) == []
 
 
 @pytest.mark.parametrize(
@@ -210,3 +222,14 @@ def test_fewer_ranks_accumulate_pieces_of_the_same_size():
     assert fixed_micro_batch(config, 4).train.micro_batch == 8
     given = load("configs/gpt/quickstart.yaml", ["train.micro_batch=2"])
     assert fixed_micro_batch(given, 4) is given
+
+
+def test_fewer_ranks_whose_share_the_micro_batch_does_not_divide_are_refused_before_the_queue(tmp_path, monkeypatch):
+    """24 images on 8 ranks are pieces of 3; 6 ranks have 4 images each, so that stand-by would fail the run."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    keys = ["train.global_batch=24", "train.images=2400", f"run_dir={tmp_path / 'run'}"]
+    config = load("configs/gpt/quickstart.yaml", keys)
+    profile = ClusterConfig(kind="cluster", nodes=4, ranks_per_node=2, gpus_per_node=0, elastic={"nodes": [3]})
+    with pytest.raises(UserError, match=r"elastic\.nodes: 3: train\.micro_batch: 3 does not divide"):
+        launch(single("llamagen_dist.train_gpt", config), Target(profile), dry_run=True)
+    fits(config, 6)  # sabotage twin: the config without the micro-batch that the stand-by gets says nothing

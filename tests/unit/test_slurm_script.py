@@ -11,8 +11,9 @@ from llamagen_dist.config import ClusterConfig, load
 from llamagen_dist.config.launch import minutes
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits, read_spec, steps_done, write_specs
-from llamagen_dist.launch.slurm.submit import Size, Submission, job_name, masked
+from llamagen_dist.launch.slurm.submit import Size, Submission, job_name
 from llamagen_dist.launch.slurm.task import first_host, port
+from llamagen_dist.tracking.provenance import masked_script
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = Size(2, 8, 8)
@@ -95,8 +96,8 @@ def test_an_array_runs_so_many_at_a_time_and_keeps_its_logs_apart():
 def test_secrets_are_hidden_from_people_but_not_from_the_job():
     text = Submission((work(),), profile(exports={"WANDB_API_KEY": "abc123", "HOME_DIR": "/h"}), SIZE).script()
     assert "export WANDB_API_KEY=abc123" in text
-    assert "abc123" not in masked(text)
-    assert "export HOME_DIR=/h" in masked(text)
+    assert "abc123" not in masked_script(text)
+    assert "export HOME_DIR=/h" in masked_script(text)
 
 
 SECRETS = {
@@ -116,15 +117,15 @@ SECRETS = {
 def test_a_secret_is_hidden_whole_wherever_the_profile_sets_it(keys):
     text = Submission((work(),), profile(**keys), SIZE).script()
     assert "def123" in text
-    assert "def123" not in masked(text)
-    assert "***" in masked(text)
+    assert "def123" not in masked_script(text)
+    assert "***" in masked_script(text)
 
 
 def test_what_is_no_secret_is_shown():
     exports = {"TOKENIZER": "/data/vq16", "TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}
     lines = ["module load cuda", "export TOKENIZER_PATH='/data/a b'", "llamagen pack x --caption-key text --tokens 256"]
     text = Submission((work(),), profile(exports=exports, setup=lines, sbatch={"wckey": "vision"}), SIZE).script()
-    assert masked(text) == text
+    assert masked_script(text) == text
 
 
 @pytest.mark.parametrize(

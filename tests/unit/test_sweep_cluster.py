@@ -12,11 +12,12 @@ import yaml
 
 from llamagen_dist import cli
 from llamagen_dist.config import ClusterConfig, load
+from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch import here, points, stages
 from llamagen_dist.launch.folder import JobFolder, JobSpec, finish_whole, read_spec, write_specs
 from llamagen_dist.launch.slurm import listing, lock, queue, watch
-from llamagen_dist.launch.slurm.launch import Target, sweep_node
+from llamagen_dist.launch.slurm.launch import Launcher, Target, sweep_node
 from llamagen_dist.launch.slurm.listing import script_of
 from llamagen_dist.launch.slurm.submit import Size
 from llamagen_dist.launch.slurm.task import owner
@@ -60,16 +61,16 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *lines: str) 
 
 def test_a_sweep_is_one_array_of_what_is_open(tmp_path: Path) -> None:
     made = points.sweep(sweep_file(tmp_path), tmp_path / "out")
-    size = Target(profile()).array_size(sweep_node(made))
+    size = Target(profile()).size(sweep_node(made))
     assert size == Size(2, 2, 0)
-    target, node = Target(profile()), sweep_node(made)
+    launcher, node = Launcher(made, Target(profile()), Screen()), sweep_node(made)
     names, ended = [point.name for point in made.nodes], JobState("finished")
     states = dict(zip(names, [JobState("open"), ended, JobState("open")], strict=True))
-    text = script_of(made, target, node, size, states)
+    text = script_of(launcher, node, states)
     assert "#SBATCH --array=0-1%2" in text
     assert f"--output={tmp_path}/out/log/" in text
-    assert script_of(made, target, node, size, dict.fromkeys(names, ended)) == ""
-    (work,) = target.submission(made, node, [made.nodes[1]], size, tmp_path / "code").specs
+    assert script_of(launcher, node, dict.fromkeys(names, ended)) == ""
+    (work,) = launcher.submission(node, [made.nodes[1]], tmp_path / "code").specs
     assert work.folder == str(tmp_path / "out/lr-2e-4")
     assert work.arguments == (f"{work.folder}/launch/config.yaml",)
     assert str(work.job.done) == f"{work.folder}/launch/DONE.json"
@@ -79,7 +80,7 @@ def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp
     batches = {"set": {"train.images": 64000}, "grid": {"train.global_batch": [256, 250]}, "nodes": 2}
     made = points.sweep(sweep_file(tmp_path, **batches), tmp_path / "out")
     with pytest.raises(UserError, match=r"point global_batch-250: train\.global_batch: 250 images cannot be shared"):
-        Target(profile()).array_size(sweep_node(made))
+        Target(profile()).size(sweep_node(made))
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
         cli.main(["sweep", str(sweep_file(tmp_path)), "--out", str(tmp_path / "out"), "--cluster", str(PROFILE)])
     assert not (tmp_path / "out").exists()
@@ -87,12 +88,12 @@ def test_points_that_cannot_run_on_so_many_ranks_are_refused_before_anything(tmp
 
 def test_more_points_than_an_array_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = points.sweep(sweep_file(tmp_path, grid={"train.seed": list(range(1002))}), tmp_path / "out")
-    assert Target(profile()).array_size(sweep_node(many)).ranks == 4, "nobody to ask"
+    assert Target(profile()).size(sweep_node(many)).ranks == 4, "nobody to ask"
     fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1001")
     with pytest.raises(UserError, match="1,002 points: SLURM takes arrays of up to 1,001 here"):
-        Target(profile()).array_size(sweep_node(many))
+        Target(profile()).size(sweep_node(many))
     fake(tmp_path, monkeypatch, "scontrol", "MaxArraySize            = 1002")
-    assert Target(profile()).array_size(sweep_node(many)).ranks == 4
+    assert Target(profile()).size(sweep_node(many)).ranks == 4
 
 
 def test_the_size_of_a_stage(tmp_path: Path) -> None:
@@ -119,8 +120,8 @@ def test_a_stage_says_how_many_nodes_it_gets(tmp_path: Path) -> None:
 
 def test_a_stages_progress_is_that_of_the_run_it_trains(tmp_path: Path) -> None:
     made = stages.plan(QUICKSTART, tmp_path / "out")
-    size, code = Size(2, 2, 0), tmp_path / "code"
-    works = [Target(profile()).submission(made, node, [node], size, code).specs[0] for node in made.nodes]
+    launcher = Launcher(made, Target(profile(nodes=2)), Screen())
+    works = [launcher.submission(node, [node]).specs[0] for node in made.nodes]
     ladder = next(work for work in works if work.name == "out-ladder")
     assert ladder.folder == str(tmp_path / "out/stages/ladder")
     assert ladder.produces == (str(tmp_path / "out/ladder/g1m/summary.json"),)

@@ -1,10 +1,12 @@
 """The two ends of a batch script, before srun and after it: claim the folder, then judge how it ended.
 
-    python -m llamagen_dist.launch.slurm.batch begin SPECS PID      (of the script itself)
-    python -m llamagen_dist.launch.slurm.batch end SPECS STATUS
+    python -m llamagen_dist.launch.slurm.batch begin SPECS PID      PID: the script's own
+    python -m llamagen_dist.launch.slurm.batch keep SPECS PID       started by begin, beside the ranks (elastic.py)
+    python -m llamagen_dist.launch.slurm.batch end SPECS STATUS     STATUS: srun's
+    python -m llamagen_dist.launch.slurm.batch refused SPECS        SLURM refused the requeue
 
 The script asks SLURM to requeue where ``end`` exits with ``REQUEUE``, since in a container SLURM's commands may be
-missing. Nothing here runs after scancel or when SLURM requeues by itself (preemption, a lost node).
+missing. ``end`` does not run after scancel or when SLURM requeues by itself (preemption, a lost node).
 """
 
 import os
@@ -20,8 +22,9 @@ from llamagen_dist.files import json_if_there
 from llamagen_dist.launch.folder import JobFolder, JobSpec, finish_whole, read_spec
 from llamagen_dist.launch.rank import DONE
 from llamagen_dist.launch.slurm import elastic, lock
-from llamagen_dist.launch.slurm.task import owner
+from llamagen_dist.launch.slurm.task import facts_of, owner
 from llamagen_dist.launch.slurm.verdict import Verdict, decide
+from llamagen_dist.process import identify
 
 REQUEUE = 99
 NOT_OURS = 3
@@ -30,37 +33,33 @@ NOT_OURS = 3
 def begin(spec: JobSpec) -> int:
     """Become the one incarnation that may write in the folder. Returns the exit code."""
     folder, me = spec.job, owner(os.environ)
-    held = lock.read(folder)  # names this job: it was submitted held, and released after that
-    if held is None or held.token != spec.token:
+    current = lock.read(folder)  # names this job: it was submitted held, and released after that
+    if current is None or current.token != spec.token:
         print(f"{spec.folder} belongs to another launch by now; this job ends", file=sys.stderr, flush=True)
         return NOT_OURS
-    job, restart = me.split(".")
-    if not held.jobs:  # its launch was killed right after sbatch, and somebody has released it by hand
-        folder.tell("submitted", job=job, restart=0, token=spec.token)
-        lock.name_jobs(folder, spec.token, (job,))
+    if not current.jobs:  # its launch was killed right after sbatch, and somebody has released it by hand
+        lock.name_submitted(folder, spec.token, me.partition(".")[0])
     if not elastic.claim(spec, me):
         return NOT_OURS
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     folder.progress.unlink(missing_ok=True)
     folder.forget(folder.failed)  # written on a lost node, by an incarnation that knew of no restart
     shutil.rmtree(folder.ranks(me), ignore_errors=True)
     lock.own(folder, me, host=platform.node())
-    where = os.environ.get("SLURM_JOB_NODELIST", "")
-    folder.tell("started", job=job, restart=int(restart), steps=spec.steps_done(), nodes=nodes, where=where)
+    nodes, where = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")), os.environ.get("SLURM_JOB_NODELIST", "")
+    folder.tell("started", **facts_of(spec, me), nodes=nodes, where=where)  # what was waited for has saved meanwhile
     return 0
 
 
 def end(spec: JobSpec, rc: int) -> int:
     """Judge srun's status ``rc``, write down what follows. Returns the exit code: REQUEUE, 0 or rc."""
     folder, me = spec.job, owner(os.environ)
-    job, restart = me.split(".")
-    facts: dict[str, Any] = {"job": job, "restart": int(restart), "steps": spec.steps_done()}
-    holder = lock.owner(folder)
+    facts = facts_of(spec, me)
+    job, holder = facts["job"], lock.owner(folder)
     if holder != me:
         folder.tell("handed_over", to=holder, **facts)
-        held = lock.read(folder)
-        others = {other for other in held.jobs if other != job} if held and held.token == spec.token else ()
-        return REQUEUE if (holder or "").partition(".")[0] in others else 0  # it may still grow back
+        current, new = lock.read(folder), lock.last_job(folder)
+        ours = current is not None and current.token == spec.token and new != job and new in current.jobs
+        return REQUEUE if ours else 0  # back into the queue, to grow again or to stand by
     events = folder.events()
     since = max((n for n, event in enumerate(events) if event["event"] == "submitted"), default=-1) + 1
     reports = read_reports(folder.ranks(me))
@@ -90,9 +89,8 @@ def end(spec: JobSpec, rc: int) -> int:
 
 
 def refused(spec: JobSpec) -> int:
-    """SLURM did not take the requeue back: say so, or the run would look as if it went on."""
-    job, restart = owner(os.environ).split(".")
-    facts = {"job": job, "restart": int(restart), "steps": spec.steps_done()}
+    """SLURM did not take the requeue back: say so, or the run would look as if it continued."""
+    facts = facts_of(spec, owner(os.environ))
     give_up(spec.job, "scontrol requeue failed; the same command resumes it", facts)
     return 1
 
@@ -127,14 +125,16 @@ def _cost(events: list[dict[str, Any]], reports: list[dict[str, Any]]) -> tuple[
 
 def main(argv: list[str]) -> int:
     what, specs, *rest = argv
-    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
-    spec = read_spec(specs, index)
+    spec = read_spec(specs, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))
     if what == "begin":
         code = begin(spec)
         if code == 0:
-            keeper = [sys.executable, "-m", "llamagen_dist.launch.slurm.keeper", specs, str(index), rest[0]]
+            keeper = [sys.executable, "-m", "llamagen_dist.launch.slurm.batch", "keep", specs, rest[0]]
             subprocess.Popen(keeper, stdin=subprocess.DEVNULL)
         return code
+    if what == "keep":
+        elastic.keep(spec, owner(os.environ), os.environ.get("SLURM_JOB_PARTITION"), identify(int(rest[0])))
+        return 0
     return end(spec, int(rest[0])) if what == "end" else refused(spec)
 
 

@@ -8,9 +8,9 @@ from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.graph import Graph, Node
 from llamagen_dist.launch.slurm import queue
-from llamagen_dist.launch.slurm.launch import Target, jobs_of, words
-from llamagen_dist.launch.slurm.submit import Size, masked
+from llamagen_dist.launch.slurm.launch import Launcher, Target, jobs_of, programs_of, words
 from llamagen_dist.launch.state import JobState, state_of
+from llamagen_dist.tracking.provenance import masked_script
 
 
 def states(graph: Graph) -> dict[str, JobState]:
@@ -24,31 +24,30 @@ def states(graph: Graph) -> dict[str, JobState]:
     return {name: state_of(job, known) for name, job in jobs_of(graph).items()}
 
 
-def script_of(graph: Graph, target: Target, node: Node, size: Size, known: dict[str, JobState]) -> str:
+def script_of(launcher: Launcher, node: Node, known: dict[str, JobState]) -> str:
     """The sbatch script of what is open of a node, as it would be handed over; empty where nothing is."""
-    code = graph.out / "code/SNAPSHOT"
     if node.sweep is None:
-        return masked(target.submission(graph, node, [node], size, code).script())
-    prefix = "" if graph.kind == "sweep" else f"{node.name}/"
-    points = [point for point in node.programs() if known[prefix + point.name].kind == "open"]
+        return masked_script(launcher.submission(node, [node]).script())
+    points = [point for name, point in programs_of(launcher.graph, node).items() if known[name].kind == "open"]
     if not points:
         return ""
-    one = target.submission(graph, node, points[:1], size, code)
+    one = launcher.submission(node, points[:1])
     # the script names the first item and says how many there are
-    return masked(replace(one, specs=one.specs * len(points)).script())
+    return masked_script(replace(one, specs=one.specs * len(points)).script())
 
 
 def show(graph: Graph, target: Target) -> None:
     """What ``run`` would do with a pipeline: a table, and the sbatch script of the first stage that is left."""
     graph.check()
-    sizes = [target.stage_size(node) for node in graph.nodes]
+    screen = Screen()
+    launcher = Launcher(graph, target, screen)
     known = states(graph)
     table = Table(title=f"{graph.title} -> {graph.out}")
     for heading in ("", "stage", "size", "program", "state"):
         table.add_column(heading, overflow="fold")
-    first: tuple[Node, Size] | None = None
-    for number, (node, size) in enumerate(zip(graph.nodes, sizes, strict=True), start=1):
-        mine = [s for name, s in known.items() if name == node.name or name.startswith(f"{node.name}/")]
+    first: Node | None = None
+    for number, node in enumerate(graph.nodes, start=1):
+        mine = [known[name] for name in programs_of(graph, node)]
         live = [one for one in mine if one.live]
         failed = [one.reason for one in mine if one.kind == "failed"]
         if live:
@@ -57,12 +56,11 @@ def show(graph: Graph, target: Target) -> None:
             state = "finished"
         else:
             state = f"failed: {failed[0]}" if failed else "open"
-            first = first or (node, size)
+            first = first or node
         many = f"{len(node.sweep.nodes)} points on " if node.sweep is not None else ""
-        table.add_row(str(number), node.name, f"{many}{words(size)}", node.module, state)
-    screen = Screen()
+        table.add_row(str(number), node.name, f"{many}{words(launcher.sizes[node.name])}", node.module, state)
     screen.console.print(table, soft_wrap=False)
     if first is not None:
-        screen.say(f"The script of {first[0].name} (those of the stages after it wait for the one before them):\n")
-        screen.say(script_of(graph, target, *first, known))
+        screen.say(f"The script of {first.name} (those of the stages after it wait for the one before them):\n")
+        screen.say(script_of(launcher, first, known))
     screen.say("Nothing was started.")

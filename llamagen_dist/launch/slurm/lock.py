@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from llamagen_dist.files import json_if_there, seconds_old, sync_folder, write_text
 from llamagen_dist.launch.folder import JobFolder
@@ -83,6 +84,19 @@ def name_jobs(job_folder: JobFolder, token: str, jobs: tuple[str, ...]) -> None:
         write_text(job_folder.lock, _text(replace(lock, jobs=jobs)))
 
 
+def name_submitted(job_folder: JobFolder, token: str, job: str, **facts: Any) -> None:
+    """Write down that a job was submitted. The event comes first: how a run has ended is read from what comes last."""
+    job_folder.tell("submitted", job=job, restart=0, token=token, **facts)
+    name_jobs(job_folder, token, (job,))
+
+
+def adopt(job_folder: JobFolder, stale: Lock, job: str) -> None:
+    """Name the job of a launch that was killed between sbatch and the lock. Raises TakenError where another does so at
+    this moment."""
+    claim(job_folder, stale, "adopt")
+    name_submitted(job_folder, stale.token, job)
+
+
 def release(job_folder: JobFolder, token: str) -> None:
     """Give the lock back where nothing was submitted under it."""
     lock = read(job_folder)
@@ -108,15 +122,11 @@ def submitting(job_folder: JobFolder, lock: Lock, submitted: bool) -> bool:
     mine = lock.host == platform.node() and lock.pid != 0
     if submitted and mine and not Identity(lock.pid, lock.started).alive():
         return False
-    return age(job_folder) < SUBMITTING_S
-
-
-def age(job_folder: JobFolder) -> float:
-    """Seconds since the lock was last written, by the clock of its disk; 0 where there is none."""
     try:
-        return seconds_old(job_folder.lock) if job_folder.lock.exists() else 0.0
+        age = seconds_old(job_folder.lock) if job_folder.lock.exists() else 0.0  # by the clock of its disk
     except OSError:  # a folder that may only be read: by this host's clock
-        return time.time() - job_folder.lock.stat().st_mtime
+        age = time.time() - job_folder.lock.stat().st_mtime
+    return age < SUBMITTING_S
 
 
 def own(job_folder: JobFolder, owner: str, **facts: object) -> None:
@@ -127,6 +137,11 @@ def own(job_folder: JobFolder, owner: str, **facts: object) -> None:
 def owner(job_folder: JobFolder) -> str | None:
     data = json_if_there(job_folder.owner)
     return None if data is None else str(data["owner"])
+
+
+def last_job(job_folder: JobFolder) -> str | None:
+    """The job of the incarnation that owns the folder, or owned it last."""
+    return (owner(job_folder) or "").partition(".")[0] or None
 
 
 def claim(job_folder: JobFolder, stale: Lock, what: str = "claim") -> None:

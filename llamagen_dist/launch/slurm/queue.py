@@ -10,24 +10,10 @@ from dataclasses import dataclass
 from llamagen_dist.errors import UserError
 
 ANSWER_S = 20.0
-LIVE = frozenset(
-    (
-        "PENDING",
-        "RUNNING",
-        "SUSPENDED",
-        "CONFIGURING",
-        "COMPLETING",
-        "REQUEUED",
-        "REQUEUE_HOLD",
-        "REQUEUE_FED",
-        "RESIZING",
-        "SIGNALING",
-        "STAGE_OUT",
-        "STOPPED",
-        "SPECIAL_EXIT",
-        "RESV_DEL_HOLD",
-    )
-)
+LIVE = {
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT", "COMPLETING"),
+    *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+}
 # A job's comment and name may hold anything that a person types, line breaks too, but not these control characters.
 FIELD_END, JOB_END = "\x1f", "\x1e"
 _FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%k", "%j")
@@ -97,6 +83,11 @@ def my_jobs(patience_s: float = ANSWER_S) -> dict[str, QueuedJob]:
     return jobs
 
 
+def array_of(job: str) -> str:
+    """The array of an item, or the job itself."""
+    return job.partition("_")[0]
+
+
 def signal(job: str, name: str = "USR2", patience_s: float = ANSWER_S) -> None:
     """Send a signal to all ranks of a job, not to its batch script. Raises SilentError, after a long while for a job
     that is back in the queue, since scancel waits for it to run."""
@@ -116,8 +107,12 @@ def delay_start(job: str, seconds: int) -> None:
 
 
 def release(job: str) -> None:
-    """Let a job that was submitted held begin (all items of an array by its id). Raises SilentError."""
-    run_slurm(["scontrol", "release", job])
+    """Let a job begin that was submitted held (of an array: all its items). Raises UserError."""
+    job = array_of(job)
+    try:
+        run_slurm(["scontrol", "release", job])
+    except SilentError as error:
+        raise UserError(f"job {job} is submitted but still held: {error}; the same command releases it") from None
 
 
 def requeue(job: str) -> None:

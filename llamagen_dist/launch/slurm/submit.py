@@ -1,13 +1,14 @@
 """From programs and a cluster profile to an sbatch script, and to SLURM."""
 
+import math
 import os
 import re
 import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -16,11 +17,10 @@ from typing import Any
 from llamagen_dist.config import ClusterConfig
 from llamagen_dist.config.data import STAGE
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.folder import JobFolder, JobSpec, Limits, write_specs
+from llamagen_dist.launch.folder import JobSpec, Limits, write_specs
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.batch import REQUEUE
 from llamagen_dist.launch.slurm.task import SlurmRank
-from llamagen_dist.tracking.provenance import masked_script
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,21 @@ def size_of(profile: ClusterConfig, nodes: int | None = None, gpus_per_node: int
         raise UserError(f"--gpus-per-node {gpus}: give 0 (CPU ranks) or more")
     size = Size(nodes, gpus or profile.ranks_per_node or 1, gpus)
     kinds = queue.partition(profile.partition)
-    if kinds:
-        name = f"partition {profile.partition}" if profile.partition else "the default partition"
-        if sum(kind.nodes for kind in kinds) < nodes:
-            raise UserError(f"{nodes} nodes: {name} has only {sum(kind.nodes for kind in kinds)}")
-        most = max(kind.gpus for kind in kinds)
-        if gpus > most:
-            raise UserError(f"{gpus} GPUs per node: the nodes of {name} have {most or 'none'}")
-        cores = size.ranks_per_node * (profile.cpus_per_rank or 1)
-        if cores > max(kind.cpus for kind in kinds):
-            raise UserError(
-                f"{size.ranks_per_node} ranks with {profile.cpus_per_rank or 1} CPUs each: the nodes of {name} have "
-                f"{max(kind.cpus for kind in kinds)} CPUs"
-            )
-        limits = [kind.minutes for kind in kinds if kind.minutes is not None]
-        if len(limits) == len(kinds) and limits and profile.time_minutes > max(limits):
-            raise UserError(f"time: {profile.time} is longer than {name} allows ({max(limits):.0f} minutes)")
+    if not kinds:
+        return size
+    name = f"partition {profile.partition}" if profile.partition else "the default partition"
+    there = sum(kind.nodes for kind in kinds)
+    if there < nodes:
+        raise UserError(f"{nodes} nodes: {name} has only {there}")
+    most_gpus, most_cpus = max(kind.gpus for kind in kinds), max(kind.cpus for kind in kinds)
+    if gpus > most_gpus:
+        raise UserError(f"{gpus} GPUs per node: the nodes of {name} have {most_gpus or 'none'}")
+    ranks, cpus = size.ranks_per_node, profile.cpus_per_rank or 1
+    if ranks * cpus > most_cpus:
+        raise UserError(f"{ranks} ranks with {cpus} CPUs each: the nodes of {name} have {most_cpus} CPUs")
+    longest = max(math.inf if kind.minutes is None else kind.minutes for kind in kinds)
+    if profile.time_minutes > longest:
+        raise UserError(f"time: {profile.time} is longer than {name} allows ({longest:.0f} minutes)")
     return size
 
 
@@ -70,20 +69,14 @@ def limits_of(profile: ClusterConfig) -> Limits:
     return Limits(profile.requeue, profile.max_faults, profile.max_stuck, profile.signal_delay_s, after_s)
 
 
-def check_path(folder: Path) -> None:
-    """Raises UserError where SLURM would read something else in the path of a log."""
-    if "%" in str(folder) or "\n" in str(folder):
-        raise UserError(f"{folder}: SLURM reads % in the path of a log; choose a folder without it")
+def many(number: int, thing: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{number} {thing}{'s' * (number > 1)}"
 
 
 def job_name(name: str) -> str:
     """A name without the characters that SLURM, file names and tables stumble over."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")[:100] or "llamagen"
-
-
-def masked(text: str) -> str:
-    """A script for people's eyes: values of exported variables that look like secrets are hidden."""
-    return masked_script(text)
 
 
 @dataclass(frozen=True)
@@ -98,11 +91,17 @@ class Submission:
     after: tuple[str, ...] = ()
     """Jobs that have to end well first; if one does not, SLURM cancels this one."""
     begin: str | None = None
-    """sbatch's --begin."""
+    """sbatch's --begin; without it the job is submitted held."""
     logs: Path | None = None
     """Where SLURM's logs go; None: into log/ of the first spec's folder."""
     token: str = "TOKEN"
     """Of the launch; it is also the jobs' comment."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError where SLURM would read something else in the path of a log."""
+        for path in (str(self.log), *(spec.folder for spec in self.specs)):
+            if "%" in path or "\n" in path:
+                raise UserError(f"{path}: SLURM reads % in the path of a log; choose a folder without it")
 
     @property
     def log(self) -> Path:
@@ -114,19 +113,24 @@ class Submission:
         return self.specs[0].job.spec(self.token)
 
     @property
-    def held(self) -> bool:
-        """Whether its user wants it to stay held."""
-        return bool(self.profile.sbatch.get("hold"))
+    def stand_bys(self) -> "list[Submission]":
+        """The smaller jobs that its profile wants beside it, for the day its nodes do not come back (elastic.py): the
+        largest first, and the smaller the later."""
+        elastic = self.profile.elastic
+        fewer = [nodes for nodes in elastic.nodes if nodes < self.size.nodes]
+        begins = [f"now+{round(60 * elastic.after_minutes * number)}" for number in range(1, len(fewer) + 1)]
+        sizes = [replace(self.size, nodes=nodes) for nodes in fewer]
+        return [replace(self, size=size, begin=begin) for size, begin in zip(sizes, begins, strict=True)]
 
     def script(self) -> str:
         """The sbatch script exactly as ``submit`` would hand it over, but for the token; needs no SLURM."""
-        executor = self._executor(hold=True)
+        executor = self._executor()
         if len(self.specs) > 1:
             executor.parameters["map_count"] = len(self.specs)
         text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
         return text + "\n"
 
-    def submit(self, stale: Sequence[lock.Lock | None] | None = None) -> list[str]:
+    def submit(self, stale: Sequence[lock.Lock | None] = ()) -> list[str]:
         """Take the lock of every folder and submit; returns one job id per spec, ``123_0`` … of an array.
 
         The job is submitted held and released once every folder names it, so that none of its items can begin, or end,
@@ -139,7 +143,6 @@ class Submission:
         token = secrets.token_hex(6)
         mine = replace(self, token=token, specs=tuple(replace(spec, token=token) for spec in self.specs))
         for path in [mine.log, *(Path(spec.folder) for spec in mine.specs)]:
-            check_path(path)
             path.mkdir(parents=True, exist_ok=True)
         folders = [spec.job for spec in mine.specs]
         taken = []
@@ -151,23 +154,23 @@ class Submission:
             write_specs(mine.file, mine.specs)
             for folder in folders:
                 folder.forget(folder.failed, folder.done)
-            jobs = mine.enqueue(hold=True)
+            jobs = mine._enqueue()
         except BaseException:
             for folder in taken:
                 lock.release(folder, token)
             mine.file.unlink(missing_ok=True)
             raise
         for folder, job in zip(folders, jobs, strict=True):
-            name_job(folder, token, job, nodes=self.size.nodes, ranks=self.size.ranks)
-        if not self.held:
-            release(jobs[0])
+            lock.name_submitted(folder, token, job, nodes=self.size.nodes, ranks=self.size.ranks)
+        if not self.profile.sbatch.get("hold"):
+            queue.release(jobs[0])
         return jobs
 
-    def enqueue(self, hold: bool) -> list[str]:
-        """``submit`` under a lock that is held already, for specs whose file is written. Raises UserError."""
+    def _enqueue(self) -> list[str]:
+        """``submit`` under a lock that is ours, for specs whose file is written. Raises UserError."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor, program = self._executor(hold), SlurmRank(str(self.file))
+        executor, program = self._executor(), SlurmRank(str(self.file))
         before = set(self.log.iterdir())
         try:
             with _outside_of_jobs(), redirect_stderr(StringIO()):  # submitit prints what it raises
@@ -184,10 +187,10 @@ class Submission:
                     left.unlink(missing_ok=True)
             raise UserError(f"SLURM refused the job: {said[:400]}") from None
 
-    def _before(self, job: str) -> list[str]:
+    def _before(self) -> list[str]:
         """The script's lines before srun."""
         profile, code = self.profile, shlex.quote(self.specs[0].code)
-        exports = {**{f"NCCL_{name.removeprefix('NCCL_')}": value for name, value in profile.nccl.items()}}
+        exports = {f"NCCL_{name.removeprefix('NCCL_')}": value for name, value in profile.nccl.items()}
         if profile.stage is not None:
             exports[STAGE] = str(profile.stage)
         exports |= profile.exports
@@ -200,24 +203,30 @@ class Submission:
             *profile.setup,
             f"export PYTHONPATH={code} PYTHONUNBUFFERED=1",
             f"cd {code} || exit $?",
-            f"mkdir -p {shlex.quote(str(self.log))}/{job}",
+            f"mkdir -p {shlex.quote(str(self.log))}/{self._job}",
             f"{self._batch('begin')} $$ || exit $?",
         ]
 
-    def _after(self, job: str) -> list[str]:
+    def _after(self) -> list[str]:
         """Its lines after srun."""
         return [
             "status=$?",
             f"{self._batch('end')} $status",
             "verdict=$?",
             f"[ $verdict -eq {REQUEUE} ] || exit $verdict",
-            f"scontrol requeue {job} && exit 0",
+            f"scontrol requeue {self._job} && exit 0",
             "# refused: SLURM requeues by itself when it has lost this node; this script's end is not the job's then",
             "lost=",
-            f"while scontrol show job {job} | grep -q JobState=PENDING; do lost=yes; sleep 5; done",
+            f"while scontrol show job {self._job} | grep -q JobState=PENDING; do lost=yes; sleep 5; done",
             f'[ -n "$lost" ] || exec {self._batch("refused")}',
             "exit 0",
         ]
+
+    @property
+    def _job(self) -> str:
+        """The job's id in the script; an array's item by both numbers, since SLURM_JOB_ID of the last item is the whole
+        array's, and would requeue all."""
+        return "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if len(self.specs) > 1 else "$SLURM_JOB_ID"
 
     @property
     def _python(self) -> str:
@@ -226,7 +235,7 @@ class Submission:
     def _batch(self, what: str) -> str:
         return f"{self._python} -m llamagen_dist.launch.slurm.batch {what} {shlex.quote(str(self.file))}"
 
-    def _executor(self, hold: bool) -> Any:
+    def _executor(self) -> Any:
         """submitit's, for what it does here: it writes the script, pickles ``SlurmRank`` and calls sbatch."""
         import submitit
 
@@ -237,22 +246,28 @@ class Submission:
             def affinity(cls) -> int:
                 return 2
 
-        profile, size, many = self.profile, self.size, len(self.specs) > 1
-        # an array's item by both numbers: SLURM_JOB_ID of the last item is the whole array's, and would requeue all
-        job = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if many else "$SLURM_JOB_ID"
+        profile, size = self.profile, self.size
         extra: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
-        if hold:
-            extra["hold"] = True
+        extra |= {"begin": self.begin} if self.begin else {"hold": True}
         if self.after:
             extra |= {"dependency": "afterok:" + ":".join(self.after), "kill-on-invalid-dep": "yes"}
-        if self.begin:
-            extra["begin"] = self.begin
         own = profile.sbatch.items()
         extra |= {name.lstrip("-").replace("_", "-"): value for name, value in own if value is not False}
+        optional = {
+            "array_parallelism": self.at_once,
+            "gpus_per_node": size.gpus_per_node,
+            "cpus_per_task": profile.cpus_per_rank,
+            "mem": f"{round(profile.memory_gb * 1000)}M" if profile.memory_gb else None,
+            "exclusive": profile.exclusive,
+            "partition": profile.partition,
+            "account": profile.account,
+            "qos": profile.qos,
+            "constraint": profile.constraint,
+        }
         executor = Executor(folder=self.log / "%j", python=self._python)
         executor.parameters = {}
         executor.update_parameters(
-            job_name=job_name(self.log.parent.name if many else self.specs[0].name),
+            job_name=job_name(self.log.parent.name if len(self.specs) > 1 else self.specs[0].name),
             time=int(-(-profile.time_minutes // 1)),
             nodes=size.nodes,
             ntasks_per_node=size.ranks_per_node,
@@ -260,53 +275,45 @@ class Submission:
             comment=self.token,
             stderr_to_stdout=True,
             wckey="none",
-            setup=self._before(job),
-            teardown=self._after(job),
+            setup=self._before(),
+            teardown=self._after(),
             srun_args=["--kill-on-bad-exit=1", *profile.srun],
             additional_parameters=extra,
-            **({"array_parallelism": self.at_once} if self.at_once else {}),
-            **({"gpus_per_node": size.gpus_per_node} if size.gpus_per_node else {}),
-            **({"cpus_per_task": profile.cpus_per_rank} if profile.cpus_per_rank else {}),
-            **({"mem": f"{round(profile.memory_gb * 1000)}M"} if profile.memory_gb else {}),
-            **({"exclusive": True} if profile.exclusive else {}),
-            **{
-                name: value
-                for name in ("partition", "account", "qos", "constraint")
-                if (value := getattr(profile, name)) is not None
-            },
+            **{name: value for name, value in optional.items() if value},
         )
         executor.parameters["wckey"] = None  # accounting by keys is few sites' habit, and the others refuse one
         return executor
 
 
-def name_job(folder: JobFolder, token: str, job: str, **facts: Any) -> None:
-    """Write down that a job was submitted. The event comes first: how a run has ended is told by what comes last."""
-    folder.tell("submitted", job=job, restart=0, token=token, **facts)
-    lock.name_jobs(folder, token, (job,))
+def submit_stand_bys(wanted: Submission, job: str, say: Callable[[str], None]) -> None:
+    """Submit the stand-bys of ``job`` under its lock and name them there. One that SLURM refuses is said: the run does
+    without it.
+
+    wanted: what was submitted as ``job``.
+    """
+    folder, jobs = wanted.specs[0].job, [job]
+    current = lock.read(folder)
+    if current is None or current.jobs != (job,):
+        return  # another launch has followed already
+    for less in replace(wanted, token=current.token).stand_bys:
+        where = many(less.size.nodes, "node")
+        try:
+            (stand_by,) = less._enqueue()  # not held: it begins later than it takes to name it
+        except UserError as error:
+            say(f"no stand-by on {where}: {error}")
+            continue
+        jobs.append(stand_by)
+        lock.name_jobs(folder, current.token, tuple(jobs))
+        folder.tell("stands_by", job=stand_by, nodes=less.size.nodes, ranks=less.size.ranks)
+        say(f"job {stand_by} stands by on {where}")
 
 
-def release(job: str) -> None:
-    """Let a job (of an array: all items) begin that was submitted held. Raises UserError."""
-    job = job.partition("_")[0]
-    try:
-        queue.release(job)
-    except queue.SilentError as error:
-        raise UserError(f"job {job} is submitted but still held: {error}; the same command releases it") from None
-
-
-def adopt(folder: JobFolder, held: lock.Lock, job: str) -> None:
-    """Name the job of a launch that was killed between sbatch and the lock. Raises lock.TakenError where another does
-    so at this moment."""
-    lock.claim(folder, held, "adopt")
-    name_job(folder, held.token, job)
-
-
-class _outside_of_jobs:
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
     """Submitting from inside a job: what SLURM has set for that job must not shape the new one."""
-
-    def __enter__(self) -> None:
-        names = [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_", "SRUN_")) and n != "SLURM_CONF"]
-        self._kept = {name: os.environ.pop(name) for name in names}
-
-    def __exit__(self, *_: object) -> None:
-        os.environ.update(self._kept)
+    names = [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_", "SRUN_")) and n != "SLURM_CONF"]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

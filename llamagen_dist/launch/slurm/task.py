@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamagen_dist.console import PROGRESS_FILE
 from llamagen_dist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -99,10 +100,16 @@ def owner(environment: Mapping[str, str]) -> str:
     return f"{name}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
 
 
+def facts_of(spec: JobSpec, me: str) -> dict[str, Any]:
+    """What events in the history say of the incarnation ``me``: its job, which restart, how far the run is on disk."""
+    job, restart = me.split(".")
+    return {"job": job, "restart": int(restart), "steps": spec.steps_done()}
+
+
 def rank_environment(ranks_per_node: int | None = None) -> dict[str, str]:
     """What torch and our programs read, from what srun has set.
 
-    ranks_per_node: where srun was told otherwise than by --ntasks-per-node.
+    ranks_per_node: where srun learns it otherwise than by --ntasks-per-node.
     """
     env = os.environ
     local = ranks_per_node or int(env.get("SLURM_NTASKS_PER_NODE") or env["SLURM_NTASKS"])

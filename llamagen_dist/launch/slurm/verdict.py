@@ -66,9 +66,9 @@ def _end(rc: int, reports: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict("requeue", INTERRUPTED, "told to stop before it had begun to train")
     if crashed:
         return Verdict("requeue", CRASHED, _line(crashed[0]), fault=True)
-    told = next((report["sentence"] for report in reports if report.get("sentence")), "")
-    if told:
-        return Verdict("requeue", CRASHED, str(told).splitlines()[0], fault=True)
+    sentence = next((report["sentence"] for report in reports if report.get("sentence")), "")
+    if sentence:
+        return Verdict("requeue", CRASHED, str(sentence).splitlines()[0], fault=True)
     if rc == 0:  # as srun ends when SLURM has lost a node of the job
         return Verdict("requeue", CRASHED, "srun ended before its ranks: SLURM has lost a node", fault=True)
     how = f"killed by signal {rc - 128}" if rc > 128 else f"exit code {rc}"

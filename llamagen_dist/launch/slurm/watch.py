@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from llamagen_dist.console import Screen
@@ -59,16 +60,11 @@ def watch(jobs: Mapping[str, JobFolder], screen: Screen) -> dict[str, str]:
                 del left[name]
 
     try:
-        if only is None:
+        with screen.follow(only.progress) if only is not None else nullcontext(lambda: None) as tick:
             while left:
                 time.sleep(max(POLL_S, len(left) / FILES_PER_S))
                 look()
-        else:
-            with screen.follow(only.progress) as tick:
-                while left:
-                    time.sleep(POLL_S)
-                    look()
-                    tick()
+                tick()
     except KeyboardInterrupt:
         screen.say(f"the jobs run on; follow them again with:\n  {command()}")
         sys.exit(EXIT_INTERRUPTED)
