@@ -98,7 +98,7 @@ def test_a_launch_killed_after_sbatch_has_left_a_job_and_the_next_attaches(toy: 
 
 
 def test_a_launch_killed_before_sbatch_holds_the_folder_for_a_while_only(toy: Toy, tmp_path: Path) -> None:
-    good = "            jobs = mine.enqueue("
+    good = "            jobs = mine._enqueue("
     killed = broken(toy, tmp_path, good, "            os.kill(os.getpid(), 9)\n" + good)
     assert killed.launch("before", "5 0.1 1000", nodes=1).returncode == -9
     file = JobFolder.of(toy.run("before")).lock
