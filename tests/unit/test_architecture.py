@@ -287,7 +287,7 @@ BUDGETS = {
     "evaluation": 2250,
     "scaling": 1380,
     "report": 3390,
-    "launch": 5520,
+    "launch": 5220,
     "commands": 1180,
     "cli": 90,
     "train_gpt": 170,
