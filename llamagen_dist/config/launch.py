@@ -41,13 +41,12 @@ def minutes(time: str) -> float:
         raise ValueError(
             "write a time as SLURM does: 90 (minutes), 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
         )
-    days, *rest = (int(part or 0) for part in match.groups())
-    given = sum(part is not None for part in match.groups()[1:])
-    if match.group(1) is not None or given == 3:
-        hours, mins, seconds = rest
-    else:
-        hours, mins, seconds = 0, rest[0], rest[1]
-    return days * 1440 + hours * 60 + mins + seconds / 60
+    days, *parts = match.groups()
+    given = [int(part) for part in parts if part is not None]
+    if days is None and len(given) < 3:
+        given.insert(0, 0)  # one or two numbers alone begin with the minutes
+    hours, mins, seconds = (*given, 0, 0)[:3]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
 def _at_least_one(time: str) -> str:

@@ -11,24 +11,10 @@ from llamagen_dist.errors import UserError
 
 # How a run is executed and watched, never what is computed.
 ELASTIC = (
-    "run_dir",
-    "parallel",
-    "train.micro_batch",
-    "compute.recompute_every",
-    "compute.compile",
-    "checkpoint",
-    "guard",
-    "log",
-    "validation.batch",
-    "data.workers",
-    "data.cache",
-    "data.cache_gb",
-    "data.stage",
-    "data.allow_pipe",
-    "ladder",
+    *("run_dir", "ladder", "parallel", "checkpoint", "guard", "log"),
+    *("train.micro_batch", "validation.batch", "compute.recompute_every", "compute.compile"),
+    *("data.workers", "data.cache", "data.cache_gb", "data.stage", "data.allow_pipe"),
 )
-
-
 # Moving these leaves a run the same up to where the old schedule and the new one part.
 SCHEDULE = ("optim.schedule", "optim.cosine_images", "optim.cooldown_from", "optim.cooldown_images", "optim.final_lr")
 # These may lie elsewhere: a run is the same on the same shards, which their fingerprint tells (training/run.py).

@@ -153,14 +153,14 @@ class ValidationSection(Section):
 
 class CheckpointSection(Section):
     every_images: Images = 0
-    """0: only at the end and when the run is told to stop."""
+    """0: only at the end and when the run is stopped."""
     keep_last: PositiveInt = 2
     keep_every_images: Images = 0
     """Also keep permanently the first checkpoint at or after every multiple of this; 0: none."""
     background: bool = True
     """Copy the state to memory and write it while training continues: costs one host copy of this rank's share, and at
     most one file's worth (1 GiB, and the tensor being put together) more. False: training waits, and only the file's
-    worth is held."""
+    worth is in memory."""
 
 
 class LogSection(Section):
@@ -343,8 +343,8 @@ class TokenizerConfigFile(TrainingConfig):
     @field_validator("data")
     @classmethod
     def _images_are_whole_tokens(cls, data: ImageDataSection, info: ValidationInfo) -> ImageDataSection:
-        for problem in info.data["model"].cannot_cut(data.image_size) if "model" in info.data else ():
-            raise ValueError(problem)
+        if "model" in info.data and (problems := list(info.data["model"].cannot_cut(data.image_size))):
+            raise ValueError("\n".join(problems))
         return data
 
     @field_validator("loss")

@@ -87,7 +87,10 @@ class Extraction:
         return sum(rows.stop - rows.start for _, rows in self.work)
 
     def run(self, advance: Callable[[int, str], None] = lambda count, text: None) -> list[SetFeatures]:
-        """One result per selection (collective). advance: told the images done and the set's path."""
+        """One result per selection (collective).
+
+        advance: called with the number of images of each batch and the name of their set.
+        """
         for number, rows in self.work:
             selection, part = self.selections[number], self.parts[number]
             pixels = selection.images.read(selection.indices[rows])

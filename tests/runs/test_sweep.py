@@ -8,6 +8,8 @@ import yaml
 
 from tests.runs.checkout import ROOT, checkout, llamagen
 
+LONGER = {"train.images": 1_000_000_000 // 256 * 256}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,6 +52,12 @@ def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path
     tries = {name: len((out / name / "rate_0.txt").read_text().split()) for name in ("good", "bad", "bug", "last")}
     assert tries == {"good": 1, "bad": 2, "bug": 2, "last": 1}
     assert not list(out.glob("*/launch/FAILED.json"))
+    write_sweep(
+        file, {name: {"train.seed": seed} for name, seed in seeds.items()} | {"good": {"train.seed": 1} | LONGER}
+    )
+    assert llamagen(root, *words).stdout.count("finished earlier") == 3, "a longer training is not finished"
+    assert len((out / "good/rate_0.txt").read_text().split()) == 2
+    assert llamagen(root, *words).stdout.count("finished earlier") == 4
 
 
 @pytest.mark.long
