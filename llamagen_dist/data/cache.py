@@ -7,9 +7,9 @@ process fetches it, the others wait, and the next one resumes where a dead one s
 A cache is bounded (``data.cache``: the longest unused files make room for new ones), or pinned (``data.stage``: filled
 before anything starts, and removed by its last user):
 
-    DIR/llamagen-stage-UID/lock            held while filling and removing
+    DIR/llamagen-stage-UID/lock            locked while filling and removing
     DIR/llamagen-stage-UID/FINGERPRINT/    the copy; manifest.json is written last
-    DIR/llamagen-stage-UID/FINGERPRINT.use held (shared) by its users
+    DIR/llamagen-stage-UID/FINGERPRINT.use locked (shared) by its users
 
 The kernel takes a lock back at any death. So whoever ends last removes the copy, and if that process was killed, the
 next one to stage anything here does; a copy without users is never trusted again.
@@ -137,7 +137,12 @@ class NodeCache:
             return opened
 
     def _make_room(self, limit: int, needed: int, own: Path) -> None:
-        """Drop the longest unused until ``needed`` more bytes fit, into the limit and onto the disk."""
+        """Drop the longest unused until ``needed`` more bytes fit, into the limit and onto the disk.
+
+        own: the file that the room is for.
+        """
+        # Two bounds, as the disk is shared: the limit is about this cache alone, free space about everything on it. A
+        # reader of a dropped file has it open, so its bytes come back to the disk only when that reader closes it.
         others, total = [], 0
         for entry in os.scandir(self.folder):
             part = _PART.fullmatch(entry.name)

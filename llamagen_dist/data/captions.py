@@ -111,7 +111,7 @@ def _without_markup(text: str) -> str:
 
 
 def clean_once(text: str) -> str:
-    """One round of the rules. LlamaGen does two and takes what comes out, finished or not; ``clean`` goes on."""
+    """One round of the rules. LlamaGen does two; ``clean`` repeats them until nothing changes."""
     text = unquote_plus(text).strip().lower()
     for pattern, to in _BEFORE_MARKUP:
         text = pattern.sub(to, text)

@@ -1,4 +1,4 @@
-"""The one way from an encoded picture to RGB with 8 bits: upright, on white, by stated rules, never without a word."""
+"""The one way from an encoded picture to RGB with 8 bits: upright, on white, by rules that are all reported."""
 
 import io
 import struct
@@ -80,7 +80,7 @@ def _pictures(image: Image.Image) -> int:
     try:
         return int(getattr(image, "n_frames", 1))
     except DECODE_ERRORS:
-        return 1  # what lies behind the first picture is damaged, and not wanted
+        return 1  # what lies behind the first picture is damaged, and not needed
 
 
 def _largest_of_ppm(image: ImageFile.ImageFile) -> int:

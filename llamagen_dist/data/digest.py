@@ -14,7 +14,7 @@ from llamagen_dist import prng
 def digest(samples: Tensor) -> Tensor:
     """int64 () that stands for the unsigned sum. samples: int64, any shape."""
     stream = prng.stream(0, "digest", samples)
-    high, low = (prng.bits32(stream, place).to(torch.int64) for place in (0, 1))
+    high, low = (prng.bits32(stream, half).to(torch.int64) for half in (0, 1))
     return ((high << 32) | (low & 0xFFFFFFFF)).sum()
 
 

@@ -137,7 +137,7 @@ class Source(ABC):
             raise _Incomplete(f"sha256 {digest.hexdigest()}, but {MANIFEST} records {sha256}")
 
     def manifest(self) -> Manifest:
-        """The folder's manifest. Raises UserError: it cannot be fetched, or is none of ours."""
+        """The folder's manifest. Raises UserError: it cannot be fetched, or is not a shard manifest."""
         memory = io.BytesIO()
         try:
             self.fetch(MANIFEST, memory, _LARGEST_MANIFEST)
@@ -248,7 +248,7 @@ class HttpSource(_UrlSource):
         with response:
             resumed = response.status == 206
             if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise OSError("the server answered with another range of bytes than it was asked for")
+                raise OSError("the server answered with another range of bytes than the request's")
             yield start if resumed else 0, _blocks(response)
 
 

@@ -58,9 +58,7 @@ def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, short: int, across: float, down: float) -> Image.Image:
-    """Short side to ``short`` pixels, then the size x size window at ``across``, ``down`` in [0, 1) of the
-    room.
-    """
+    """Short side to ``short`` pixels, then the size x size window at ``across``, ``down`` in [0, 1) of the room."""
     image = resize_short_side(image, short)
     left, top = (int(part * (side - size + 1)) for part, side in zip((across, down), image.size, strict=True))
     return _cut(image, left, top, size)
@@ -71,9 +69,7 @@ def flip(image: Image.Image) -> Image.Image:
 
 
 def ten_crops(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
-    """Centre crop to int(size x crop_range), then four corners and the centre, then the same of the mirrored
-    image.
-    """
+    """Centre crop to int(size x crop_range), then four corners and the centre, then the same of the mirrored image."""
     large = center_crop(image, int(size * crop_range))
     room = large.width - size
     middle = round(room / 2)
@@ -114,7 +110,7 @@ def load_images(shards: Shards, indices: Sequence[int], image_size: int) -> NDAr
 
 @contextmanager
 def naming(shards: Shards, sample: int) -> Iterator[None]:
-    """Turn what cannot become a crop of the size that is asked for into a UserError about that sample."""
+    """Turn what cannot become a crop of the size into a UserError about that sample."""
     try:
         yield
     except ValueError as error:
@@ -197,7 +193,7 @@ class _Batches(Dataset[ImageBatch]):
         pixels = np.empty((self.share, self.size, self.size, 3), np.uint8)
         most = int(np.ceil(self.size * _LARGEST_SHORT_SIDE))
         short = prng.integers(self.seed, "crop-scale", positions, most - self.size + 1) + self.size
-        across, down = (prng.uniform(self.seed, "crop-place", positions, place) for place in (0, 1))
+        across, down = (prng.uniform(self.seed, "crop-place", positions, axis) for axis in (0, 1))
         mirrored = prng.uniform(self.seed, "flip", positions) < (0.5 if self.horizontal_flip else 0.0)
         for number, sample in enumerate(samples.tolist()):
             picture = self._picture(sample)

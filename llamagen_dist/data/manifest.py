@@ -75,7 +75,7 @@ class Manifest:
     skipped: tuple[str, ...] = ()
     """Source images left out because they could not be read."""
     too_small: tuple[str, ...] = ()
-    """Source images left out because their shorter side is below the limit that was asked for."""
+    """Source images left out because their shorter side is below --min-side."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were made from, with a fingerprint, and the options that decide their bytes."""
     tokenizer_sha256: str | None = None
@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, path: str) -> Manifest:
-    """The manifest that a file's bytes hold; ``path`` is for the UserErrors about those that are none of ours."""
+    """The manifest that a file's bytes hold; Raises UserError, naming ``path``, for anything else."""
     try:
         data = json.loads(content.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,6 +1,4 @@
-"""Packing images into shards: every shard is one unit of work, and its bytes depend only on source and
-options.
-"""
+"""Packing images into shards: every shard is one unit of work, and its bytes depend only on source and options."""
 
 import multiprocessing
 import os

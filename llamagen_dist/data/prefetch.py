@@ -22,7 +22,7 @@ class Prefetcher:
         self._waiting: deque[tuple[int, Future[TokenBatch]]] = deque()
 
     def batch(self, images_seen: int) -> TokenBatch:
-        """As the stream's own."""
+        """This rank's share of the global batch at ``images_seen``, as TokenStream.batch gives it."""
         if not self._waiting or self._waiting[0][0] != images_seen:
             self._drop()
             self._ask(images_seen)

@@ -78,8 +78,6 @@ def opened(picture: bytes | Image.Image, most_pixels: int = MOST_PIXELS) -> tupl
 
 
 def padding(picture: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    """Zero pixels (left, top, right, bottom) around a (width, height) picture; an odd one goes right or
-    below.
-    """
+    """Zero pixels (left, top, right, bottom) around a (width, height) picture; an odd one goes right or below."""
     left, top = ((size - side) // 2 for side in picture)
     return left, top, size - picture[0] - left, size - picture[1] - top
