@@ -47,10 +47,10 @@ class CropCoder:
         for batch in self._batches(shards, samples):
             begun = self._encode(batch, self._config.precision)
             if coming is not None:
-                yield from self._arrived(coming)
+                yield from coming.cpu().numpy().astype(np.uint16)
             coming = begun[: len(batch)]
         if coming is not None:
-            yield from self._arrived(coming)
+            yield from coming.cpu().numpy().astype(np.uint16)
 
     def changed_codes(self, shards: Shards) -> tuple[int, int]:
         """(codes that bf16 changes, codes compared), over the first crop of COMPARED images from the whole set."""
@@ -116,14 +116,10 @@ class CropCoder:
         at_once = max(1, CPU_PIXELS // size**2) if self._device.type == "cpu" else len(pixels)
         codes = []
         for piece in torch.from_numpy(pixels).to(self._device).split(at_once):
-            with torch.autocast(
-                self._device.type, torch.bfloat16, enabled=precision == "bf16"
-            ):  # the search: always fp32
+            # the search for the nearest code stays in fp32
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16"):
                 codes.append(self._model.encode(images.to_floats(piece)).flatten(1))
         return torch.cat(codes)
-
-    def _arrived(self, codes: Tensor) -> list[NDArray[np.uint16]]:
-        return list(codes.cpu().numpy().astype(np.uint16))
 
 
 def _keep_memory() -> None:

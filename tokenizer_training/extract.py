@@ -50,17 +50,14 @@ def main(argv: list[str]) -> None:
     captions = caption_features(config, topology)
     coder = CropCoder(config, trained.model.to(topology.device))
     jobs = [Extraction(config, topology, coder, trained, captions, name, shards) for name, shards in sets.items()]
-    topology.broadcast_from_rank0(
-        lambda: [extraction.job.completed() for extraction in jobs]
-    )  # all are refused before one begins
+    # before any begins, so that a refusal of the last leaves nothing half-done
+    topology.broadcast_from_rank0(lambda: [extraction.job.completed() for extraction in jobs])
     for extraction in jobs:
         extraction.run()
 
 
 def image_sets(config: ExtractConfig) -> dict[str, Shards]:
-    """Sub-folder name ("" for the folder itself) -> open image shards. Raises UserError where they do not
-    fit.
-    """
+    """Sub-folder name ("" for the folder itself) -> open image shards. Raises UserError where they do not fit."""
     folders: dict[str, str | Path] = {"": config.images}
     if isinstance(config.images, Path) and not (config.images / MANIFEST).exists() and config.images.is_dir():
         inner = sorted(folder for folder in config.images.iterdir() if (folder / MANIFEST).exists())
@@ -112,7 +109,6 @@ def caption_features(config: ExtractConfig, topology: Topology) -> CaptionFeatur
     """None without ``text_encoder``. Raises UserError where there is none at that path."""
     if config.text_encoder is None:
         return None
-
     encoder = CaptionEncoder(config.text_encoder, topology.device, config.max_caption_tokens)
     return CaptionFeatures(encoder, str(config.text_encoder), config.max_caption_tokens, config.short_captions)
 
@@ -152,7 +148,7 @@ class Extraction:
         self.job = ShardJob(config.out / name, source)
         self.label = f"tokens {name}".strip()
         self.stop = self.job.folder / ".stopped.tmp"
-        """There when a rank cannot go on: the others then end with their shard, not hours later."""
+        """Exists once a rank had to stop: the others then end with their shard, not hours later."""
 
     def run(self) -> None:
         """Write the shards that are missing, then the manifest (collective; UserErrors on every rank)."""

@@ -20,8 +20,7 @@ _VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 def reconstruction_loss(kind: str, reconstruction: Tensor, images: Tensor) -> Tensor:
     """``l2``: mean squared error; ``l1``: mean absolute error; over pixels in [-1, 1], fp32."""
-    loss = F.mse_loss if kind == "l2" else F.l1_loss
-    return loss(reconstruction.float(), images.float())
+    return (F.mse_loss if kind == "l2" else F.l1_loss)(reconstruction.float(), images.float())
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -46,11 +45,9 @@ class LPIPS(nn.Module):
         state, self.source = _read_vgg16(vgg16_weights)
         import lpips
 
-        # pnet_rand: leave VGG16 untrained for a moment, where the package would otherwise download its
-        # weights.
+        # pnet_rand leaves VGG16 untrained for a moment: otherwise the package would download its weights
         self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        slices = [self.network.net.slice1, self.network.net.slice2, self.network.net.slice3]
-        slices += [self.network.net.slice4, self.network.net.slice5]
+        slices = [getattr(self.network.net, f"slice{number}") for number in range(1, 6)]
         layers = {name: layer for part in slices for name, layer in part.named_children()}
         for number in _VGG16_CONVOLUTIONS:
             weights = {kind: state[f"features.{number}.{kind}"] for kind in ("weight", "bias")}
@@ -94,11 +91,9 @@ def _read_vgg16(path: Path) -> tuple[dict[str, Tensor], str]:
     needed = [f"features.{n}.{kind}" for n in _VGG16_CONVOLUTIONS for kind in ("weight", "bias")]
     if missing := [name for name in needed if name not in state]:
         raise UserError(_not_vgg16(path, f"{missing[0]} is missing"))
-    known = digest.startswith(VGG16_SHA256_START)
-    return (
-        state,
-        "torchvision's VGG16" if known else f"NOT torchvision's published VGG16 file, sha256 {digest[:8]}…",
-    )
+    if digest.startswith(VGG16_SHA256_START):
+        return state, "torchvision's VGG16"
+    return state, f"NOT torchvision's published VGG16 file, sha256 {digest[:8]}…"
 
 
 class GeneratorLosses(NamedTuple):

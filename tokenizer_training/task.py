@@ -48,6 +48,8 @@ class TokenizerTask:
         self.entropy = config.loss.entropy_weight > 0
         self.generator = TorchEngine(model, config.optim, topology, clock=self.clock)
         self.discriminator: TorchEngine | None = None
+        self.engines = [self.generator]
+        """Both networks', the generator's first; only the generator's where there is never a discriminator."""
         self.adversarial_from = self.loss.adversarial_from()
         if self.adversarial_from is not None:
             d = config.loss.discriminator
@@ -61,6 +63,7 @@ class TokenizerTask:
                 optimizer_group="discriminator_optimizer",
                 clock=self.clock,
             )
+            self.engines.append(self.discriminator)
 
     def step(self, batch: ImageBatch, images_seen: int) -> Mapping[str, Tensor]:
         """batch: this rank's images.
@@ -76,9 +79,8 @@ class TokenizerTask:
 
     def rehearse(self, batch: ImageBatch, images_seen: int) -> None:
         """With the discriminator, however late it starts, since that is the step that needs most memory."""
-        engines = [self.generator, *([self.discriminator] if self.discriminator is not None else [])]
         # forward passes in training mode count used codes and batch statistics
-        buffers = [(b, b.clone()) for engine in engines for b in engine.plain.buffers()]
+        buffers = [(b, b.clone()) for engine in self.engines for b in engine.plain.buffers()]
         with self.guard.rehearsal():
             self._step(batch, images_seen, self.discriminator)
         for buffer, before in buffers:
@@ -182,8 +184,8 @@ class TokenizerTask:
             original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             shown = to_uint8(reconstruction).cpu()
             error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
-            found = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
-            sums += torch.stack([*found, torch.tensor(float(len(pixels)), dtype=torch.float64)])
+            scores = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
+            sums += torch.stack([*scores, torch.tensor(float(len(pixels)), dtype=torch.float64)])
             histogram += code_histogram(codes, len(histogram)).cpu()
         self.model.train()
         sums, histogram = self._total(sums), self._total(histogram)
@@ -197,17 +199,14 @@ class TokenizerTask:
         return self.topology.sum(values.to(self.topology.device)).cpu()
 
     def entries(self) -> list[TensorEntry]:
-        found = self.generator.entries()
-        return found + (self.discriminator.entries() if self.discriminator is not None else [])
+        return [entry for engine in self.engines for entry in engine.entries()]
 
     def scalars(self) -> Mapping[str, float]:
-        found = self.generator.scalars()
-        return found | (self.discriminator.scalars() if self.discriminator is not None else {})
+        return {name: value for engine in self.engines for name, value in engine.scalars().items()}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        self.generator.load_scalars(scalars)
-        if self.discriminator is not None:
-            self.discriminator.load_scalars(scalars)
+        for engine in self.engines:
+            engine.load_scalars(scalars)
 
     def describe(self) -> Mapping[str, Any]:
         return {"params": self.parameters, "precision": "fp32"}

@@ -95,19 +95,21 @@ def written_captions(
     return Conditions("caption", len(captions), identity, captions.__getitem__, at)
 
 
-def _check_encoding(found: CaptionEncoding | None, gpt: TrainedGPT, where: str) -> None:
+def _check_encoding(encoding: CaptionEncoding | None, gpt: TrainedGPT, where: str) -> None:
     """Raises UserError unless caption features of this encoding are what the GPT was trained on."""
-    if found is None:
+    if encoding is None:
         raise UserError(f"{where} holds no caption features; extract with text_encoder=PATH")
     known = gpt.captions
-    if found.dim != gpt.config.caption_dim or (known is not None and known["encoder_sha256"] != found.encoder_sha256):
+    if encoding.dim != gpt.config.caption_dim or (
+        known is not None and known["encoder_sha256"] != encoding.encoder_sha256
+    ):
         raise UserError(
-            f"{where} was encoded by {found.encoder} (sha256 {found.encoder_sha256[:12]}…), which is not the text "
+            f"{where} was encoded by {encoding.encoder} (sha256 {encoding.encoder_sha256[:12]}…), which is not the text "
             f"encoder that {gpt.path} was trained with"
         )
-    if found.max_tokens > gpt.config.prefix:
+    if encoding.max_tokens > gpt.config.prefix:
         raise UserError(
-            f"{where} has captions of up to {found.max_tokens} tokens, and the GPT has {gpt.config.prefix} positions "
+            f"{where} has captions of up to {encoding.max_tokens} tokens, and the GPT has {gpt.config.prefix} positions "
             "for them"
         )
 

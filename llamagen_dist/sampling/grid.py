@@ -85,8 +85,8 @@ def contact_sheet(pictures: Sequence[Image.Image], texts: Sequence[str], title: 
             left = _MARGIN + column * across
             shown = _fitted(pictures[number].convert("RGB"), tile)
             page.paste(shown, (left + (tile - shown.width) // 2, top + (tile - shown.height) // 2))
-            for place, words in enumerate(wrapped[number]):
-                pen.text((left, top + tile + _GAP + place * line), words, _INK, font)
+            for below_tile, words in enumerate(wrapped[number]):
+                pen.text((left, top + tile + _GAP + below_tile * line), words, _INK, font)
         top += tile + height
     return page
 
@@ -134,7 +134,7 @@ def save(path: Path, draw: Callable[[], Image.Image]) -> None:
 
 
 def mosaic(rows: Sequence[NDArray[np.uint8]], columns: int, largest: int, gaps: int) -> NDArray[np.uint8]:
-    """Pictures in rows with gaps between them, uint8 [H, W, 3]; where a row has fewer than ``columns``, grey places.
+    """Pictures in rows with gaps between them, uint8 [H, W, 3]; grey tiles where a row has fewer than ``columns``.
 
     rows: uint8 [n, S, S, 3] each, n at most ``columns``.
     largest: pixels along a side above which they are shown smaller.

@@ -2,7 +2,7 @@
 
 The order of operations is LlamaGen's (paper section 2.3 and its released sampler): guidance on fp32 logits, then
 temperature, then top-k with ties kept, then top-p, then a draw. The draw is the argmax of logits plus Gumbel noise
-hashed from (the sample's seed, token position, code), so a picture does not depend on its place in a batch, on the
+hashed from (the sample's seed, token position, code), so a picture does not depend on its position in a batch, on the
 number of ranks or on where a run was cut off.
 """
 
@@ -80,8 +80,8 @@ def draw(logits: Tensor, streams: Tensor, position: int, temperature: float, top
         return logits.argmax(dim=-1)
     kept = filter_logits(logits / max(temperature, LEAST_TEMPERATURE), top_k, top_p)
     vocabulary = logits.shape[-1]
-    places = position * vocabulary + torch.arange(vocabulary, device=logits.device)
-    raw = prng.bits32(streams[:, None], places).to(torch.int64) & 0xFFFFFFFF
+    counters = position * vocabulary + torch.arange(vocabulary, device=logits.device)  # one for every code drawn from
+    raw = prng.bits32(streams[:, None], counters).to(torch.int64) & 0xFFFFFFFF
     uniform = (raw.double() + 0.5) * 2.0**-32  # never 0 or 1
     return (kept.double() - torch.log(-torch.log(uniform))).argmax(dim=-1)
 
@@ -96,8 +96,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1.0:
-        ordered, places = logits.sort(dim=-1, descending=True)
+        ordered, codes = logits.sort(dim=-1, descending=True)
         beyond = ordered.softmax(dim=-1).cumsum(dim=-1) > top_p
+        # shifted by one, so that the code at which the sum exceeds top_p stays, and always at least one
         beyond = torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, places, beyond), -torch.inf)
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, codes, beyond), -torch.inf)
     return logits
