@@ -270,7 +270,7 @@ def test_the_readme_says_where_attention_is():
 BUDGETS = {
     "errors": 40,
     "program": 90,
-    "files": 500,
+    "files": 410,
     "process": 110,
     "console": 230,
     "prng": 110,
@@ -278,7 +278,7 @@ BUDGETS = {
     "config": 1750,
     "parallel": 2110,
     "build": 120,
-    "data": 6330,
+    "data": 4700,
     "checkpoint": 1690,
     "tracking": 470,
     "planning": 1260,
