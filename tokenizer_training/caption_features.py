@@ -19,7 +19,7 @@ from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
 
 GROUP = 1024
-"""Samples whose captions are encoded together, sorted by length: bounds the memory they take, half a GB for 120 x 2048."""
+"""Samples whose captions are encoded together, sorted by length; bounds the memory, half a GB for 120 x 2048."""
 
 
 class CaptionFeatures:

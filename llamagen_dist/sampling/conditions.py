@@ -104,13 +104,13 @@ def _check_encoding(encoding: CaptionEncoding | None, gpt: TrainedGPT, where: st
         known is not None and known["encoder_sha256"] != encoding.encoder_sha256
     ):
         raise UserError(
-            f"{where} was encoded by {encoding.encoder} (sha256 {encoding.encoder_sha256[:12]}…), which is not the text "
-            f"encoder that {gpt.path} was trained with"
+            f"{where} was encoded by {encoding.encoder} (sha256 {encoding.encoder_sha256[:12]}…), which is not the "
+            f"text encoder that {gpt.path} was trained with"
         )
     if encoding.max_tokens > gpt.config.prefix:
         raise UserError(
-            f"{where} has captions of up to {encoding.max_tokens} tokens, and the GPT has {gpt.config.prefix} positions "
-            "for them"
+            f"{where} has captions of up to {encoding.max_tokens} tokens, and the GPT has {gpt.config.prefix} "
+            "positions for them"
         )
 
 
