@@ -154,3 +154,6 @@ def test_a_program_that_does_not_train_tells_how_far_it_is(tmp_path: Path) -> No
     (launch / "progress.json").write_text(json.dumps({"done": 3, "total": 12}))
     progress = only(launch.parent).progress
     assert (progress.kind, progress.done, progress.total) == ("extract", 3, 12)
+    (launch / "progress.json").write_text(json.dumps({"done": "3", "total": 0}))
+    progress = only(launch.parent).progress
+    assert (progress.done, progress.total) == (None, None), "damaged: unknown, and no number is made of it"

@@ -132,8 +132,8 @@ class Survey(Reader):
             rungs = {path: self.progress(path) for path in inner if (path / "config.yaml").exists()}
         if progress.done is None and not rungs and (counts := job.where(job.progress)) is not None:
             counted = json_if_there(counts) or {}
-            total = progress.total or counted.get("total") or None
-            progress = replace(progress, done=counted.get("done"), total=total, quiet_s=self.age(counts))
+            done, total = (n if isinstance(n := counted.get(key), int) else None for key in ("done", "total"))
+            progress = replace(progress, done=done, total=progress.total or total or None, quiet_s=self.age(counts))
         finished = progress.finished or is_done(job)
         if rungs and not (job.path.is_dir() or (job.folder / "launch.lock").exists()):
             # of a launched ladder the launcher knows better whether it is done than the rungs that have begun
