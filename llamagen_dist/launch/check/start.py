@@ -16,12 +16,11 @@ from llamagen_dist.launch.rank import DONE
 from llamagen_dist.launch.slurm import queue
 from llamagen_dist.launch.slurm.launch import settled
 from llamagen_dist.launch.slurm.submit import Size, Submission, size_of
-from llamagen_dist.launch.slurm.watch import describe
 from llamagen_dist.launch.state import state_of
 
 PROGRAM = "llamagen_dist.preflight"
 MINUTES = 10
-POLL_S = 1.0
+POLL_S = 3.0
 
 
 def on_cluster(
@@ -88,31 +87,19 @@ def _empty(folder: Path) -> None:
 
 def _wait(out: Path, job: str, screen: Screen) -> str:
     """Until the job has ended; returns how, where that was not well."""
-    folder, said, asked, seen = JobFolder.of(out), "", 0.0, 0
-    since = max((n for n, e in enumerate(folder.events()) if e["event"] == "submitted" and e["job"] == job), default=0)
+    folder, said = JobFolder.of(out), ""
     while True:
-        events = folder.events()[since + 1 :]
-        for event in events[seen:]:
-            screen.say(describe(event))
-        seen = len(events)
-        last = events[-1] if events else {}
-        if last.get("event") in ("done", "failed"):
-            return "" if last["event"] == "done" else str(last.get("reason", ""))
-        if time.monotonic() - asked > (POLL_S * 5 if said else 0):
-            asked = time.monotonic()
-            found = state_of(folder, queue.my_jobs())
-            if found.kind == "open" and len(folder.events()[since + 1 :]) == seen:
-                return f"job {job} is over without a result (cancelled, or its node was lost)"
-            state = found.queued
-            now = (
-                ""
-                if state is None
-                else f"job {job} {state.state.lower()}"
-                + (f" ({state.reason})" if state.reason not in ("None", "") else "")
-            )
-            if now and now != said:
-                screen.say(now)
-                said = now
+        state = state_of(folder, queue.my_jobs())
+        if state.kind == "finished":
+            return ""
+        if state.kind == "failed":
+            return state.reason
+        if not state.live or state.queued is None:
+            return f"job {job} is over without a result (cancelled, or its node was lost)"
+        why = f" ({state.queued.reason})" if state.queued.reason not in ("None", "") else ""
+        if said != (now := f"job {job} {state.queued.state.lower()}{why}"):
+            screen.say(now)
+            said = now
         time.sleep(POLL_S)
 
 
