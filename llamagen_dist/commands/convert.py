@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from llamagen_dist.commands import options
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import written_aside
 from llamagen_dist.models.sizes import GPT_SIZES, VQ_SIZES
@@ -19,12 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=(*GPT_SIZES, *VQ_SIZES), help="refuse anything but this size (default: find out which it is)"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("model", "ema"),
-        help="the trained weights, or their moving average (default: a run's trained weights; of a file that holds "
-        "both, the average)",
-    )
+    options.add_weights(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: {args.out} must end in {'.safetensors' if to == 'safetensors' else '.pt or .pth'}")
     if args.out.exists():
         raise UserError(f"{args.out} is there already; remove it or choose another OUT")
-    source = Checkpoint.open(args.source, which={"model": "weights"}.get(args.weights, args.weights))
+    source = Checkpoint.open(args.source, which=options.which_weights(args))
     weights = source.read_all()
     for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
         weights[name] = tensor.contiguous().clone()
@@ -70,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
 
 def format_of(path: Path) -> str:
     """By the suffix. Raises UserError for any but .safetensors, .pt and .pth."""
-
     if path.suffix == ".safetensors":
         return "safetensors"
     if path.suffix in (".pt", ".pth"):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from llamagen_dist.commands import options
 from llamagen_dist.errors import UserError
 
 
@@ -31,13 +32,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all codes")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights",
-        choices=("model", "ema"),
-        help="the trained weights, or their moving average (default: a run's trained weights; of a file that holds "
-        "both, the average)",
-    )
-    weights.add_argument("--ema", action="store_true", help="short for --weights ema")
+    options.add_weights(weights)
+    weights.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
@@ -49,18 +45,13 @@ def run(args: argparse.Namespace) -> None:
     from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
     from llamagen_dist.sampling.pictures import Settings, rows_of_pictures
 
-    for option, fits, wanted in (
-        ("per_class", 1 <= args.per_class <= 1 << 16, "between 1 and 65536"),
-        ("cfg_scale", args.cfg_scale >= 1, "at least 1"),
-        ("temperature", args.temperature >= 0, "at least 0"),
-        ("top_k", args.top_k >= 0, "at least 0"),
-        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= args.seed < 1 << 31, "between 0 and 2147483647"),
-    ):
-        if not fits:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {wanted}")
-    which = {"model": "weights", None: "ema" if args.ema else None}.get(args.weights, args.weights)
-    checkpoint = open_checkpoint(args.checkpoint, "checkpoint", which=which)
+    options.within(args, "per-class", 1, 1 << 16)
+    options.within(args, "cfg-scale", 1)
+    options.within(args, "temperature", 0)
+    options.within(args, "top-k", 0)
+    options.within(args, "top-p", 0, 1, above=True)
+    options.within(args, "seed", 0, (1 << 31) - 1)
+    checkpoint = open_checkpoint(args.checkpoint, "checkpoint", which=options.which_weights(args))
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(checkpoint), key="--tokenizer")
     gpt = load_gpt(checkpoint, tokenizer)
     if args.captions:
@@ -72,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
         if gpt.config.condition == "text":
             raise UserError(f"--class: {args.checkpoint} is conditioned on text; use --caption TEXT")
         asked = classes(gpt)
-        everything = args.classes == ["all"]
-        chosen = [class_number(name, gpt.classes) for name in ([] if everything else args.classes)]
-        chosen = list(range(asked.count)) if everything else list(dict.fromkeys(chosen))
+        if args.classes == ["all"]:
+            chosen = list(range(asked.count))
+        else:
+            chosen = list(dict.fromkeys(class_number(name, gpt.classes) for name in args.classes))
     settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
     images, labels = rows_of_pictures(gpt.model, tokenizer.model, asked.at, chosen, args.per_class, args.seed, settings)
     save(args.out, lambda: class_grid(images, labels, asked.name, args.per_class))

@@ -16,9 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_settings(parser)
     options.add_cluster(parser, "one job there")
     options.add_size(parser, ranks=1)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show what would run (on a cluster: the sbatch script); start nothing"
-    )
+    options.add_dry_run(parser, "what would run (on a cluster: the sbatch script)")
 
 
 def run(args: argparse.Namespace) -> None:

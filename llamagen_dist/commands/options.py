@@ -2,12 +2,17 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from llamagen_dist.errors import UserError
 
 
 def add_settings(parser: argparse.ArgumentParser, what: str = "override keys of the file") -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help=what)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str = "everything") -> None:
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {what}; the same again resumes it")
 
 
 def add_cluster(parser: argparse.ArgumentParser, there: str) -> None:
@@ -42,9 +47,30 @@ def no_ranks(args: argparse.Namespace) -> None:
         raise UserError("--ranks is for this machine; on a cluster give --nodes and --gpus-per-node")
 
 
-def within(args: argparse.Namespace, option: str, low: float, high: float = math.inf) -> None:
-    """Raises UserError for an option that was given and lies outside of low to high."""
+def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
+    """what: is shown."""
+    parser.add_argument("--dry-run", action="store_true", help=f"show {what}; start nothing")
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        help="the trained weights, or their moving average (default: a run's trained weights; of a file that holds "
+        "both, the average)",
+    )
+
+
+def which_weights(args: argparse.Namespace) -> str | None:
+    """``--weights`` as Checkpoint.open takes it."""
+    return {"model": "weights", "ema": "ema", None: None}[args.weights]
+
+
+def within(args: argparse.Namespace, option: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises UserError for an option that was given and lies outside of low to high. above: low itself does too."""
     number = getattr(args, option.replace("-", "_"))
-    if number is not None and not low <= number <= high:  # so NaN is refused too
-        right = f"give {low:g} or more" if high == math.inf else f"give a number from {low:g} to {high:.10g}"
-        raise UserError(f"--{option} {number:g}: {right}")
+    if number is None or low < number <= high or (number == low and not above):  # so NaN is refused too
+        return
+    least = f"more than {low:g}" if above else f"{low:g} or more"
+    most = "" if high == math.inf else f", at most {high:.10g}"
+    raise UserError(f"--{option} {number:.10g}: give {least}{most}")

@@ -15,7 +15,7 @@ from llamagen_dist.launch.stages import plan, words
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a YAML file of kind: pipeline")
     options.add_settings(parser, "the pipeline's variables")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; the same again resumes it")
+    options.add_out(parser)
     options.add_cluster(parser, "one job per stage")
     rehearsal(parser)
 
@@ -29,7 +29,7 @@ def rehearsal(parser: argparse.ArgumentParser) -> None:
         metavar="FACTOR",
         help="scale every number of images by this, for a rehearsal (default: 1)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the stages with sizes and folders; start nothing")
+    options.add_dry_run(parser, "the stages with sizes and folders")
 
 
 def run(args: argparse.Namespace) -> None:

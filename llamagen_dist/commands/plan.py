@@ -34,12 +34,9 @@ def run(args: argparse.Namespace) -> None:
         options.within(args, name, 1, 100_000)
     gpus = args.gpus or (args.nodes or 1) * args.gpus_per_node
     if args.gpus and args.nodes and args.gpus != args.nodes * args.gpus_per_node:
-        raise UserError(
-            f"--gpus {args.gpus} and --nodes {args.nodes} do not agree: {args.nodes} nodes of {args.gpus_per_node} "
-            f"GPUs are {args.nodes * args.gpus_per_node}; give one of the two"
-        )
-    if not args.write_rate > 0:
-        raise UserError(f"--write-rate {args.write_rate}: GB/s, above 0")
+        there = f"{args.nodes} nodes of {args.gpus_per_node} GPUs are {args.nodes * args.gpus_per_node}"
+        raise UserError(f"--gpus {args.gpus} and --nodes {args.nodes} do not agree: {there}")
+    options.within(args, "write-rate", 0, above=True)
     here = machine(args, gpus, args.gpus_per_node, args.write_rate)
     config = load(args.config, args.settings)
     if not isinstance(config, GPTConfigFile):
@@ -65,6 +62,5 @@ def add_gpu(parser: argparse.ArgumentParser, where: str = "") -> None:
 
 def machine(args: argparse.Namespace, gpus: int, per_node: int, write_rate: float = 2.0) -> Machine:
     """What --gpu and --mfu describe. write_rate: of checkpoints, in GB/s. Raises UserError."""
-    if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu}: a share of the peak rate, above 0 and at most 1 (0.4 = 40 %)")
+    options.within(args, "mfu", 0, 1, above=True)
     return Machine(named(args.gpu), gpus, per_node, args.mfu or MFU, args.mfu is not None, write_rate * 1e9)

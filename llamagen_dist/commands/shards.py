@@ -2,67 +2,59 @@
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamagen_dist.commands import options
 from llamagen_dist.config import ShardAccess
 from llamagen_dist.console import Progress
-from llamagen_dist.data.manifest import read_manifest
+from llamagen_dist.data.manifest import Manifest, read_manifest
 from llamagen_dist.errors import UserError
 
 if TYPE_CHECKING:
     from llamagen_dist.data.shards import Shards
 
-MOST_SHOWN = 1000
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, text in (
-        ("verify", "read every byte and compare it with the manifest's sha256"),
-        ("stats", "what the shards hold"),
-        ("show", "draw a contact sheet: images, or tokens decoded, with their classes and captions"),
-        ("index", "make manifest and index for tars of another program"),
-    ):
-        action = actions.add_parser(name, help=text, description=text)
-        if name == "index":
-            action.add_argument("folder", type=Path, metavar="SHARDS")
-            action.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
-            continue
-        action.add_argument("folder", metavar="SHARDS", help="a folder, http(s)://, s3:// or pipe:COMMAND")
-        action.add_argument("--cache", type=Path, metavar="DIR", help="of remote shards (default: for this call only)")
-        action.add_argument("--cache-gb", type=float, default=50.0, metavar="GB", help="its limit (default: 50)")
-        action.add_argument("--allow-pipe", action="store_true", help="run the COMMAND of pipe:COMMAND")
-        if name == "show":
-            action.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg")
-            action.add_argument("--n", type=int, default=40, metavar="N", help="how many samples (default: 40)")
-            action.add_argument("--start", type=int, default=0, metavar="K", help="the first sample (default: 0)")
-            action.add_argument(
-                "--tokenizer", type=Path, metavar="PATH", help="of token shards (default: the one they name)"
-            )
-    merge = actions.add_parser(
-        "merge",
-        help="put several folders of shards into one",
-        description="Put several folders of shards into one, in the order in which they are named.",
-    )
+
+    def add(text: str, action: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        sub = actions.add_parser(action.__name__.strip("_"), help=text, description=text)
+        sub.set_defaults(run=action)
+        return sub
+
+    verify = add("read every byte and compare it with the manifest's sha256", _verify)
+    stats = add("what the shards hold", _stats)
+    show = add("draw a contact sheet: images, or tokens decoded, with their classes and captions", _show)
+    for sub in (verify, stats, show):
+        sub.add_argument("folder", metavar="SHARDS", help="a folder, http(s)://, s3:// or pipe:COMMAND")
+        sub.add_argument("--cache", type=Path, metavar="DIR", help="of remote shards (default: for this call only)")
+        sub.add_argument("--cache-gb", type=float, default=50.0, metavar="GB", help="its limit (default: 50)")
+        sub.add_argument("--allow-pipe", action="store_true", help="run the COMMAND of pipe:COMMAND")
+    show.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg")
+    show.add_argument("--n", type=int, default=40, metavar="N", help="how many samples (default: 40)")
+    show.add_argument("--start", type=int, default=0, metavar="K", help="the first sample (default: 0)")
+    show.add_argument("--tokenizer", type=Path, metavar="PATH", help="of token shards (default: the one they name)")
+    index = add("make manifest and index for tars of another program", _index)
+    index.add_argument("folder", type=Path, metavar="SHARDS")
+    index.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
+    merge = add("put several folders of shards into one, in the order in which they are named", _merge)
     merge.add_argument("folders", type=Path, nargs="+", metavar="SHARDS")
     merge.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="the new folder")
     merge.add_argument("--copy", action="store_true", help="copy the tars (default: hard links where they can be made)")
 
 
 def run(args: argparse.Namespace) -> None:
-    actions = {"verify": _verify, "stats": _stats, "show": _show, "index": _index, "merge": _merge}
-    actions[args.action](args)
+    args.run(args)
 
 
 @contextmanager
 def _opened(args: argparse.Namespace) -> "Iterator[Shards]":
     from llamagen_dist.data.shards import open_shards
 
-    if args.cache_gb <= 0:
-        raise UserError(f"--cache-gb {args.cache_gb:g}: must be greater than 0")
+    options.within(args, "cache-gb", 0, above=True)
     with tempfile.TemporaryDirectory(prefix="llamagen-shards-") as folder:
         cache = args.cache or Path(folder)
         access = ShardAccess(cache=cache, cache_gb=args.cache_gb, allow_pipe=args.allow_pipe)
@@ -80,11 +72,14 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _stats(args: argparse.Namespace) -> None:
     with _opened(args) as shards:
-        _print_stats(shards)
+        manifest = shards.manifest
+        for key, value in _facts(manifest).items():
+            print(f"{key:20} {value}")
+        if manifest.classes is not None:
+            _histogram(shards.labels(range(len(shards))).tolist(), manifest.classes)
 
 
-def _print_stats(shards: "Shards") -> None:
-    manifest = shards.manifest
+def _facts(manifest: Manifest) -> dict[str, str]:
     size = sum(record.bytes for record in manifest.shards)
     lines = {
         "kind": manifest.kind,
@@ -108,10 +103,7 @@ def _print_stats(shards: "Shards") -> None:
         if isinstance(noticed, dict):
             noticed = [f"{number:,} {what}" for what, number in noticed.items()]
         lines[key.replace("_", " ")] = "; ".join(noticed) if isinstance(noticed, list) else f"{noticed:,}"
-    for key, value in lines.items():
-        print(f"{key:20} {value}")
-    if manifest.classes is not None:
-        _histogram(shards.labels(range(len(shards))).tolist(), manifest.classes)
+    return lines
 
 
 def _histogram(labels: list[int], classes: list[str]) -> None:
@@ -129,8 +121,7 @@ def _show(args: argparse.Namespace) -> None:
     from llamagen_dist.sampling.grid import save
     from llamagen_dist.sampling.sheet import shard_sheet
 
-    if not 1 <= args.n <= MOST_SHOWN:
-        raise UserError(f"--n {args.n}: must be between 1 and {MOST_SHOWN}")
+    options.within(args, "n", 1, 1000)
     with _opened(args) as shards:
         if not 0 <= args.start < len(shards):
             raise UserError(f"--start {args.start}: {args.folder} holds samples 0 to {len(shards) - 1}")

@@ -19,11 +19,9 @@ from llamagen_dist.planning.sweep import need, show
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a YAML file of kind: sweep")
     options.add_settings(parser, "override keys of every point's config")
-    parser.add_argument("--out", type=Path, required=True, help="folder for all points; the same again resumes it")
+    options.add_out(parser, "all points")
     options.add_cluster(parser, "all points are one job array")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="what every point needs, and all together; start nothing"
-    )
+    options.add_dry_run(parser, "what every point needs, and all together")
     parser.add_argument("--retry-failed", action="store_true", help="start points again that have failed")
     add_gpu(parser, "of --dry-run: ")
 

@@ -342,5 +342,5 @@ def test_remote_shards_are_verified_and_described(tmp_path, server, capsys):
     with pytest.raises(UserError, match="allow-pipe"):
         main(["shards", "verify", f"pipe:cat {server.folder}/{{name}}"])
     main(["shards", "verify", f"pipe:cat {server.folder}/{{name}}", "--allow-pipe"])
-    with pytest.raises(UserError, match="--cache-gb -1: must be greater than 0"):
+    with pytest.raises(UserError, match="--cache-gb -1: give more than 0"):
         main(["shards", "stats", server.url, "--cache-gb", "-1"])

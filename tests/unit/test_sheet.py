@@ -111,7 +111,7 @@ def test_words_stand_under_their_own_picture():
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--n", "0"], "--n 0: must be between 1 and 1000"),
+    (["--n", "0"], "--n 0: give 1 or more, at most 1000"),
     (["--start", "11"], "holds samples 0 to 10"),
     (["--start", "-1"], "holds samples 0 to 10"),
     (["--out", "/nowhere/sheet.gif"], "ends in .png or .jpg"),
