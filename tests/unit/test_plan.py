@@ -324,6 +324,8 @@ def test_a_ladder_is_planned_by_its_largest_rung(capsys):
         (["--gpus", "0"], "--gpus 0"),
         (["--gpus", "8", "--nodes", "2"], "do not agree"),
         (["--mfu", "40"], "at most 1"),
+        (["--mfu", "0"], "--mfu 0: give more than 0"),
+        (["--write-rate", "nan"], "--write-rate nan: give more than 0"),
         (["--tokens", "0"], "--tokens 0"),
         (["--tokens", "255"], "not a square"),
         (["model.size=GPT-4B"], "did you mean"),
