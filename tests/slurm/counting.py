@@ -25,6 +25,11 @@ class NonFiniteError(Exception):
     """Named as training's own."""
 
 
+def counted(folder: Path) -> list[str]:
+    """Lines of steps.txt: what rank 0 has counted."""
+    return (folder / "steps.txt").read_text().split() if (folder / "steps.txt").exists() else []
+
+
 def main(argv: list[str]) -> None:
     folder: Path = load(argv[0], kind="gpt").run_dir
     if RANK == 0:
@@ -44,6 +49,8 @@ def main(argv: list[str]) -> None:
     while step < int(steps):
         if step + 1 == int(at):
             if RANK == 1 and (what == "dies" or (what == "die" and first)):
+                while int((counted(folder) or ["0"])[-1]) < step:  # rank 0 may have started later
+                    time.sleep(0.01)
                 lost.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if RANK == 0 and what == "refuse":
