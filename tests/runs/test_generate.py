@@ -90,7 +90,7 @@ def test_generate_finds_its_tokenizer_and_names_classes(work, tmp_path, capsys):
         (["--class", "klass 1", "--out", "x.png"], "did you mean 'class 1'?"),
         (["--class", "9", "--out", "x.png"], "there are 4 classes, 0 to 3"),
         (["--class", "0", "--out", "x.txt"], "ends in .png or .jpg"),
-        (["--class", "0", "--out", "x.png", "--top-p", "0"], "--top-p 0.0: must be above 0"),
+        (["--class", "0", "--out", "x.png", "--top-p", "0"], "--top-p 0: give more than 0, at most 1"),
         (["--class", "0", "--out", "x.png", "--tokenizer", "nowhere"], "--tokenizer: nowhere does not exist"),
     ],
 )
