@@ -115,7 +115,7 @@ class Watchdog:
         self._stacks.close()
         if cause:
             leave_sentence(cause)
-            raise LostRankError(f"{cause}. The same command goes on from the last checkpoint") from error
+            raise LostRankError(f"{cause}. The same command resumes from the last checkpoint") from error
 
     # --- on the watchdog's thread ---
 

@@ -156,7 +156,7 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tmp_path, fault, code, said)
     for trace in (ends[0][1], ends[2][1]):
         assert "LostRankError: rank 1 (process" in trace
         assert said in trace
-        assert "goes on from the last checkpoint" in trace
+        assert "resumes from the last checkpoint" in trace
 
 
 @pytest.mark.long
