@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": "run one program with many configs, skipping what is finished",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
     "convert": "turn LlamaGen's weight files into safetensors, and back",
+    "export": "make a folder of a finished run that needs torch alone, with a model card; --push uploads it",
     "plan": "parameters, memory, FLOPs and time of a GPT run for every layout, before anything is launched",
     "generate": "make pictures of chosen classes with a trained GPT",
     "scaling": "fit a scaling law to measured runs and predict one that was held out",

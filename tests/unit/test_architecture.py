@@ -52,6 +52,7 @@ FLOORS = (
     ("evaluation",),
     ("scaling",),
     ("report",),
+    ("hub",),
     ("launch",),
     ("serve",),
     ("commands",),
@@ -110,6 +111,7 @@ def test_a_wrong_arrow_is_noticed(module, source):
 HEAVY = {
     *("torch", "numpy", "pydantic", "yaml", "rich", "PIL", "matplotlib", "scipy", "safetensors", "tokenizers"),
     *("deepspeed", "megatron", "transformers", "webdataset", "lpips", "wandb", "submitit", "fsspec", "jinja2"),
+    "huggingface_hub",
 }
 """Packages that take a moment to load: what a program does not need, it should not wait for."""
 
@@ -287,6 +289,7 @@ BUDGETS = {
     "evaluation": 1780,
     "scaling": 1380,
     "report": 3390,
+    "hub": 940,
     "launch": 5220,
     "commands": 1180,
     "cli": 90,
