@@ -11,6 +11,9 @@ OUT ?= runs/quickstart
 # Most tests keep one core busy; a file's tests stay in one process, which shares what they prepare.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
+# trackio asks for an older pillow than the tested one, with which it works as well: its own needs are installed by name.
+TRACKIO_NEEDS := gradio-client httpx brotli orjson python-multipart starlette uvicorn
+
 .PHONY: venv quickstart test test-long test-all slurm slurm-test faults gpu-check lint format clean
 .DELETE_ON_ERROR:
 
@@ -22,6 +25,8 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch torchvision setuptools wheel
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt $(TRACKIO_NEEDS)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio
 	touch $(STAMP)
 
 quickstart: venv

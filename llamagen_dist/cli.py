@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "parameters, memory, FLOPs and time of a GPT run for every layout, before anything is launched",
     "generate": "make pictures of chosen classes with a trained GPT",
     "scaling": "fit a scaling law to measured runs and predict one that was held out",
+    "wandb-sync": "send what W&B (or trackio) lacks of finished or untracked runs",
     "report": "write report.html and results.json for a finished pipeline",
 }
 

@@ -195,6 +195,19 @@ class TokenizerTask:
         usage = float((histogram > 0).double().mean())
         return {"val_loss": loss, "psnr": decibels, "ssim": similarity, "codebook_usage": usage}
 
+    @torch.no_grad()
+    def pictures(self, count: int) -> Mapping[str, Tensor]:
+        """``reconstructions``: the first held-out images side by side, over what became of them."""
+        shown = range(min(count, len(self.held_out)))
+        if not shown:
+            return {}
+        pixels = load_images(self.held_out, shown, self.config.data.image_size)
+        self.model.eval()
+        reconstruction, _, _ = self.model(to_floats(pixels).to(self.topology.device))
+        self.model.train()
+        rows = (torch.from_numpy(pixels).permute(0, 3, 1, 2), to_uint8(reconstruction).cpu())
+        return {"reconstructions": torch.cat([torch.cat([*images], dim=2) for images in rows], dim=1)}
+
     def _total(self, values: Tensor) -> Tensor:
         return self.topology.sum(values.to(self.topology.device)).cpu()
 

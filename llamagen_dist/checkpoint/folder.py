@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamagen_dist.checkpoint.plan import Plan
 from llamagen_dist.files import sha256_file, sync_folder, write_text
+
+if TYPE_CHECKING:  # it loads torch, which whoever only looks for checkpoints can do without
+    from llamagen_dist.checkpoint.plan import Plan
 
 FORMAT = 1
 POLL_S = 0.05
@@ -70,7 +72,7 @@ def write_report(folder: Path, rank: int, sums: Mapping[str, str]) -> None:
 
 
 def collect_reports(
-    folder: Path, plan: Plan, world: int, patience_s: Callable[[], float], given_up: threading.Event
+    folder: Path, plan: "Plan", world: int, patience_s: Callable[[], float], given_up: threading.Event
 ) -> dict[str, str]:
     """Wait for every rank's report; returns file -> sha256 of all of them.
 
@@ -108,7 +110,7 @@ def collect_reports(
     return sums
 
 
-def _written(folder: Path, plan: Plan, rank: int) -> int:
+def _written(folder: Path, plan: "Plan", rank: int) -> int:
     """Bytes of the rank's files that are in the folder so far."""
     total = 0
     for name in plan.file_names(rank):
@@ -121,7 +123,7 @@ def _written(folder: Path, plan: Plan, rank: int) -> int:
 
 def commit(
     folder: Path,
-    plan: Plan,
+    plan: "Plan",
     sums: Mapping[str, str],
     state: Mapping[str, Any],
     config_text: str,

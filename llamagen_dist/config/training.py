@@ -4,7 +4,7 @@ The text under a field is its documentation. Models and data have files of their
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,6 +173,61 @@ class LogSection(Section):
             yield "profile_steps: the first step must not lie behind the last"
 
 
+class WandbSection(Section):
+    """Weights & Biases. The id is kept in RUN/wandb_id, so that every start of a run writes into the same W&B run."""
+
+    project: str
+    entity: str | None = None
+    """Empty: the account's default."""
+    group: str | None = None
+    """Empty: the sweep or ladder that the run belongs to."""
+    name: str | None = None
+    """Empty: the run directory's name."""
+    tags: tuple[str, ...] = ()
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """``offline`` writes to RUN/wandb only. ``auto``: what WANDB_MODE says, else online where there is a key (``wandb
+    login`` or WANDB_API_KEY), and offline where there is none."""
+
+
+class TrackioSection(Section):
+    """trackio (the extra ``trackio``): a dashboard on this machine, without an account."""
+
+    project: str
+    space: str | None = None
+    """A Hugging Face Space to write to instead."""
+    group: str | None = None
+    """As that of ``wandb``."""
+    name: str | None = None
+
+
+class TrackingSection(Section):
+    """Where a run is shown besides metrics.jsonl, which is always written. A tracker that fails never stops a run."""
+
+    wandb: WandbSection | None = None
+    trackio: TrackioSection | None = None
+    pictures: CountInt = 8
+    """With a tracker, a tokenizer's validation shows so many held-out images over their reconstructions; 0: none."""
+    finish_s: CountFloat = 30.0
+    """A run that ends waits so long for the last lines to be sent; ``llamagen wandb-sync`` sends what is missing."""
+
+    def named(self) -> dict[str, WandbSection | TrackioSection]:
+        """The trackers that are set, by name."""
+        both = {"wandb": self.wandb, "trackio": self.trackio}
+        return {name: section for name, section in both.items() if section is not None}
+
+
+def grouped(data: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The plain values of a training's config, with its trackers' empty ``group`` filled in."""
+    given = data.get("tracking")
+    trackers = given.items() if isinstance(given, Mapping) else ()
+    unset = {
+        name: {"group": group}
+        for name, section in trackers
+        if isinstance(section, Mapping) and not section.get("group")
+    }
+    return merge(data, {"tracking": unset}) if unset else dict(data)
+
+
 class GuardSection(Section):
     """What stops a run that has gone wrong, and how soon."""
 
@@ -209,6 +264,7 @@ class TrainingConfig(Section):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    tracking: TrackingSection = TrackingSection()
     guard: GuardSection = GuardSection()
 
 
@@ -268,7 +324,7 @@ class GPTConfigFile(TrainingConfig):
     def rung(self, name: str, complete: bool = False) -> "GPTConfigFile":
         """The run of one ladder entry. Raises pydantic's ValidationError for keys or values that cannot be."""
         data = merge(self.model_dump(exclude={"ladder"}), nest(self.ladder[name]))
-        data["run_dir"] = self.run_dir / name
+        data = grouped(data, self.run_dir.name) | {"run_dir": self.run_dir / name}
         return GPTConfigFile.model_validate(data, context={"complete": complete})
 
     @model_validator(mode="after")

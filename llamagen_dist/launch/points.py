@@ -10,6 +10,7 @@ from typing import Any
 
 from llamagen_dist.config import KINDS, Section, SweepConfig, load, shrink
 from llamagen_dist.config.loader import resolve
+from llamagen_dist.config.training import grouped
 from llamagen_dist.config.yaml_text import merge, nest, parse, read
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.graph import Graph, Node, absolute
@@ -57,9 +58,8 @@ def fill(
         target = folder / _TARGETS[target_key]
         if kind == "evaluate":
             target = folder / "evaluation.json"
-        filled: Section = resolve(
-            merge(merge(common, nest(row.settings)), {target_key: str(target)}), f"{file}: point {name}: {base.name}"
-        )
+        data = merge(merge(common, nest(row.settings)), {target_key: str(target)})
+        filled: Section = resolve(grouped(data, out.name), f"{file}: point {name}: {base.name}")
         whole = absolute(filled) if small == 1.0 else shrink(absolute(filled), small)
         points.append(
             Node(

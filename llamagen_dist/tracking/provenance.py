@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _QUOTED = re.compile(r"""(?P<quote>["'])(?P<name>[A-Za-z_]\w*)=(?:\\.|(?!(?P=quo
 _ASSIGNED = re.compile(rf"(?P<quote>)\b(?P<name>[A-Za-z_]\w*)=(?P<value>{_VALUE})", re.DOTALL)
 _OPTION = re.compile(rf"(?<!\S)(?P<name>--?[A-Za-z][\w-]*)(?P<gap>[ \t=]+)(?P<value>{_VALUE})", re.DOTALL)
 _LOGIN = re.compile(rf"(?P<login>\blogin[ \t]+)(?!-)(?P<value>{_VALUE})", re.DOTALL)
+
+_ADDRESS = re.compile(r"(?P<scheme>\w+://)(?:[^/@\s]*@)?(?P<rest>[^?#\s]*)(?:[?#]\S*)?")
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -92,6 +95,22 @@ def masked_script(text: str) -> str:
     text = _QUOTED.sub(assigned, text)
     text = _ASSIGNED.sub(assigned, text)
     return _LOGIN.sub(r"\g<login>***", _OPTION.sub(option, text))
+
+
+def masked_values(value: Any, key: str = "") -> Any:
+    """A config's plain values for other people's eyes: what a secret-looking key has, logins and queries in addresses
+    (signed ones are keys), and shell commands are hidden."""
+    if isinstance(value, Mapping):
+        return {name: masked_values(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked_values(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if SECRET.search(key):
+        return "***"
+    if value.startswith("pipe:"):
+        return "pipe:***"
+    return masked_script(_ADDRESS.sub(r"\g<scheme>\g<rest>", value))
 
 
 def git(root: Path, *arguments: str) -> str | None:

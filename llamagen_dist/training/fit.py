@@ -62,6 +62,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
         run.say(f"{run.directory}: already finished")
         return False
 
+    run.track(config.tracking)
     started, first_step, stopping = time.monotonic(), step, False
     log, limits, batch_size = run.directory / "log", config.guard, train.global_batch
     window = _window(task, config, at.seen)
@@ -145,6 +146,8 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
             if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
                 with watchdog.phase("validation"), stopwatch.timing("validation"):
                     scores = task.validate()
+                    if topology.rank == 0 and config.tracking.named():
+                        run.pictures(step, task.pictures(config.tracking.pictures))
                     stopping = stop.on_any_rank(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **scores)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -194,6 +194,10 @@ class GPTTask:
             condition = (torch.zeros(1, c.prefix, c.caption_dim), torch.ones(1, c.prefix, dtype=torch.bool))
         return TokenBatch(tokens, condition, torch.zeros(1, dtype=torch.int64))
 
+    def pictures(self, count: int) -> Mapping[str, Tensor]:
+        """None: a GPT's run knows codes, and no tokenizer that would draw them."""
+        return {}
+
     def entries(self) -> list[TensorEntry]:
         return self.engine.entries()
 

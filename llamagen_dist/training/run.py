@@ -13,15 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from torch import Tensor
+
 from llamagen_dist import __version__
 from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import Section, dump
 from llamagen_dist.config.resume import DATA, Change, compare
+from llamagen_dist.config.training import TrackingSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import UNLOCKABLE, own_folder, read_json, remove_asides, take_lock, write_text
+from llamagen_dist.files import UNLOCKABLE, own_folder, read_json, remove_asides, take_lock, write_text, written_aside
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.tracking import provenance
+from llamagen_dist.tracking.follow import Followers
 from llamagen_dist.training.fence import Fence
 
 LOCK_PATIENCE_S = 90.0
@@ -42,6 +46,7 @@ class Run:
     fence: Fence = field(default_factory=Fence.of_environment)
     """Asked before anything in the directory changes."""
     _metrics: IO[bytes] | None = field(default=None, repr=False)
+    _followers: Followers | None = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
         self.topology.log0(text)
@@ -69,6 +74,24 @@ class Run:
                     f"{path}: cannot be written ({error.strerror}); once it can, the same command resumes from the "
                     "last checkpoint"
                 ) from None
+            if self._followers is not None:
+                self._followers.look()
+
+    def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
+        """Write PNG files beside the metrics of ``step``, one per name (rank 0). pictures: uint8 (3, H, W)."""
+        from PIL import Image
+
+        for name, pixels in pictures.items():
+            folder = self.directory / "pictures" / f"step_{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with written_aside(folder / f"{name}.png") as aside:
+                Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(aside)
+
+    def track(self, section: TrackingSection) -> None:
+        """Show the run, from now to its end, in the trackers that the config names (rank 0). metrics.jsonl has been cut
+        by now."""
+        if self.topology.rank == 0 and section.named():
+            self._followers = Followers(self.directory, section, self.say)
 
     def cut_metrics(self, images_seen: int) -> None:
         """Forget lines after the checkpoint that is resumed, so that no step appears twice."""
@@ -187,6 +210,8 @@ def open_run(
     finally:
         if run._metrics is not None:
             run._metrics.close()
+        if run._followers is not None:
+            run._followers.close(run.finished(), at_once=bool(run.fence.lost()))
         if lock is not None:
             os.close(lock)
 
@@ -233,6 +258,7 @@ def _rewind(directory: Path, change: Change) -> str:
         return ""
     aside = directory / "checkpoints" / f"set_aside_{time.strftime('%Y%m%d-%H%M%S')}"
     aside.mkdir()
+    (directory / "wandb_id").unlink(missing_ok=True)  # what trackers show of those images is another run's by now
     for folder in reversed(late):  # newest first: what is left is at any time a run that can be continued
         folder.rename(aside / folder.name)
     last = reached[folders[len(folders) - len(late) - 1]]

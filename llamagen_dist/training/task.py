@@ -12,7 +12,7 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import StepGuard
 
 TrainingConfig = GPTConfigFile | TokenizerConfigFile
-"""Of either, fit() reads only the sections that both have: train, validation, checkpoint, log, guard."""
+"""Of either, fit() reads only the sections that both have: train, validation, checkpoint, log, tracking, guard."""
 
 
 class Task(Protocol):
@@ -49,6 +49,13 @@ class Task(Protocol):
 
     def validate(self) -> Mapping[str, float]:
         """Held-out metrics over all ranks (collective; every rank returns the same numbers)."""
+        ...
+
+    def pictures(self, count: int) -> Mapping[str, Tensor]:
+        """What can be seen of the state that was just validated, by name: uint8 (3, H, W). On rank 0 alone.
+
+        count: images to show at most.
+        """
         ...
 
     def entries(self) -> Sequence[TensorEntry]:

@@ -111,7 +111,7 @@ def test_a_wrong_arrow_is_noticed(module, source):
 HEAVY = {
     *("torch", "numpy", "pydantic", "yaml", "rich", "PIL", "matplotlib", "scipy", "safetensors", "tokenizers"),
     *("deepspeed", "megatron", "transformers", "webdataset", "lpips", "wandb", "submitit", "fsspec", "jinja2"),
-    "huggingface_hub",
+    *("huggingface_hub", "trackio", "google"),
 }
 """Packages that take a moment to load: what a program does not need, it should not wait for."""
 
@@ -282,7 +282,7 @@ BUDGETS = {
     "build": 120,
     "data": 4700,
     "checkpoint": 1350,
-    "tracking": 390,
+    "tracking": 1150,
     "planning": 1260,
     "training": 1880,
     "sampling": 1310,

@@ -32,7 +32,7 @@ READERS = 16  # a network disk takes a millisecond per file
 QUIET_S = 600.0
 _RUN_MARKS = {"metrics.jsonl", "record.json", "checkpoints", "summary.json", "launch.lock"}
 _LAUNCH_MARKS = {"lock.json", "job.json", "stage.json", "history.jsonl", "DONE.json", "FAILED.json", "END.json"}
-_INSIDE = {"code", "checkpoints", "log", "report", "stages", "__pycache__"}
+_INSIDE = {"code", "checkpoints", "log", "report", "stages", "wandb", "pictures", "__pycache__"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""``llamagen wandb-sync RUN|SWEEP``: what a tracker lacks of runs that do not train is sent, and nothing twice."""
+
+import argparse
+from pathlib import Path
+
+from llamagen_dist.console import LOG
+from llamagen_dist.errors import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a sweep, a ladder or a pipeline of runs"
+    )
+    parser.add_argument(
+        "--to", choices=("wandb", "trackio"), default="wandb", help="the tracker (default: %(default)s)"
+    )
+    parser.add_argument("--project", help="instead of the config's; needed for runs whose config names none")
+    parser.add_argument("--entity", help="of W&B, instead of the config's")
+    parser.add_argument("--group", help="instead of the config's (default for several runs: their folder's name)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llamagen_dist.tracking.sinks import runs_in
+
+    if args.entity and args.to != "wandb":
+        raise UserError("--entity is W&B's; leave it out with --to trackio")
+    for folder in args.folders:
+        for one in runs_in(folder):
+            LOG.info(f"{one}: {_sync(one, args, None if one == folder else folder.resolve().name)}")
+
+
+def _sync(folder: Path, args: argparse.Namespace, group: str | None) -> str:
+    """Send one run; returns what to say about it. group: of a run that belongs to several."""
+    from llamagen_dist.config.training import TrackioSection, WandbSection
+    from llamagen_dist.tracking.sinks import Mirror, open_sink, sending, tracking_of
+
+    section = tracking_of(folder).get(args.to)
+    if section is None and not args.project:
+        raise UserError(f"{folder}: its config sets no tracking.{args.to}; say where to send it: --project NAME")
+    kind = WandbSection if args.to == "wandb" else TrackioSection
+    section = section or kind(project=args.project)
+    given = {name: value for name in ("project", "entity", "group") if (value := getattr(args, name))}
+    section = section.model_copy(update={"group": section.group or group, **given})
+    sink = open_sink(folder, section)
+    mirror = Mirror(folder, sink)
+    with sending(folder, args.to):
+        try:
+            mirror.open()
+            mirror.send(everything=True)
+            mirror.close(0)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a tracker's library makes of its network
+            why = " ".join(str(error).split())
+            raise UserError(f"{folder}: {args.to}: {why}; the same command sends the rest") from error
+    if not mirror.rows and not mirror.checkpoints:
+        return f"nothing new ({sink.where})"
+    return f"{mirror.rows:,} steps and {mirror.checkpoints:,} checkpoints sent ({sink.where})"

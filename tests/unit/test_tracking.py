@@ -1,0 +1,298 @@
+"""W&B is sent a run's steps once each, whatever died in between, and nothing of a secret: read back from its files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from llamagen_dist.cli import main
+from llamagen_dist.config import GPTConfigFile, load
+from llamagen_dist.config.resume import compare
+from llamagen_dist.errors import UserError
+from llamagen_dist.launch.points import sweep
+from llamagen_dist.tracking import wandb_file, wandb_sink
+from llamagen_dist.tracking.provenance import masked_values
+from llamagen_dist.tracking.sinks import Rows, runs_in, sending
+from llamagen_dist.tracking.wandb_file import Written
+from tests.unit.tracked_run import BATCH, CONFIGS, cut, draw, finish, records, rows, save, steps, tracked_run, train
+
+WANDB = "tracking.wandb.project=tests"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_service_is_left():
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """Nobody's key and nobody's settings."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
+
+
+def sync(*words: str | Path) -> None:
+    main(["wandb-sync", *map(str, words)])
+
+
+# --- what is written ---
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory) -> Path:
+    """A finished run after one replay."""
+    folder = tracked_run(tmp_path_factory.mktemp("sent") / "base", WANDB, "tracking.wandb.tags=[a, b]")
+    train(folder, 1, 12)
+    draw(folder, 12)
+    save(folder, 12)
+    finish(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        sync(folder)
+    return folder
+
+
+def test_every_step_is_one_row_with_the_values_of_metrics_jsonl(sent):
+    expected: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (sent / "metrics.jsonl").read_text().splitlines()):
+        expected.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k not in ("step", "samples")})
+    found = {row["_step"]: {k: row[k] for k in expected[row["_step"]]} for row in rows(sent)}
+    assert found == expected
+    assert steps(sent) == list(range(1, 13))
+    assert "val_loss" in rows(sent)[-1]
+
+
+def test_images_seen_is_the_step_metric(sent):
+    metrics = records(sent, "metric")
+    assert any(metric.name == "images_seen" for metric in metrics)
+    names = {metric.name or metric.glob_name: metric for metric in metrics}
+    by_index = [metric.name for metric in metrics]
+    step_of_all = names["*"].step_metric or by_index[names["*"].step_metric_index - 1]
+    assert step_of_all == "images_seen"
+
+
+def test_config_record_tags_and_summary_are_there(sent):
+    (run,) = records(sent, "run")[:1]
+    config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in run.config.update}
+    assert config["train"]["images"] == 2560
+    assert config["record"] == {"torch": "2.14.1", "host": "node-7", "commit": "abc"}
+    assert (run.project, run.display_name, [*run.tags]) == ("tests", "base", ["a", "b"])
+    assert run.run_id == (sent / "wandb_id").read_text().strip()
+    assert {"params", "layout", "seconds"} <= wandb_file.written(sent, run.run_id, offline=True).summary
+
+
+def test_a_checkpoint_is_a_reference_and_a_picture_a_file(sent):
+    (artifact,) = records(sent, "artifact")
+    (state, weights) = sorted(entry.ref for entry in artifact.manifest.contents if "COMPLETE" not in entry.ref)
+    assert weights == (sent / "checkpoints/step_00000012/weights-00001.safetensors").resolve().as_uri()
+    assert state.endswith("/step_00000012/state.json")
+    assert json.loads(artifact.metadata)["images_seen"] == 12 * BATCH
+    assert "step_00000012" in artifact.aliases
+    picture = rows(sent)[-1]["reconstructions.path"]
+    (file,) = sent.glob(f"wandb/*/files/{picture}")
+    assert file.read_bytes() == (sent / "pictures/step_00000012/reconstructions.png").read_bytes()
+
+
+# --- again, and after a death ---
+
+
+def test_a_second_replay_adds_nothing(tmp_path, capsys, monkeypatch):
+    folder = tracked_run(tmp_path / "base", WANDB)
+    train(folder, 1, 4)
+    save(folder, 4)
+    finish(folder)
+    sync(folder)
+    assert "4 steps and 1 checkpoints sent" in capsys.readouterr().out
+    before = [file.read_bytes() for file in sorted(folder.glob("wandb/*/*.wandb"))]
+    sync(folder)
+    assert "nothing new" in capsys.readouterr().out
+    assert [file.read_bytes() for file in sorted(folder.glob("wandb/*/*.wandb"))] == before
+    monkeypatch.setattr(wandb_sink, "written", lambda *_: Written())
+    sync(folder)  # sabotage twin: without a look at what is there, all of it is sent again
+    assert steps(folder) == [1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_a_run_that_died_and_resumed_has_each_step_once(tmp_path, monkeypatch, rule):
+    """Dead at step 12, resumed at step 8; without the rule, the twin, four steps appear twice."""
+    folder = tracked_run(tmp_path / "base", WANDB)
+    train(folder, 1, 8)
+    save(folder, 8)
+    train(folder, 9, 12)
+    sync(folder)
+    cut(folder, 8)
+    train(folder, 9, 20)
+    finish(folder)
+    if not rule:
+        monkeypatch.setattr(wandb_sink, "written", lambda *_: Written(last_step=8))
+    sync(folder)
+    twice = [] if rule else [9, 10, 11, 12]
+    assert sorted(steps(folder)) == sorted([*range(1, 21), *twice])
+    assert len({file.stem for file in folder.glob("wandb/*/*.wandb")}) == 1, "one W&B run"
+    assert len(records(folder, "artifact")) == (1 if rule else 2)
+
+
+def test_a_torn_last_line_waits_for_its_end(tmp_path):
+    folder = tracked_run(tmp_path / "base", WANDB)
+    train(folder, 1, 3)
+    whole = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(whole + b'{"step": 4, "images_s')
+    sync(folder)
+    assert steps(folder) == [1, 2, 3]
+    (folder / "metrics.jsonl").write_bytes(whole + b'{"step": 4, "images_seen": 256, "loss": 1.0}\n')
+    sync(folder)
+    assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_a_row_is_sent_once_no_line_of_its_step_can_follow(tmp_path):
+    folder = tracked_run(tmp_path / "base")
+    reader = Rows(folder / "metrics.jsonl")
+    assert list(reader.new(-1)) == []
+    train(folder, 1, 3)
+    assert [row.step for row in reader.new(-1)] == [1, 2]
+    assert [row.step for row in reader.new(2)] == []
+    (row,) = reader.new(3)
+    assert row.values.keys() == {"images_seen", "loss", "val_loss"}
+    assert list(reader.new(math.inf)) == []
+    cut(folder, 1)
+    with pytest.raises(RuntimeError, match="cut back"):
+        list(reader.new(-1))
+
+
+def test_a_wandb_file_is_read_across_its_blocks_and_up_to_a_torn_record(tmp_path):
+    folder = tracked_run(tmp_path / "base", WANDB)
+    train(folder, 1, 400)
+    sync(folder)
+    (file,) = folder.glob("wandb/*/*.wandb")
+    assert file.stat().st_size > 2 * 32768
+    assert steps(folder) == list(range(1, 401))
+    whole = file.read_bytes()
+    for size in (0, 7, 32768, 32770, 50_000, len(whole) - 5):
+        file.write_bytes(whole[:size])
+        found = steps(folder)
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) < 401
+
+
+# --- secrets ---
+
+
+def test_nothing_of_a_secret_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3tenvironment")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" * 7)
+    folder = tracked_run(
+        tmp_path / "base",
+        WANDB,
+        "data.train=https://me:s3cr3tlogin@host/plainplace/?X-Amz-Signature=s3cr3tsignature",
+        "data.validation=pipe:curl -u me:s3cr3thost https://host/{}",
+        "data.allow_pipe=true",
+    )
+    (folder / "record.json").write_text(json.dumps({"host": "node-7", "diff": "+KEY=s3cr3tdiff"}))
+    train(folder, 1, 2)
+    sync(folder)
+    written = b"".join(path.read_bytes() for path in folder.rglob("wandb/**/*") if path.is_file())
+    assert b"s3cr3t" not in written
+    assert b"5ec2e7" not in written
+    assert b"node-7" in written, "the twin: what is no secret is found"
+    assert b"plainplace" in written
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"api_key": "abc", "n": 3}, {"api_key": "***", "n": 3}),
+        ({"a": [{"password": "x"}]}, {"a": [{"password": "***"}]}),
+        ({"train": "s3://bucket/a"}, {"train": "s3://bucket/a"}),
+        ({"train": "https://u:p@h/a?sig=1#x"}, {"train": "https://h/a"}),
+        ({"train": "pipe:cat x"}, {"train": "pipe:***"}),
+        ({"tokens": 256, "tokenizer": "runs/vq"}, {"tokens": 256, "tokenizer": "runs/vq"}),
+        ({"note": "WANDB_API_KEY=abc run"}, {"note": "WANDB_API_KEY=*** run"}),
+    ],
+)
+def test_values_are_masked_by_name_and_by_what_they_are(given, shown):
+    assert masked_values(given) == shown
+
+
+# --- where it is sent ---
+
+
+def test_a_sweep_s_points_and_a_ladder_s_rungs_are_a_group(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(
+        f"kind: sweep\ntitle: rates\nmodule: llamagen_dist.train_gpt\nconfig: {CONFIGS}/gpt/GPT-B.yaml\n"
+        "set: {data.train: t, data.validation: v}\ngrid: {optim.lr: [1.0e-4, 2.0e-4]}\n"
+    )
+    graph = sweep(tmp_path / "sweep.yaml", tmp_path / "rates-1", [WANDB])
+    assert [point.config.tracking.wandb.group for point in graph.nodes] == ["rates-1"] * 2
+    named = sweep(tmp_path / "sweep.yaml", tmp_path / "rates-1", [WANDB, "tracking.wandb.group=mine"])
+    assert [point.config.tracking.wandb.group for point in named.nodes] == ["mine"] * 2
+    ladder: GPTConfigFile = load(
+        CONFIGS / "gpt/ladder.yaml", ["run_dir=runs/steps", "data.train=t", "data.validation=v", WANDB]
+    )
+    assert {ladder.rung(name).tracking.wandb.group for name in ladder.ladder} == {"steps"}
+
+
+def test_a_folder_of_runs_is_a_group_and_needs_a_project(tmp_path):
+    for name in ("one", "two"):
+        train(tracked_run(tmp_path / "sweep" / name), 1, 2)
+    with pytest.raises(UserError, match=r"sets no tracking.wandb; say where to send it: --project"):
+        sync(tmp_path / "sweep")
+    sync(tmp_path / "sweep", "--project", "mine")
+    for name in ("one", "two"):
+        (run,) = records(tmp_path / "sweep" / name, "run")[:1]
+        assert (run.project, run.run_group, run.display_name) == ("mine", "sweep", name)
+    with pytest.raises(UserError, match="holds no run"):
+        sync(tmp_path / "nothing")
+    assert runs_in(tmp_path) == [tmp_path / "sweep" / name for name in ("one", "two")]
+
+
+def test_one_process_sends_at_a_time(tmp_path):
+    folder = tracked_run(tmp_path / "base", WANDB)
+    train(folder, 1, 2)
+    with sending(folder, "wandb"), pytest.raises(UserError, match="another process is sending it to wandb"):
+        sync(folder)
+    sync(folder)
+    assert steps(folder) == [1, 2]
+
+
+def test_the_mode_is_what_is_set_and_else_what_there_is_a_key_for(monkeypatch):
+    def mode(**section):
+        return wandb_sink.mode_of(wandb_sink.WandbSection(project="p", **section))
+
+    assert mode() == "offline"
+    assert mode(mode="online") == "online"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert mode() == "online"
+    assert mode(mode="offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UserError, match="WANDB_MODE=disabled: set online or offline"):
+        mode()
+
+
+def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_sink, "INIT_S", 3.0)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    folder = tracked_run(tmp_path / "base", WANDB, "tracking.wandb.mode=online")
+    train(folder, 1, 2)
+    with pytest.raises(UserError, match=r"base: wandb: .*; the same command sends the rest"):
+        sync(folder)
+
+
+def test_a_run_may_be_tracked_from_another_start_on(tmp_path):
+    folder = tracked_run(tmp_path / "base")
+    before: GPTConfigFile = load(folder / "config.yaml")
+    change = compare(folder, load(folder / "config.yaml", [WANDB]))
+    assert not change.refused
+    assert before.tracking.named() == {}
+    assert any("tracking.wandb" in line for line in change.allowed)
+    with pytest.raises(UserError, match="another config"):  # sabotage twin: what is computed may not change
+        compare(folder, load(folder / "config.yaml", [WANDB, "optim.lr=0.5"]))
