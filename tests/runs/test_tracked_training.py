@@ -1,6 +1,7 @@
 """Training beside trackers that work, die, raise, block or have no network: the losses and the end are the same."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -126,8 +127,8 @@ def test_a_broken_tracker_changes_nothing_but_a_line_of_the_log(how, tmp_path, p
 
 
 def test_a_tokenizer_s_validation_shows_its_reconstructions(tmp_path):
-    write_images(tmp_path / "train", 16, 16, (2, 2))
-    write_images(tmp_path / "validation", 9, 16, (2, 2), seed=1)
+    write_images(tmp_path / "train", 16, 16)
+    write_images(tmp_path / "validation", 9, 16, seed=1)
     (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump({
         "kind": "tokenizer", "run_dir": str(tmp_path / "run"),
         "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "codebook_size": 32,
@@ -163,18 +164,17 @@ def tokenizer(config: Path) -> None:
 
 
 def test_trackio_has_each_step_once_too(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
+    if importlib.util.find_spec("trackio") is None:  # not imported here: it would take its folder from the environment
+        pytest.skip("needs the extra trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     folder = tmp_path / "run"
     run_ranks(run, 1, Layout(), folder, *EVERY, "tracking.trackio.project=tests")
     assert trackio_losses(tmp_path) == losses(folder)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run_ranks(replay, 1, folder)
+    run_ranks(replay, 1, folder)
     assert trackio_losses(tmp_path) == losses(folder)
     (folder / "wandb_id").unlink()  # sabotage twin: under another name all of it is sent again
     run_ranks(replay, 1, folder)
     assert sorted(trackio_losses(tmp_path)) == sorted(losses(folder) * 2)
-    assert said.getvalue() == ""
 
 
 def replay(folder: Path) -> None:
