@@ -17,9 +17,9 @@ INIT_S = 60.0  # how long the server may take to answer at all
 class WandbSink:
     """One run directory's W&B run.
 
-    Online the server says which steps it has. Offline every start leaves a file of its own in RUN/wandb; together they
-    have each step once. (``wandb sync`` would let the last of them replace the others; ``llamagen wandb-sync`` sends the
-    whole run, once there is a key.)
+    Online the server says which steps it has. Offline every start leaves a file of its own in RUN/wandb, and together
+    they have each step once. (``wandb sync`` would let the last of them replace the others; ``llamagen wandb-sync``
+    sends the whole run, once there is a key.)
     """
 
     def __init__(self, folder: Path, section: WandbSection, process: int | None) -> None:
