@@ -108,8 +108,9 @@ def _result(export: Export, score: Scores) -> dict[str, Any]:
     return {
         "task": task,
         "dataset": {"type": "image-folder", "name": score.reference},
-        "metrics": [
-            {"type": key, "name": NAMES[key], "value": value, "args": known} for key, value in score.values.items()
+        "metrics": [  # a dictionary each: YAML would write the same one as a reference, which few readers expect
+            {"type": key, "name": NAMES[key], "value": value, "args": dict(known)}
+            for key, value in score.values.items()
         ],
     }
 

@@ -198,6 +198,7 @@ def test_the_card_has_what_was_measured_on_these_weights_and_nothing_else(work, 
     assert (about["images"], about["reference_images"], about["reference_sha256"]) == (25, 20, "c0ffee")
     assert about["cfg_scale"] == 2.0
     text = (out / "README.md").read_text()
+    assert "&id" not in text, "no references in the front matter"
     assert "Absent from the evaluation: inception_score: no logits" in text
     record = json.loads((out / "evaluation.json").read_text())
     assert record["sets"]["model"]["fid"] == 95.07
