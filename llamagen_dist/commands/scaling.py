@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    values = "  ".join(f"{name} {value:.6g}" for name, value in result["parameters"].items())
+    values = "  ".join(f"{name} {value:.6g}" for name, value in result["params"].items())
     LOG.info(f"{result['formula']}: {values}")
     for text in result["diagnostics"]["warnings"]:
         LOG.info(f"note: {text}")

@@ -11,7 +11,7 @@ from llamagen_dist.report.collect import Summary
 
 def section(s: Summary) -> Section | None:
     law = s.scaling
-    if not law.get("parameters"):
+    if not law.get("params"):
         return None
     blocks: list[Block] = []
     predictions = law.get("predictions") or ([law["prediction"]] if law.get("prediction") else [])
@@ -26,7 +26,7 @@ def section(s: Summary) -> Section | None:
         figures.append(plots_scaling.foretold(predictions, _band(predictions[-1])))
     if figures:
         blocks.append(Columns(tuple(figures)))
-    best = law.get("frontier") or []
+    best = (law.get("frontier") or {}).get("best") or []
     if len(best) > 1:
         blocks.append(Columns((plots_scaling.frontier(best, _known(law)), Markdown(_frontier(best)))))
     blocks.append(Details("The fit in numbers", tuple(_fit(law))))
@@ -99,9 +99,9 @@ def _verdict(law: Mapping[str, Any], predictions: list[Mapping[str, Any]]) -> li
         )
     found += [f"Note: {literal(text)}." for text in law.get("diagnostics", {}).get("warnings", [])]
     many = law.get("diagnostics", {})
-    if "points" in many:
+    if "runs" in many:
         found.append(
-            f"All this rests on {many['points']} points of {many['runs']} very small runs. It shows how such a study "
+            f"All this rests on {law['n']} points of {many['runs']} very small runs. It shows how such a study "
             "is done; it says nothing about models a thousand times larger."
         )
     return found
@@ -115,7 +115,7 @@ def _band(one: Mapping[str, Any]) -> str:
 def _known(law: Mapping[str, Any]) -> int:
     """How many of the frontier's first entries ask for no more parameters and no more tokens than any run had."""
     limits = {key: max(p[key] for p in law["points"]) for key in ("params", "tokens")}
-    inside = [all(b[key] <= limits[key] for key in limits) for b in law["frontier"]]
+    inside = [all(b[key] <= limits[key] for key in limits) for b in law["frontier"]["best"]]
     return inside.index(False) if False in inside else len(inside)
 
 
@@ -132,20 +132,22 @@ def _frontier(best: list[Mapping[str, Any]]) -> str:
 
 
 def _fit(law: Mapping[str, Any]) -> list[Block]:
-    intervals = law.get("parameters_ci95", {})
+    intervals = law.get("ci95", {})
     rows = tuple(
         (
             name,
             f"{value:.5g}",
             "{:.4g} to {:.4g}".format(*intervals[name]) if name in intervals else None,
         )
-        for name, value in law["parameters"].items()
+        for name, value in law["params"].items()
     )
     diagnostics = [(k.replace("_", " "), str(v)) for k, v in law.get("diagnostics", {}).items() if k != "warnings"]
-    method = law.get("bootstrap", {}).get("method")
+    method = law.get("record", {}).get("bootstrap", {}).get("method")
     delta = law.get("delta")
-    objective = f"{law.get('loss')} of log residuals" + (f", delta {delta:g}" if delta else "")
-    facts = [("objective", objective), *([("interval", str(method))] if method else []), *diagnostics]
+    minimised = f"{law.get('loss')} of log residuals" + (f", delta {delta:g}" if delta else "")
+    if "objective" in law:
+        minimised += f": {law['objective']:.6g} over {law['n']} points"
+    facts = [("objective", minimised), *([("interval", str(method))] if method else []), *diagnostics]
     facts += [(f"what {k} means", str(v)) for k, v in law.get("definitions", {}).items()]
     return [
         Table(("parameter", "value", "95% interval"), rows, (1, 2)),

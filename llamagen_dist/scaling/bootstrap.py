@@ -1,6 +1,7 @@
 """Confidence and prediction intervals of a fitted law by resampling; the method that was used is named."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,10 +95,11 @@ def _start(fit: Fit, rows: int) -> Floats:
     return theta
 
 
-def parameter_intervals(fit: Fit, resampled: Bootstrap, level: float = 0.95) -> dict[str, list[float]]:
-    """95% (``level``) percentile intervals of the parameters in the caller's units."""
+def parameter_intervals(fit: Fit, resampled: Bootstrap, level: float = 0.95) -> dict[str, dict[str, Any]]:
+    """``ci95``: percentile intervals (of ``level``), ``se``: standard errors; both in the caller's units."""
     rows = [fit.in_units(theta) for theta in resampled.theta]
+    values = {name: np.array([row[name] for row in rows]) for name in fit.law.names}
     return {
-        name: [float(x) for x in np.quantile([row[name] for row in rows], [(1 - level) / 2, (1 + level) / 2])]
-        for name in fit.law.names
+        "ci95": {n: [float(x) for x in np.quantile(v, [(1 - level) / 2, (1 + level) / 2])] for n, v in values.items()},
+        "se": {n: float(v.std(ddof=1)) for n, v in values.items()},
     }

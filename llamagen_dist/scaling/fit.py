@@ -27,7 +27,7 @@ class Fit:
     law: Law
     loss: Loss
     delta: float
-    parameters: dict[str, float]
+    params: dict[str, float]
     objective: float
     stationarity: float
     condition: float
@@ -101,7 +101,7 @@ def fit_law(points: Points, form: str = "chinchilla", loss: Loss = "huber", delt
         law=law,
         loss=loss,
         delta=delta,
-        parameters=parameters,
+        params=parameters,
         objective=float(values[best]),
         stationarity=slope,
         condition=condition,
@@ -195,14 +195,14 @@ def describe(fit: Fit) -> dict[str, Any]:
         "formula": fit.law.formula,
         "loss": fit.loss,
         "delta": fit.delta if fit.loss == "huber" else None,
-        "parameters": fit.parameters,
+        "objective": fit.objective,
+        "params": fit.params,
+        "n": len(fit.points),
         "diagnostics": {
-            "objective": fit.objective,
             "stationarity": fit.stationarity,
             "condition": fit.condition,
             "at_bound": list(fit.at_bound),
             "local_optima": fit.optima,
-            "points": len(fit.points),
             "runs": len(set(fit.points.runs)),
             "rms_log_residual": float(np.sqrt((fit.residuals**2).mean())),
             "warnings": list(fit.warnings),

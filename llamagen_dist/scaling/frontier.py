@@ -24,7 +24,7 @@ class Best:
 
 def closed_form(fit: Fit, flops: Sequence[float] | Floats) -> list[Best]:
     """For C = 6 N D only (Hoffmann et al. 2022, eq. 4): N = G (C/6)^(beta/(alpha+beta)), D = C / 6N."""
-    p = fit.parameters
+    p = fit.params
     alpha, beta = p["alpha"], p.get("beta", p["alpha"])
     if min(p["A"], p["B"]) <= 0:
         raise ValueError("without both terms there is no optimum")

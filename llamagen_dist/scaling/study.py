@@ -49,21 +49,21 @@ def study(points: Points, options: Options, ladder: Ladder | None = None) -> dic
         }
         for i in range(len(points))
     ]
-    result: dict[str, Any] = {**describe(fit), "points": rows}
+    result: dict[str, Any] = {**describe(fit), "dropped": 0, "points": rows}
+    record: dict[str, Any] = {"versions": {"llamagen_dist": __version__, "numpy": np.__version__}}
     if resampled is not None:
-        result["parameters_ci95"] = parameter_intervals(fit, resampled)
-        result["bootstrap"] = {"method": resampled.method, "seed": resampled.seed, "stationary": resampled.stationary}
+        result |= parameter_intervals(fit, resampled)
+        record["bootstrap"] = {"method": resampled.method, "seed": resampled.seed, "stationary": resampled.stationary}
     else:
         result["absent"] = {"ci95": refused}
     if held.any():
         result["predictions"] = _predictions(points, held, fit, resampled, ladder)
         result["prediction"] = result["predictions"][-1]
     result["curves"] = _curves(points, fit)
-    result["frontier"] = [
-        {k: v for k, v in vars(best).items() if v is not None} for best in _frontier(points, fit, ladder)
-    ]
+    best = [{k: v for k, v in vars(one).items() if v is not None} for one in _frontier(points, fit, ladder)]
+    result["frontier"] = {"best": best}
     result["definitions"] = _definitions(ladder)
-    result["versions"] = {"llamagen_dist": __version__, "numpy": np.__version__}
+    result["record"] = record
     return result
 
 
@@ -129,7 +129,7 @@ def _curves(points: Points, fit: Fit) -> list[dict[str, Any]]:
 
 def _frontier(points: Points, fit: Fit, ladder: Ladder | None) -> list[Best]:
     """Empty where the law lacks one of its two terms: then more of one thing is always best, which no run showed."""
-    if len(fit.law.terms) < 2 or min(fit.parameters["A"], fit.parameters["B"]) == 0:
+    if len(fit.law.terms) < 2 or min(fit.params["A"], fit.params["B"]) == 0:
         return []
     if ladder is None:
         spent = 6 * points.params * points.tokens

@@ -89,17 +89,20 @@ def add_law(out: Path, measured: float = 2.05) -> None:
         "formula": "L = E + A / N^alpha + B / D^beta",
         "loss": "huber",
         "delta": 1e-3,
-        "parameters": {"E": 1.5, "A": 40.0, "B": 300.0, "alpha": 0.4, "beta": 0.5},
-        "parameters_ci95": {"E": [1.25, 1.75]},
-        "diagnostics": {"points": 2, "runs": 2, "warnings": []},
+        "params": {"E": 1.5, "A": 40.0, "B": 300.0, "alpha": 0.4, "beta": 0.5},
+        "ci95": {"E": [1.25, 1.75]},
+        "n": 2,
+        "diagnostics": {"runs": 2, "warnings": []},
         "points": points,
         "prediction": prediction,
         "predictions": [prediction],
         "curves": [{"tokens": tokens, "params_fit": sizes.tolist(), "loss": (1.5 + 40 / sizes**0.4).tolist()}],
-        "frontier": [
-            {"flops": 10.0**i, "params": 10.0 ** (i / 2), "tokens": 10.0 ** (i / 2), "loss": 5 - 0.2 * i}
-            for i in range(9, 14)
-        ],
+        "frontier": {
+            "best": [
+                {"flops": 10.0**i, "params": 10.0 ** (i / 2), "tokens": 10.0 ** (i / 2), "loss": 5 - 0.2 * i}
+                for i in range(9, 14)
+            ]
+        },
         "definitions": {"params": "all trainable parameters"},
     }
     (out / "scaling.json").write_text(json.dumps(law))

@@ -282,7 +282,7 @@ def test_a_ladder_never_loses_a_point_without_a_word(tmp_path: Path) -> None:
 def test_a_fit_whose_parameters_overflow_is_refused() -> None:
     n, d = grid(np.geomspace(1e4, 1e6, 4), np.geomspace(1e5, 1e7, 4))
     loss = chinchilla(n, d, (1e6, 3e7, 2.0, 1.5, 1.5))
-    assert fit_law(points(n, d, loss)).parameters
+    assert fit_law(points(n, d, loss)).params
     with pytest.raises(UserError, match="leave the range of numbers"):
         fit_law(points(n * 1e290, d * 1e290, loss))
 

@@ -24,7 +24,7 @@ from tests.unit.scaling_points import NAMES, TRUTHS, chinchilla, grid, noisy, po
 def test_known_parameters_come_back(truth: tuple[float, ...], loss: str) -> None:
     n, d = grid()
     fit = fit_law(points(n, d, chinchilla(n, d, truth)), "chinchilla", loss)  # type: ignore[arg-type]
-    assert [fit.parameters[name] for name in NAMES] == pytest.approx(truth, rel=1e-8)
+    assert [fit.params[name] for name in NAMES] == pytest.approx(truth, rel=1e-8)
     assert fit.predict(7e9, 3e11) == pytest.approx(chinchilla(7e9, 3e11, truth), rel=1e-9)  # type: ignore[arg-type]
 
 
@@ -32,7 +32,7 @@ def test_swapped_params_and_tokens_are_another_law() -> None:
     """Sabotage: N and D exchanged; the parameters come out exchanged, and the prediction is wrong."""
     n, d = grid()
     fit = fit_law(points(d, n, chinchilla(n, d)))
-    assert [fit.parameters[name] for name in ("B", "A", "E", "beta", "alpha")] == pytest.approx(TRUTHS[0], rel=1e-6)
+    assert [fit.params[name] for name in ("B", "A", "E", "beta", "alpha")] == pytest.approx(TRUTHS[0], rel=1e-6)
     assert abs(fit.predict(7e9, 3e11) / chinchilla(np.array(7e9), np.array(3e11)) - 1) > 0.01
 
 
@@ -41,7 +41,7 @@ def test_a_published_image_law_and_what_a_pure_power_misses() -> None:
     n = np.geomspace(1e5, 1e9, 8)
     loss = 3.99 + (n / 2.7e4) ** -0.13
     fit = fit_law(points(n[:6], n[:6], loss[:6]), "power_irr")
-    assert (fit.parameters["E"], fit.parameters["alpha"]) == pytest.approx((3.99, 0.13), rel=1e-6)
+    assert (fit.params["E"], fit.params["alpha"]) == pytest.approx((3.99, 0.13), rel=1e-6)
     assert fit.predict(n[7], 1.0) == pytest.approx(loss[7], rel=1e-6)
     slope, level = np.polyfit(np.log(n[:6]), np.log(loss[:6]), 1)  # twin: without the floor
     assert np.exp(level + slope * np.log(n[7])) / loss[7] - 1 == pytest.approx(-0.0227, abs=5e-4)
@@ -155,8 +155,8 @@ def test_units_do_not_matter() -> None:
     scaled = fit_law(points(given.params * 1e-6, given.tokens * 256, given.loss / np.log(2)))
     assert scaled.objective == pytest.approx(fit.objective, rel=1e-9)
     for name in ("alpha", "beta"):
-        assert scaled.parameters[name] == pytest.approx(fit.parameters[name], rel=1e-6)
-    assert scaled.parameters["E"] == pytest.approx(fit.parameters["E"] / np.log(2), rel=1e-6)
+        assert scaled.params[name] == pytest.approx(fit.params[name], rel=1e-6)
+    assert scaled.params["E"] == pytest.approx(fit.params["E"] / np.log(2), rel=1e-6)
     assert scaled.predict(7e3, 256 * 3e11) == pytest.approx(fit.predict(7e9, 3e11) / np.log(2), rel=1e-7)
 
 

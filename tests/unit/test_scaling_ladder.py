@@ -73,10 +73,13 @@ def test_a_ladder_predicts_its_largest_rung_through_the_command(
     assert found["definitions"]["params_fit"].startswith("N of the law: the blocks' matrices")
     assert "residual bootstrap" in one["band"]
     assert "e after 786,432 tokens: predicted" in capsys.readouterr().out
-    flops = [best["flops"] for best in found["frontier"]]
+    flops = [best["flops"] for best in found["frontier"]["best"]]
     assert flops == sorted(flops)
     assert flops[-1] == pytest.approx(10 * 12288 * training_flops_per_image(shape(6, 112)))
-    assert [best["loss"] for best in found["frontier"]] == sorted((b["loss"] for b in found["frontier"]), reverse=True)
+    losses = [best["loss"] for best in found["frontier"]["best"]]
+    assert losses == sorted(losses, reverse=True)
+    assert set(found) >= {"form", "loss", "delta", "objective", "params", "ci95", "se", "n", "dropped", "diagnostics"}
+    assert set(found["record"]) == {"versions", "bootstrap"}
     main(["scaling", "fit", str(folder), "--hold-out", "largest", "--out", str(tmp_path / "again.json")])
     assert (tmp_path / "again.json").read_bytes() == out.read_bytes()
 
