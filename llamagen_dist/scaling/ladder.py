@@ -1,22 +1,23 @@
-"""A folder of finished runs as points of a scaling law, each with its exact size and cost."""
+"""Finished runs as points of a scaling law, each with its exact size and cost: folders here, or runs of a tracker."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from llamagen_dist.build import gpt_config
-from llamagen_dist.config import GPTConfigFile, load
+from llamagen_dist.config import GPTConfigFile, is_remote, load
+from llamagen_dist.data.manifest import MANIFEST, read_manifest
 from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import read_json, read_jsonl
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
-from llamagen_dist.models.gpt import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
-from llamagen_dist.scaling.points import Points
+from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, one_of_a_kind
 
 Count = Literal["blocks", "total"]
 COUNTS: Mapping[Count, str] = {
@@ -27,16 +28,33 @@ COUNTS: Mapping[Count, str] = {
 
 @dataclass(frozen=True)
 class Rung:
-    """One finished run: its model, all its parameters, those of its blocks."""
+    """One finished run: its model, all its parameters, those of its blocks, its learning rate."""
 
     name: str
     config: GPTConfig
     params: int
     blocks: int
+    lr: float
 
     @property
     def flops_per_image(self) -> int:
         return training_flops_per_image(self.config)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder or a tracker says of it.
+
+    sizes: keywords of ``build.gpt_config``. validation: what tells its held-out images from others.
+    """
+
+    name: str
+    source: str
+    config: GPTConfigFile
+    params: int | None
+    sizes: Mapping[str, Any]
+    validation: str
+    rows: Sequence[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,76 +68,155 @@ class Ladder:
     points: Points
     count: Count
     decayed: bool
+    dropped: tuple[Dropped, ...] = ()
 
     def rung(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
 
 
 def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
-    """Every finished run under ``folder``.
+    """Every finished run under ``folder``; see ``of_runs`` and ``runs_in``."""
+    runs, dropped = runs_in([folder])
+    return of_runs(runs, count, AS_NAMED, dropped)
+
+
+def runs_in(folders: Sequence[Path]) -> tuple[list[Run], list[Dropped]]:
+    """The finished GPT runs that these folders are or hold, and what was passed over: unfinished runs, of other kinds.
+
+    Raises UserError: no run, a run of another kind that was itself named, a damaged file, token shards that are gone.
+    """
+    paths: list[Path] = []
+    dropped: list[Dropped] = []
+    for folder in folders:
+        is_run = (folder / "metrics.jsonl").is_file() or (folder / "summary.json").is_file()
+        candidates = [folder] if is_run else sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+        finished = [path for path in candidates if (path / "summary.json").is_file()]
+        if not is_run:  # one whose metrics are gone is a damaged run, not an unfinished one
+            finished = sorted({*finished, *(path.parent for path in folder.glob("*/summary.json"))})
+        dropped += [Dropped(str(path), _how_far(path)) for path in candidates if path not in finished]
+        if not finished:
+            passed = f" ({len(candidates)} are not finished)" if candidates else ""
+            raise UserError(
+                f"{folder}: no finished run in it{passed} (a finished run has a summary.json); train the ladder first"
+            )
+        for path in finished:
+            if path.resolve() in {other.resolve() for other in paths}:
+                dropped.append(Dropped(str(path), "given twice"))
+            else:
+                paths.append(path)
+    runs = []
+    for path in paths:
+        config = load(path / "config.yaml", kind="gpt" if path in folders else None)
+        if isinstance(config, GPTConfigFile):
+            runs.append(_run(path, config))
+        else:
+            dropped.append(Dropped(str(path), f"a run of kind {config.kind}"))
+    if not runs:
+        raise UserError(f"{folders[0]}: its runs are of another kind ({dropped[-1].why}); a law is fitted to GPT runs")
+    return runs, dropped
+
+
+def _how_far(folder: Path) -> str:
+    """Why an unfinished run is left out."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    seen = max((float(row.get("images_seen") or 0) for row in rows), default=0.0)
+    return f"not finished ({seen:,.0f} images)"
+
+
+def _run(folder: Path, config: GPTConfigFile) -> Run:
+    summary = read_json(folder / "summary.json")
+    manifest = manifest_of(config.data.train, config.data)
+    path = folder / "metrics.jsonl"
+    try:
+        rows = [(f"{path}, after {row.get('images_seen')} images", row) for row in read_jsonl(path, strict=True)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as metrics ({error}); restore the file") from None
+    name = str(summary.get("name", folder.name))
+    sizes = manifest.gpt_sizes(config.data.train)
+    return Run(name, str(folder), config, summary.get("params"), sizes, held_out_images(config), rows)
+
+
+def held_out_images(config: GPTConfigFile) -> str:
+    """The validation shards' content where they are here, so that a moved copy is the same; else their path."""
+    where = config.data.validation
+    known = not is_remote(where) and (Path(where) / MANIFEST).is_file()
+    content = read_manifest(Path(where)).fingerprint()[:12] if known else str(where)
+    return f"{content}, {config.validation.images or 'all'} images"
+
+
+def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequence[Dropped] = ()) -> Ladder:
+    """The points of runs, with exact sizes and FLOPs.
 
     A validation at a constant rate is the end of a shorter run; one after a cooldown is not comparable with it. So
     the points lie before any cooldown, unless every run has one: then they are the runs' ends.
-    Raises UserError: no runs, a damaged file, token shards that are gone, runs with nothing to compare.
+    Raises UserError: runs measured on other images or with other tokens, nothing to compare, a size that is not what
+    the run counted.
     """
-    paths = sorted(path.parent for path in folder.glob("*/summary.json"))
-    if not paths:
-        raise UserError(f"{folder}: no finished run in it (a finished run has a summary.json); train the ladder first")
-    configs = [(path, _config(path)) for path in paths]
-    decayed = all(config.optim.constant_until < math.inf for _, config in configs)
-    measured_rungs = sorted(
-        (_rung(*pair, decayed) for pair in configs), key=lambda pair: (pair[0].params, pair[0].name)
-    )
-    rows = [
-        (float(rung.params if count == "total" else rung.blocks), tokens, loss, rung.name, source)
-        for rung, measured in measured_rungs
-        for tokens, loss, source in measured
-    ]
+    one_of_a_kind(((run.validation, run.source) for run in runs), "validation set")
+    one_of_a_kind(((f"{run.sizes['vocab_size']} codes", run.source) for run in runs), "vocabulary")
+    one_of_a_kind(((f"{run.sizes['image_tokens']} tokens", run.source) for run in runs), "image length")
+    decayed = all(run.config.optim.constant_until < math.inf for run in runs)
+    left_out = list(dropped)
+    rungs, rows = [], []
+    names = _names(runs)
+    for run in runs:
+        rung = _rung(run, names[run.source])
+        rungs.append(rung)
+        for images, loss, source in _measured(run, decayed, options, left_out):
+            tokens, flops = images * rung.config.image_tokens, images * rung.flops_per_image
+            size = float(rung.params if count == "total" else rung.blocks)
+            rows.append((size, tokens, loss, rung.name, source, flops, rung.lr, float(rung.config.dim)))
     if not rows:
-        raise UserError(f"{folder}: its runs have no held-out loss; train them with validation.at_images")
-    params, tokens, loss, names, sources = zip(*rows, strict=True)
-    points = Points(np.array(params), np.array(tokens), np.array(loss), names, sources)
-    return Ladder(tuple(rung for rung, _ in measured_rungs), points, count, decayed)
+        raise UserError(f"{runs[0].source}: the runs have no held-out loss; train them with validation.at_images")
+    order = {rung.name: i for i, rung in enumerate(sorted(rungs, key=lambda rung: (rung.params, rung.name)))}
+    rows.sort(key=lambda row: order[row[3]])  # stable: along a run as measured
+    params, tokens_, losses, called, sources, flops_, lrs, widths = zip(*rows, strict=True)
+    also = {"flops": np.array(flops_), "lr": np.array(lrs), "width": np.array(widths)}
+    points = Points(np.array(params), np.array(tokens_), np.array(losses), called, sources, also)
+    return Ladder(tuple(sorted(rungs, key=lambda rung: order[rung.name])), points, count, decayed, tuple(left_out))
 
 
-def _config(folder: Path) -> GPTConfigFile:
-    config = load(folder / "config.yaml", kind="gpt")
-    assert isinstance(config, GPTConfigFile)
-    return config
+def _names(runs: Sequence[Run]) -> dict[str, str]:
+    """Source -> name; runs of one name from several folders are told apart by their folders."""
+    called = [run.name for run in runs]
+    return {
+        run.source: run.name if called.count(run.name) == 1 else f"{Path(run.source).parent.name}/{run.name}"
+        for run in runs
+    }
 
 
-def _rung(folder: Path, config: GPTConfigFile, decayed: bool) -> tuple[Rung, list[tuple[float, float, str]]]:
-    summary = read_json(folder / "summary.json")
-    manifest = manifest_of(config.data.train, config.data)
-    model = gpt_config(config.model, **manifest.gpt_sizes(config.data.train))
+def _rung(run: Run, name: str) -> Rung:
+    model = gpt_config(run.config.model, **run.sizes)
     total = total_parameters(model)
-    if summary.get("params") != total:
+    if run.params != total:
         raise UserError(
-            f"{folder}: summary.json counts {summary.get('params')} parameters, but its config and the token shards "
-            f"{config.data.train} give {total}; the shards were made again since, so train the run again"
+            f"{run.source}: summary.json counts {run.params} parameters, but its config and the token shards "
+            f"{run.config.data.train} give {total}; the shards were made again since, so train the run again"
         )
-    rung = Rung(str(summary.get("name", folder.name)), model, total, non_embedding(model))
-    last = math.inf if decayed else config.optim.constant_until
-    measured = _measured(folder, last, model.image_tokens)
+    return Rung(name, model, total, non_embedding(model), run.config.optim.lr)
+
+
+def _measured(run: Run, decayed: bool, options: Options, left_out: list[Dropped]) -> Iterator[tuple[float, float, str]]:
+    """(images seen, held-out loss, where it stands) of the validations that are points."""
+    last = math.inf if decayed else run.config.optim.constant_until
+    metric = options.metric or "val_loss"
+    measured = []
+    for source, row in run.rows:
+        if metric not in row:
+            continue
+        try:
+            seen, loss = float(row["images_seen"]), float(row[metric])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source}: cannot be read as metrics ({error}); restore the file") from None
+        if seen <= 0 or seen > last:
+            continue
+        if options.drop_bad and not (math.isfinite(seen) and math.isfinite(loss) and loss > 0):
+            left_out.append(Dropped(source, f"{metric} is {loss:g}"))
+        else:  # NaN passes, for Points to name it
+            measured.append((seen, loss, source))
     if last < math.inf and not measured:
         raise UserError(
-            f"{folder}: its rate decays from image {last} on, and it has no held-out loss before that to compare with "
-            "the runs at a constant rate; validate at or before optim.cooldown_from, or take it out of the folder"
+            f"{run.source}: its rate decays from image {last} on, and it has no held-out loss before that to compare "
+            "with the runs at a constant rate; validate at or before optim.cooldown_from, or take it out of the folder"
         )
-    return rung, measured[-1:] if decayed else measured
-
-
-def _measured(folder: Path, last: float, tokens_per_image: int) -> list[tuple[float, float, str]]:
-    """(tokens seen, held-out loss, where it stands) of the validations up to image ``last``."""
-    path = folder / "metrics.jsonl"
-    measured = []
-    try:
-        for values in read_jsonl(path, strict=True):
-            if "val_loss" not in values:
-                continue
-            seen, loss = float(values["images_seen"]), float(values["val_loss"])
-            if not (seen <= 0 or seen > last):  # NaN passes, for Points to name it
-                measured.append((seen * tokens_per_image, loss, f"{path}, after {seen:,.0f} images"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as metrics ({error}); restore the file") from None
-    return measured
+    yield from measured[-1:] if decayed else measured

@@ -1,22 +1,41 @@
-"""Measured points (parameters, tokens, loss) and their CSV form."""
+"""Measured points (parameters, tokens, loss), and tables of them: CSV files and rows of a tracker."""
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.files import read_jsonl
 from llamagen_dist.scaling.laws import Floats
 
 _COLUMNS = ("params", "tokens", "loss")
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "params": ("N", "n_params", "num_params", "parameters", "model_size", "non_embedding_params"),
+    "tokens": ("D", "n_tokens", "num_tokens", "training_tokens", "train_tokens", "tokens_seen", "total_tokens"),
+    "loss": ("L", "val_loss", "loss/val", "val/loss", "eval/loss", "validation_loss", "valid_loss", "final_loss"),
+    "flops": ("C", "compute", "training_flops", "train_flops", "total_flops", "training flop"),
+    "run": ("run_id", "run_name", "name", "id"),
+    "lr": ("learning_rate", "optim.lr", "peak_lr", "max_lr"),
+    "width": ("dim", "d_model", "hidden_size", "model.dim", "n_embd"),
+    "unique": ("unique_tokens", "U", "data_size"),
+    "vocab": ("vocab_size",),
+    "validation": ("validation_set", "val_set", "data.validation"),
+}
+"""What a law needs -> the headers that other people's tables have for it; single letters count as written."""
+FEWEST_TOKENS_PER_PARAMETER = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
     """params, tokens, loss: float64 [n], all positive and finite. runs: n names; points of one run share its name.
+    also: what else is known of every point, float64 [n] each: ``flops``, ``unique`` (tokens), ``lr``, ``width``.
 
     Raises UserError that names the first bad point, by ``sources`` (such as file lines) where they are given.
     """
@@ -26,19 +45,20 @@ class Points:
     loss: Floats
     runs: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    also: Mapping[str, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.params) == len(self.tokens) == len(self.loss) == len(self.runs):
             raise ValueError("params, tokens, loss and runs differ in length")
         for name in _COLUMNS:
             values = getattr(self, name)
-            bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+            bad = np.flatnonzero(~_usable(values))
             if len(bad):
                 source = self.sources[bad[0]] if self.sources else f"point {bad[0] + 1} (run {self.runs[bad[0]]})"
                 raise UserError(
                     f"{source}: {name} is {values[bad[0]]:g}, and a law is fitted to logarithms, so every {name} must "
                     f"be a positive number; correct or remove "
-                    f"{'it' if len(bad) == 1 else f'all {len(bad)} such points'}"
+                    f"{'it' if len(bad) == 1 else f'all {len(bad)} such points'}, or give --drop-bad"
                 )
 
     def __len__(self) -> int:
@@ -53,20 +73,64 @@ class Points:
             self.loss[chosen],
             tuple(self.runs[i] for i in picked),
             tuple(self.sources[i] for i in picked) if self.sources else (),
+            {name: values[chosen] for name, values in self.also.items()},
         )
 
+    @property
+    def flops(self) -> Floats:
+        """Training FLOPs of every point; 6 N D where nothing better is known."""
+        return self.also.get("flops", 6 * self.params * self.tokens)
 
-def read_csv(path: Path) -> Points:
-    """Columns params, tokens, loss and, where several points belong to one run, run. Raises UserError."""
+
+def _usable(values: Floats) -> np.ndarray:
+    return np.isfinite(values) & (values > 0)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How what was measured is read.
+
+    metric: the column or key that is fitted in place of the held-out loss.
+    columns: what a law needs -> the header that stands for it, before the names that are recognised.
+    drop_bad: leave out and count points that are not positive numbers, rather than refuse them.
+    vocab: of the tokens, for the check of units. tokens_per_image: the tokens column counts images of so many tokens.
+    bits: the loss is in bits per token. as_given: no check of units.
+    """
+
+    metric: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    drop_bad: bool = False
+    vocab: int = 16384
+    tokens_per_image: int = 1
+    bits: bool = False
+    as_given: bool = False
+
+
+AS_NAMED = Options()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Something that was left out, and why; in the result's ``dropped``."""
+
+    what: str
+    why: str
+
+
+def read_table(path: Path, options: Options) -> tuple[Points, list[Dropped], list[str]]:
+    """A CSV file, or JSON lines with a point each; see ``table``. Raises UserError."""
+    if path.suffix == ".jsonl":
+        lines = enumerate(read_jsonl(path, strict=True), 1)
+        return objects_table([(f"{path}, object {number}", line) for number, line in lines], str(path), options)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return parse_csv(text, str(path))
+    return parse_csv(text, str(path), options)
 
 
-def parse_csv(text: str, name: str) -> Points:
-    """As read_csv, from the text; ``name`` stands for the file in messages."""
+def parse_csv(text: str, name: str, options: Options = AS_NAMED) -> tuple[Points, list[Dropped], list[str]]:
+    """As ``table``, from a CSV file's text; ``name`` stands for the file in messages."""
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
@@ -75,31 +139,197 @@ def parse_csv(text: str, name: str) -> Points:
     if not rows:
         raise UserError(f"{name}: empty; it needs a header with the columns params, tokens and loss")
     header = [cell.strip() for cell in rows[0][1]]
-    for column in _COLUMNS:
-        if header.count(column) != 1:
-            fault = "missing" if column not in header else "there twice"
-            raise UserError(
-                f"{name}: the column {column} is {fault} (the header has {', '.join(header)[:200]}); "
-                "it needs params, tokens, loss and, for several points of one run, run"
-            )
     if len(rows) == 1:
+        recognise(header, name, options)
         raise UserError(f"{name}: a header and no runs; add one line for each measured point")
-    values: dict[str, list[float]] = {column: [] for column in _COLUMNS}
-    runs, sources = [], []
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(f"{name}, line {line}: {len(row)} cells under a header of {len(header)}; correct the line")
-        cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
-        for column in _COLUMNS:
-            values[column].append(_number(cells[column], column, f"{name}, line {line}"))
-        runs.append(cells.get("run") or f"line {line}")
-        sources.append(f"{name}, line {line}")
-    arrays = {column: np.array(numbers, float) for column, numbers in values.items()}
-    return Points(**arrays, runs=tuple(runs), sources=tuple(sources))
+    return table(header, [(f"{name}, line {line}", row) for line, row in rows[1:]], name, options)
 
 
-def _number(text: str, column: str, source: str) -> float:
+def objects_table(
+    objects: Sequence[tuple[str, Mapping[str, Any]]], name: str, options: Options
+) -> tuple[Points, list[Dropped], list[str]]:
+    """As ``table``, from nested objects: (where it stands, object), whose keys are joined by dots.
+
+    Objects without the loss are no points (lines of training steps, runs that were never validated).
+    """
+    flat = [(source, flattened(value)) for source, value in objects]
+    header = list(dict.fromkeys(key for _, value in flat for key in value))
+    at = recognise(header, name, options)
+    measured = [(source, value) for source, value in flat if header[at["loss"]] in value]
+    points, dropped, notes = table(
+        header, [(source, [value.get(key) for key in header]) for source, value in measured], name, options
+    )
+    dropped += [Dropped(source, "no loss") for source, value in flat if header[at["loss"]] not in value]
+    return points, dropped, notes
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flattened(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def table(
+    header: Sequence[str], rows: Sequence[tuple[str, Sequence[Any]]], name: str, options: Options
+) -> tuple[Points, list[Dropped], list[str]]:
+    """Points of a table, what was dropped of it, and what was recognised or assumed.
+
+    header: columns as their owner calls them (NAMES). rows: where each stands, and its cells.
+    Raises UserError: a column missing or ambiguous, a cell that is no number, units that cannot be meant, one run with
+    two losses after the same tokens, validation sets or vocabularies that differ.
+    """
+    at = recognise(header, name, options)
+    notes = [f"{name}: {header[i]} is read as {role}" for role, i in at.items() if header[i] != role]
+    dropped: list[Dropped] = []
+    kept: list[tuple[str, str, dict[str, float]]] = []
+    seen: dict[tuple[str, float, float], tuple[float, str]] = {}
+    for source, row in rows:
+        run = str(row[at["run"]]).strip() if "run" in at else ""
+        numbers = {role: _number(row[i], role, source) for role, i in at.items() if role not in _WORDS}
+        numbers = _converted(numbers, options)
+        wrong = [role for role in _COLUMNS if not _usable(np.array(numbers[role]))]
+        if wrong and options.drop_bad:
+            dropped.append(Dropped(source, f"{wrong[0]} is {numbers[wrong[0]]:g}"))
+            continue
+        key = (run, numbers["params"], numbers["tokens"])
+        before = seen.get(key) if run else None
+        if before is not None and before[0] == numbers["loss"]:
+            dropped.append(Dropped(source, f"the same as {before[1]}"))
+            continue
+        if before is not None and "lr" not in at:
+            raise UserError(
+                f"{source}: {run} has the loss {numbers['loss']:g}, and {before[0]:g} at {before[1]}, after the same "
+                "tokens; give repeated runs names of their own, or remove one"
+            )
+        seen[key] = (numbers["loss"], source)
+        kept.append((source, run or source.removeprefix(f"{name}, "), numbers))
+    if not kept:
+        raise UserError(f"{name}: nothing is left of its {len(rows)} rows ({_reasons(dropped)})")
+    for role in ("vocab", "validation"):
+        if role in at:
+            one_of_a_kind(((str(row[at[role]]), source) for source, row in rows), role)
+    sources, runs, values = zip(*kept, strict=True)
+    columns = {role: np.array([numbers[role] for numbers in values]) for role in values[0]}
+    also = {role: columns[role] for role in ("flops", "unique", "lr", "width") if role in columns}
+    points = Points(columns["params"], columns["tokens"], columns["loss"], runs, sources, also)
+    if "tokens" not in at:
+        notes.append(f"{name}: it has no tokens, taken as flops / (6 params)")
+    if not options.as_given and options.metric is None:
+        check_units(points, options.vocab)
+    return points, dropped, notes
+
+
+_WORDS = ("run", "vocab", "validation")  # columns that are no numbers to compute with
+
+
+def recognise(header: Sequence[str], name: str, options: Options) -> dict[str, int]:
+    """What a law needs -> its column. A header of our own name goes before others; --columns before both."""
+    counted = Counter(header)
+    at: dict[str, int] = {}
+    for role, aliases in NAMES.items():
+        wanted = options.columns.get(role, options.metric if role == "loss" else None)
+        if wanted is not None and wanted not in counted:
+            raise UserError(f"{name}: there is no column {wanted} to read {role} from; it has {_listed(header)}")
+        ours = wanted or role
+        words = {alias if len(alias) == 1 else alias.lower() for alias in aliases}
+        there = [head for head in header if head == ours]
+        if not there:
+            there = [head for head in header if (head if len(head) == 1 else _plain(head)) in words]
+        if len(there) > 1 and role in _COLUMNS:
+            fault = "is there twice" if len(set(there)) == 1 else f"could be {' or '.join(there)}"
+            raise UserError(
+                f"{name}: the column {role} {fault} (the header has {_listed(header)}); say which with "
+                f"--columns {role}={there[0]}, or remove one"
+            )
+        if there:
+            at[role] = list(header).index(there[0])
+    missing = [role for role in _COLUMNS if role not in at and not (role == "tokens" and "flops" in at)]
+    if missing:
+        raise UserError(
+            f"{name}: the column {missing[0]} is missing (the header has {_listed(header)}); it needs params, tokens, "
+            f"loss and, for several points of one run, run; others are named with --columns {missing[0]}=HEADER"
+        )
+    return at
+
+
+def _plain(head: str) -> str:
+    return head.strip().lower().replace("-", "_")
+
+
+def _listed(header: Sequence[str]) -> str:
+    return ", ".join(header)[:200]
+
+
+def _number(cell: Any, role: str, source: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{source}: {column} is {text[:60]!r}, not a number; correct or remove the line") from None
+        return float(cell)
+    except (TypeError, ValueError):
+        if role not in (*_COLUMNS, "flops"):
+            return math.nan  # known of some rows only
+        shown = str(cell)[:60]
+        raise UserError(f"{source}: {role} is {shown!r}, not a number; correct or remove the line") from None
+
+
+def _converted(numbers: dict[str, float], options: Options) -> dict[str, float]:
+    """In tokens and nats; tokens from flops where they are not given."""
+    if "tokens" not in numbers:
+        numbers["tokens"] = numbers["flops"] / (6 * numbers["params"]) if numbers["params"] else math.nan
+    numbers["tokens"] *= options.tokens_per_image
+    if options.bits:
+        numbers["loss"] *= math.log(2)
+    return numbers
+
+
+def check_units(points: Points, vocab: int) -> None:
+    """Raises UserError that asks, where a loss is worse than guessing or tokens are implausibly few."""
+    worst, fewest = int(points.loss.argmax()), int((points.tokens / points.params).argmin())
+    where = points.sources or points.runs
+    if points.loss[worst] > math.log(vocab):
+        raise UserError(
+            f"{where[worst]}: loss is {points.loss[worst]:g}, more than ln {vocab} = {math.log(vocab):.4g} nats per "
+            "token, which guessing gives: is it in bits (--bits), per image, or of another vocabulary (--vocab)? "
+            "--as-given takes it as it is"
+        )
+    ratio = points.tokens[fewest] / points.params[fewest]
+    if ratio < FEWEST_TOKENS_PER_PARAMETER:
+        raise UserError(
+            f"{where[fewest]}: {points.tokens[fewest]:g} tokens for {points.params[fewest]:g} parameters are "
+            f"{ratio:.2g} each: does the column count images (--tokens-per-image N)? --as-given takes it as it is"
+        )
+
+
+def one_of_a_kind(values: Iterator[tuple[str, str]], what: str) -> None:
+    """values: (value, where it stands). Raises UserError where they differ: such losses are not comparable."""
+    first: tuple[str, str] | None = None
+    for value, where in values:
+        first = first or (value, where)
+        if value != first[0]:
+            raise UserError(
+                f"{where} has another {what} ({value}) than {first[1]} ({first[0]}): losses of the two cannot be "
+                "compared; fit them apart"
+            )
+
+
+def _reasons(dropped: Sequence[Dropped]) -> str:
+    return "; ".join(f"{count} x {why}" for why, count in Counter(one.why for one in dropped).most_common(3))
+
+
+def together(parts: Sequence[Points]) -> Points:
+    """All points of several sources; what only some of them know is left out."""
+    shared = [name for name in parts[0].also if all(name in part.also for part in parts)]
+    return Points(
+        np.concatenate([part.params for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.loss for part in parts]),
+        tuple(run for part in parts for run in part.runs),
+        tuple(source for part in parts for source in part.sources),
+        {name: np.concatenate([part.also[name] for part in parts]) for name in shared},
+    )

@@ -226,7 +226,7 @@ CSV = "params,tokens,loss,run\n1e6,2e7,3.5,a\n2e6,2e7,3.25,b\n"
         ("", "runs.csv: empty; it needs a header"),
         ("params,tokens,loss\n", "runs.csv: a header and no runs"),
         (CSV.splitlines()[0] + "\n\n , , ,\n", "runs.csv: a header and no runs"),
-        (CSV.replace("loss", "val_loss"), "the column loss is missing"),
+        (CSV.replace("loss", "train_loss"), "the column loss is missing"),
         (CSV.replace("run\n", "loss\n"), "the column loss is there twice"),
         (CSV.replace("3.25", "n/a"), "runs.csv, line 3: loss is 'n/a', not a number"),
         (CSV.replace("3.25", "-1"), "runs.csv, line 3: loss is -1, and"),

@@ -1,0 +1,458 @@
+"""``llamagen scaling advise``: from a fitted law and a budget to the model to train, with what is not known of it."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamagen_dist.config import GPTConfigFile
+from llamagen_dist.errors import UserError
+from llamagen_dist.files import sha256_file
+from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.planning import layouts
+from llamagen_dist.planning.plan import Machine
+from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap
+from llamagen_dist.scaling.fit import Fit, fit_law
+from llamagen_dist.scaling.laws import Floats
+from llamagen_dist.scaling.points import Points
+from llamagen_dist.scaling.shapes import Shapes, family
+
+FLAT = 1e-3
+"""Sizes whose predicted loss is within this share of the best are as good as the best."""
+FAR = 10.0
+"""Beyond this multiple of the largest measured compute a prediction is called an extrapolation."""
+WORST_REPEATS = 5.5
+"""R_D*, where nobody knows it: the lower end of the 95 % interval on the only public data (182 language models; it has
+no upper end). Images with crops and flips may be far better; so the band's other end treats repeats as fresh."""
+GLOBAL_BATCH = 256
+_ROWS = 8
+_APART = 1.12  # rows of the table differ at least by this factor in N
+_FORMS = ("chinchilla", "chinchilla_tied")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """flops: the budget. target: a loss to reach. unique: images; what is shown beyond them is a repeat.
+    repeats: R_D*, how many repeats of the data are worth training on; None: not known."""
+
+    machine: Machine
+    flops: float | None = None
+    target: float | None = None
+    unique: float | None = None
+    repeats: float | None = None
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A fit again, from the points of its JSON file, with all its resamples.
+
+    refused: why there are none. like: a model of the runs' family. count: what N is.
+    """
+
+    fit: Fit
+    resampled: Bootstrap | None
+    refused: str | None
+    like: GPTConfig
+    count: str
+    notes: tuple[str, ...]
+    largest: float
+    """FLOPs of the most expensive point."""
+    source: Mapping[str, Any]
+
+    def predict(self, size: Floats | float, tokens: Floats | float) -> Floats:
+        return self.fit.predict(size, tokens)
+
+
+def read_fit(path: Path) -> Basis:
+    """What ``llamagen scaling fit`` wrote. Raises UserError: another file, or points that no longer give its fit."""
+    try:
+        found = json.loads(path.read_text())
+        rows = [row for row in found["points"] if not row["held_out"]]
+        columns = {key: np.array([float(row[key]) for row in rows]) for key in ("params_fit", "tokens", "loss")}
+        also = {"flops": np.array([float(row["flops"]) for row in rows])} if "flops" in rows[0] else {}
+        points = Points(
+            columns["params_fit"], columns["tokens"], columns["loss"], tuple(row["name"] for row in rows), (), also
+        )
+        record, objective = found["record"], float(found["objective"])
+        form, loss, delta = found["form"], found["loss"], found["delta"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: not a result of llamagen scaling fit ({error!r})") from None
+    fit = fit_law(points, form, loss, 1e-3 if delta is None else delta)
+    if not math.isclose(fit.objective, objective, rel_tol=1e-6, abs_tol=1e-12):
+        raise UserError(
+            f"{path}: its points give the objective {fit.objective:.9g}, not the {objective:.9g} it states; it was "
+            "changed, or made by another version: run llamagen scaling fit again"
+        )
+    resampled, refused = None, None
+    try:
+        resampled = bootstrap(fit)
+    except UserError as error:
+        refused = str(error)
+    notes = []
+    if "model" in record:
+        like = GPTConfig(**record["model"])
+    else:
+        like = GPTConfig(n_layer=12, n_head=12, dim=768)
+        notes.append("the fit does not say which models it is of: LlamaGen's, of 256 tokens from 16384 codes, assumed")
+    count = record.get("count")
+    if count is None:
+        count = "total"
+        notes.append("the fit does not say what its N counts: all parameters assumed")
+    source = {"path": str(path), "sha256": sha256_file(path), "form": form}
+    return Basis(fit, resampled, refused, like, count, tuple(notes), float(points.flops.max()), source)
+
+
+def effective(tokens: Floats | float, unique: float | None, repeats: float) -> Floats:
+    """Fresh tokens that are worth as much as ``tokens`` of which only ``unique`` are different ones.
+
+    Muennighoff et al. 2023: U (1 + R* (1 - exp(-R / R*))) for R = D / U - 1 repeats.
+    """
+    d = np.asarray(tokens, float)
+    if unique is None:
+        return d
+    extra = np.maximum(d / unique - 1, 0)
+    worth = repeats * -np.expm1(-extra / repeats) if math.isfinite(repeats) else extra
+    return np.minimum(d, unique) + unique * worth
+
+
+def advise(basis: Basis, ask: Ask) -> dict[str, Any]:
+    """The answer as JSON-serialisable values. Raises UserError where the law cannot answer: no terms for both size
+    and tokens, a loss that does not fall, a target below the floor, nothing that fits."""
+    _answers(basis)
+    shapes = family(basis.like)
+    repeats, where = _repeats(basis, ask)
+    planner = Planner(basis, shapes, ask, repeats)
+    warnings = [*basis.notes, *basis.fit.warnings]
+    if where and ask.unique is not None:
+        warnings.append(where)
+    if basis.refused:
+        warnings.append(f"no bands: {basis.refused}")
+    result: dict[str, Any] = {"fit": dict(basis.source), "machine": _machine(ask)}
+    flops = ask.flops
+    if ask.target is not None:
+        result["target"] = planner.cheapest(ask.target)
+        flops = result["target"]["flops"] if flops is None else flops
+    assert flops is not None
+    result["budget"] = {"flops": flops, "gpu_hours": planner.hours(flops)}
+    result |= planner.table(flops)
+    if result["extrapolated"]:
+        warnings.append(
+            f"{flops:.3g} FLOPs are {flops / basis.largest:.3g} times the most expensive run the law was fitted to: an "
+            f"extrapolation; bands are widened to what the forms {', '.join(result['forms'])} say"
+        )
+    result["next_runs"] = planner.next_runs(flops)
+    result["warnings"] = warnings
+    result["record"] = {
+        "unique_images": ask.unique,
+        "repeats_worth": None if ask.unique is None else repeats,
+        "params_fit": basis.count,
+        "bands": None if basis.resampled is None else basis.resampled.method,
+        "global_batch": GLOBAL_BATCH,
+    }
+    return result
+
+
+def _answers(basis: Basis) -> None:
+    """Raises UserError unless more parameters and more tokens both help in the fitted law."""
+    fit, points = basis.fit, basis.fit.points
+    n, d = float(np.exp(np.log(points.params).mean())), float(np.exp(np.log(points.tokens).mean()))
+    middle, larger, longer = (float(fit.predict(*at)) for at in ((n, d), (10 * n, d), (n, 10 * d)))
+    for name, better in (("parameters", larger), ("tokens", longer)):
+        if better >= middle * (1 - 1e-9):
+            raise UserError(
+                f"{basis.source['path']}: in this {fit.law.name} law more {name} do not lower the loss, so no budget "
+                "can be divided by it; fit a form with both, to runs of several sizes and lengths"
+            )
+
+
+def _repeats(basis: Basis, ask: Ask) -> tuple[float, str | None]:
+    """R_D*, and what to say of it."""
+    fitted = basis.fit.params.get("R_D")
+    if ask.repeats is not None:
+        return ask.repeats, None
+    if fitted is not None:
+        return fitted, None
+    return WORST_REPEATS, (
+        f"how much repeated images are worth is not known for images: losses count with R_D* = {WORST_REPEATS:g}, the "
+        "low end of what language models showed, and bands reach to repeats as good as fresh ones; --repeats-worth "
+        "gives another"
+    )
+
+
+def _machine(ask: Ask) -> dict[str, Any]:
+    machine = ask.machine
+    peak = machine.device.peaks[ask.precision]
+    given = "given" if machine.mfu_given else "assumed"
+    return {
+        "gpu": machine.device.name, "gpus": machine.gpus, "mfu": machine.mfu, "mfu_is": given, "peak_flops": peak
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """One law, one family of models, one machine. repeats: R_D*."""
+
+    basis: Basis
+    shapes: Shapes
+    ask: Ask
+    repeats: float
+
+    @property
+    def unique(self) -> float | None:
+        """Unique tokens."""
+        return None if self.ask.unique is None else self.ask.unique * self.basis.like.image_tokens
+
+    def hours(self, flops: float) -> float:
+        """GPU-hours at the machine's MFU."""
+        machine = self.ask.machine
+        return flops / (machine.mfu * machine.device.peaks[self.ask.precision]) / 3600
+
+    def curve(self, theta: Floats, flops: float) -> tuple[Floats, Floats]:
+        """Sizes [m] and losses [r, m] along one budget, for parameter sets theta [r, k]."""
+        points = self.basis.fit.points
+        known = self.shapes.sizes(self.basis.count)
+        low, high = max(known.min(), points.params.min() / 1e3), min(known.max(), points.params.max() * 1e5)
+        size = np.geomspace(low, high, 500)
+        tokens = flops / self.shapes.flops_at(size, self.basis.count)
+        return size, self.basis.fit.predict_with(theta, size, effective(tokens, self.unique, self.repeats))
+
+    def best_sizes(self, theta: Floats, flops: float) -> Floats:
+        """log N* for each parameter set, [r]; between the grid's sizes by a parabola."""
+        size, losses = self.curve(theta, flops)
+        at = np.clip(losses.argmin(axis=1), 1, len(size) - 2)
+        rows = np.arange(len(losses))
+        left, middle, right = losses[rows, at - 1], losses[rows, at], losses[rows, at + 1]
+        bend = left - 2 * middle + right
+        shift = np.where(bend > 0, (left - right) / (2 * np.where(bend > 0, bend, 1)), 0)
+        return np.log(size[at]) + np.clip(shift, -1, 1) * math.log(size[1] / size[0])
+
+    def table(self, flops: float) -> dict[str, Any]:
+        """The ranked configs, the optimum between them, the flat range, and whether this is an extrapolation."""
+        size = self.shapes.sizes(self.basis.count)
+        tokens = flops / self.shapes.flops
+        losses = self.basis.predict(size, effective(tokens, self.unique, self.repeats))
+        order = np.argsort(losses, kind="stable")
+        flat = losses <= losses.min() * (1 + FLAT)
+        extrapolated = flops > FAR * self.basis.largest
+        forms = self._forms() if extrapolated else {}
+        rows: list[dict[str, Any]] = []
+        too_large: list[int] = []
+        shown: list[float] = []
+        for i in order:
+            near = any(1 / _APART < size[i] / other < _APART for other in shown)
+            if len(rows) == _ROWS or near:
+                continue
+            layout = self._layout(self.shapes.configs[i])
+            shown.append(size[i])
+            if layout is None:
+                too_large.append(int(i))
+                continue
+            rows.append(self._row(i, flops, tokens[i], float(losses[i]), layout, forms))
+        if not rows:
+            raise UserError(
+                f"none of the best sizes fits on {self.ask.machine.gpus} x {self.ask.machine.device.name}; give more "
+                "--gpus or another --gpu"
+            )
+        for rank, row in enumerate(rows, 1):
+            row["rank"] = rank
+        return {
+            "extrapolated": extrapolated,
+            "forms": list(forms),
+            "configs": rows,
+            "does_not_fit": [self._shape(i) for i in too_large],
+            "optimum": self._optimum(flops),
+            "flat": {
+                "within": FLAT,
+                "params": [float(self.shapes.params[flat].min()), float(self.shapes.params[flat].max())],
+                "tokens": [float(tokens[flat].min()), float(tokens[flat].max())],
+            },
+        }
+
+    def _shape(self, i: int) -> dict[str, int]:
+        config = self.shapes.configs[i]
+        return {"n_layer": config.n_layer, "n_head": config.n_head, "dim": config.dim}
+
+    def _row(
+        self, i: int, flops: float, tokens: float, loss: float, layout: dict[str, Any], forms: Mapping[str, Fit]
+    ) -> dict[str, Any]:
+        images = tokens / self.basis.like.image_tokens
+        hours = self.hours(flops)
+        size = self.shapes.sizes(self.basis.count)[i]
+        row: dict[str, Any] = {
+            **self._shape(i),
+            "params": float(self.shapes.params[i]),
+            "params_fit": float(size),
+            "tokens": float(tokens),
+            "images": float(images),
+            "loss": loss,
+            "gpu_hours": hours,
+            "hours": hours / self.ask.machine.gpus,
+            "layout": layout,
+        }
+        if self.ask.unique is not None:
+            row["epochs"] = float(images / self.ask.unique)
+        if (band := self._band(float(size), float(tokens), forms)) is not None:
+            row["ci95"] = band
+        return row
+
+    def _band(self, size: float, tokens: float, forms: Mapping[str, Fit]) -> list[float] | None:
+        """95 % for a new run; from repeats as good as fresh tokens to what ``repeats`` says; over all forms."""
+        fit, resampled = self.basis.fit, self.basis.resampled
+        if resampled is None:
+            return None
+        used = float(effective(tokens, self.unique, self.repeats))
+        n, d = np.array([size, size]), np.array([tokens, used])
+        low, high = resampled.band(fit, n, d)
+        others = [float(other.predict(size, at)) for other in forms.values() for at in (tokens, used)]
+        return [float(min([low[0], *others])), float(max([high[1], *others]))]
+
+    def _forms(self) -> dict[str, Fit]:
+        """The same points under other forms: far from the points they disagree more than resamples of one do."""
+        fits = {}
+        for form in _FORMS:
+            try:
+                fits[form] = fit_law(self.basis.fit.points, form, self.basis.fit.loss, 1e-3)
+            except UserError:
+                continue
+        return fits
+
+    def _optimum(self, flops: float) -> dict[str, Any]:
+        """N* between the buildable sizes, D* and D / N, with 95 % intervals over the resamples."""
+        fit, resampled = self.basis.fit, self.basis.resampled
+        best = float(np.exp(self.best_sizes(fit.theta[None], flops)[0]))
+        found = {"params_fit": best, **self._with_tokens(np.array(best), flops)}
+        optimum: dict[str, Any] = {name: float(value) for name, value in found.items()}
+        if resampled is not None:
+            sizes = np.exp(
+                np.concatenate([self.best_sizes(part, flops) for part in np.array_split(resampled.theta, 8)])
+            )
+            spread = {"params_fit": sizes, **self._with_tokens(sizes, flops)}
+            optimum["ci95"] = {
+                name: [float(x) for x in np.quantile(values, [0.025, 0.975])] for name, values in spread.items()
+            }
+        return optimum
+
+    def _with_tokens(self, size: Floats, flops: float) -> dict[str, Floats]:
+        tokens = flops / self.shapes.flops_at(size, self.basis.count)
+        return {"tokens": tokens, "tokens_per_param": tokens / size}
+
+    def _layout(self, model: GPTConfig) -> dict[str, Any] | None:
+        """The layout nearest to ZeRO-1 in bf16 that fits, as ``llamagen plan`` finds it; None where none does."""
+        machine = self.ask.machine
+        config = GPTConfigFile.model_validate(
+            {
+                "kind": "gpt", "run_dir": "runs/advised", "data": {"train": "tokens", "validation": "tokens"},
+                "model": {"n_layer": model.n_layer, "n_head": model.n_head, "dim": model.dim},
+                "train": {"images": GLOBAL_BATCH, "global_batch": GLOBAL_BATCH},
+                "parallel": {"zero": 1}, "compute": {"precision": self.ask.precision},
+            }
+        )  # fmt: skip
+        start, _ = layouts.configured(model, config, machine.gpus)
+        change = layouts.smallest_change(model, config, start, machine.gpus, machine.per_node, machine.device.memory)
+        if change is None:
+            return None
+        layout = change.layout
+        return {
+            "zero": layout.zero,
+            "tensor": layout.tensor,
+            "data": layout.data,
+            "micro_batch": layout.micro,
+            "recompute_every": layout.recompute_every,
+            "bytes": layouts.total(model, layout),
+        }
+
+    def cheapest(self, target: float) -> dict[str, Any]:
+        """The fewest FLOPs whose best size reaches the loss ``target``. Raises UserError where none does."""
+        fit, resampled = self.basis.fit, self.basis.resampled
+        budgets = np.geomspace(self.basis.largest / 1e3, self.basis.largest * 1e8, 221)
+        lowest = np.array([self.curve(fit.theta[None], c)[1].min() for c in budgets])
+        if lowest.min() > target:
+            floor = f"its floor E is {fit.params['E']:.4g}" if "E" in fit.params else "it falls too slowly"
+            fewer = "" if self.unique is None else " with so many unique images"
+            raise UserError(
+                f"--target-loss {target:g}: the law reaches {lowest.min():.4g} at best{fewer} ({floor}); give a higher "
+                "loss, or more --unique-images"
+            )
+        found: dict[str, Any] = {"loss": target, "flops": float(_crossing(budgets, lowest[None], target)[0])}
+        found["gpu_hours"] = self.hours(found["flops"])
+        if resampled is not None:
+            theta = resampled.theta[:500]
+            curves = np.stack([self.curve(theta, c)[1].min(axis=1) for c in budgets[::2]], axis=1)
+            needed = _crossing(budgets[::2], curves, target)
+            low, high = np.quantile(needed, [0.025, 0.975])
+            found["ci95"] = [float(low), float(high) if math.isfinite(high) else None]
+        return found
+
+    def next_runs(self, flops: float, most: int = 3) -> list[dict[str, Any]]:
+        """Of runs no dearer than three times the dearest so far: which narrow N* of this budget most per FLOP.
+
+        A linear (Laplace) estimate: the covariance of theta from the Jacobian of the log losses, one row more for the
+        new run. Only runs that narrow by a twentieth count: a run of no cost and no use would come first otherwise.
+        """
+        fit = self.basis.fit
+        points = fit.points
+        j = _slopes(lambda theta: np.log(fit.predict_with(theta, points.params, points.tokens)), fit.theta)
+        used = np.abs(j).max(axis=0) > 0
+        scale = np.sqrt((j[:, used] ** 2).sum(axis=0))
+        spare = max(len(points) - int(used.sum()), 1)
+        variance = float((fit.residuals**2).sum() / spare)
+        if variance == 0:
+            return []
+        covariance = variance * np.linalg.pinv((j[:, used] / scale).T @ (j[:, used] / scale), rcond=1e-12)
+        g = _slopes(lambda theta: self.best_sizes(theta, flops)[:, None], fit.theta)[0, used] / scale
+        before = float(g @ covariance @ g)
+        if not before > 0:
+            return []
+        size, tokens, cost, which = self._affordable()
+        new = _slopes(lambda theta: np.log(fit.predict_with(theta, size, tokens)), fit.theta)[:, used] / scale
+        along = new @ covariance
+        gain = (along @ g) ** 2 / (variance + (along * new).sum(axis=1))
+        narrower = 1 - np.sqrt(np.maximum(1 - gain / before, 0))
+        worth = np.where(narrower >= min(0.05, narrower.max()), narrower / cost, 0)
+        rows: list[dict[str, Any]] = []
+        for i in np.argsort(-worth, kind="stable"):
+            shape = self._shape(int(which[i]))
+            if worth[i] > 0 and shape not in [{key: row[key] for key in shape} for row in rows] and len(rows) < most:
+                images = float(tokens[i] / self.basis.like.image_tokens)
+                rows.append(
+                    {**shape, "params_fit": float(size[i]), "tokens": float(tokens[i]), "images": images,
+                     "flops": float(cost[i]), "narrows_by": float(narrower[i])}
+                )  # fmt: skip
+        return rows
+
+    def _affordable(self) -> tuple[Floats, Floats, Floats, np.ndarray]:
+        """Runs to choose from: (N, tokens, FLOPs, index of the shape) [c]."""
+        points, size = self.basis.fit.points, self.shapes.sizes(self.basis.count)
+        near = np.flatnonzero((size >= points.params.min() / 2) & (size <= points.params.max() * 4))
+        lengths = np.geomspace(points.tokens.min(), points.tokens.max() * 2, 8)
+        i, d = (grid.ravel() for grid in np.meshgrid(near, lengths, indexing="ij"))
+        cost = d * self.shapes.flops[i]
+        keep = cost <= 3 * self.basis.largest
+        return size[i][keep], d[keep], cost[keep], i[keep]
+
+
+def _crossing(budgets: Floats, losses: Floats, target: float) -> Floats:
+    """The first budget [r] at which each falling row of losses [r, m] is at ``target``; infinite where none is."""
+    below = losses <= target
+    at = below.argmax(axis=1)
+    rows = np.arange(len(losses))
+    before = np.maximum(at - 1, 0)
+    y0, y1 = losses[rows, before], losses[rows, at]
+    share = np.where(y0 > y1, (y0 - target) / np.where(y0 > y1, y0 - y1, 1), 0)
+    between = np.log(budgets[before]) + np.clip(share, 0, 1) * np.log(budgets[at] / budgets[before])
+    return np.where(below.any(axis=1), np.exp(between), np.inf)
+
+
+def _slopes(function: Any, theta: Floats) -> Floats:
+    """Central differences of function(theta [r, k]) -> [r, n] at theta [k]: [n, k]."""
+    step = 1e-4 * np.maximum(np.abs(theta), 1e-3)
+    up, down = theta + np.diag(step), np.maximum(theta - np.diag(step), 0)
+    width = np.diag(up - down)
+    return ((function(up) - function(down)) / width[:, None]).T
