@@ -26,7 +26,7 @@ COMMANDS = {
     "export": "make a folder of a finished run that needs torch alone, with a model card; --push uploads it",
     "plan": "parameters, memory, FLOPs and time of a GPT run for every layout, before anything is launched",
     "generate": "make pictures of chosen classes with a trained GPT",
-    "scaling": "fit a scaling law to measured runs and predict one that was held out",
+    "scaling": "fit laws to measured runs, and say what to train with a budget",
     "wandb-sync": "send what W&B (or trackio) lacks of finished or untracked runs",
     "report": "write report.html and results.json for a finished pipeline",
 }

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
 
     found = plans.inputs_of(args, args.runs)
     result = study(found.points, Options(args.form, args.loss, args.delta, args.hold_out), found.ladder)
+    result["dropped"] = found.dropped_rows()
+    result["record"] |= found.record()
     plans.write(args.out, result)
     _show(result)
 

@@ -103,7 +103,6 @@ def add(actions: Any) -> None:
     add_gpu(advise)
     advise.add_argument("--unique-images", type=float, metavar="N", help="different images there are; more are repeats")
     advise.add_argument("--repeats-worth", type=float, metavar="R", help="R_D*: how many repeats are worth training on")
-    advise.add_argument("--fid", type=Path, metavar="FIT.json", help="a fit of FID, to predict it too")
     advise.add_argument("--json", action="store_true", help="print everything as JSON")
     advise.add_argument("--out", type=Path, metavar="FILE.json", help="write everything as JSON")
 
@@ -125,15 +124,11 @@ def write(out: Path | None, result: dict[str, Any]) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-def _read_part(found: "Inputs") -> dict[str, Any]:
-    return {"dropped": [vars(one) for one in found.dropped], "record": {"inputs": list(found.sources)}}
-
-
 def _isoflop(args: argparse.Namespace) -> None:
     from llamagen_dist.scaling.isoflop import isoflop
 
     found = inputs_of(args, args.runs)
-    result = {**isoflop(found.points, args.at), **_read_part(found)}
+    result = {**isoflop(found.points, args.at), "dropped": found.dropped_rows(), "record": found.record()}
     write(args.out, result)
     for one in result["budgets"]:
         LOG.info(
@@ -154,7 +149,7 @@ def _lr(args: argparse.Namespace) -> None:
 
     found = inputs_of(args, args.runs)
     check = inputs_of(args, args.check).points if args.check else None
-    result = {**best_rates(found.points, check), **_read_part(found)}
+    result = {**best_rates(found.points, check), "dropped": found.dropped_rows(), "record": found.record()}
     write(args.out, result)
     for one in result["widths"]:
         band = " ({:.3g} to {:.3g})".format(*one["ci95"]) if "ci95" in one else ""
@@ -201,8 +196,8 @@ def _ladder(args: argparse.Namespace) -> None:
 
 
 def _advise(args: argparse.Namespace) -> None:
+    from llamagen_dist.commands.scaling_show import show
     from llamagen_dist.scaling.advise import Ask, advise, read_fit
-    from llamagen_dist.scaling.show import show
 
     for name in ("budget", "target-loss", "unique-images", "repeats-worth"):
         options.within(args, name, 0, above=True)
@@ -216,7 +211,7 @@ def _advise(args: argparse.Namespace) -> None:
     if args.budget is not None:
         each = 1.0 if hours is None else hours * 3600 * there.mfu * there.device.peaks[ask.precision]
         ask = Ask(there, args.budget * each, args.target_loss, args.unique_images, args.repeats_worth)
-    result = advise(read_fit(args.fit), ask, None if args.fid is None else read_fit(args.fid))
+    result = advise(read_fit(args.fit), ask)
     write(args.out, result)
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ class Ask:
 class Basis:
     """A fit again, from the points of its JSON file, with all its resamples.
 
-    refused: why there are none. like: a model of the runs' family. count: what N is.
+    loss: what it minimises of the log residuals. refused: why there are no resamples. like: a model of the runs'
+    family. count: what N is.
     """
 
     fit: Fit
+    loss: str
     resampled: Bootstrap | None
     refused: str | None
     like: GPTConfig
@@ -106,7 +108,7 @@ def read_fit(path: Path) -> Basis:
         count = "total"
         notes.append("the fit does not say what its N counts: all parameters assumed")
     source = {"path": str(path), "sha256": sha256_file(path), "form": form}
-    return Basis(fit, resampled, refused, like, count, tuple(notes), float(points.flops.max()), source)
+    return Basis(fit, loss, resampled, refused, like, count, tuple(notes), float(points.flops.max()), source)
 
 
 def effective(tokens: Floats | float, unique: float | None, repeats: float) -> Floats:
@@ -128,7 +130,7 @@ def advise(basis: Basis, ask: Ask) -> dict[str, Any]:
     _answers(basis)
     shapes = family(basis.like)
     repeats, where = _repeats(basis, ask)
-    planner = Planner(basis, shapes, ask, repeats)
+    planner = Planner(basis, shapes, ask, repeats, where is not None)
     warnings = [*basis.notes, *basis.fit.warnings]
     if where and ask.unique is not None:
         warnings.append(where)
@@ -197,12 +199,14 @@ def _machine(ask: Ask) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """One law, one family of models, one machine. repeats: R_D*."""
+    """One law, one family of models, one machine. repeats: R_D*. guessed: it is not known, so that intervals reach
+    from it to repeats as good as fresh tokens."""
 
     basis: Basis
     shapes: Shapes
     ask: Ask
     repeats: float
+    guessed: bool
 
     @property
     def unique(self) -> float | None:
@@ -303,14 +307,14 @@ class Planner:
         return row
 
     def _band(self, size: float, tokens: float, forms: Mapping[str, Fit]) -> list[float] | None:
-        """95 % for a new run; from repeats as good as fresh tokens to what ``repeats`` says; over all forms."""
+        """95 % for a new run, over all forms; with ``guessed`` repeats at both ends."""
         fit, resampled = self.basis.fit, self.basis.resampled
         if resampled is None:
             return None
         used = float(effective(tokens, self.unique, self.repeats))
-        n, d = np.array([size, size]), np.array([tokens, used])
-        low, high = resampled.band(fit, n, d)
-        others = [float(other.predict(size, at)) for other in forms.values() for at in (tokens, used)]
+        worth = np.array([tokens if self.guessed else used, used])
+        low, high = resampled.band(fit, np.array([size, size]), worth)
+        others = [float(other.predict(size, at)) for other in forms.values() for at in worth]
         return [float(min([low[0], *others])), float(max([high[1], *others]))]
 
     def _forms(self) -> dict[str, Fit]:
@@ -318,7 +322,7 @@ class Planner:
         fits = {}
         for form in _FORMS:
             try:
-                fits[form] = fit_law(self.basis.fit.points, form, self.basis.fit.loss, 1e-3)
+                fits[form] = fit_law(self.basis.fit.points, form, self.basis.loss)  # type: ignore[arg-type]
             except UserError:
                 continue
         return fits
@@ -327,12 +331,12 @@ class Planner:
         """N* between the buildable sizes, D* and D / N, with 95 % intervals over the resamples."""
         fit, resampled = self.basis.fit, self.basis.resampled
         best = float(np.exp(self.best_sizes(fit.theta[None], flops)[0]))
-        found = {"params_fit": best, **self._with_tokens(np.array(best), flops)}
-        optimum: dict[str, Any] = {name: float(value) for name, value in found.items()}
+        optimum: dict[str, Any] = {"params_fit": best}
+        optimum |= {name: float(value) for name, value in self._with_tokens(np.array(best), flops).items()}
         if resampled is not None:
-            sizes = np.exp(
-                np.concatenate([self.best_sizes(part, flops) for part in np.array_split(resampled.theta, 8)])
-            )
+            ends = [self, replace(self, repeats=math.inf)] if self.guessed else [self]
+            parts = [(end, part) for end in ends for part in np.array_split(resampled.theta, 8)]
+            sizes = np.exp(np.concatenate([end.best_sizes(part, flops) for end, part in parts]))
             spread = {"params_fit": sizes, **self._with_tokens(sizes, flops)}
             optimum["ci95"] = {
                 name: [float(x) for x in np.quantile(values, [0.025, 0.975])] for name, values in spread.items()
@@ -432,7 +436,7 @@ class Planner:
         points, size = self.basis.fit.points, self.shapes.sizes(self.basis.count)
         near = np.flatnonzero((size >= points.params.min() / 2) & (size <= points.params.max() * 4))
         lengths = np.geomspace(points.tokens.min(), points.tokens.max() * 2, 8)
-        i, d = (grid.ravel() for grid in np.meshgrid(near, lengths, indexing="ij"))
+        i, d = np.repeat(near, len(lengths)), np.tile(lengths, len(near))
         cost = d * self.shapes.flops[i]
         keep = cost <= 3 * self.basis.largest
         return size[i][keep], d[keep], cost[keep], i[keep]

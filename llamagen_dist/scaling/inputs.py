@@ -1,7 +1,7 @@
 """Where measured runs come from: folders of runs, sweeps, metrics.jsonl, tables, projects of Weights & Biases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 from llamagen_dist.scaling.ladder import Count, Ladder, Run, held_out_images, of_runs, runs_in
-from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, objects_table, read_table, together
+from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, read_table, table, together
 
 WANDB = "wandb:"
 
@@ -26,6 +26,16 @@ class Inputs:
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
     sources: tuple[Mapping[str, Any], ...]
+
+    def dropped_rows(self) -> list[dict[str, str]]:
+        """For a result's ``dropped``."""
+        return [vars(one) for one in self.dropped]
+
+    def record(self) -> dict[str, Any]:
+        """For a result's ``record``: what was read, and of our own runs how N counts and their largest model."""
+        own = self.ladder
+        known = {} if own is None else {"count": own.count, "model": asdict(own.rungs[-1].config)}
+        return {"inputs": list(self.sources), "notes": list(self.notes), **known}
 
 
 def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_NAMED) -> Inputs:
@@ -48,7 +58,7 @@ def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_N
             dropped += passed
             sources.append({"path": place})
             if objects:
-                points, more, said = objects_table(objects, place, options)
+                points, more, said = table(objects, place, options)
                 parts.append(points)
                 dropped += more
                 notes += said

@@ -177,12 +177,9 @@ def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequen
 
 
 def _names(runs: Sequence[Run]) -> dict[str, str]:
-    """Source -> name; runs of one name from several folders are told apart by their folders."""
+    """Source -> name; runs of one name from several folders are called by their folders."""
     called = [run.name for run in runs]
-    return {
-        run.source: run.name if called.count(run.name) == 1 else f"{Path(run.source).parent.name}/{run.name}"
-        for run in runs
-    }
+    return {run.source: run.name if called.count(run.name) == 1 else run.source for run in runs}
 
 
 def _rung(run: Run, name: str) -> Rung:

@@ -20,6 +20,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "params": ("N", "n_params", "num_params", "parameters", "model_size", "non_embedding_params"),
     "tokens": ("D", "n_tokens", "num_tokens", "training_tokens", "train_tokens", "tokens_seen", "total_tokens"),
     "loss": ("L", "val_loss", "loss/val", "val/loss", "eval/loss", "validation_loss", "valid_loss", "final_loss"),
+    "val_loss": ("loss", "loss/val", "val/loss", "eval/loss", "validation_loss", "valid_loss", "final_loss"),
     "flops": ("C", "compute", "training_flops", "train_flops", "total_flops", "training flop"),
     "run": ("run_id", "run_name", "name", "id"),
     "lr": ("learning_rate", "optim.lr", "peak_lr", "max_lr"),
@@ -35,7 +36,8 @@ FEWEST_TOKENS_PER_PARAMETER = 0.1
 @dataclass(frozen=True, eq=False)
 class Points:
     """params, tokens, loss: float64 [n], all positive and finite. runs: n names; points of one run share its name.
-    also: what else is known of every point, float64 [n] each: ``flops``, ``unique`` (tokens), ``lr``, ``width``.
+    also: what else is known of every point, float64 [n] each: ``flops``, ``unique`` (tokens), ``lr``, ``width``,
+    and beside another metric ``val_loss``.
 
     Raises UserError that names the first bad point, by ``sources`` (such as file lines) where they are given.
     """
@@ -117,11 +119,15 @@ class Dropped:
     why: str
 
 
-def read_table(path: Path, options: Options) -> tuple[Points, list[Dropped], list[str]]:
+Table = tuple[Points, list[Dropped], list[str]]
+"""Points, what was dropped, and what was recognised or assumed."""
+
+
+def read_table(path: Path, options: Options = AS_NAMED) -> Table:
     """A CSV file, or JSON lines with a point each; see ``table``. Raises UserError."""
     if path.suffix == ".jsonl":
         lines = enumerate(read_jsonl(path, strict=True), 1)
-        return objects_table([(f"{path}, object {number}", line) for number, line in lines], str(path), options)
+        return table([(f"{path}, object {number}", line) for number, line in lines], str(path), options)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -129,7 +135,7 @@ def read_table(path: Path, options: Options) -> tuple[Points, list[Dropped], lis
     return parse_csv(text, str(path), options)
 
 
-def parse_csv(text: str, name: str, options: Options = AS_NAMED) -> tuple[Points, list[Dropped], list[str]]:
+def parse_csv(text: str, name: str, options: Options = AS_NAMED) -> Table:
     """As ``table``, from a CSV file's text; ``name`` stands for the file in messages."""
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
@@ -139,30 +145,65 @@ def parse_csv(text: str, name: str, options: Options = AS_NAMED) -> tuple[Points
     if not rows:
         raise UserError(f"{name}: empty; it needs a header with the columns params, tokens and loss")
     header = [cell.strip() for cell in rows[0][1]]
+    recognise(header, name, options)
     if len(rows) == 1:
-        recognise(header, name, options)
         raise UserError(f"{name}: a header and no runs; add one line for each measured point")
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(f"{name}, line {line}: {len(row)} cells under a header of {len(header)}; correct the line")
-    return table(header, [(f"{name}, line {line}", row) for line, row in rows[1:]], name, options)
-
-
-def objects_table(
-    objects: Sequence[tuple[str, Mapping[str, Any]]], name: str, options: Options
-) -> tuple[Points, list[Dropped], list[str]]:
-    """As ``table``, from nested objects: (where it stands, object), whose keys are joined by dots.
-
-    Objects without the loss are no points (lines of training steps, runs that were never validated).
-    """
-    flat = [(source, flattened(value)) for source, value in objects]
-    header = list(dict.fromkeys(key for _, value in flat for key in value))
-    at = recognise(header, name, options)
-    measured = [(source, value) for source, value in flat if header[at["loss"]] in value]
-    points, dropped, notes = table(
-        header, [(source, [value.get(key) for key in header]) for source, value in measured], name, options
+    return table(
+        [(f"{name}, line {line}", dict(zip(header, row, strict=True))) for line, row in rows[1:]], name, options
     )
-    dropped += [Dropped(source, "no loss") for source, value in flat if header[at["loss"]] not in value]
+
+
+def table(objects: Sequence[tuple[str, Mapping[str, Any]]], name: str, options: Options = AS_NAMED) -> Table:
+    """Points of a table: where each row stands, and the row, whose nested keys are joined by dots.
+
+    Rows without the loss are no points (lines of training steps, runs that were never validated).
+    Raises UserError: a column missing or ambiguous, a cell that is no number, units that cannot be meant, one run with
+    two losses after the same tokens, validation sets or vocabularies that differ.
+    """
+    rows = [(source, flattened(value)) for source, value in objects]
+    called = recognise(list(dict.fromkeys(key for _, row in rows for key in row)), name, options)
+    notes = [f"{name}: {head} is read as {role}" for role, head in called.items() if head != role]
+    if "tokens" not in called:
+        notes.append(f"{name}: it has no tokens, taken as flops / (6 params)")
+    dropped: list[Dropped] = []
+    kept: list[tuple[str, str, dict[str, float]]] = []
+    seen: dict[tuple[str, float, float], tuple[float, str]] = {}
+    for source, row in rows:
+        if called["loss"] not in row:
+            dropped.append(Dropped(source, "no loss"))
+            continue
+        numbers = _numbers(row, called, source, options)
+        wrong = [role for role in _COLUMNS if not _usable(np.array(numbers[role]))]
+        if wrong and options.drop_bad:
+            dropped.append(Dropped(source, f"{wrong[0]} is {numbers[wrong[0]]:g}"))
+            continue
+        run = str(row.get(called.get("run", ""), "")).strip()
+        key = (run, numbers["params"], numbers["tokens"])
+        loss, where = seen.setdefault(key, (numbers["loss"], source))
+        if run and where != source and loss == numbers["loss"]:
+            dropped.append(Dropped(source, f"the same as {where}"))
+            continue
+        if run and where != source:
+            raise UserError(
+                f"{source}: {run} has the loss {numbers['loss']:g}, and {loss:g} at {where}, after the same tokens; "
+                "give repeated runs names of their own, or remove one"
+            )
+        kept.append((source, run or source.removeprefix(f"{name}, "), numbers))
+    if not kept:
+        reasons = "; ".join(f"{n} x {why}" for why, n in Counter(one.why for one in dropped).most_common(3))
+        raise UserError(f"{name}: nothing is left of its {len(rows)} rows ({reasons})")
+    for role in ("vocab", "validation"):
+        if role in called:
+            one_of_a_kind(((str(row.get(called[role])), source) for source, row in rows), role)
+    sources, runs, values = zip(*kept, strict=True)
+    columns = {role: np.array([numbers[role] for numbers in values]) for role in values[0]}
+    also = {role: values for role, values in columns.items() if role not in _COLUMNS}
+    points = Points(columns["params"], columns["tokens"], columns["loss"], runs, sources, also)
+    if not options.as_given and options.metric is None:
+        check_units(points, options.vocab)
     return points, dropped, notes
 
 
@@ -170,121 +211,57 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            flat |= flattened(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
+        flat |= flattened(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
     return flat
 
 
-def table(
-    header: Sequence[str], rows: Sequence[tuple[str, Sequence[Any]]], name: str, options: Options
-) -> tuple[Points, list[Dropped], list[str]]:
-    """Points of a table, what was dropped of it, and what was recognised or assumed.
-
-    header: columns as their owner calls them (NAMES). rows: where each stands, and its cells.
-    Raises UserError: a column missing or ambiguous, a cell that is no number, units that cannot be meant, one run with
-    two losses after the same tokens, validation sets or vocabularies that differ.
-    """
-    at = recognise(header, name, options)
-    notes = [f"{name}: {header[i]} is read as {role}" for role, i in at.items() if header[i] != role]
-    dropped: list[Dropped] = []
-    kept: list[tuple[str, str, dict[str, float]]] = []
-    seen: dict[tuple[str, float, float], tuple[float, str]] = {}
-    for source, row in rows:
-        run = str(row[at["run"]]).strip() if "run" in at else ""
-        numbers = {role: _number(row[i], role, source) for role, i in at.items() if role not in _WORDS}
-        numbers = _converted(numbers, options)
-        wrong = [role for role in _COLUMNS if not _usable(np.array(numbers[role]))]
-        if wrong and options.drop_bad:
-            dropped.append(Dropped(source, f"{wrong[0]} is {numbers[wrong[0]]:g}"))
-            continue
-        key = (run, numbers["params"], numbers["tokens"])
-        before = seen.get(key) if run else None
-        if before is not None and before[0] == numbers["loss"]:
-            dropped.append(Dropped(source, f"the same as {before[1]}"))
-            continue
-        if before is not None and "lr" not in at:
-            raise UserError(
-                f"{source}: {run} has the loss {numbers['loss']:g}, and {before[0]:g} at {before[1]}, after the same "
-                "tokens; give repeated runs names of their own, or remove one"
-            )
-        seen[key] = (numbers["loss"], source)
-        kept.append((source, run or source.removeprefix(f"{name}, "), numbers))
-    if not kept:
-        raise UserError(f"{name}: nothing is left of its {len(rows)} rows ({_reasons(dropped)})")
-    for role in ("vocab", "validation"):
-        if role in at:
-            one_of_a_kind(((str(row[at[role]]), source) for source, row in rows), role)
-    sources, runs, values = zip(*kept, strict=True)
-    columns = {role: np.array([numbers[role] for numbers in values]) for role in values[0]}
-    also = {role: columns[role] for role in ("flops", "unique", "lr", "width") if role in columns}
-    points = Points(columns["params"], columns["tokens"], columns["loss"], runs, sources, also)
-    if "tokens" not in at:
-        notes.append(f"{name}: it has no tokens, taken as flops / (6 params)")
-    if not options.as_given and options.metric is None:
-        check_units(points, options.vocab)
-    return points, dropped, notes
-
-
-_WORDS = ("run", "vocab", "validation")  # columns that are no numbers to compute with
-
-
-def recognise(header: Sequence[str], name: str, options: Options) -> dict[str, int]:
-    """What a law needs -> its column. A header of our own name goes before others; --columns before both."""
-    counted = Counter(header)
-    at: dict[str, int] = {}
+def recognise(header: Sequence[str], name: str, options: Options) -> dict[str, str]:
+    """What a law needs -> its header. One of our own name goes before others; --columns and --metric before both."""
+    listed = ", ".join(header)[:200]
+    called: dict[str, str] = {}
     for role, aliases in NAMES.items():
+        if role == "val_loss" and options.metric is None:
+            continue  # it is what is fitted
         wanted = options.columns.get(role, options.metric if role == "loss" else None)
-        if wanted is not None and wanted not in counted:
-            raise UserError(f"{name}: there is no column {wanted} to read {role} from; it has {_listed(header)}")
-        ours = wanted or role
-        words = {alias if len(alias) == 1 else alias.lower() for alias in aliases}
-        there = [head for head in header if head == ours]
-        if not there:
-            there = [head for head in header if (head if len(head) == 1 else _plain(head)) in words]
+        if wanted is not None and wanted not in header:
+            raise UserError(f"{name}: there is no column {wanted} to read {role} from; it has {listed}")
+        there = [head for head in header if head == (wanted or role)]
+        if not there:  # single letters as they are written: d may be a width
+            there = [head for head in header if (head if len(head) == 1 else head.lower().replace("-", "_")) in aliases]
         if len(there) > 1 and role in _COLUMNS:
             fault = "is there twice" if len(set(there)) == 1 else f"could be {' or '.join(there)}"
             raise UserError(
-                f"{name}: the column {role} {fault} (the header has {_listed(header)}); say which with "
+                f"{name}: the column {role} {fault} (the header has {listed}); say which with "
                 f"--columns {role}={there[0]}, or remove one"
             )
         if there:
-            at[role] = list(header).index(there[0])
-    missing = [role for role in _COLUMNS if role not in at and not (role == "tokens" and "flops" in at)]
+            called[role] = there[0]
+    missing = [role for role in _COLUMNS if role not in called and not (role == "tokens" and "flops" in called)]
     if missing:
         raise UserError(
-            f"{name}: the column {missing[0]} is missing (the header has {_listed(header)}); it needs params, tokens, "
+            f"{name}: the column {missing[0]} is missing (the header has {listed}); it needs params, tokens, "
             f"loss and, for several points of one run, run; others are named with --columns {missing[0]}=HEADER"
         )
-    return at
+    return called
 
 
-def _plain(head: str) -> str:
-    return head.strip().lower().replace("-", "_")
-
-
-def _listed(header: Sequence[str]) -> str:
-    return ", ".join(header)[:200]
-
-
-def _number(cell: Any, role: str, source: str) -> float:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        if role not in (*_COLUMNS, "flops"):
-            return math.nan  # known of some rows only
-        shown = str(cell)[:60]
-        raise UserError(f"{source}: {role} is {shown!r}, not a number; correct or remove the line") from None
-
-
-def _converted(numbers: dict[str, float], options: Options) -> dict[str, float]:
-    """In tokens and nats; tokens from flops where they are not given."""
+def _numbers(row: Mapping[str, Any], called: Mapping[str, str], source: str, options: Options) -> dict[str, float]:
+    """In tokens and nats; tokens from flops where they are not given; NaN for what only some rows have."""
+    numbers: dict[str, float] = {}
+    for role, head in called.items():
+        if role in ("run", "vocab", "validation"):
+            continue
+        try:
+            numbers[role] = float(row.get(head, ""))
+        except (TypeError, ValueError):
+            if role in (*_COLUMNS, "flops"):
+                shown = str(row.get(head, ""))[:60]
+                raise UserError(f"{source}: {role} is {shown!r}, not a number; correct or remove the line") from None
+            numbers[role] = math.nan
     if "tokens" not in numbers:
         numbers["tokens"] = numbers["flops"] / (6 * numbers["params"]) if numbers["params"] else math.nan
     numbers["tokens"] *= options.tokens_per_image
-    if options.bits:
-        numbers["loss"] *= math.log(2)
+    numbers["loss"] *= math.log(2) if options.bits else 1
     return numbers
 
 
@@ -316,10 +293,6 @@ def one_of_a_kind(values: Iterator[tuple[str, str]], what: str) -> None:
                 f"{where} has another {what} ({value}) than {first[1]} ({first[0]}): losses of the two cannot be "
                 "compared; fit them apart"
             )
-
-
-def _reasons(dropped: Sequence[Dropped]) -> str:
-    return "; ".join(f"{count} x {why}" for why, count in Counter(one.why for one in dropped).most_common(3))
 
 
 def together(parts: Sequence[Points]) -> Points:

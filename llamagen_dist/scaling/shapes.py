@@ -9,7 +9,7 @@ from llamagen_dist.models.sizes import GPT_SIZES, GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
 from llamagen_dist.scaling.laws import Floats
 
-ASPECTS = (24, 40, 64)
+ASPECTS = (32, 45, 64)
 """Widths per layer: LlamaGen's B to XXL have 64 to 32."""
 _WIDTHS = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 128), *range(2048, 6145, 256))
 

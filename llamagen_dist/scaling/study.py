@@ -43,6 +43,7 @@ def study(points: Points, options: Options, ladder: Ladder | None = None) -> dic
             "params": _params(points, ladder, i),
             "params_fit": float(points.params[i]),
             "tokens": float(points.tokens[i]),
+            "flops": float(points.flops[i]),
             "loss": float(points.loss[i]),
             "fitted": float(fitted[i]),
             "held_out": bool(held[i]),

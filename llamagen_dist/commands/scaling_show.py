@@ -52,8 +52,8 @@ def show(result: dict[str, Any]) -> None:
 def _table(result: dict[str, Any]) -> Table:
     rows = result["configs"]
     table = Table(box=None, header_style="")
-    names = ["", "layers", "width", "heads", "parameters", "tokens", "epochs", "loss", "95 %", "FID", "hours", "layout"]
-    has = {"epochs": "epochs" in rows[0], "95 %": "ci95" in rows[0], "FID": "fid" in rows[0]}
+    names = ["", "layers", "width", "heads", "parameters", "tokens", "epochs", "loss", "95 %", "hours", "layout"]
+    has = {"epochs": "epochs" in rows[0], "95 %": "ci95" in rows[0]}
     names = [name for name in names if has.get(name, True)]
     for name in names:
         table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
@@ -68,7 +68,6 @@ def _table(result: dict[str, Any]) -> Table:
             "epochs": f"{row.get('epochs', 0):.1f}",
             "loss": f"{row['loss']:.4f}",
             "95 %": "{:.4f} to {:.4f}".format(*row.get("ci95", (0, 0))),
-            "FID": f"{row.get('fid', 0):.2f}",
             "hours": _number(row["hours"]),
             "layout": _layout(row["layout"]),
         }
