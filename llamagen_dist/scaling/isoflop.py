@@ -35,10 +35,9 @@ def isoflop(points: Points, at: Sequence[float] = ()) -> dict[str, Any]:
         if one.inside:
             found.append((flops, one, members))
         else:
-            end = "smallest" if points.loss[members].argmin() == points.params[members].argmin() else "largest"
-            notes.append(
-                f"{flops:.3g} FLOPs: no lowest loss between its sizes ({end} is best); add runs beyond that size"
-            )
+            best = int(one.y.argmin())
+            end = {0: "the smallest is best", len(one.y) - 1: "the largest is best"}.get(best, "they scatter too much")
+            notes.append(f"{flops:.3g} FLOPs: no lowest point of a parabola between its sizes ({end}); left out")
     if len(found) < 2:
         raise UserError(
             f"isoflop needs two budgets of {FEWEST} sizes or more around a lowest loss, and there are {len(found)} "

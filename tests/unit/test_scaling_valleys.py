@@ -70,7 +70,7 @@ def test_budgets_without_a_valley_are_left_out_by_name_and_points_without_budget
     one_sided = (exact.flops < 2e20) | (exact.params < 8e8)
     found = isoflop(exact.where(one_sided))
     assert len(found["budgets"]) < 7
-    assert any("largest is best" in text or "fewer than 4 sizes" in text for text in found["warnings"])
+    assert any("the largest is best" in text or "fewer than 4 sizes" in text for text in found["warnings"])
     with pytest.raises(UserError, match="two budgets of 4 sizes or more"):
         isoflop(exact.where(exact.flops < 2e18))
     n, d = np.geomspace(1e8, 1e10, 100), np.geomspace(1e10, 2e10, 100)
