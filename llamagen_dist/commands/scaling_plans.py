@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamagen_dist.commands import options
 from llamagen_dist.commands.plan import add_gpu, machine
+from llamagen_dist.commands.scaling_show import show
 from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.console import LOG
 from llamagen_dist.errors import UserError
@@ -196,8 +197,8 @@ def _ladder(args: argparse.Namespace) -> None:
 
 
 def _advise(args: argparse.Namespace) -> None:
-    from llamagen_dist.commands.scaling_show import show
-    from llamagen_dist.scaling.advise import Ask, advise, read_fit
+    from llamagen_dist.scaling.advise import Ask, advise
+    from llamagen_dist.scaling.basis import read_fit
 
     for name in ("budget", "target-loss", "unique-images", "repeats-worth"):
         options.within(args, name, 0, above=True)

@@ -1,24 +1,20 @@
 """``llamagen scaling advise``: from a fitted law and a budget to the model to train, with what is not known of it."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import sha256_file
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.planning import layouts
 from llamagen_dist.planning.plan import Machine
-from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap
+from llamagen_dist.scaling.basis import Basis
 from llamagen_dist.scaling.fit import Fit, fit_law
 from llamagen_dist.scaling.laws import Floats
-from llamagen_dist.scaling.points import Points
 from llamagen_dist.scaling.shapes import Shapes, family
 
 FLAT = 1e-3
@@ -45,70 +41,6 @@ class Ask:
     unique: float | None = None
     repeats: float | None = None
     precision: str = "bf16"
-
-
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """A fit again, from the points of its JSON file, with all its resamples.
-
-    loss: what it minimises of the log residuals. refused: why there are no resamples. like: a model of the runs'
-    family. count: what N is.
-    """
-
-    fit: Fit
-    loss: str
-    resampled: Bootstrap | None
-    refused: str | None
-    like: GPTConfig
-    count: str
-    notes: tuple[str, ...]
-    largest: float
-    """FLOPs of the most expensive point."""
-    source: Mapping[str, Any]
-
-    def predict(self, size: Floats | float, tokens: Floats | float) -> Floats:
-        return self.fit.predict(size, tokens)
-
-
-def read_fit(path: Path) -> Basis:
-    """What ``llamagen scaling fit`` wrote. Raises UserError: another file, or points that no longer give its fit."""
-    try:
-        found = json.loads(path.read_text())
-        rows = [row for row in found["points"] if not row["held_out"]]
-        columns = {key: np.array([float(row[key]) for row in rows]) for key in ("params_fit", "tokens", "loss")}
-        also = {"flops": np.array([float(row["flops"]) for row in rows])} if "flops" in rows[0] else {}
-        points = Points(
-            columns["params_fit"], columns["tokens"], columns["loss"], tuple(row["name"] for row in rows), (), also
-        )
-        record, objective = found["record"], float(found["objective"])
-        form, loss, delta = found["form"], found["loss"], found["delta"]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: not a result of llamagen scaling fit ({error!r})") from None
-    fit = fit_law(points, form, loss, 1e-3 if delta is None else delta)
-    if not math.isclose(fit.objective, objective, rel_tol=1e-6, abs_tol=1e-12):
-        raise UserError(
-            f"{path}: its points give the objective {fit.objective:.9g}, not the {objective:.9g} it states; it was "
-            "changed, or made by another version: run llamagen scaling fit again"
-        )
-    resampled, refused = None, None
-    try:
-        resampled = bootstrap(fit)
-    except UserError as error:
-        refused = str(error)
-    notes = []
-    if "model" in record:
-        like = GPTConfig(**record["model"])
-    else:
-        like = GPTConfig(n_layer=12, n_head=12, dim=768)
-        notes.append("the fit does not say which models it is of: LlamaGen's, of 256 tokens from 16384 codes, assumed")
-    count = record.get("count")
-    if count is None:
-        count = "total"
-        notes.append("the fit does not say what its N counts: all parameters assumed")
-    source = {"path": str(path), "sha256": sha256_file(path), "form": form}
-    return Basis(fit, loss, resampled, refused, like, count, tuple(notes), float(points.flops.max()), source)
 
 
 def effective(tokens: Floats | float, unique: float | None, repeats: float) -> Floats:

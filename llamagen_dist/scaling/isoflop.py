@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.scaling.bootstrap import SEED
 from llamagen_dist.scaling.fit import fit_law
 from llamagen_dist.scaling.laws import Floats
 from llamagen_dist.scaling.points import Points
@@ -19,7 +18,6 @@ from llamagen_dist.scaling.valley import FEWEST, Valley, noise, valley
 
 _SAME = 1.1  # neighbours in FLOPs closer than this belong to one budget ...
 _WIDEST = 1.3  # ... which may not be wider than this
-_REPLICATES = 4000
 
 
 def isoflop(points: Points, at: Sequence[float] = ()) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def _exponents(found: Sequence[tuple[float, Valley, np.ndarray]], log_c: Floats)
     valleys = [one for _, one, _ in found]
     if sum(len(one.x) - 3 for one in valleys) < 3 or any(len(one.x) < FEWEST for one in valleys):
         return None
-    drawn = noise(valleys, _REPLICATES, SEED)
+    drawn = noise(valleys)
     bottoms = np.stack([one.resampled(extra) for one, extra in zip(valleys, drawn, strict=True)], axis=1)
     centred = log_c - log_c.mean()
     slopes = (bottoms @ centred) / (centred @ centred)

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.scaling.bootstrap import SEED
 from llamagen_dist.scaling.laws import Floats
 from llamagen_dist.scaling.points import Points
 from llamagen_dist.scaling.valley import FEWEST, Valley, noise, valley
 
 FAR = 2.0
 """A rate off by more than this factor is flagged: its run says more about the rate than about the size."""
-_REPLICATES = 4000
 _SLOPES = {"muP": 0.0, "standard parametrisation": -1.0}
 
 
@@ -95,7 +93,7 @@ def _drawn(valleys: Sequence[Valley]) -> Floats | None:
     """Resampled log2 lr*, [replicates, widths]; None with too few points to know their scatter."""
     if sum(len(one.x) - 3 for one in valleys) < 3:
         return None
-    drawn = zip(valleys, noise(valleys, _REPLICATES, SEED), strict=True)
+    drawn = zip(valleys, noise(valleys), strict=True)
     bottoms = np.stack([one.resampled(extra) for one, extra in drawn], axis=1)
     return bottoms[np.isfinite(bottoms).all(axis=1)]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamagen_dist.scaling.bootstrap import SEED
 from llamagen_dist.scaling.laws import Floats
 
 FEWEST = 4
@@ -52,9 +53,9 @@ def valley(x: Floats, y: Floats) -> Valley:
     return Valley(x, y, float(bottom), float(floor), float(c2), _checks(x, y), residuals)
 
 
-def noise(valleys: Sequence[Valley], replicates: int, seed: int) -> list[Floats]:
-    """Residuals of all valleys drawn with replacement, [replicates, n] for each."""
-    random = np.random.default_rng(seed)
+def noise(valleys: Sequence[Valley], replicates: int = 4000) -> list[Floats]:
+    """Residuals of all valleys drawn with replacement, [replicates, n] for each; the same every time."""
+    random = np.random.default_rng(SEED)
     pool = np.concatenate([one.residuals for one in valleys])
     return [random.choice(pool - pool.mean(), (replicates, len(one.x))) for one in valleys]
 

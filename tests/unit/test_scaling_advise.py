@@ -12,7 +12,8 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.planning.plan import Machine
-from llamagen_dist.scaling.advise import Ask, Basis, Planner, advise, effective, read_fit
+from llamagen_dist.scaling.advise import Ask, Planner, advise, effective
+from llamagen_dist.scaling.basis import Basis, read_fit
 from llamagen_dist.scaling.shapes import family
 from llamagen_dist.tracking.devices import named
 from tests.unit.scaling_points import TRUTHS, chinchilla, grid
