@@ -165,7 +165,7 @@ def test_after_the_first_step_a_missing_rank_is_noticed_after_the_short_time_out
     began = time.monotonic()
     settings = ("guard.hang_minutes=1", f"guard.collective_minutes={1 / 60}")
     ends = end_ranks(late_twice, 2, tmp_path, settings, timeout_s=40)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 30
     assert ends[0][0] == 1
     assert "Timed out waiting 1000ms" in ends[0][1]
     assert "rank 1" in ends[0][1]
