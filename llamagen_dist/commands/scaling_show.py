@@ -27,10 +27,11 @@ def show(result: dict[str, Any]) -> None:
     )
     screen.console.print(_table(result))
     best, flat = result["optimum"], result["flat"]
+    counted = {"blocks": "the blocks alone", "total": "all parameters"}[result["record"]["params_fit"]]
     band = best.get("ci95", {})
     shown = {name: f" ({_number(low)} to {_number(high)})" for name, (low, high) in band.items()}
     screen.say(
-        f"best between these: N* {count(best['params_fit'])}{shown.get('params_fit', '')}, "
+        f"best between these: N* ({counted}) {count(best['params_fit'])}{shown.get('params_fit', '')}, "
         f"D* {count(best['tokens'])} tokens{shown.get('tokens', '')}, "
         f"D/N {_number(best['tokens_per_param'])}{shown.get('tokens_per_param', '')}"
     )
