@@ -14,7 +14,7 @@ WORKERS ?= --numprocesses 2 --dist loadfile
 # trackio asks for an older pillow than the tested one, with which it works as well: its own needs are installed by name.
 TRACKIO_NEEDS := gradio-client httpx brotli orjson python-multipart starlette uvicorn
 
-.PHONY: venv quickstart test test-long test-all slurm slurm-test faults gpu-check lint format clean
+.PHONY: venv quickstart test test-long test-all slurm slurm-test chromium faults gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -47,6 +47,13 @@ slurm:
 	    || { echo "make slurm: there is no $$name; SLURM is installed with apt-get, by root (sudo make slurm)" >&2; exit 2; }; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client || exit 2; done
+
+# A browser for the tests of reports (tests/runs/test_report_browser.py), which are skipped where there is none.
+chromium:
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null && exit 0; \
+	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	    || { echo "make chromium: there is no Chromium; it is installed with apt-get, by root (sudo make chromium)" >&2; exit 2; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
 
 slurm-test: venv
 	$(VENV)/bin/python -m pytest tests/slurm

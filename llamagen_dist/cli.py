@@ -28,7 +28,7 @@ COMMANDS = {
     "generate": "make pictures of chosen classes with a trained GPT",
     "scaling": "fit laws to measured runs, and say what to train with a budget",
     "wandb-sync": "send what W&B (or trackio) lacks of finished or untracked runs",
-    "report": "write report.html and results.json for a finished pipeline",
+    "report": "one page on a run, a sweep, a pipeline or an evaluation, as far as it is",
 }
 
 

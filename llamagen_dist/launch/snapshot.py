@@ -10,7 +10,7 @@ import llamagen_dist
 from llamagen_dist.errors import UserError
 from llamagen_dist.tracking.provenance import SOURCE_FOLDERS, git, record
 
-UNTRACKED = (".py", ".yaml", ".yml")
+UNTRACKED = (".py", ".yaml", ".yml", ".j2", ".css", ".mplstyle")
 LIMIT_BYTES = 300 * 10**6
 
 

@@ -1,81 +1,111 @@
-"""A report as data: blocks that say what is shown, not how; html.py is one way to render them."""
+"""A report as data: blocks that say what is shown, not how. page.py, files.py and wandb_spec.py render them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+Style = Literal["line", "thin", "wide", "faint", "dashed", "dots", "rings", "diamonds", "dotted line", "band"]
+Colour = str | float
+"""A name of plots.THEME, or a share from 0 (pale) to 1 (strong) for the members of an ordered family."""
+
+
+class Block:
+    """What a report consists of."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
+
 
 @dataclass(frozen=True)
-class Markdown:
-    """Text in the subset that report/html.py reads: paragraphs, ``##`` headings, ``-`` lists, ``**bold**``,
-    `` `code` ``, fenced code and ``[text](https://…)``. Foreign words go through literal()."""
+class Markdown(Block):
+    """Text: paragraphs, headings, lists, tables, emphasis, code, links. No HTML. Foreign words go through literal()."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Number:
-    """One headline figure. ``note`` says in a few words how it was obtained."""
+class Numbers(Block):
+    """Headline figures: (label, value, how it was obtained) each, plain text."""
 
-    label: str
-    value: str
+    rows: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Bars(Block):
+    """Horizontal bars, the first on top: (name, value, the value in words) each."""
+
+    title: str
+    rows: tuple[tuple[str, float, str], ...]
+    colour: str = "blue"
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Points of one kind.
+
+    x, y: float64, 1-d, equally long; a band reaches from ``y`` to ``to``.
+    label: written at the right end; the name is for the legend and for whoever reads the data.
+    """
+
+    name: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    style: Style = "line"
+    colour: Colour = "blue"
+    label: str = ""
+    to: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. title: what y shows. y_range: None fits the data. legend: (text, colour). note: upper left."""
+
+    title: str
+    series: tuple[Series, ...]
+    log_y: bool = False
+    y_range: tuple[float, float] | None = None
+    legend: tuple[tuple[str, Colour], ...] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Numbers:
-    items: tuple[Number, ...]
+class Figure(Block):
+    """A plot as numbers, for any renderer to draw: panels above one another that share x.
 
-
-@dataclass(frozen=True)
-class Table:
-    """Plain-text cells (no Markdown); None is shown as a dash: not measured.
-
-    numeric: indices of the columns that are aligned to the right. Raises ValueError for a ragged row (a bug).
+    alt: what it shows, in words.
+    x: the label of the x axis.
+    ticks: names of x = 0, 1, …, where x counts things.
+    shaded: a range of x.
+    events: (x, what happens there) each.
     """
 
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | None, ...], ...]
-    numeric: tuple[int, ...] = ()
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(f"row {number} has {len(row)} cells for {len(self.columns)} columns")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn plot together with the numbers in it, so that another renderer can draw it again.
-
-    image: the encoded file. size: (width, height) in CSS pixels. alt: what the picture shows, in words.
-    data: JSON-serialisable.
-    """
-
-    image: bytes
-    format: Literal["svg", "png"]
-    size: tuple[int, int]
+    panels: tuple[Panel, ...]
     alt: str
+    x: str = ""
+    log_x: bool = False
     caption: str = ""
-    data: Mapping[str, Any] = field(default_factory=dict)
+    ticks: tuple[str, ...] = ()
+    shaded: tuple[float, float] | None = None
+    events: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class ImageGrid:
+class ImageGrid(Block):
     """images: uint8 [n, H, W, 3]; captions: n plain texts (or none at all). Shown with hard pixel edges.
 
-    width: CSS pixels of one image; the grid wraps to the width of the page. note: stands under the grid.
+    width: CSS pixels of one image; the grid wraps to the width of the page. caption: of them all.
     """
 
     images: NDArray[np.uint8]
     captions: tuple[str, ...] = ()
     width: int = 160
-    note: str = ""
+    caption: str = ""
 
     def __post_init__(self) -> None:
         shape, kind = self.images.shape, self.images.dtype
@@ -86,34 +116,31 @@ class ImageGrid:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Block):
     """Blocks side by side where the page is wide enough, below one another where it is not."""
 
-    blocks: tuple["Block", ...]
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
-class Details:
+class Details(Block):
     """Blocks behind a line of text that opens them. title: plain text."""
 
     title: str
-    blocks: tuple["Block", ...]
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
-class Section:
-    """title: plain text. lead: one sentence under it (Markdown subset)."""
+class Section(Block):
+    """title: plain text. lead: one sentence under it (Markdown)."""
 
     title: str
-    blocks: tuple["Block", ...]
+    blocks: tuple[Block, ...]
     lead: str = ""
 
 
-Block: TypeAlias = Markdown | Numbers | Table | Figure | ImageGrid | Columns | Details | Section
-
-
 @dataclass(frozen=True)
-class Report:
+class Report(Block):
     """title and subtitle: plain text."""
 
     title: str
@@ -121,53 +148,27 @@ class Report:
     subtitle: str = ""
 
 
-_SPECIAL = frozenset("\\`*_[]()#-<>&")
-
-
-def literal(text: str) -> str:
+def literal(text: Any) -> str:
     """Foreign text (a class name, a run name) as Markdown that shows exactly these characters."""
-    flat = " ".join(text.split())
-    return "".join(f"\\{c}" if c in _SPECIAL else c for c in flat)
+    flat = " ".join(printable(str(text)).split())
+    flat = "".join(f"\\{c}" if c in "\\`*_[]<>&~|" else c for c in flat)
+    return re.sub(r"^(\d*)([-+#=.)])(?=[-+#=]*( |$))", r"\1\\\2", flat)  # what would begin a list or a heading
 
 
-def describe(report: Report) -> dict[str, Any]:
-    """The whole report as JSON-serialisable values; pictures as sizes and sha256, plots with data."""
-    return {"title": report.title, "subtitle": report.subtitle, "blocks": _all(report.blocks)}
+def printable(text: str) -> str:
+    """Without control characters, which could hide something from a reader of the source."""
+    return "".join(c for c in text if c.isprintable() or c.isspace())
 
 
-def _all(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    return [_one(block) for block in blocks]
-
-
-def _one(block: Block) -> dict[str, Any]:
-    if isinstance(block, Markdown):
-        return {"block": "markdown", "text": block.text}
-    if isinstance(block, Numbers):
-        items = [{"label": item.label, "value": item.value, "note": item.note} for item in block.items]
-        return {"block": "numbers", "items": items}
-    if isinstance(block, Table):
-        rows = [list(row) for row in block.rows]
-        return {"block": "table", "columns": list(block.columns), "rows": rows, "caption": block.caption}
-    if isinstance(block, Figure):
-        return {
-            "block": "figure",
-            "format": block.format,
-            "size": list(block.size),
-            "alt": block.alt,
-            "caption": block.caption,
-            "sha256": hashlib.sha256(block.image).hexdigest(),
-            "data": dict(block.data),
-        }
-    if isinstance(block, ImageGrid):
-        return {
-            "block": "images",
-            "shape": list(block.images.shape),
-            "captions": list(block.captions),
-            "sha256": hashlib.sha256(np.ascontiguousarray(block.images).tobytes()).hexdigest(),
-            "note": block.note,
-        }
-    if isinstance(block, Columns):
-        return {"block": "columns", "blocks": _all(block.blocks)}
-    if isinstance(block, Details):
-        return {"block": "details", "title": block.title, "blocks": _all(block.blocks)}
-    return {"block": "section", "title": block.title, "lead": block.lead, "blocks": _all(block.blocks)}
+def describe(value: Any) -> Any:
+    """A report, or any part of it, as JSON-serialisable values; pictures as shapes and sha256."""
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8:
+            return value.tolist()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}
+    if is_dataclass(value):
+        kind: dict[str, Any] = {"block": value.kind} if isinstance(value, Block) else {}
+        return kind | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: describe(inner) for key, inner in value.items()}
+    return [describe(inner) for inner in value] if isinstance(value, list | tuple) else value

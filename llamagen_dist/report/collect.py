@@ -1,7 +1,8 @@
-"""Reads what a quickstart left behind, finished or not; what is not there is absent, never guessed."""
+"""What a folder holds, of whatever kind and however far it is. What is not there is absent, never guessed."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,40 +10,88 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamagen_dist.config import GPTConfigFile, PipelineConfig, TokenizerConfigFile, load
+from llamagen_dist.build import gpt_config
+from llamagen_dist.config import load
+from llamagen_dist.config.yaml_text import read as read_yaml
+from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import read_jsonl
-from llamagen_dist.report.measured import Samples, finite, read_object, read_samples, scaling_result, scores_result
+from llamagen_dist.evaluation.image_sets import ImageSet, open_images
+from llamagen_dist.files import json_if_there, read_json, read_jsonl
+from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 
-PARITY_STEPS = 50
+MODELS = ("gpt", "tokenizer")
+"""Kinds of configs whose programs train."""
+_NOT_RUNS = frozenset(["code", "stages", "launch", "log", "lock", "report", "checkpoints"])
+_LAWS = ("params", "parameters")  # a fit's keys for what it fitted: today's, and those of before
 
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds and peak_rss_gb are None while the stage has no DONE.json."""
+    """Of a pipeline. seconds and peak_rss_gb are None while it has not finished."""
 
     name: str
     why: str
-    module: str
     ranks: int
     seconds: float | None = None
     peak_rss_gb: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A run directory. training, validation: its lines of metrics.jsonl, oldest first; steps, images_seen,
-    loss: 1-d, one entry per training line; summary: summary.json, empty while the run is not finished."""
+    """A run directory, or a point of a sweep whose program is no training.
+
+    training, validation: the lines of metrics.jsonl, oldest first.
+    summary: summary.json, empty while the run has not finished. record: record.json.
+    settings: config.yaml as it is written; config: as a section, None where this version cannot read it (note says
+        why) or there is none.
+    evaluation: evaluation.json, of a point that is one.
+    finished: as summary.json, the launcher's DONE.json or the evaluation say.
+    failed: why nobody resumes it by itself; empty where that is not so.
+    """
 
     name: str
     folder: Path
-    training: tuple[Mapping[str, float], ...]
-    validation: tuple[Mapping[str, float], ...]
-    steps: NDArray[np.int64]
-    images_seen: NDArray[np.int64]
-    loss: NDArray[np.float64]
+    training: Sequence[Mapping[str, Any]]
+    validation: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
+    note: str = ""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    failed: str = ""
+
+    @property
+    def kind(self) -> str:
+        return str(self.settings.get("kind", "gpt"))
+
+    def points(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(images seen, value) of the lines that have the key, where it is finite and training had begun."""
+        lines = self.training if any(key in line for line in self.training) else self.validation
+        rows = [
+            (p["images_seen"], p[key]) for p in lines if p["images_seen"] > 0 and math.isfinite(p.get(key, math.nan))
+        ]
+        x, y = np.array(rows, np.float64).reshape(-1, 2).T
+        return x, y
+
+    def median(self, key: str) -> float | None:
+        values = self.points(key)[1]
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def seen(self) -> int:
+        """Images."""
+        return max((int(line["images_seen"]) for line in (*self.training[-1:], *self.validation[-1:])), default=0)
+
+    @property
+    def score(self) -> float | None:
+        """What runs are ranked by, lower is better: the last held-out loss, or the FID of an evaluation."""
+        sets = self.evaluation.get("sets") or {}
+        value = sets.get("model", next(iter(sets.values()), {})).get("fid")
+        if not sets and self.validation:
+            value = self.validation[-1].get("val_loss")
+        return value if value is not None and math.isfinite(value) else None
 
     @property
     def params(self) -> int | None:
@@ -52,210 +101,252 @@ class Run:
     def tokens_per_image(self) -> int | None:
         return self.summary.get("tokens_per_image")
 
+    @property
+    def layout(self) -> str:
+        """In words; empty where it is not known."""
+        known = self.summary.get("layout")
+        if not known:
+            return ""
+        ranks = "1 rank" if known["ranks"] == 1 else f"{known['ranks']} ranks"
+        return f"{ranks} (tensor {known['tensor']} × data {known['data']}, ZeRO-{known['zero']})"
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``failed``, or how far it is."""
+        if self.finished:
+            return "finished"
+        if self.failed:
+            return "failed"
+        total = self.settings.get("train", {}).get("images")
+        share = f" ({self.seen / total:.0%})" if isinstance(total, int) and total else ""
+        return f"unfinished: {self.seen:,} images seen{share}" if self.seen else "unfinished: nothing logged yet"
+
+    @property
+    def flops_per_image(self) -> int | str:
+        """Of training, exact; or why it is not known."""
+        if self.kind != "gpt" or self.config is None:
+            return "only a GPT whose config this version reads has a known cost"
+        data = self.config.data
+        try:
+            manifest = manifest_of(data.train, data)
+            model = gpt_config(self.config.model, **manifest.gpt_sizes(data.train))
+        except (UserError, OSError, ValueError) as error:
+            return f"the token shards {data.train} are not there to tell the vocabulary ({error})"
+        if self.params not in (None, total_parameters(model)):
+            return f"the token shards {data.train} were made again since this run"
+        return training_flops_per_image(model)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """A file of pictures with the record beside it. names: of labels, where something says them."""
+
+    images: ImageSet
+    record: Mapping[str, Any]
+    names: Sequence[str] = ()
+
 
 @dataclass(frozen=True)
-class Parity:
-    """One rung under another layout. Differences are in nats per token, None where the runs have no such
-    numbers in common; steps: how many were compared, of those both logged among the first PARITY_STEPS."""
+class Found:
+    """kind: ``pipeline``, ``sweep``, ``run``, ``evaluation``, ``pictures`` or ``scaling``.
 
-    rung: str
-    one: Run
-    other: Run
-    max_abs_loss_diff: float | None
-    steps: int
-    final_val_loss_diff: float | None
-    final_images_seen: int | None
+    groups: the runs by the folder that they stand in (empty: the folder itself), those of a group from small to large.
+    missing: points of a sweep that were never started, where something says what was planned.
+    evaluations: results of eval.evaluate by file name. scaling: what llamagen scaling fit wrote; empty without.
+    """
 
-
-@dataclass(frozen=True)
-class Summary:
     folder: Path
-    title: str | None
-    stages: tuple[Stage, ...]
-    tokenizer: Run | None
-    tokenizer_config: TokenizerConfigFile | None
-    ladder: tuple[Run, ...]
-    largest_config: GPTConfigFile | None
-    """The config of the ladder's largest rung that has one."""
-    parity: Parity | None
-    vocab_size: int | None
-    classes: tuple[str, ...] = ()
-    samples: Samples | None = None
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """evaluation.json, as eval.evaluate writes it; empty where there is none."""
+    kind: str
+    title: str = ""
+    stages: tuple[Stage, ...] = ()
+    groups: Mapping[str, tuple[Run, ...]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    samples: Pictures | None = None
+    reconstructions: Pictures | None = None
+    held_out: Path | None = None
+    """Image shards that the reconstructions are of."""
+    vocab_size: int | None = None
+    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scaling: Mapping[str, Any] = field(default_factory=dict)
-    """scaling.json, as llamagen scaling fit writes it; empty where there is none."""
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups.values() for run in group]
+
+    @property
+    def tokenizer(self) -> Run | None:
+        return next((run for run in self.runs if run.kind == "tokenizer"), None)
+
+    @property
+    def ladder(self) -> tuple[Run, ...]:
+        """The largest group of GPTs."""
+        groups = [tuple(run for run in group if run.kind == "gpt") for group in self.groups.values()]
+        return max(groups, key=len, default=())
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """What results.json is about: evaluation.json, or the only one there is."""
+        only = next(iter(self.evaluations.values())) if len(self.evaluations) == 1 else {}
+        return self.evaluations.get("evaluation.json", only)
 
 
-def collect(out: Path) -> Summary:
-    """Read the folder of a quickstart. Raises UserError if it is none, or naming the file that is damaged."""
-    if not (out / "stages").is_dir():
-        raise UserError(f"{out}: not a quickstart folder (it has no stages/); give the --out of llamagen quickstart")
-    pipeline = _pipeline(out)
-    tokenizer = read_run(out / "tokenizer")
-    ladder = tuple(sorted(_runs(out / "ladder"), key=lambda run: (run.params or math.inf, run.name)))
-    return Summary(
-        folder=out,
-        title=pipeline.title if pipeline else None,
-        stages=_stages(out, pipeline),
-        tokenizer=tokenizer,
-        tokenizer_config=_config(tokenizer, "tokenizer"),
-        ladder=ladder,
-        largest_config=_config(ladder[-1] if ladder else None, "gpt"),
-        parity=_parity(ladder, _runs(out / "tp2")),
-        vocab_size=read_object(out / "tokens" / "train" / "manifest.json").get("vocab_size"),
-        classes=tuple(read_object(out / "images" / "train" / "manifest.json").get("classes") or ()),
-        samples=read_samples(out / "samples"),
-        evaluation=read_object(out / "evaluation.json"),
-        scaling=read_object(out / "scaling.json"),
+def collect(path: Path, planned: Sequence[str] = ()) -> Found:
+    """Read a folder, or one JSON file of an evaluation or a law.
+
+    planned: the names of a sweep's points. Raises UserError: nothing to report on, or a damaged file.
+    """
+    if path.is_file():
+        content = read_json(path)
+        if "sets" in content:
+            return Found(path, "evaluation", evaluations={path.name: content})
+        if any(key in content for key in _LAWS) and "form" in content:
+            return Found(path, "scaling", scaling=content)
+        raise UserError(f"{path}: neither a result of eval.evaluate (sets) nor of llamagen scaling fit (form, params)")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run, a sweep, a pipeline's --out or an evaluation")
+    config = _yaml(path / "config.yaml")
+    groups = {"": (read_run(path),)} if (path / "metrics.jsonl").exists() else _groups(path)
+    evaluations, pictures, law = _evaluations(path), _pictures(path), _object(path / "scaling.json")
+    if (path / "stages").is_dir() or config.get("kind") == "pipeline":
+        kind = "pipeline"
+    elif [run.folder for runs in groups.values() for run in runs] == [path]:
+        kind = "run"
+    elif groups or config.get("kind") == "sweep":
+        kind = "sweep"
+    else:
+        kind = "evaluation" if evaluations else "pictures" if any(pictures) else "scaling" if law else ""
+    if not kind:
+        raise UserError(
+            f"{path}: nothing to report on: no run (metrics.jsonl or config.yaml), no folders of runs, no pipeline "
+            "(stages/), no evaluation (JSON with sets), no samples (model.npz) and no scaling.json in it"
+        )
+    return Found(
+        path,
+        kind,
+        str(config.get("title", "")),
+        _stages(path, config),
+        groups,
+        tuple(name for name in planned if not (path / name).is_dir()),
+        *pictures,
+        vocab_size=(json_if_there(path / "tokens/train/manifest.json") or {}).get("vocab_size"),
+        evaluations=evaluations,
+        scaling=law,
     )
 
 
-def results(summary: Summary) -> dict[str, Any]:
-    """results.json: what others compute with. Keys of what was not measured are left out."""
-    found: dict[str, Any] = {}
-    if summary.tokenizer and summary.tokenizer.validation:
-        last = summary.tokenizer.validation[-1]
-        found["tokenizer"] = {k: last[k] for k in ("psnr", "ssim", "codebook_usage") if k in last}
-    points = [
-        _known(
-            name=run.name,
-            params=run.params,
-            tokens_seen=tokens_seen(run, int(point["images_seen"])),
-            val_loss=finite(point.get("val_loss")),
-            layout=run.summary.get("layout"),
-        )
-        for run in summary.ladder
-        for point in run.validation
-    ]
-    if points:
-        found["gpt"] = points
-    if summary.parity and (
-        summary.parity.max_abs_loss_diff is not None or summary.parity.final_val_loss_diff is not None
-    ):
-        found["parity"] = _known(
-            tp_max_abs_loss_diff=finite(summary.parity.max_abs_loss_diff),
-            tp_final_val_loss_diff=finite(summary.parity.final_val_loss_diff),
-            steps=summary.parity.steps,
-            rung=summary.parity.rung,
-        )
-    for name, part in (("eval", scores_result(summary.evaluation)), ("scaling", scaling_result(summary.scaling))):
-        if part:
-            found[name] = part
-    seconds = {stage.name: stage.seconds for stage in summary.stages if stage.seconds is not None}
-    if seconds:
-        found["time_s"] = seconds
-    peak = peak_rss_gb(summary)
-    return found if peak is None else {**found, "peak_rss_gb": peak}
+def _groups(path: Path) -> dict[str, tuple[Run, ...]]:
+    if not (own := _runs(path)) and _is_run(path):  # one that has logged nothing yet
+        return {"": (read_run(path),)}
+    groups = {"": tuple(own), **{p.name: tuple(_runs(p)) for p in _folders(path) if not _is_run(p)}}
+    return {name: runs for name, runs in groups.items() if runs}
 
 
-def tokens_seen(run: Run, images_seen: int) -> int | None:
-    return None if run.tokens_per_image is None else images_seen * run.tokens_per_image
+def _yaml(path: Path) -> dict[str, Any]:
+    return read_yaml(path) if path.exists() else {}
 
 
-def peak_rss_gb(summary: Summary) -> float | None:
-    """Largest resident memory of any one process, over all stages and runs."""
-    runs = [summary.tokenizer, *summary.ladder, summary.parity.other if summary.parity else None]
-    peaks = [run.summary.get("peak_rss_gb") for run in runs if run] + [stage.peak_rss_gb for stage in summary.stages]
-    return max((peak for peak in peaks if peak is not None), default=None)
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in _NOT_RUNS]
 
 
-def read_run(folder: Path) -> Run | None:
-    """A run directory, or None where no metrics were written yet."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return None
-    lines = _lines(path)
-    training = [line for line in lines if "loss" in line]
-    return Run(
-        name=folder.name,
-        folder=folder,
-        training=tuple(training),
-        validation=tuple(line for line in lines if "val_loss" in line),
-        steps=np.array([line["step"] for line in training], np.int64),
-        images_seen=np.array([line["images_seen"] for line in training], np.int64),
-        loss=np.array([line["loss"] for line in training], np.float64),
-        summary=read_object(folder / "summary.json"),
-        record=read_object(folder / "record.json"),
-    )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a killed process left unfinished is not there yet."""
-    lines = read_jsonl(path, strict=True)
-    for line in lines:
-        if not {"step", "images_seen"} <= line.keys():
-            raise UserError(f"{path}: a line without step and images_seen ({line}); restore the file")
-    return lines
+def _is_run(folder: Path) -> bool:
+    if (folder / "metrics.jsonl").exists():
+        return True
+    if any(folder.glob("*/metrics.jsonl")):  # of the rungs of a ladder
+        return False
+    if any((folder / name).exists() for name in ("launch/job.json", "launch/stage.json")):  # of a point of a sweep
+        return _yaml(folder / "launch/config.yaml").get("kind") not in ("sweep", "pipeline", None)
+    return _yaml(folder / "config.yaml").get("kind") in MODELS
 
 
 def _runs(folder: Path) -> list[Run]:
-    found = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
-    return [run for run in found if run is not None]
+    runs = [read_run(path) for path in _folders(folder) if _is_run(path)]
+    return sorted(runs, key=lambda run: (run.params or math.inf, run.name))
 
 
-def _parity(ladder: tuple[Run, ...], others: list[Run]) -> Parity | None:
-    """Compare the runs by optimizer step. Steps that saw other numbers of images are not the same."""
-    for other in others:
-        one = next((run for run in ladder if run.name == other.name), None)
-        if one is None:
-            continue
-        steps, mine, theirs = common(one, other)
-        early = steps <= PARITY_STEPS
-        gaps = np.abs(theirs[early] - mine[early])
-        last = {int(p["images_seen"]): p["val_loss"] for p in one.validation}
-        both = [p for p in other.validation if int(p["images_seen"]) in last]
-        return Parity(
-            rung=other.name,
-            one=one,
-            other=other,
-            steps=int(early.sum()),
-            max_abs_loss_diff=float(gaps.max()) if len(gaps) else None,
-            final_val_loss_diff=abs(both[-1]["val_loss"] - last[int(both[-1]["images_seen"])]) if both else None,
-            final_images_seen=int(both[-1]["images_seen"]) if both else None,
-        )
-    return None
-
-
-def common(one: Run, other: Run) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """(steps, loss of one, loss of other) at the steps that both logged after the same number of images."""
-    steps, mine, theirs = np.intersect1d(one.steps, other.steps, return_indices=True)
-    same = one.images_seen[mine] == other.images_seen[theirs]
-    return steps[same], one.loss[mine[same]], other.loss[theirs[same]]
-
-
-def _stages(out: Path, pipeline: PipelineConfig | None) -> tuple[Stage, ...]:
-    """In the pipeline's order; stages it does not know (an older pipeline's) follow by name."""
-    planned = [Stage(s.name, s.why, s.module, s.ranks) for s in pipeline.stages] if pipeline else []
-    names = [stage.name for stage in planned]
-    # in stages/NAME itself launches before November 2026 left it
-    files = [*sorted((out / "stages").glob("*/DONE.json")), *sorted((out / "stages").glob("*/launch/DONE.json"))]
-    done = {path.relative_to(out / "stages").parts[0]: read_object(path) for path in files}
-    extra = sorted((name for name in done if name not in names), key=lambda name: str(done[name].get("started", "")))
-    planned += [Stage(name, "", "", 1) for name in extra]
-    return tuple(
-        Stage(
-            stage.name,
-            str(d.get("why", stage.why)),
-            str(d.get("module", stage.module)),
-            int(d.get("ranks", stage.ranks)),
-            d.get("seconds"),
-            d.get("peak_rss_gb"),
-        )
-        for stage in planned
-        for d in [done.get(stage.name, {})]
+def read_run(folder: Path) -> Run:
+    """A run directory. Raises UserError, naming a file that is damaged."""
+    metrics = folder / "metrics.jsonl"
+    lines = read_jsonl(metrics, strict=True) if metrics.exists() else []
+    for line in lines:
+        if not {"step", "images_seen"} <= line.keys():
+            raise UserError(f"{metrics}: a line without step and images_seen ({line}); restore the file")
+    path = next((p for p in (folder / "config.yaml", folder / "launch/config.yaml") if p.exists()), None)
+    settings = read_yaml(path) if path else {}
+    config, note = None, ""
+    if path:
+        try:
+            config = load(path)
+        except UserError as error:  # another version's
+            note = str(error).splitlines()[0]
+    ends = ("summary.json", "evaluation.json", "launch/DONE.json", "DONE.json")
+    failed = _object(folder / "launch/FAILED.json") or _object(folder / "launch/END.json")  # today's, and of before
+    return Run(
+        name=folder.name,
+        folder=folder,
+        training=[line for line in lines if "loss" in line],
+        validation=[line for line in lines if "val_loss" in line],
+        summary=_object(folder / "summary.json"),
+        record=_object(folder / "record.json"),
+        settings=settings,
+        config=config,
+        note=note,
+        evaluation=_object(folder / "evaluation.json"),
+        finished=any((folder / name).exists() for name in ends),
+        failed=str(failed.get("reason", "no reason is recorded")) if failed else "",
     )
 
 
-def _pipeline(out: Path) -> PipelineConfig | None:
-    path = out / "config.yaml"
-    return load(path, kind="pipeline") if path.exists() else None
+def _object(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
-def _config(run: Run | None, kind: str) -> Any:
-    path = run.folder / "config.yaml" if run else None
-    return load(path, kind=kind) if path and path.exists() else None
+def _stages(out: Path, config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """In the pipeline's order; stages it does not know (an older pipeline's) follow in the order of their starts."""
+    planned = {s["name"]: s for s in config.get("stages", ())} if config.get("kind") == "pipeline" else {}
+    # in stages/NAME itself launches before November 2026 left it
+    files = [*sorted((out / "stages").glob("*/DONE.json")), *sorted((out / "stages").glob("*/launch/DONE.json"))]
+    done = {path.relative_to(out / "stages").parts[0]: read_json(path) for path in files}
+    extra = sorted(done.keys() - planned.keys(), key=lambda name: str(done[name].get("started", "")))
+    known = {name: {**planned.get(name, {}), **done.get(name, {})} for name in [*planned, *extra]}
+    return tuple(
+        Stage(name, str(one.get("why", "")), int(one.get("ranks", 1)), one.get("seconds"), one.get("peak_rss_gb"))
+        for name, one in known.items()
+    )
 
 
-def _known(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
+def _pictures(path: Path) -> tuple[Pictures | None, Pictures | None, Path | None]:
+    """(samples, reconstructions, the shards of their originals) of a folder, or of the folders that a pipeline has."""
+    samples = next((f for f in (path / "samples/model.npz", path / "model.npz") if f.exists()), None)
+    rebuilt = next((f for n in ("reconstructions/", "") if (f := path / f"{n}reconstruction.npz").exists()), None)
+    shards = path / "images/validation"
+    if rebuilt and not (shards / "manifest.json").exists():
+        shards = Path(str(_object(rebuilt.with_name("record.json")).get("image_shards", "")))
+    held_out = shards if (shards / "manifest.json").exists() else None
+    classes = (json_if_there(path / "images/train/manifest.json") or {}).get("classes") or ()
+    return _opened(samples, classes), _opened(rebuilt, classes), held_out
+
+
+def _opened(file: Path | None, classes: Sequence[str]) -> Pictures | None:
+    if file is None:
+        return None
+    captions = file.with_name("captions.json")
+    names = _list(captions) if captions.exists() else classes
+    return Pictures(open_images(file), _object(file.with_name("record.json")), tuple(map(str, names)))
+
+
+def _list(path: Path) -> list[Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); the file is damaged") from None
+    return value if isinstance(value, list) else []
+
+
+def _evaluations(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Results of eval.evaluate in the folder, and in the folders of a sweep of evaluations, by relative name."""
+    files = [*sorted(path.glob("*.json")), *sorted(path.glob("*/evaluation.json"))]
+    # lists and the like are other programs', and not looked into
+    objects = [file for file in files if file.name == "evaluation.json" or file.read_bytes()[:1] == b"{"]
+    whole = {str(file.relative_to(path)): read_json(file) for file in objects}
+    return {name: content for name, content in whole.items() if isinstance(content.get("sets"), dict)}

@@ -1,280 +1,204 @@
-"""The plots of a report, each drawn from plain numbers that stay with it as data."""
+"""A Figure block as a picture, by matplotlib."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import io
+import re
+from pathlib import Path
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llamagen_dist.report import canvas as c
-from llamagen_dist.report.blocks import Figure
-from llamagen_dist.report.quantities import count, small
+from llamagen_dist.report.blocks import Figure, Panel, Series, printable
+from llamagen_dist.report.quantities import tick
 
-Floats = NDArray[np.float64]
+TEMPLATES = Path(__file__).parent / "templates"
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One run: x and y of its training loss, and of its held-out loss (``marks``), all 1-d float64."""
-
-    name: str
-    x: Floats
-    y: Floats
-    marks_x: Floats
-    marks_y: Floats
-
-    def data(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "x": self.x.tolist(),
-            "loss": self.y.tolist(),
-            "validation_x": self.marks_x.tolist(),
-            "val_loss": self.marks_y.tolist(),
-        }
-
-
-def smooth(y: Floats, window: int) -> Floats:
-    """Centred running mean; the window shrinks symmetrically towards both ends. Same length as y."""
-    if len(y) == 0 or window < 2:
-        return y
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    at = np.arange(len(y))
-    half = np.minimum(np.minimum(at, len(y) - 1 - at), window // 2)
-    return (total[at + half + 1] - total[at - half]) / (2 * half + 1)
-
-
-def _thin(x: Floats, y: Floats, most: int = 600) -> tuple[Floats, Floats]:
-    """Means of neighbours, so that a long run does not make a large file; evenly spaced on a log x axis."""
-    if len(x) <= most:
-        return x, y
-    edges = np.unique(np.concatenate([[0], np.geomspace(1, len(x), most).astype(int)]))
-    sizes = np.diff(edges)
-    return np.add.reduceat(x, edges[:-1]) / sizes, np.add.reduceat(y, edges[:-1]) / sizes
+# name -> (light, dark), as page.css and plots.mplstyle have them.
+# Series: Okabe & Ito's colour-blind-safe set, lightened for the dark page.
+THEME = {
+    "ink": ("#1c2127", "#e8eaed"),
+    "soft": ("#59636e", "#a3abb5"),
+    "rule": ("#dfe3e8", "#343a41"),
+    "paper": ("#ffffff", "#15181c"),
+    "blue": ("#0b66a8", "#5fb4ec"),
+    "orange": ("#d2601a", "#f2a04e"),
+    "green": ("#0f8a68", "#45c9a0"),
+}
+INK, SOFT, RULE, PAPER = (THEME[name][0] for name in ("ink", "soft", "rule", "paper"))
+WIDTH = 4.7  # inches; as wide as a phone's screen in CSS pixels, so that 9.5 pt stays readable there
+_FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
+_MARKS = {"linestyle": "none", "marker": "o", "markersize": 6.2, "markeredgewidth": 1.3, "zorder": 5}
+_STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.8},
+    "thin": {"linewidth": 1.1},
+    "wide": {"linewidth": 3.6, "alpha": 0.45},
+    "faint": {"linewidth": 0.6, "alpha": 0.28},
+    "dashed": {"linewidth": 1.8, "linestyle": (0, (3, 2))},
+    "dots": {**_MARKS, "markeredgecolor": PAPER},
+    "rings": {**_MARKS, "markerfacecolor": "none"},
+    "diamonds": {**_MARKS, "marker": "D", "markeredgecolor": PAPER},
+    "dotted line": {**_MARKS, "linestyle": "-", "linewidth": 1.8, "markeredgecolor": PAPER},
+}
+# (smallest span in decades, where a decade is marked)
+_LOG_STEPS = ((2.5, (1.0,)), (1.4, (1.0, 3.0)), (0.7, (1.0, 2.0, 5.0)), (0.0, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
 
 
-def ladder_curves(curves: Sequence[Curve], x_label: str, caption: str = "", format: c.Format = "svg") -> Figure:
-    """Training loss (thin), its running mean, and held-out loss (dots) of runs sorted from small to large."""
-    colours: dict[str, str] = {}
-    with c.canvas([1], 3.5) as (drawing, (axes,)):
-        ends, all_x, settled = [], [], []
-        for number, curve in enumerate(curves):
-            light, dark = c.ramp(number, len(curves))
-            colours[light] = dark
-            shown = (curve.x > 0) & np.isfinite(curve.y)
-            x, y = curve.x[shown], curve.y[shown]
-            marks = (curve.marks_x > 0) & np.isfinite(curve.marks_y)
-            mx, my = curve.marks_x[marks], curve.marks_y[marks]
-            axes.plot(*_thin(x, y), color=light, linewidth=0.6, alpha=0.28)
-            axes.plot(*_thin(x, smooth(y, max(3, len(y) // 25))), color=light)
-            axes.plot(
-                mx,
-                my,
-                linestyle="none",
-                marker="o",
-                markersize=6,
-                color=light,
-                markeredgecolor=c.PAPER,
-                markeredgewidth=1.3,
-                zorder=5,
-            )
-            all_x += [*x, *mx]
-            settled += [*smooth(y, max(3, len(y) // 25))[len(y) // 50 :], *my]
-            tail = (mx[-1], my[-1]) if len(mx) else (x[-1], y[-1]) if len(x) else None
-            if tail:
-                ends.append((*tail, curve.name, light))
-        if all_x:
-            axes.set_xscale("log")
-            c.log_axis(axes.xaxis, min(all_x), max(all_x))
-            low, high = min(settled), max(settled)
-            room = 0.06 * (high - low) or 0.1
-            axes.set_ylim(low - room, high + room)
-        c.linear_axis(axes.yaxis)
-        axes.set_xlabel(x_label)
-        c.title(axes, "loss (nats per token)")
-        c.label_ends(axes, ends)
-        alt = "Loss against " + x_label + " for " + ", ".join(curve.name for curve in curves)
-        return c.finish(drawing, alt, caption, {"curves": [curve.data() for curve in curves]}, format, colours)
+def colours(colour: str | float) -> tuple[str, str]:
+    """(light, dark) of a Series' colour. The ordered family is perceptually even, colour-blind safe, and its largest
+    member stands out most on either page."""
+    if isinstance(colour, str):
+        return THEME[colour]
+    viridis = matplotlib.colormaps["viridis"]
+    return to_hex(viridis(0.66 - 0.62 * colour)), to_hex(viridis(0.42 + 0.5 * colour))
 
 
-def loss_against_size(
-    lines: Mapping[float, Sequence[tuple[float, float]]],
-    unit: str,
-    caption: str = "",
-    format: c.Format = "svg",
-) -> Figure:
-    """lines: budget -> (parameters, held-out loss) of each rung; unit: what a budget counts (``tokens``)."""
-    colours: dict[str, str] = {}
-    with c.canvas([1], 3.5) as (drawing, (axes,)):
-        ends, xs = [], [p for points in lines.values() for p, _ in points]
-        axes.set_xscale("log")
-        for number, (budget, points) in enumerate(sorted(lines.items())):
-            light, dark = c.ramp(number, len(lines))
-            colours[light] = dark
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, color=light, marker="o", markersize=6.5, markeredgecolor=c.PAPER, markeredgewidth=1.3)
-            ends.append((x[-1], y[-1], f"{count(budget)} {unit}", light))
-        if xs:
-            axes.set_xlim(min(xs) / 1.35, max(xs) * 1.35)
-            c.log_axis(axes.xaxis, min(xs), max(xs))
-        axes.margins(y=0.12)
-        c.linear_axis(axes.yaxis)
-        axes.set_xlabel("parameters")
-        c.title(axes, "validation loss (nats per token)")
-        c.label_ends(axes, ends)
-        data = {
-            "unit": unit,
-            "lines": [{"budget": b, "points": [list(p) for p in sorted(v)]} for b, v in sorted(lines.items())],
-        }
-        alt = f"Validation loss against parameters, one line for each of {len(lines)} training budgets"
-        return c.finish(drawing, alt, caption, data, format, colours)
+def size(figure: Figure) -> tuple[int, int]:
+    """(width, height) in CSS pixels."""
+    return round(WIDTH * 96), round((3.5 if len(figure.panels) == 1 else 1.0 + 1.85 * len(figure.panels)) * 96)
 
 
-def tensor_parallel(
-    steps: Floats,
-    whole: Floats,
-    split: Floats,
-    window: int,
-    names: tuple[str, str],
-    caption: str = "",
-    format: c.Format = "svg",
-) -> Figure:
-    """Two training losses at the same steps, and |their difference| on a log axis. All float64 [steps].
-
-    The first ``window`` steps are shaded. Exact agreement has no logarithm: such steps are left out below.
-    """
-    gap = np.abs(split - whole)
-    with c.canvas([1.25, 1], 4.6) as (drawing, (above, below)):
-        above.plot(*_even(steps, whole), color=c.BLUE, linewidth=3.6, alpha=0.45)
-        above.plot(*_even(steps, split), color=c.ORANGE, linewidth=1.1)
-        c.title(above, "training loss (nats per token)")
-        c.linear_axis(above.yaxis, 4)
-        c.legend(above, list(zip(names, (c.BLUE, c.ORANGE), strict=True)))
-        shown = gap > 0
-        if shown.any():
-            below.set_yscale("log")
-            below.plot(steps[shown], gap[shown], color=c.INK, linewidth=0.8, marker="." if len(gap) < 30 else "")
-            below.set_ylim(gap[shown].min() / 2.5, gap[shown].max() * 6)
-            c.log_axis(below.yaxis, *below.get_ylim())
-            first = gap[steps <= window]
-            if len(first) and first.max() > 0:
-                worst = steps[steps <= window][first.argmax()]
-                below.plot([worst], [first.max()], marker="o", markersize=6, color=c.ORANGE, markeredgecolor=c.PAPER)
-                below.text(
-                    0.02,
-                    0.95,
-                    f"largest in the first {window}: {small(float(first.max()))}",
-                    transform=below.transAxes,
-                    va="top",
-                    fontsize=9,
-                    color=c.INK,
-                )
-        else:
-            below.text(0.5, 0.5, "no difference at any step", transform=below.transAxes, ha="center", color=c.SOFT)
-            below.set_yticks([])
-        for axes in (above, below):
-            axes.axvspan(float(steps.min()), float(min(window, steps.max())), color=c.BLUE, alpha=0.08, linewidth=0)
-        c.title(below, "|difference| (nats per token)")
-        c.linear_axis(below.xaxis)
-        below.set_xlabel("optimizer step")
-        data = {"steps": steps.tolist(), names[0]: whole.tolist(), names[1]: split.tolist(), "window": window}
-        alt = f"Training loss of {names[0]} and {names[1]} overlaid, and the absolute difference below"
-        return c.finish(drawing, alt, caption, data, format)
+def draw(figure: Figure, form: Literal["svg", "png"] = "svg") -> bytes:
+    """The encoded picture. SVG follows the reader's light or dark page; PNG is the light page's, at twice the size."""
+    width, height = size(figure)
+    with matplotlib.rc_context(fname=str(TEMPLATES / "plots.mplstyle")):
+        drawing = Drawing(figsize=(width / 96, height / 96), layout="constrained")
+        FigureCanvasAgg(drawing)
+        grid = drawing.subplots(len(figure.panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, panel in zip(grid, figure.panels, strict=True):
+            _panel(axes, panel, figure)
+        _x_axis(grid[-1], figure)
+        for axes, panel in zip(grid, figure.panels, strict=True):
+            _name_ends(axes, panel.series)
+        buffer = io.BytesIO()
+        if form == "png":
+            drawing.savefig(buffer, format="png", dpi=192, facecolor=PAPER)
+            return buffer.getvalue()
+        drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    used = [series.colour for panel in figure.panels for series in panel.series]
+    return _recoloured(buffer.getvalue().decode(), [colours(colour) for colour in used]).encode()
 
 
-def _even(x: Floats, y: Floats, most: int = 800) -> tuple[Floats, Floats]:
-    """Every k-th point, for a linear axis; both curves of a comparison lose the same ones."""
-    return x[:: max(1, -(-len(x) // most))], y[:: max(1, -(-len(x) // most))]
-
-
-def bars(
-    names: Sequence[str],
-    values: Sequence[float],
-    labels: Sequence[str],
-    heading: str,
-    colour: str = c.BLUE,
-    caption: str = "",
-    format: c.Format = "svg",
-) -> Figure:
-    """Horizontal bars, first on top, each with its value in words at its end."""
-    with c.canvas([1], 0.55 + 0.34 * max(1, len(names))) as (drawing, (axes,)):
-        places = np.arange(len(names))
-        axes.barh(places, values, height=0.62, color=colour, linewidth=0)
-        axes.set_yticks(places, [c.shorten(name, 24) for name in names], color=c.INK)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, max([*values, 1e-9]) * 1.28)
-        for place, value, label in zip(places, values, labels, strict=True):
-            axes.annotate(
-                label,
-                (value, place),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=c.INK,
-            )
-        axes.grid(visible=False)
-        axes.set_xticks([])
-        axes.spines["bottom"].set_visible(False)
-        c.title(axes, heading)
-        data = {"names": list(names), "values": list(values)}
-        alt = heading + ": " + ", ".join(f"{n} {t}" for n, t in zip(names, labels, strict=True))
-        return c.finish(drawing, alt, caption, data, format)
-
-
-def tokenizer_curves(
-    curve: Curve,
-    psnr: Sequence[tuple[float, float]],
-    events: Sequence[tuple[float, str]] = (),
-    caption: str = "",
-    format: c.Format = "svg",
-) -> Figure:
-    """Training loss (log y) with held-out loss, and held-out PSNR below if it was measured more than once.
-
-    psnr: (images seen, dB). events: (images seen, what begins there).
-    """
-    twice = len(psnr) > 1
-    with c.canvas([1.5, 1] if twice else [1], 4.6 if twice else 3.4) as (drawing, panels):
-        axes = panels[0]
-        good = np.isfinite(curve.y) & (curve.y > 0)
-        x, y = curve.x[good], curve.y[good]
-        axes.plot(*_even(x, y), color=c.BLUE, linewidth=0.6, alpha=0.3)
-        axes.plot(*_even(x, smooth(y, max(3, len(y) // 25))), color=c.BLUE)
-        marks = np.isfinite(curve.marks_y) & (curve.marks_y > 0)
-        axes.plot(
-            curve.marks_x[marks],
-            curve.marks_y[marks],
-            linestyle="none",
-            marker="o",
-            markersize=6,
-            color=c.ORANGE,
-            markeredgecolor=c.PAPER,
-            markeredgewidth=1.3,
+def _panel(axes: Axes, panel: Panel, figure: Figure) -> None:
+    for series in panel.series:
+        _series(axes, series)
+    if panel.log_y and any((series.y > 0).any() for series in panel.series):
+        axes.set_yscale("log")
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
+    else:
+        axes.margins(y=0.1)
+    _ticks(axes.yaxis, panel.log_y, 5 if len(figure.panels) == 1 else 4)
+    axes.set_title(panel.title, x=0)
+    if figure.shaded:
+        axes.axvspan(*figure.shaded, color=THEME["blue"][0], alpha=0.08, linewidth=0)
+    if panel.note:
+        axes.text(0.02, 0.95, panel.note, transform=axes.transAxes, va="top", fontsize=9)
+    for line, (text, colour) in enumerate(panel.legend):  # upper right, where falling curves leave room
+        axes.annotate(
+            shorten(text, 40),
+            (0.985, 0.95),
+            xycoords="axes fraction",
+            xytext=(0, -13 * line),
+            textcoords="offset points",
+            color=colours(colour)[0],
+            ha="right",
+            va="top",
+            fontsize=9,
+            fontweight="bold",
         )
-        if len(y):
-            axes.set_yscale("log")
-            c.log_axis(axes.yaxis, float(y.min()), float(y.max()))
-        c.title(axes, curve.name)
-        c.legend(axes, [("training", c.BLUE), *([("held-out", c.ORANGE)] if marks.any() else [])])
-        for at, text in events:
-            for panel in panels:
-                panel.axvline(at, color=c.SOFT, linewidth=0.9, linestyle=(0, (3, 3)))
+    for at, text in figure.events:
+        axes.axvline(at, color=SOFT, linewidth=0.9, linestyle=(0, (3, 3)))
+        if panel is figure.panels[0]:
+            right = at < 0.6 * axes.get_xlim()[1]
             axes.annotate(
                 text,
                 (at, 0.6),
                 xycoords=("data", "axes fraction"),
-                xytext=(5 if at < 0.6 * x.max() else -5, 0),
+                xytext=(5 if right else -5, 0),
                 textcoords="offset points",
-                ha="left" if at < 0.6 * x.max() else "right",
+                ha="left" if right else "right",
                 fontsize=8.5,
-                color=c.SOFT,
-                bbox={"facecolor": c.PAPER, "alpha": 0.85, "linewidth": 0, "pad": 1.5},
+                color=SOFT,
+                bbox={"facecolor": PAPER, "alpha": 0.85, "linewidth": 0, "pad": 1.5},
             )
-        if twice:
-            panels[1].plot(*zip(*psnr, strict=True), color=c.ORANGE, marker="o", markersize=5)
-            panels[1].margins(y=0.15)
-            c.linear_axis(panels[1].yaxis, 4)
-            c.title(panels[1], "held-out PSNR (dB)")
-        c.linear_axis(panels[-1].xaxis)
-        panels[-1].set_xlabel("images seen")
-        data = {**curve.data(), "psnr": [list(p) for p in psnr], "events": [list(e) for e in events]}
-        return c.finish(drawing, "Tokenizer loss against images seen", caption, data, format)
+
+
+def _series(axes: Axes, series: Series) -> None:
+    colour = colours(series.colour)[0]
+    if series.style == "band" and series.to is not None:
+        axes.vlines(series.x, series.y, series.to, color=colour, linewidth=16, alpha=0.2)
+    else:
+        axes.plot(series.x, series.y, color=colour, **_STYLES[series.style])
+
+
+def _x_axis(axes: Axes, figure: Figure) -> None:
+    axes.set_xlabel(figure.x)
+    if figure.ticks:
+        axes.set_xticks(range(len(figure.ticks)), [shorten(name) for name in figure.ticks])
+        axes.set_xlim(-0.6, len(figure.ticks) - 0.4)
+        return
+    log = figure.log_x and any((s.x > 0).any() for panel in figure.panels for s in panel.series)
+    if log:
+        axes.set_xscale("log")
+    axes.margins(x=0.03)
+    _ticks(axes.xaxis, log, 5)
+
+
+def _ticks(axis: Any, log: bool, most: int) -> None:
+    """Plain words (20k, 10⁻³), and enough of them even where the data span less than a decade."""
+    if log:
+        low, high = axis.get_view_interval()
+        decades = np.log10(high / low) if high > low > 0 else 0.0
+        steps = next(steps for span, steps in _LOG_STEPS if decades >= span)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=7))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+
+
+def _name_ends(axes: Axes, series: tuple[Series, ...]) -> None:
+    """Labels right of the lines' ends, moved apart where they would overlap."""
+    named = [one for one in series if one.label and len(one.x)]
+    if not named:
+        return
+    axes.autoscale_view()  # else the transform below still has the limits of before
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(((to_axes.transform((s.x[-1], s.y[-1]))[1], s) for s in named), key=lambda end: end[0])
+    gap = 11.5 / (axes.get_window_extent().height * 72 / axes.figure.dpi * 0.9)  # one line, as a share of the height
+    heights = np.clip([height for height, _ in ends], 0, 1)
+    for _ in range(200):  # push close neighbours apart, keep all beside the axes
+        short = np.maximum(gap - np.diff(heights), 0) / 2
+        heights[:-1] -= short
+        heights[1:] += short
+        heights[0], heights[-1] = max(heights[0], 0.0), min(heights[-1], 1.0)
+    for height, (_, one) in zip(heights, ends, strict=True):
+        style: dict[str, Any] = {"color": colours(one.colour)[0], "fontsize": 9, "fontweight": "bold"}
+        axes.text(1.015, height, shorten(one.label), transform=axes.transAxes, va="center", clip_on=False, **style)
+
+
+def shorten(text: str, most: int = 20) -> str:
+    plain = printable(text)
+    return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
+def _recoloured(svg: str, used: list[tuple[str, str]]) -> str:
+    """The drawing with colours that change with the page's: every light one becomes a variable."""
+    svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", _FONTS)  # without the DOCTYPE and its address
+    dark = dict([*THEME.values(), *used])
+    names = {light: f"--c{number}" for number, light in enumerate(dark)}
+    svg = re.sub(
+        r"((?:fill|stroke): ?)(#[0-9a-f]{6})",
+        lambda match: f"{match[1]}var({names[match[2]]})" if match[2] in names else match[0],
+        svg,
+    )
+    day = ";".join(f"{name}:{light}" for light, name in names.items())
+    night = ";".join(f"{name}:{dark[light]}" for light, name in names.items())
+    head = svg.index(">") + 1
+    rules = f"<style>:root{{{day}}}@media(prefers-color-scheme:dark){{:root{{{night}}}}}</style>"
+    return svg[:head] + rules + svg[head:]

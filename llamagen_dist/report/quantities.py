@@ -72,3 +72,8 @@ def duration(seconds: float) -> str:
 def gigabytes(value: float) -> str:
     """``value`` in units of 10^9 bytes."""
     return f"{value:.2f}{_GAP}GB" if value < 10 else f"{value:.1f}{_GAP}GB"
+
+
+def percent(share: float) -> str:
+    """A difference: ``0.0123`` -> ``+1.2%``."""
+    return f"{100 * share:+.1f}%".replace("-", "−")

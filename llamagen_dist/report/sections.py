@@ -1,232 +1,250 @@
-"""The sections of a quickstart's report, each from what was measured; None where nothing was."""
+"""From a folder to its report: for every section of templates/report.md.j2 the numbers and figures that it shows."""
 
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llamagen_dist.report import plots
+from llamagen_dist.evaluation.record import differences
+from llamagen_dist.report import figures, pictures, sweep
 from llamagen_dist.report import quantities as q
-from llamagen_dist.report.blocks import Block, Columns, Markdown, Section, Table, literal
-from llamagen_dist.report.collect import PARITY_STEPS, Parity, Run, Summary, common, peak_rss_gb, tokens_seen
-from llamagen_dist.report.style import THEME
+from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
+from llamagen_dist.report.collect import Found
+from llamagen_dist.report.results import parity, results
+from llamagen_dist.report.text import section, words
 
-_MOST_BUDGETS = 5
-
-
-def stages(s: Summary) -> Section | None:
-    if not s.stages:
-        return None
-    rows = []
-    for stage in s.stages:
-        spent = (
-            q.duration(stage.seconds)
-            if stage.seconds is not None
-            else ("this page" if stage.name == "report" else "not finished")
-        )
-        rows.append((stage.name, stage.why or None, str(stage.ranks), spent))
-    return Section(
-        "What was run",
-        (Table(("stage", "why", "ranks", "time"), tuple(rows), (2, 3)),),
-        "Every stage is a program of its own, started on so many ranks; a finished stage is not run again.",
-    )
+_TITLES = {
+    "pipeline": "Images to tokens to a ladder of Llamas",
+    "sweep": "Sweep {}",
+    "run": "Run {}",
+    "evaluation": "Evaluation {}",
+    "pictures": "Pictures {}",
+    "scaling": "Scaling law {}",
+}
+_PRIVATE = ("host", "diff", "started")  # a machine's name is nobody's business, a diff too long
+_LONGEST = 200
+_SMALL = 1e7  # parameters; below it a ladder says nothing about the models that people use
+Part = tuple[dict[str, Any], dict[str, Block | None]]
+"""What a section's macro reads, and the blocks that it asks for by name."""
 
 
-def ladder(s: Summary) -> Section | None:
-    if not s.ladder:
-        return None
-    tokens = all(run.tokens_per_image for run in s.ladder)
-    unit = "tokens" if tokens else "images"
+def build(s: Found) -> Report:
+    """Blocks from what is there; a part that was not run is named, not invented."""
+    known = results(s)
+    common = {
+        "known": known,
+        "twin": parity(s),
+        "best": min((run for run in s.ladder if run.score is not None), key=lambda run: run.score or 0, default=None),
+        "blind": math.log(s.vocab_size) if s.vocab_size else 0.0,
+        "seconds": sum(known.get("time_s", {}).values()),
+        "out": shlex.quote(str(s.folder.absolute())),
+        **(sweep.facts(s) if s.kind == "sweep" else {}),
+    }
+    first: list[Block] = []
+    kind = s.kind if s.kind in ("pipeline", "sweep", "run") else "evaluation"
+    if text := words(f"{kind}_first", s, SimpleNamespace(**common)):
+        first.append(Markdown(text.replace("\n", " ") if "\n\n" not in text else text))
+    rows = [line.split(" :: ") for line in words(f"{kind}_numbers", s, SimpleNamespace(**common)).splitlines() if line]
+    if rows:
+        first.append(Numbers(tuple((label, value, note.strip()) for label, value, note in rows)))
+    made = []
+    for macro, part in _SECTIONS.items():
+        more, blocks = part(s) if part else ({}, {})
+        made.append(section(macro, blocks, s, SimpleNamespace(**common, **more)))
+    title = s.title or _TITLES[s.kind].format(s.folder.absolute().name)
+    return Report(title, (*first, *(one for one in made if one is not None)), _subtitle(s))
 
-    def amount(run: Run, images: int) -> int:
-        return tokens_seen(run, images) or images
 
-    points = [{amount(run, int(p["images_seen"])): p for p in run.validation} for run in s.ladder]
-    budgets = _spread(sorted({budget for found in points for budget in found if budget > 0}))
-    rows = []
-    lines: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
-    for run, found in zip(s.ladder, points, strict=True):
-        losses = [found[b]["val_loss"] if b in found else None for b in budgets]
-        null = run.validation[-1].get("val_loss_null") if run.validation else None
-        rows.append(
-            (
-                run.name,
-                q.count(run.params) if run.params else None,
-                *(None if v is None else q.loss(v) for v in losses),
-                None if null is None else q.loss(null),
-            )
-        )
-        for b, v in zip(budgets, losses, strict=True):
-            if run.params and v is not None and math.isfinite(v):
-                lines[b].append((float(run.params), float(v)))
+def _subtitle(s: Found) -> str:
+    record: Mapping[str, Any] = next((run.record for run in s.runs if run.record), {})
+    parts = [
+        f"llamagen-dist {record['llamagen_dist']}" if "llamagen_dist" in record else "",
+        f"{record['cpus']} CPU cores" if "cpus" in record else "",
+        str(record.get("started", ""))[:10],
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _sweep(s: Found) -> Part:
+    return {}, sweep.curves(s) if s.kind == "sweep" else {}
+
+
+def _training(s: Found) -> Part:
+    """One GPT: a run, or a pipeline's only one."""
+    run = s.ladder[0] if len(s.ladder) == 1 and s.kind != "sweep" and s.ladder[0].training else None
+    if run is None:
+        return {"run": None}, {}
+    validations = [run.validation[i] for i in spread(len(run.validation), 12)]
+    return {"run": run, "validations": validations}, {"curves": figures.gpt(run)}
+
+
+def _tokenizer(s: Found) -> Part:
+    grid = pictures.reconstructions(s.reconstructions, s.held_out) if s.reconstructions else None
+    curves = figures.tokenizer(s.tokenizer) if s.tokenizer and s.tokenizer.training else None
+    return {}, {"reconstructions": grid, "curves": curves}
+
+
+def _ladder(s: Found) -> Part:
+    sizes = {run.params for run in s.ladder if run.params}
+    if len(s.ladder) < 2 or (s.kind == "sweep" and len(sizes) < 2):
+        return {}, {}
+    counted = "tokens" if all(run.tokens_per_image for run in s.ladder) else "images"
+    per_image = {run.name: (run.tokens_per_image or 1) if counted == "tokens" else 1 for run in s.ladder}
+    losses = [{p["images_seen"] * per_image[r.name]: p["val_loss"] for p in r.validation} for r in s.ladder]
+    every = sorted({budget for known in losses for budget in known if budget > 0})
+    rows = list(zip(s.ladder, losses, strict=True))
+    facts: dict[str, Any] = {"counted": counted, "rows": rows, "budgets": [every[i] for i in spread(len(every), 5)]}
+    largest = s.ladder[-1]
+    constant = largest.config.optim.constant_until if largest.config else 0
+    if constant and constant < math.inf and all(run.seen <= constant for run in s.ladder[:-1]):
+        facts["alone"] = constant * per_image[largest.name]
+    lines = {b: [(r.params, known[b]) for r, known in rows if r.params and b in known] for b in facts["budgets"]}
     lines = {b: line for b, line in lines.items() if len({size for size, _ in line}) > 1}
-    table = Table(
-        ("model", "parameters", *(f"{q.count(b)} {unit}" for b in budgets), "without label"),
-        tuple(rows),
-        tuple(range(1, len(budgets) + 3)),
-        "Held-out loss in nats per token after so much training, with the true class label; last column: the "
-        "same at the end, with the label withheld (the branch that classifier-free guidance needs).",
-    )
-    curves = [
-        plots.Curve(
-            run.name,
-            np.array([amount(run, int(i)) for i in run.images_seen], float),
-            run.loss,
-            np.array([amount(run, int(p["images_seen"])) for p in run.validation], float),
-            np.array([p["val_loss"] for p in run.validation], float),
-        )
-        for run in s.ladder
-    ]
-    figures: list[Block] = [
-        plots.ladder_curves(
-            curves,
-            f"{unit} seen",
-            "Thin: training loss as logged. Thick: its running mean. Dots: held-out loss.",
-        )
-    ]
-    if lines:
-        figures.append(
-            plots.loss_against_size(
-                lines,
-                unit,
-                "Each line is one training budget: the learning rate is constant, "
-                "so every validation point is the end of a shorter run."
-                if _constant_rate(s, max(lines) / amount(s.ladder[-1], 1))
-                else "Each line is one training budget.",
-            )
-        )
-    floor = (
-        f" Guessing blindly among {q.count(s.vocab_size)} codes costs ln {s.vocab_size:,} = "
-        f"{math.log(s.vocab_size):.3f} nats."
-        if s.vocab_size
-        else ""
-    )
-    return Section(
-        "The ladder",
-        (table, Columns(tuple(figures))),
-        f"GPTs of growing size, trained on the same tokens in the same order.{floor}{_goes_on(s, unit, amount)}",
-    )
+    short = bool(lines) and max(lines) <= constant * per_image[largest.name]
+    return {"alone": None, **facts}, {
+        "curves": figures.learning(s.ladder, per_image, counted),
+        "size": figures.against_size(lines, counted, short) if lines else None,
+    }
 
 
-def _constant_rate(s: Summary, images: float) -> bool:
-    """Whether the largest run's rate was constant up to so many images (the others share its schedule)."""
-    return s.largest_config is not None and images <= s.largest_config.optim.constant_until
+def _samples(s: Found) -> Part:
+    if s.samples is None:
+        return {}, {}
+    return {"condition": pictures.condition(s.samples)}, {"samples": pictures.samples(s.samples)}
 
 
-def _goes_on(s: Summary, unit: str, amount: Callable[[Run, int], int]) -> str:
-    """What the largest run does after the others have ended."""
-    if s.largest_config is None or s.largest_config.optim.constant_until == math.inf or len(s.ladder) < 2:
-        return ""
-    run, alone = s.ladder[-1], s.largest_config.optim.cooldown_from
-    if any(len(other.images_seen) and other.images_seen[-1] > alone for other in s.ladder[:-1]):
-        return ""
-    return (
-        f" After {q.count(amount(run, alone))} {unit} {literal(run.name)} goes on alone, with a learning rate that "
-        "falls to zero; that part is not comparable with the others."
-    )
+def _scores(s: Found) -> Part:
+    measured = {name: one for name, one in s.evaluations.items() if one.get("sets")}
+    if not measured:
+        return {"largest": shlex.quote(str(s.ladder[-1].folder.absolute())) if s.ladder else ""}, {}
+    names, one = figures.SETS, next(iter(measured.values()))
+    records = {name: _flat(result.get("record", {})) for name, result in measured.items()}
+    if len(measured) > 1:
+        rows = [
+            (f"{file}: {names.get(n, n)}", values)
+            for file, result in measured.items()
+            for n, values in result["sets"].items()
+        ]
+        rows.sort(key=lambda row: row[1].get("fid", math.inf))
+        return {"rows": rows, "records": records, "one": None, "alike": _not_alike(measured)}, {}
+    order = [*(name for name in names if name in one["sets"]), *(name for name in one["sets"] if name not in names)]
+    rows = [(names.get(name, name), one["sets"][name]) for name in order]
+    fid = {name: values["fid"] for name, values in one["sets"].items() if "fid" in values}
+    bars = Bars("FID (lower is better)", tuple((names.get(n, n), fid[n], f"{fid[n]:.1f}") for n in order if n in fid))
+    return {"rows": rows, "records": records, "one": one, "fid": fid, "alike": []}, {"fid": bars if fid else None}
 
 
-def _spread(budgets: list[int]) -> list[int]:
-    """At most _MOST_BUDGETS of them, the last among them, the others about evenly spread in order."""
-    if len(budgets) <= _MOST_BUDGETS:
-        return budgets
-    return [budgets[i] for i in sorted({round(x) for x in np.linspace(0, len(budgets) - 1, _MOST_BUDGETS)})]
+def _not_alike(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(which file, what differs from the first) of results whose scores are not comparable."""
+    (_, first), *others = measured.items()
+    lines = []
+    for name, other in others:
+        try:
+            lines += [(name, line) for line in differences(first, other)]
+        except (KeyError, TypeError, AttributeError):
+            lines.append((name, "one of the two does not record how it was measured"))
+    return lines
 
 
-def parity(s: Summary) -> Section | None:
-    p = s.parity
-    if p is None:
-        return None
-    steps, one, other = common(p.one, p.other)
-    names = (_layout(p.one, "the ladder's ranks"), _layout(p.other, "the split run's ranks"))
-    text = []
-    if p.max_abs_loss_diff is not None:
-        text.append(
-            f"{literal(p.rung)} was trained twice from the same weights on the same batches: once on "
-            f"{literal(names[0])}, once on {literal(names[1])}. The training losses agree within "
-            f"**{q.small(p.max_abs_loss_diff)} nats** over {window(p)}."
-        )
-        text.append(_later(steps, np.abs(other - one), p.max_abs_loss_diff))
-    if p.final_val_loss_diff is not None:
-        end = f"at image {q.count(p.final_images_seen)}" if p.final_images_seen else "at the end"
-        apart = f"differ by **{q.small(p.final_val_loss_diff)} nats**"
-        text.append(f"The final validation losses ({end}) {apart if p.final_val_loss_diff else 'are equal'}.")
-    if not text:
-        text.append(
-            f"{literal(p.rung)} was started twice, but the two runs have no step or validation point in common."
-        )
-    finite = np.isfinite(one) & np.isfinite(other)
-    drawn = (
-        (
-            plots.tensor_parallel(
-                steps[finite].astype(float),
-                one[finite],
-                other[finite],
-                PARITY_STEPS,
-                names,
-                f"Shaded: the first {PARITY_STEPS} steps.",
-            ),
-        )
-        if finite.sum() > 1
-        else ()
-    )
-    return Section(
-        "One model, split or whole",
-        (Columns((*drawn, Markdown("\n\n".join(text)))),),
-        "Tensor parallelism must not change what is learnt.",
-    )
+def _scaling(s: Found) -> Part:
+    law = s.scaling
+    fitted = law.get("params") or law.get("parameters")
+    if not fitted:
+        return {}, {}
+    predictions = law.get("predictions") or ([law["prediction"]] if law.get("prediction") else [])
+    points, diagnostics = law.get("points") or [], law.get("diagnostics") or {}
+    best = law.get("frontier") or []  # of today's fits below a key; of those of before a list
+    best = best.get("best") or [] if isinstance(best, Mapping) else best
+    best = best if len(best) > 1 and {"flops", "loss", "params"} <= set(best[0]) else []
+    tiny = predictions and points and max(p.get("params", math.inf) for p in points) < _SMALL
+    stated = [(k.replace("_", " "), v) for k, v in diagnostics.items() if k != "warnings"]
+    method = (law.get("record", {}).get("bootstrap") or law.get("bootstrap") or {}).get("method")
+    stated += [("objective reached", f"{law['objective']:.6g}")] if "objective" in law else []
+    stated += [("interval", method)] if method else []
+    stated += [("points left out", law["dropped"])] if law.get("dropped") else []
+    stated += [(f"what {k} means", v) for k, v in law.get("definitions", {}).items()]
+    facts = {
+        "fitted": fitted,
+        "intervals": law.get("ci95") or law.get("parameters_ci95") or {},
+        "predictions": predictions,
+        "tiny": law.get("n") or diagnostics.get("points") if tiny else None,
+        "last": best[-1] if best else None,
+        "facts": stated,
+    }
+    return facts, {
+        "law": figures.law(points, law["curves"]) if points and law.get("curves") else None,
+        "predicted": figures.predicted(predictions) if predictions else None,
+        "frontier": figures.frontier(best, points) if best else None,
+    }
 
 
-def _later(steps: NDArray[np.int64], gaps: NDArray[np.float64], early: float) -> str:
-    """What became of the differences after the first steps, said only as far as it was measured."""
-    why = "Summing in another order changes the last bits"
-    if len(gaps) and gaps.max() > early:
-        return (
-            f"{why}, and Adam, which divides by a running gradient size, lets such rounding differences grow "
-            f"later: to at most **{q.small(float(gaps.max()))} nats**, at step {steps[gaps.argmax()]:,}."
-        )
-    return f"{why}; over all {len(steps):,} steps that both runs logged, no difference is larger."
+def _same_losses(s: Found) -> Part:
+    twin = parity(s)
+    if twin is None:
+        return {}, {}
+    layouts = (twin.one.layout or "the ladder's ranks", twin.other.layout or "the split run's ranks")
+    return {"layouts": layouts}, {"curves": figures.same_losses(twin, layouts)}
 
 
-def _layout(run: Run, otherwise: str) -> str:
-    found = run.summary.get("layout")
-    if not found:
-        return otherwise
-    ranks = "1 rank" if found["ranks"] == 1 else f"{found['ranks']} ranks"
-    return f"{ranks} (tensor {found['tensor']} × data {found['data']}, ZeRO-{found['zero']})"
+def _cost(s: Found) -> Part:
+    time = tuple((t.name, float(t.seconds), q.duration(t.seconds)) for t in s.stages if t.seconds is not None)
+    memory = tuple((t.name, t.peak_rss_gb, q.gigabytes(t.peak_rss_gb)) for t in s.stages if t.peak_rss_gb is not None)
+    most = Bars("peak resident memory of one rank", memory, "green") if memory else None
+    return {}, {"time": Bars("wall-clock time", time), "memory": most}
 
 
-def cost(s: Summary) -> Section | None:
-    timed = [stage for stage in s.stages if stage.seconds is not None]
-    if not timed:
-        return None
-    names = [stage.name for stage in timed]
-    seconds = [float(stage.seconds or 0) for stage in timed]
-    blocks: list[Block] = [plots.bars(names, seconds, [q.duration(x) for x in seconds], "wall-clock time")]
-    weighed = [(stage.name, float(stage.peak_rss_gb)) for stage in timed if stage.peak_rss_gb is not None]
-    if weighed:
-        blocks.append(
-            plots.bars(
-                [n for n, _ in weighed],
-                [v for _, v in weighed],
-                [q.gigabytes(v) for _, v in weighed],
-                "peak resident memory of one rank",
-                THEME["green"][0],
-            )
-        )
-    peak = peak_rss_gb(s)
-    most = f", and no process ever held more than **{q.gigabytes(peak)}**" if peak is not None else ""
-    return Section(
-        "Time and memory",
-        (Columns(tuple(blocks)),),
-        f"{q.duration(sum(seconds))} in all{most} (10⁹ bytes, the largest rank of each stage).",
-    )
+def _environment(s: Found) -> Part:
+    """What the runs' record.json says; where runs differ (a resumed folder), every value is shown."""
+    values: dict[str, list[str]] = {}
+    for run in s.runs:
+        for key, value in _flat(run.record):
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    return {"environment": values}, {}
 
 
-def window(found: Parity) -> str:
-    """Says how many steps were compared, should fewer than all of the first 50 be in the logs."""
-    last = int(max(found.one.steps.max(initial=0), found.other.steps.max(initial=0)))
-    if found.steps == min(PARITY_STEPS, last):
-        return f"the first {found.steps} steps"
-    return f"{found.steps} of the first {PARITY_STEPS} steps"
+def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(key, value) of everything in a record that is not private, keys in words."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key} ")
+        elif value is not None and key not in _PRIVATE:
+            pairs.append((f"{prefix}{key}".replace("_", " "), str(value)[:_LONGEST]))
+    return pairs
+
+
+def _next_steps(s: Found) -> Part:
+    """Settings for a model well above the largest: a released size, or twice an own one's width and depth."""
+    run = next((run for run in reversed(s.ladder) if run.config is not None), None)
+    if run is None:
+        return {"config": ""}, {}
+    model = run.config.model
+    if model.n_layer and model.n_head and model.dim:
+        bigger = f"model.n_layer={2 * model.n_layer} model.n_head={2 * model.n_head} model.dim={2 * model.dim}"
+    else:
+        bigger = "model.size=GPT-L" if model.size == "GPT-B" else "model.size=GPT-XL"
+    return {"config": shlex.quote(str((run.folder / "config.yaml").absolute())), "bigger": bigger}, {}
+
+
+def spread(length: int, most: int) -> Sequence[int]:
+    """At most so many indices, the last among them, the others about evenly spread in order."""
+    return sorted({round(i * (length - 1) / (most - 1)) for i in range(most)}) if length > most else range(length)
+
+
+_SECTIONS = {
+    "stages": None,
+    "sweep": _sweep,
+    "training": _training,
+    "tokenizer": _tokenizer,
+    "reconstructions": _tokenizer,
+    "ladder": _ladder,
+    "samples": _samples,
+    "scores": _scores,
+    "scaling": _scaling,
+    "same_losses": _same_losses,
+    "cost": _cost,
+    "environment": _environment,
+    "next_steps": _next_steps,
+}

@@ -5,17 +5,22 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llamagen_dist.cli import main
 from llamagen_dist.config import load
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation.image_sets import open_images
 from llamagen_dist.launch.stages import plan
-from llamagen_dist.report import html, quickstart, samples
-from llamagen_dist.report.blocks import ImageGrid, describe
-from llamagen_dist.report.collect import collect, results
+from llamagen_dist.report import pictures
+from llamagen_dist.report import results as of
+from llamagen_dist.report.collect import Pictures, collect
+from llamagen_dist.report.text import words
 from tests.unit.quickstart_folder import SIZES, make
+from tests.unit.report_pages import html, inside, section, series, table, text_of, titles
 from tests.unit.scored_folder import CLASSES, REASON, N, add_law, add_samples, add_scores, sample
 
 PIPELINE = Path(__file__).parents[2] / "configs/pipeline/quickstart.yaml"
@@ -36,12 +41,8 @@ def out(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "OUT"))
 
 
-def page(out: Path) -> str:
-    return html.render(quickstart.build(collect(out))).replace("\N{NO-BREAK SPACE}", " ").replace("&#x27;", "'")
-
-
-def section(out: Path, title: str) -> dict:
-    return next(b for b in describe(quickstart.build(collect(out)))["blocks"] if b.get("title") == title)
+def results(out: Path) -> dict:
+    return of.results(collect(out))
 
 
 def change(path: Path, edit) -> None:
@@ -51,7 +52,7 @@ def change(path: Path, edit) -> None:
 
 
 def test_results_hold_the_scores_and_the_prediction(out: Path) -> None:
-    found = results(collect(out))
+    found = results(out)
     assert found["eval"] == {
         "n": N,
         "fid": 98.25,
@@ -76,7 +77,7 @@ def test_results_hold_the_scores_and_the_prediction(out: Path) -> None:
         "measured": 2.05,
         "naive": 2.3,
     }
-    quickstart.write(out)
+    main(["report", str(out)])
     assert json.loads((out / "results.json").read_text()) == found
 
 
@@ -88,7 +89,7 @@ def test_the_anchors_are_not_mixed_up(out: Path) -> None:
         sets["held_out"], sets["untrained"] = sets["untrained"], sets["held_out"]
 
     change(out / "evaluation.json", exchange)
-    found = results(collect(out))["eval"]
+    found = results(out)["eval"]
     assert (found["fid_real"], found["fid_untrained"]) == (372.5, 41.75)
 
 
@@ -96,24 +97,21 @@ def test_what_was_not_scored_is_absent(out: Path) -> None:
     change(out / "evaluation.json", lambda content: content["sets"].pop("unigram"))
     change(out / "evaluation.json", lambda content: content["sets"]["model"].pop("sfid"))
     change(out / "scaling.json", lambda content: content["prediction"].pop("ci95"))
-    found = results(collect(out))
+    found = results(out)
     assert not {"fid_unigram", "sfid"} & set(found["eval"])
     assert set(found["scaling"]) == {"params", "tokens", "predicted", "measured", "naive"}
-    assert "codes by frequency" not in page(out)
+    assert "codes by frequency" not in html(out)
     for name in ("evaluation.json", "scaling.json"):
         (out / name).unlink()
     shutil.rmtree(out / "samples")
-    assert not {"eval", "scaling"} & set(results(collect(out)))
-    assert not {"Samples", "The scaling law"} & {
-        b.get("title") for b in describe(quickstart.build(collect(out)))["blocks"]
-    }
+    assert not {"eval", "scaling"} & set(results(out))
+    assert not {"Samples", "The scaling law"} & set(titles(out))
 
 
 def test_every_class_shows_its_first_samples_with_its_name(out: Path) -> None:
     found = collect(out)
     assert found.samples is not None
-    grid = samples.grid(found.samples, found.classes)
-    assert isinstance(grid, ImageGrid)
+    grid = pictures.samples(found.samples)
     assert grid.captions == CLASSES
     for label, tile in enumerate(grid.images):
         assert tile.shape == (66, 134, 3)
@@ -122,35 +120,40 @@ def test_every_class_shows_its_first_samples_with_its_name(out: Path) -> None:
         ]
         assert (np.stack(shown) == np.stack([sample(label, number) for number in range(8)])).all()
         assert not (shown[0] == sample((label + 1) % 3, 0)).all()  # twin: another class's picture
-    text = page(out)
+    text = html(out)
     assert "&lt;i&gt;coat" in text
     assert "<i>" not in text
-    for words in (
+    for phrase in (
         "the GPT g560k writes",
         "classifier-free guidance at scale 2, temperature 1, only the likeliest codes that make up 80%",
         "seed 3",
         "The first 8 samples of every class, in the order in which they were drawn",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
 
 
-def test_few_samples_and_unknown_classes_still_make_a_grid() -> None:
-    images = np.zeros((3, 200, 200, 3), np.uint8)
-    grid = samples.grid(samples.Samples(images, np.array([4, 4, 7]), {}), ())
+def test_few_samples_and_unknown_classes_still_make_a_grid(tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", arr_0=np.zeros((3, 200, 200, 3), np.uint8), labels=np.array([4, 4, 7]))
+    grid = pictures.samples(Pictures(open_images(tmp_path / "model.npz"), {}))
     assert grid.captions == ("class 4", "class 7")
     assert grid.images.shape == (2, 2 * 96 + 6, 4 * 96 + 18, 3)
     assert (grid.images[1, -1, -1] == 160).all()
-    assert samples.settings({}) == ""
-    assert "nothing cut off" in samples.settings({"top_p": 1.0, "top_k": 0})
+    assert "How they were drawn" not in sampled({})
+    assert "nothing cut off" in sampled({"cfg_scale": 1, "top_p": 1.0, "top_k": 0})
+
+
+def sampled(record: dict) -> str:
+    """The section's words for a record of eval.sample."""
+    return words("samples", SimpleNamespace(samples=SimpleNamespace(record=record)), SimpleNamespace(condition="class"))
 
 
 def test_the_scores_say_what_they_are_worth(out: Path) -> None:
-    table = section(out, "Scores")["blocks"][0]
-    assert table["columns"] == ["images", "FID", "sFID", "KID × 1000", "precision", "recall", "class found"]
-    assert table["rows"][0] == ["real, held out", "41.8", None, None, None, None, "86%"]
-    assert table["rows"][2] == ["samples of the GPT", "98.2", "141.5", "45.2 ± 3.1", "0.46", "0.37", "54%"]
-    text = page(out)
-    for words in (
+    rows = table(section(out, "Scores"))
+    assert rows[0] == ["images", "FID", "sFID", "KID × 1000", "precision", "recall", "class found"]
+    assert rows[1] == ["real, held out", "41.8", *["–"] * 4, "86%"]
+    assert rows[3] == ["samples of the GPT", "98.2", "141.5", "45.2 ± 3.1", "0.46", "0.37", "54%"]
+    text = html(out)
+    for phrase in (
         "500 images on either side",
         "FID from 500 images a side is biased upwards",
         "The trained model is better than both.",
@@ -160,14 +163,14 @@ def test_the_scores_say_what_they_are_worth(out: Path) -> None:
         "<details><summary>What exactly was computed",
         "feedbeef",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
     assert "<b>" not in text
     assert REASON not in text  # only escaped
 
 
 def test_a_model_that_beats_no_baseline_is_not_praised(out: Path) -> None:
     change(out / "evaluation.json", lambda content: content["sets"]["model"].update(fid=350.0))
-    text = page(out)
+    text = html(out)
     assert "The trained model is not better than that" in text
     assert "better than both" not in text
 
@@ -176,7 +179,7 @@ def test_without_scores_the_page_says_how_to_get_them(out: Path) -> None:
     (out / "evaluation.json").unlink()
     made = section(out, "Scores")
     assert made["lead"].startswith("Not measured yet.")
-    script = re.search(r"^```sh\n(.*?)^```$", made["blocks"][0]["text"], flags=re.MULTILINE | re.DOTALL)
+    script = re.search(r"^```sh\n(.*?)^```$", text_of(made), flags=re.MULTILINE | re.DOTALL)
     assert script is not None
     subprocess.run(["bash", "-n", "-c", script[1]], check=True)
     root = PIPELINE.parents[2]
@@ -196,34 +199,37 @@ def test_without_the_inception_weights_the_rest_is_shown(out: Path) -> None:
         content["absent"] = {"fid": "install llamagen-dist[inception]"}
 
     change(out / "evaluation.json", strip)
-    assert results(collect(out))["eval"] == {
+    assert results(out)["eval"] == {
         "n": N,
         "class_agreement": 0.54,
         "class_agreement_real": 0.874,
         "absent": {"fid": "install llamagen-dist[inception]"},
     }
-    text = page(out)
+    text = html(out)
     assert "fid: install llamagen-dist[inception]" in text
     assert "biased upwards" not in text
     assert "FID of the samples" not in text
 
 
 def test_the_law_is_judged_by_what_came(out: Path) -> None:
-    text = page(out)
-    for words in (
+    text = html(out)
+    for phrase in (
         "which lies inside its 95% band",
         "the law was closer than that",
         "95% band 1.900 to 2.100; measured 2.050",
-        "foretold <strong>2.000</strong> for the largest after 376 k tokens; it came to <strong>2.050</strong>, inside",
+        "predicted <strong>2.000</strong> for the largest after 376 k tokens; it came to <strong>2.050</strong>",
         "L = E + A/N^α + B/D^β",
         "1.25 to 1.75",
         "says nothing about models a thousand times larger",
     ):
-        assert words in text, words
-    figures = [b for c in section(out, "The scaling law")["blocks"] for b in c.get("blocks", []) if "data" in b]
-    assert [p["loss"] for p in figures[0]["data"]["points"]] == [2.5, 2.3, 2.05]
-    assert figures[1]["data"]["predictions"][0]["ci95"] == [1.9, 2.1]
-    assert figures[2]["data"]["known"] == 3  # 10^9 to 10^11 FLOPs: no more parameters and tokens than were trained
+        assert phrase in text, phrase
+    law, predicted, frontier = map(series, inside(section(out, "The scaling law"), "figure"))
+    shown = {name.rpartition(", ")[2]: one["y"] for name, one in law.items()}
+    assert (shown["measured"], shown["left out"]) == ([2.5, 2.3], [2.05])
+    band = predicted["95% band"]
+    assert [100 * (1 + band[end][0] / 100) * 2.05 for end in ("y", "to")] == pytest.approx([190, 210])
+    # 10^9 to 10^11 FLOPs: no more parameters and tokens than were trained
+    assert frontier["loss, trained so far"]["x"] == [1e9, 1e10, 1e11]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,7 @@ def test_the_law_is_judged_by_what_came(out: Path) -> None:
 def test_a_law_that_fails_is_said_to_fail(out: Path, measured: float, inside: bool, closer: bool) -> None:
     """Sabotage: the measurement moves; the words move with it."""
     add_law(out, measured)
-    text = page(out)
+    text = html(out)
     assert ("outside its 95% band</strong>" in text) == (not inside)
     assert ("that guess was closer than the law" in text) == (not closer)
     assert ("inside the law's band" in text) == inside
@@ -243,7 +249,7 @@ def test_a_damaged_file_is_named(out: Path, name: str) -> None:
     path = out / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"{name}: "):
-        quickstart.write(out)
+        main(["report", str(out)])
     assert not (out / "report.html").exists()
 
 
