@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,3 +223,39 @@ def test_a_run_of_a_tracker_gives_the_points_of_its_folder(tmp_path: Path) -> No
         assert getattr(there.points, name).tolist() == getattr(here.points, name).tolist()
     with pytest.raises(UserError, match=r"summary.json counts 7 parameters"):
         of_runs([*runs[:-1], wandb_run("wandb:e/p/x", "x", config, {"params": 7}, rows)], "blocks", Options())
+
+
+def project(monkeypatch: pytest.MonkeyPatch, runs: list[Any]) -> None:
+    """A project of Weights & Biases with these runs, in the place of the network."""
+    monkeypatch.setattr("wandb.Api", lambda timeout: SimpleNamespace(runs=lambda path, lazy: runs))
+
+
+def test_a_project_of_other_peoples_runs_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_size": 1e6, "optim": {"lr": 1e-3}}
+    done = SimpleNamespace(
+        id="a1", name="a", state="finished", config=config, summary={"loss/val": 3.5, "tokens_seen": 2e7}
+    )
+    crashed = SimpleNamespace(id="b1", name="b", state="crashed", config=config, summary={})
+    project(monkeypatch, [done, crashed])
+    found = read(["wandb:me/project"])
+    assert (found.points.params[0], found.points.tokens[0], found.points.loss[0]) == (1e6, 2e7, 3.5)
+    assert found.points.also["lr"][0] == 1e-3
+    assert found.points.runs == ("a",)
+    assert [(one.what, one.why) for one in found.dropped] == [("wandb:me/project/b1", "not finished (crashed)")]
+    project(monkeypatch, [crashed])
+    with pytest.raises(UserError, match="no finished run in it"):
+        read(["wandb:me/project"])
+    project(monkeypatch, [])
+    with pytest.raises(UserError, match="wandb:me/project: no run in it"):
+        read(["wandb:me/project"])
+    with pytest.raises(UserError, match="write wandb:ENTITY/PROJECT"):
+        read(["wandb:project"])
+
+
+def test_a_project_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(timeout: int) -> None:
+        raise ConnectionError("connection\nrefused")
+
+    monkeypatch.setattr("wandb.Api", refuse)
+    with pytest.raises(UserError, match=r"cannot be read from Weights & Biases \(connection refused\)"):
+        read(["wandb:me/project"])
