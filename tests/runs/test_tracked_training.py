@@ -63,11 +63,14 @@ def die_once_it_is_sent(task, number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_run_that_resumes_has_each_step_once(tmp_path, plain):
+def test_a_killed_run_that_resumes_has_each_step_once(tmp_path, plain, monkeypatch):
+    """And what the training process uses is watched meanwhile."""
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "1")
     folder = tmp_path / "run"
     end_ranks(run_dying, 1, folder)
     with sending(folder, "wandb", patience_s=60):  # the follower of the dead run has ended
         before = steps(folder)
+    assert "proc.memory.rssMB" in {item.key for stats in records(folder, "stats") for item in stats.item}
     assert before[-1] > 6, "steps were sent that the resumed run computes again"
     run_ranks(run, 1, Layout(), folder, *EVERY, *OFFLINE)
     assert steps(folder) == list(range(1, STEPS + 1))
