@@ -27,7 +27,7 @@ def add_inputs(parser: argparse.ArgumentParser, runs: str = "runs") -> None:
         nargs="+",
         metavar="RUNS",
         help="finished runs: folders, sweeps, metrics.jsonl, a CSV or JSON lines with params,tokens,loss[,flops,run], "
-        "or wandb:ENTITY/PROJECT",
+        "or wandb:ENTITY/PROJECT; or llamagen-fid, LlamaGen's published FIDs",
     )
     parser.add_argument(
         "--params",

@@ -7,32 +7,38 @@ import numpy as np
 
 from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import solve
-from llamagen_dist.scaling.laws import LAWS, Floats, Law, evaluate
+from llamagen_dist.scaling.laws import LAWS, Floats, Law, evaluate, predict
+from llamagen_dist.scaling.likelihood import Loss, loss_of
 from llamagen_dist.scaling.points import Points
+from llamagen_dist.scaling.refusals import check_identifiable, rising
 
-Loss = Literal["huber", "l2"]
+AUTO = 1.345
+"""``auto``: delta is this many standard deviations of the residuals, where Huber's estimate has 95% of the efficiency
+of least squares under normal noise (Huber 1981); their standard deviation is 1.4826 times the median of |residuals|."""
 _ILL = 1e5  # condition of the scaled Jacobian above which parameters mean little
+_SMOOTH = 1e-4  # delta that stands for an absolute value until the last step
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted law.
 
-    objective: the sum over points of the loss of log residuals. theta [k]: coefficients and exponents at N and D in
-    units of exp(centre) and loss in units of exp(level). stationarity: projected gradient relative to what it sums
+    objective: the sum over points of the loss of log residuals. theta [k]: coefficients and shapes with features
+    measured from centre and y in units of exp(level). stationarity: projected gradient relative to what it sums
     (0 at an optimum). condition: of the Jacobian with unit columns. at_bound: parameters at a bound of the search,
-    such as an E of zero. optima: how many different local optima the starts led to.
+    such as an E of zero. optima: how many different local optima the starts led to. rising: features along which y
+    grows, against what every law here can say.
     """
 
     law: Law
-    loss: Loss
-    delta: float
+    how: Loss
     params: dict[str, float]
     objective: float
     stationarity: float
     condition: float
     at_bound: tuple[str, ...]
     optima: int
+    rising: tuple[str, ...]
     residuals: Floats
     theta: Floats
     centre: Floats
@@ -40,140 +46,190 @@ class Fit:
     points: Points
     warnings: tuple[str, ...]
 
-    def in_units(self, theta: Floats) -> dict[str, float]:
-        """Parameters by name in the points' own units, from theta [k]."""
-        return _parameters(self.law, theta, self.centre, self.level)
+    @property
+    def loss(self) -> str:
+        return self.how.kind
+
+    @property
+    def delta(self) -> float:
+        return self.how.delta
+
+    @property
+    def log_likelihood(self) -> float:
+        return self.how.log_likelihood(self.objective, len(self.points))
+
+    @property
+    def smooth(self) -> float:
+        """delta of batched refits, which take a parabola narrower than the scatter for an absolute value."""
+        return self.how.delta or max(_SMOOTH, 0.2 * _scatter(self.residuals))
+
+    def in_units(self, theta: Floats) -> dict[str, Floats]:
+        """Parameters [r] by name in the points' own units, from theta [r, k]."""
+        return self.law.in_units(theta, self.centre, self.level)
 
     def problem(self, target: Floats | None = None, weights: Floats | None = None) -> solve.Problem:
         """The optimisation problem of these points; other centred log losses or weights [r, n] make a batch of it."""
-        logs = self.law.logs(self.points.params, self.points.tokens) - self.centre
+        x = self.law.x(columns_of(self.points, self.law)) - self.centre
         own = np.log(self.points.loss)[None] - self.level
         ones = np.ones((1, len(self.points)))
-        return solve.Problem(self.law, logs, own if target is None else target, ones if weights is None else weights)
-
-    def predict(self, params: Floats | float, tokens: Floats | float) -> Floats:
-        """Loss at (params, tokens), which broadcast; in the units of the points' loss."""
-        return self.predict_with(self.theta[None], params, tokens)[0]
-
-    def predict_with(self, theta: Floats, params: Floats | float, tokens: Floats | float) -> Floats:
-        """The same for many parameter sets [r, k] -> [r, ...]."""
-        n, d = np.broadcast_arrays(np.asarray(params, float), np.asarray(tokens, float))
-        logs = self.law.logs(n.ravel(), d.ravel()) - self.centre
-        return np.exp(self.level + evaluate(self.law, logs, theta)[0]).reshape(len(theta), *n.shape)
-
-
-def fit_law(points: Points, form: str = "chinchilla", loss: Loss = "huber", delta: float = 1e-3) -> Fit:
-    """Minimise sum huber_delta(log loss - log L(N, D)) (Hoffmann et al. 2022, eq. 3); ``loss="l2"``: the squares.
-
-    Deterministic. Raises UserError where the form, or the points, cannot give a law: too few, one size only, sizes
-    and tokens in lockstep, or a loss that does not change. Raises ArithmeticError if no optimum was reached (a bug).
-    """
-    law = _law(form)
-    if loss not in ("huber", "l2"):
-        raise UserError(f"loss {loss!r} is unknown; use huber or l2")
-    if not (np.isfinite(delta) and delta > 0):
-        raise UserError(f"delta {delta:g}: give a positive number, such as 1e-3")
-    delta = float("inf") if loss == "l2" else float(delta)
-    check_identifiable(points, law)
-    # Around the means of log N, log D and log loss all unknowns are of order one, whatever the units, and a coefficient
-    # and its exponent are nearly independent: without it, moving alpha by 0.01 moves A by a fifth at N = 10^8.
-    logs = law.logs(points.params, points.tokens)
-    centre = logs.mean(axis=0)
-    level = float(np.log(points.loss).mean())
-    problem = solve.Problem(law, logs - centre, np.log(points.loss)[None] - level, np.ones((1, len(points))))
-    optima = solve.minimise(problem, solve.starts(problem, delta), delta)
-    values = solve.objective(problem, optima, delta)
-    # The objective is not convex: from several starts, the lowest end is kept, and it has to be a stationary point.
-    best = int(values.argmin())
-    theta = optima[best : best + 1]
-    slope = float(solve.stationarity(problem, theta, delta)[0])
-    if slope > solve.STATIONARY:
-        raise ArithmeticError(
-            f"the fit of {form} stopped where the objective still falls (relative gradient {slope:g})"
+        low, high = solve.bounds(self.law, x)
+        return solve.Problem(
+            self.law,
+            x,
+            own if target is None else target,
+            ones if weights is None else weights,
+            low,
+            high,
+            self.how.sides,
         )
-    parameters = _parameters(law, theta[0], centre, level)
-    if not np.isfinite(list(parameters.values())).all():
-        raise UserError(f"the parameters of {form} leave the range of numbers; give params and tokens in larger units")
-    condition = _condition(problem, theta)
-    low, high = problem.bounds()
-    bound = tuple(name for i, name in enumerate(law.names) if theta[0, i] <= low[i] or theta[0, i] >= high[i])
-    return Fit(
-        law=law,
-        loss=loss,
-        delta=delta,
-        params=parameters,
-        objective=float(values[best]),
-        stationarity=slope,
-        condition=condition,
-        at_bound=bound,
-        optima=_distinct(values),
-        residuals=(problem.target - evaluate(law, problem.logs, theta)[0])[0],
-        theta=theta[0],
-        centre=centre,
-        level=level,
-        points=points,
-        warnings=_warnings(condition, bound, law),
-    )
+
+    def refit(self, problem: solve.Problem, rows: int, delta: float | None = None) -> Floats:
+        """theta [rows, k] of a batch whose optima are near this fit's; absolute values are smoothed."""
+        delta = self.smooth if delta is None else delta
+        theta = np.tile(self.theta, (rows, 1))
+        terms = len(self.law.terms)
+        theta[:, :terms] = np.maximum(theta[:, :terms], 0.02)  # from zero itself none would rise
+        if delta < 1e-2:  # first a wider delta, where the loss is smoother
+            theta = solve.newton(problem, theta, 1e-2, 40)
+        return solve.newton(problem, theta, delta, 200)
+
+    def predict(self, params: Floats | float, tokens: Floats | float, **also: Floats | float) -> Floats:
+        """y at (params, tokens), which broadcast; in the units of the points' loss.
+
+        also: ``flops`` (without them 6 N D), ``unique`` tokens (without them all are) and ``val_loss``, for the laws
+        that have them.
+        """
+        return self.predict_with(self.theta[None], params, tokens, **also)[0]
+
+    def predict_with(
+        self, theta: Floats, params: Floats | float, tokens: Floats | float, **also: Floats | float
+    ) -> Floats:
+        """The same for many parameter sets [r, k] -> [r, ...]."""
+        values = {
+            "params": params,
+            "tokens": tokens,
+            "flops": 6.0 * np.asarray(params) * tokens,
+            "unique": tokens,
+            **also,
+        }
+        names = [name for name in values if name in self.law.columns]
+        arrays = np.broadcast_arrays(*(np.asarray(values[name], float) for name in names))
+        x = self.law.x({name: a.ravel() for name, a in zip(names, arrays, strict=True)}) - self.centre
+        return np.exp(self.level + predict(self.law, x, theta)).reshape(len(theta), *arrays[0].shape)
 
 
-def _law(form: str) -> Law:
+def columns_of(points: Points, law: Law) -> dict[str, Floats]:
+    """The columns that ``law`` needs. Raises UserError for one that the points do not have."""
+    known = {"params": points.params, "tokens": points.tokens, **points.also}
+    if "flops" in law.columns:
+        known["flops"] = points.flops
+    for name in law.columns:
+        if name not in known:
+            raise UserError(f"form {law.name} needs the column {name} of every point; add it, or fit another form")
+        if not np.isfinite(known[name]).all():
+            raise UserError(f"form {law.name} needs the column {name} of every point, and some have none; add them")
+    return known
+
+
+def law_named(form: str) -> Law:
+    """Raises UserError."""
     if form not in LAWS:
         raise UserError(f"form {form!r} is unknown; there are {', '.join(LAWS)}")
     return LAWS[form]
 
 
-def check_identifiable(points: Points, law: Law) -> None:
-    """Raises UserError if no fit of ``law`` to ``points`` could mean anything."""
-    n = len(points)
-    if n <= law.k:
-        raise UserError(
-            f"{n} points are too few for {law.name}, which has {law.k} parameters: at least {law.k + 1} are needed, "
-            f"and {law.k + 3} for a confidence interval"
+def fit_law(
+    points: Points,
+    form: str = "chinchilla",
+    loss: str = "huber",
+    delta: float | Literal["auto"] = 1e-3,
+    tau: float = 0.1,
+) -> Fit:
+    """Minimise sum huber_delta(log y - log L(N, D)) (Hoffmann et al. 2022, eq. 3), or another loss of it.
+
+    form: a name of LAWS. loss: ``huber``; ``l2``; ``lad``, absolute values; ``pinball``, the quantile ``tau``.
+    delta: where huber turns linear; ``auto`` for what suits the scatter.
+    Deterministic. Raises UserError (refusals) where the form, or the points, cannot give a law: too few, one size only,
+    sizes and tokens in lockstep, a loss that does not change. Raises ArithmeticError if no optimum was reached (a bug).
+    """
+    law = law_named(form)
+    how = loss_of(loss, 1e-3 if delta == "auto" else float(delta), tau)
+    features = law.x(columns_of(points, law))
+    check_identifiable(points, law, features)
+    # Around the means of log N, log D and log loss all unknowns are of order one, whatever the units, and a coefficient
+    # and its exponent are nearly independent: without it, moving alpha by 0.01 moves A by a fifth at N = 10^8.
+    centre, level = law.centre(features), float(np.log(points.loss).mean())
+    x, target = features - centre, np.log(points.loss)[None] - level
+    problem = solve.Problem(law, x, target, np.ones((1, len(points))), *solve.bounds(law, x), how.sides)
+    theta, slope, optima = _optimum(problem, how)
+    if delta == "auto" and loss == "huber":
+        how = loss_of(loss, max(AUTO * _scatter(target - predict(law, x, theta[None])), 1e-6), tau)
+        theta, slope, optima = _optimum(problem, how)
+    if slope > solve.STATIONARY:
+        raise ArithmeticError(
+            f"the fit of {form} stopped where the objective still falls (relative gradient {slope:g})"
         )
-    logs = law.logs(points.params, points.tokens)
-    for i, (coefficient, variable, exponent) in enumerate(law.terms):
-        if np.ptp(logs[:, i]) < 1e-9:
-            other = "power_irr_tokens" if variable == "params" else "power_irr"
-            hint = f"; fit {other} instead" if len(law.terms) > 1 else ""
-            raise UserError(
-                f"every point has the same {variable}, so {coefficient} and {law.exponents[exponent]} of {law.name} "
-                f"cannot be told from E{hint}"
-            )
-    if len(law.terms) == 2:  # 1 - r^2 of the two logs: at 0 one is a function of the other
-        x, y = (logs[:, i] - logs[:, i].mean() for i in range(2))
-        if 1 - (x @ y) ** 2 / ((x @ x) * (y @ y)) < 1e-9:
-            raise UserError(
-                "params and tokens move in lockstep (as with a fixed number of tokens per parameter), so their terms "
-                "cannot be told apart; vary them independently, or fit power_irr"
-            )
-    if np.ptp(np.log(points.loss)) < 1e-9:
-        raise UserError("the loss is the same at every point; there is nothing to fit")
+    params = {name: float(values[0]) for name, values in law.in_units(theta[None], centre, level).items()}
+    if not np.isfinite(list(params.values())).all():
+        raise UserError(f"the parameters of {form} leave the range of numbers; give params and tokens in larger units")
+    condition = _condition(problem, theta)
+    bound = tuple(name for i, name in enumerate(law.names) if not problem.low[0, i] < theta[i] < problem.high[0, i])
+    grows = tuple(f for f, up in zip(law.features, rising(x, target[0]), strict=True) if up and f != "U")
+    return Fit(
+        law=law,
+        how=how,
+        params=params,
+        objective=float(solve.objective(problem, theta[None], how.delta)[0]),
+        stationarity=slope,
+        condition=condition,
+        at_bound=bound,
+        optima=optima,
+        rising=grows,
+        residuals=(target - predict(law, x, theta[None]))[0],
+        theta=theta,
+        centre=centre,
+        level=level,
+        points=points,
+        warnings=_warnings(condition, bound, grows, law),
+    )
 
 
-def _parameters(law: Law, theta: Floats, centre: Floats, level: float) -> dict[str, float]:
-    """In the caller's units: c (x / e^centre)^-a is c e^(a centre) / x^a."""
-    values = dict(zip(law.names, (float(value) for value in theta), strict=True))
-    for (coefficient, _, exponent), middle in zip(law.terms, centre, strict=True):
-        values[coefficient] *= float(np.exp(level + values[law.exponents[exponent]] * middle))
-    return {**values, "E": values["E"] * float(np.exp(level))}
+def _scatter(residuals: Floats) -> float:
+    """Their standard deviation, if they were normal, from the median, which outliers do not move."""
+    return 1.4826 * float(np.median(np.abs(residuals)))
+
+
+def _optimum(problem: solve.Problem, how: Loss) -> tuple[Floats, float, int]:
+    """theta [k], its stationarity, and how many different optima the starts led to."""
+    smooth = how.delta or _SMOOTH
+    ends = solve.minimise(problem, solve.starts(problem, smooth), smooth)
+    values = solve.objective(problem, ends, smooth)
+    # The objective is not convex: from several starts, the lowest end is kept, and it has to be a stationary point.
+    theta = ends[values.argmin()]
+    ordered = np.sort(values)
+    optima = 1 + int((np.diff(ordered) > 1e-6 * abs(ordered[0]) + 1e-12).sum())
+    if how.delta == 0:
+        theta, slope = solve.on_kinks(problem, theta)
+    else:
+        slope = float(solve.stationarity(problem, theta[None], how.delta)[0])
+    return theta, slope, optima
 
 
 def _condition(problem: solve.Problem, theta: Floats) -> float:
     """Of the Jacobian of log L with unit columns, without coefficients at zero and what hangs on them."""
-    jacobian = evaluate(problem.law, problem.logs, theta)[1][0]
+    jacobian = evaluate(problem.law, problem.x, theta[None]).gradient[0]
     lengths = np.sqrt((jacobian**2).sum(axis=0))
-    free = (lengths > 0) & ~((theta[0] == 0) & (np.arange(len(lengths)) < len(problem.law.coefficients)))
+    free = (lengths > 0) & ~((theta == 0) & (np.arange(len(lengths)) < len(problem.law.terms)))
     return float(np.linalg.cond(jacobian[:, free] / lengths[free]))
 
 
-def _distinct(values: Floats) -> int:
-    """How many different objective values the starts ended at, to 1e-6 of the best."""
-    ordered = np.sort(values)
-    return 1 + int((np.diff(ordered) > 1e-6 * abs(ordered[0]) + 1e-12).sum())
-
-
-def _warnings(condition: float, bound: tuple[str, ...], law: Law) -> tuple[str, ...]:
+def _warnings(condition: float, bound: tuple[str, ...], grows: tuple[str, ...], law: Law) -> tuple[str, ...]:
     warnings = []
+    if grows:
+        warnings.append(
+            f"the loss rises with {' and '.join(grows)}, and no law here can: look for runs that diverged, stopped "
+            "early or saw too few data; no optimal size follows from this fit"
+        )
     if condition > _ILL:
         warnings.append(
             f"the points hardly tell the parameters of {law.name} apart (condition {condition:.1e}): predictions near "
@@ -182,9 +238,9 @@ def _warnings(condition: float, bound: tuple[str, ...], law: Law) -> tuple[str, 
     zero = [name for name in bound if name in law.coefficients]
     if zero:
         warnings.append(f"{' and '.join(zero)} came out as zero: the points do not show that term")
-    edge = [name for name in bound if name in law.exponents]
+    edge = [name for name in bound if name not in law.coefficients]
     if edge:
-        warnings.append(f"{' and '.join(edge)} ended at a bound of the search {solve.EXPONENTS}: the form does not fit")
+        warnings.append(f"{' and '.join(edge)} ended at a bound of the search: the points do not determine it")
     return tuple(warnings)
 
 
@@ -193,8 +249,8 @@ def describe(fit: Fit) -> dict[str, Any]:
     return {
         "form": fit.law.name,
         "formula": fit.law.formula,
-        "loss": fit.loss,
-        "delta": fit.delta if fit.loss == "huber" else None,
+        "loss": fit.how.kind,
+        "delta": fit.how.delta if fit.how.kind == "huber" else None,
         "objective": fit.objective,
         "params": fit.params,
         "n": len(fit.points),
@@ -203,6 +259,7 @@ def describe(fit: Fit) -> dict[str, Any]:
             "condition": fit.condition,
             "at_bound": list(fit.at_bound),
             "local_optima": fit.optima,
+            "rising": list(fit.rising),
             "runs": len(set(fit.points.runs)),
             "rms_log_residual": float(np.sqrt((fit.residuals**2).mean())),
             "warnings": list(fit.warnings),

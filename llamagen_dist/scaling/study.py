@@ -1,42 +1,50 @@
 """A whole study as one JSON object: fit without the held-out run, predict it, compare, and follow the frontier."""
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from llamagen_dist import __version__
 from llamagen_dist.errors import UserError
-from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap, parameter_intervals
-from llamagen_dist.scaling.fit import Fit, Loss, describe, fit_law
-from llamagen_dist.scaling.frontier import Best, closed_form, over_shapes
+from llamagen_dist.scaling import diagnostics
+from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap, parameter_intervals, quantiles
+from llamagen_dist.scaling.fit import Fit, describe, fit_law
+from llamagen_dist.scaling.frontier import Best, closed_form, exponent, has_optimum, over_shapes
 from llamagen_dist.scaling.ladder import COUNTS, Ladder
 from llamagen_dist.scaling.points import Points
 
 _CURVE = 24
 _FRONTIER = 13
-_BEYOND = 10.0  # the frontier ends at this multiple of the largest measured compute
+_BEYOND = 10.0  # the frontier ends at this multiple of the largest measured compute, and extrapolation begins
+_RIVALS = ("chinchilla", "chinchilla_tied", "kaplan_nd")  # whose disagreement widens an extrapolated band
 
 
 @dataclass(frozen=True)
 class Options:
     form: str = "chinchilla"
-    loss: Loss = "huber"
-    delta: float = 1e-3
+    loss: str = "huber"
+    delta: float | Literal["auto"] = 1e-3
     hold_out: str | None = None
     """``largest``, the name of a run, or None."""
+    tau: float = 0.1
 
 
-def study(points: Points, options: Options, ladder: Ladder | None = None) -> dict[str, Any]:
-    """ladder: where ``points`` came from, for exact FLOPs and counts; without it C = 6 N D. Raises UserError."""
+def study(
+    points: Points, options: Options, ladder: Ladder | None = None, dropped: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
+    """ladder: where ``points`` came from, for exact FLOPs and counts; without it C = 6 N D. dropped: what was left out
+    of what was read, for the record. Raises UserError."""
     held = np.array([run == _held_out(points, options.hold_out) for run in points.runs])
-    fit = fit_law(points.where(~held), options.form, options.loss, options.delta)
+    fit = fit_law(points.where(~held), options.form, options.loss, options.delta, options.tau)
     resampled, refused = None, None
     try:
         resampled = bootstrap(fit)
     except UserError as error:
         refused = str(error)
-    fitted = fit.predict(points.params, points.tokens)
+    fitted = _at(fit, points)
     rows = [
         {
             "name": points.runs[i],
@@ -44,28 +52,41 @@ def study(points: Points, options: Options, ladder: Ladder | None = None) -> dic
             "params_fit": float(points.params[i]),
             "tokens": float(points.tokens[i]),
             "flops": float(points.flops[i]),
+            **{name: float(values[i]) for name, values in also_of(points, fit).items() if name != "flops"},
             "loss": float(points.loss[i]),
             "fitted": float(fitted[i]),
             "held_out": bool(held[i]),
         }
         for i in range(len(points))
     ]
-    result: dict[str, Any] = {**describe(fit), "dropped": 0, "points": rows}
-    record: dict[str, Any] = {"versions": {"llamagen_dist": __version__, "numpy": np.__version__}}
+    record = {
+        "versions": {"llamagen_dist": __version__, "numpy": np.__version__},
+        "points_sha256": hashlib.sha256(repr(rows).encode()).hexdigest(),
+    }
+    result: dict[str, Any] = {**describe(fit), "dropped": list(dropped), "points": rows}
     if resampled is not None:
         result |= parameter_intervals(fit, resampled)
         record["bootstrap"] = {"method": resampled.method, "seed": resampled.seed, "stationary": resampled.stationary}
+        result["diagnostics"] |= diagnostics.all_of(fit)
     else:
         result["absent"] = {"ci95": refused}
     if held.any():
         result["predictions"] = _predictions(points, held, fit, resampled, ladder)
         result["prediction"] = result["predictions"][-1]
     result["curves"] = _curves(points, fit)
-    best = [{k: v for k, v in vars(one).items() if v is not None} for one in _frontier(points, fit, ladder)]
-    result["frontier"] = {"best": best}
+    result["frontier"] = _frontier(points, fit, resampled, ladder)
     result["definitions"] = _definitions(ladder)
     result["record"] = record
     return result
+
+
+def also_of(points: Points, fit: Fit) -> dict[str, np.ndarray]:
+    """What the law needs to know of the points beside params and tokens."""
+    return {name: values for name, values in points.also.items() if name in fit.law.columns}
+
+
+def _at(fit: Fit, points: Points) -> np.ndarray:
+    return fit.predict(points.params, points.tokens, **also_of(points, fit))
 
 
 def _held_out(points: Points, wanted: str | None) -> str | None:
@@ -96,31 +117,46 @@ def _predictions(
     order = sorted(np.flatnonzero(held).tolist(), key=lambda i: points.tokens[i])
     smaller = points.params[(~held) & (points.params < points.params[held].max())]
     before = smaller.max() if len(smaller) else None
+    rivals = _rivals(fit)
     for i in order:
-        one = {
+        here = points.where(np.arange(len(points)) == i)
+        measured = float(points.loss[i])
+        one: dict[str, Any] = {
             "name": points.runs[i],
             "params": _params(points, ladder, i),
             "params_fit": float(points.params[i]),
             "tokens": float(points.tokens[i]),
-            "predicted": float(fit.predict(points.params[i], points.tokens[i])),
-            "measured": float(points.loss[i]),
+            "predicted": float(_at(fit, here)[0]),
+            "measured": measured,
+            "extrapolated": bool(points.flops[i] > _BEYOND * fit.points.flops.max()),
         }
         same = np.flatnonzero((points.params == before) & (points.tokens == points.tokens[i]) & ~held)
         if len(same):
             one |= {"naive": float(points.loss[same[0]]), "naive_from": points.runs[same[0]]}
         if resampled is not None:
-            low, high = resampled.band(fit, points.params[i : i + 1], points.tokens[i : i + 1])
-            one |= {
-                "ci95": [float(low[0]), float(high[0])],
-                "inside": bool(low[0] <= points.loss[i] <= high[0]),
-                "band": f"95% prediction band; {resampled.method}, with the scatter of the points",
-            }
+            ends = [float(end[0]) for end in resampled.band(fit, here.params, here.tokens, also=also_of(here, fit))]
+            band = f"95% prediction band; {resampled.method}, with the scatter of the points"
+            if one["extrapolated"] and rivals:
+                said = [float(_at(rival, here)[0]) for rival in rivals]
+                ends = [min(ends[0], *said), max(ends[1], *said)]
+                names = ", ".join(rival.law.name for rival in rivals)
+                band += f", widened to what {names} say more than {_BEYOND:g} times beyond the largest compute"
+            one |= {"ci95": ends, "inside": ends[0] <= measured <= ends[1], "band": band}
         predictions.append(one)
     return predictions
 
 
+def _rivals(fit: Fit) -> list[Fit]:
+    """Other forms of the same columns, fitted to the same points with the same loss."""
+    if fit.law.name not in _RIVALS:
+        return []
+    return [fit_law(fit.points, form, fit.loss, fit.delta) for form in _RIVALS if form != fit.law.name]
+
+
 def _curves(points: Points, fit: Fit) -> list[dict[str, Any]]:
     """The law drawn over size, one line per token budget that several runs share (at most five)."""
+    if "val_loss" in fit.law.columns:
+        return []
     budgets = [t for t in np.unique(points.tokens) if (points.tokens == t).sum() > 1]
     if len(budgets) > 5:
         budgets = [budgets[i] for i in sorted({round(x) for x in np.linspace(0, len(budgets) - 1, 5)})]
@@ -128,17 +164,27 @@ def _curves(points: Points, fit: Fit) -> list[dict[str, Any]]:
     return [{"tokens": float(t), "params_fit": sizes.tolist(), "loss": fit.predict(sizes, t).tolist()} for t in budgets]
 
 
-def _frontier(points: Points, fit: Fit, ladder: Ladder | None) -> list[Best]:
-    """Empty where the law lacks one of its two terms: then more of one thing is always best, which no run showed."""
-    if len(fit.law.terms) < 2 or min(fit.params["A"], fit.params["B"]) == 0:
-        return []
-    if ladder is None:
-        spent = 6 * points.params * points.tokens
-        return closed_form(fit, np.geomspace(spent.min(), spent.max() * _BEYOND, _FRONTIER))
-    rungs = [ladder.rung(run) for run in points.runs]
-    spent = np.array([r.flops_per_image / r.config.image_tokens for r in rungs]) * points.tokens
-    budgets = np.geomspace(spent.min(), spent.max() * _BEYOND, _FRONTIER)
-    return over_shapes(fit, ladder.rungs[-1].config, budgets, ladder.count == "total")
+def _frontier(points: Points, fit: Fit, resampled: Bootstrap | None, ladder: Ladder | None) -> dict[str, Any]:
+    """a of N* ~ C^a, and the best sizes over the measured compute and ten times more; without any where the law has
+    no optimum."""
+    best: list[Best] = []
+    result: dict[str, Any] = {}
+    if has_optimum(fit):
+        result["exponent"] = float(exponent(fit, fit.theta[None])[0])
+        if resampled is not None:
+            result["exponent_ci95"] = [float(end) for end in quantiles(exponent(fit, resampled.theta))]
+        if ladder is None:
+            spent = 6 * points.params * points.tokens
+        else:
+            rungs = [ladder.rung(run) for run in points.runs]
+            spent = np.array([r.flops_per_image / r.config.image_tokens for r in rungs]) * points.tokens
+        budgets = np.geomspace(spent.min(), spent.max() * _BEYOND, _FRONTIER)
+        if ladder is None:
+            best = closed_form(fit, budgets, resampled)
+        else:
+            best = over_shapes(fit, ladder.rungs[-1].config, budgets, ladder.count == "total", resampled)
+    result["best"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in best]
+    return result
 
 
 def _definitions(ladder: Ladder | None) -> dict[str, str]:

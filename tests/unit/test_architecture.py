@@ -287,7 +287,7 @@ BUDGETS = {
     "training": 1880,
     "sampling": 1310,
     "evaluation": 1780,
-    "scaling": 2860,
+    "scaling": 3840,
     "report": 2360,
     "hub": 940,
     "launch": 5220,
