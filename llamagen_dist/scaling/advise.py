@@ -254,7 +254,7 @@ class Planner:
         fits = {}
         for form in _FORMS:
             try:
-                fits[form] = fit_law(self.basis.fit.points, form, self.basis.loss)  # type: ignore[arg-type]
+                fits[form] = fit_law(self.basis.fit.points, form, self.basis.loss)
             except UserError:
                 continue
         return fits
