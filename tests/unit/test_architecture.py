@@ -291,7 +291,7 @@ BUDGETS = {
     "report": 2360,
     "hub": 940,
     "launch": 5220,
-    "commands": 1400,
+    "commands": 1560,
     "cli": 90,
     "train_gpt": 170,
     "preflight": 140,
