@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.unit.quickstart_folder import BATCH, SIZES, STEPS, TOKENS
+from tests.unit.quickstart_folder import BATCH, SIZES, STEPS, TOKENS, make
 
 CLASSES = ("boot", "<i>coat", "dress")
 SIDE, PER_CLASS = 32, 9
@@ -106,3 +106,13 @@ def add_law(out: Path, measured: float = 2.05) -> None:
         "definitions": {"params": "all trainable parameters"},
     }
     (out / "scaling.json").write_text(json.dumps(law))
+
+
+def finished_folder(parent: Path) -> Path:
+    """A whole quickstart folder under ``parent``: runs, samples, scores and a law."""
+    folder = parent / "OUT"
+    make(folder)
+    add_samples(folder)
+    add_scores(folder)
+    add_law(folder)
+    return folder

@@ -16,18 +16,12 @@ from llamagen_dist.report import files, wandb_spec
 from llamagen_dist.report.blocks import Report, Section
 from llamagen_dist.report.collect import collect
 from llamagen_dist.report.sections import build
-from tests.unit.quickstart_folder import make
-from tests.unit.scored_folder import add_law, add_samples, add_scores
+from tests.unit.scored_folder import finished_folder
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quickstart") / "OUT"
-    make(folder)
-    add_samples(folder)
-    add_scores(folder)
-    add_law(folder)
-    return folder
+    return finished_folder(tmp_path_factory.mktemp("quickstart"))
 
 
 @pytest.fixture(scope="module")

@@ -19,21 +19,16 @@ from llamagen_dist.report import pictures
 from llamagen_dist.report import results as of
 from llamagen_dist.report.collect import Pictures, collect
 from llamagen_dist.report.text import words
-from tests.unit.quickstart_folder import SIZES, make
+from tests.unit.quickstart_folder import SIZES
 from tests.unit.report_pages import html, inside, section, series, table, text_of, titles
-from tests.unit.scored_folder import CLASSES, REASON, N, add_law, add_samples, add_scores, sample
+from tests.unit.scored_folder import CLASSES, REASON, N, add_law, finished_folder, sample
 
 PIPELINE = Path(__file__).parents[2] / "configs/pipeline/quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quickstart") / "OUT"
-    make(folder)
-    add_samples(folder)
-    add_scores(folder)
-    add_law(folder)
-    return folder
+    return finished_folder(tmp_path_factory.mktemp("quickstart"))
 
 
 @pytest.fixture
