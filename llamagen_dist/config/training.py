@@ -151,6 +151,12 @@ class ValidationSection(Section):
     """Images per rank and forward pass while validating."""
 
 
+class GPTValidationSection(ValidationSection):
+    weights: Literal["trained", "ema"] = "trained"
+    """``ema``: the loss of the moving average, which at a constant learning rate is less noisy and near that of a run
+    that ends there with a cooldown."""
+
+
 class CheckpointSection(Section):
     every_images: Images = 0
     """0: only at the end and when the run is stopped."""
@@ -274,7 +280,8 @@ class GPTConfigFile(TrainingConfig):
     kind: Literal["gpt"]
     model: GPTModelSection
     data: TokenDataSection
-    ema: EMASection = EMASection()
+    ema: EMASection = Field(default=EMASection(), validate_default=True)
+    validation: GPTValidationSection = GPTValidationSection()
     compute: ComputeSection = ComputeSection()
     init_from: Path | None = None
     """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
@@ -297,6 +304,14 @@ class GPTConfigFile(TrainingConfig):
             if why is not None:
                 raise ValueError(f"tensor: {why}")
         return parallel
+
+    @field_validator("ema")
+    @classmethod
+    def _validated_where_there_is_one(cls, ema: EMASection, info: ValidationInfo) -> EMASection:
+        validation = info.data.get("validation")
+        if validation is not None and validation.weights == "ema" and ema.decay == 0:
+            raise ValueError("decay: validation.weights asks for the moving average: set one (such as 0.999)")
+        return ema
 
     @field_validator("compute")
     @classmethod

@@ -3,8 +3,8 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -222,6 +222,18 @@ class DeepSpeedEngine:
         if check_finite(norm):
             ema.update(self.state.states, self.ema_decay)
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        ema.exchange(self.state.states)
+        self.state.publish()  # rounds the masters to the weights as the end of a step does
 
     def entries(self) -> list[TensorEntry]:
         """fp32 masters, their average and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""

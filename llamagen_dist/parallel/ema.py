@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 KEY = "ema"
+_PIECE = 1 << 24  # elements that are exchanged at a time: 64 MiB beside the two tensors, however large they are
 
 
 @torch.no_grad()
@@ -20,3 +21,13 @@ def update(states: Mapping[Tensor, Mapping[str, Any]], decay: float) -> None:
         return
     averages = [state[KEY] for state in states.values()]
     torch._foreach_lerp_(averages, [p.detach() for p in states], 1 - decay)
+
+
+@torch.no_grad()
+def exchange(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Weights and their averages change places, by copies, since views of both are elsewhere; twice changes nothing."""
+    for p, state in states.items():
+        for weights, averages in zip(p.view(-1).split(_PIECE), state[KEY].view(-1).split(_PIECE), strict=True):
+            kept = weights.clone()
+            weights.copy_(averages)
+            averages.copy_(kept)

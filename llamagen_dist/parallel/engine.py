@@ -1,7 +1,7 @@
 """One interface over what runs the optimizer: plain torch or DDP here, DeepSpeed ZeRO in deepspeed_engine.py."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -38,6 +38,12 @@ class Engine(Protocol):
 
         Only where ``check_finite(norm)`` (collective) agrees; otherwise weights and optimizer state stay as they are.
         """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the module computes with the moving average of its weights (collective; needs an ``ema_decay``).
+
+        Afterwards all is as before, to the last bit."""
         ...
 
     def entries(self) -> list[TensorEntry]: ...
@@ -163,6 +169,14 @@ class TorchEngine:
         parts = nn.utils.get_total_norm([g for name, g in named if split_of(name) is not None]).square()
         dist.all_reduce(parts, group=self.topology.tp_group)
         return (copies.square() + parts).sqrt()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        ema.exchange(self.optimizer.state)
+        try:
+            yield
+        finally:
+            ema.exchange(self.optimizer.state)
 
     def entries(self) -> list[TensorEntry]:
         """Weights, buffers, Adam moments and the moving average, merged over the tensor-parallel ranks."""

@@ -137,11 +137,14 @@ def _run(folder: Path, config: GPTConfigFile) -> Run:
 
 
 def held_out_images(config: GPTConfigFile) -> str:
-    """The validation shards' content where they are here, so that a moved copy is the same; else their path."""
+    """What was measured on which images: losses that differ in it cannot be compared.
+
+    The validation shards' content where they are here, so that a moved copy is the same; else their path."""
     where = config.data.validation
     known = not is_remote(where) and (Path(where) / MANIFEST).is_file()
     content = read_manifest(Path(where)).fingerprint()[:12] if known else str(where)
-    return f"{content}, {config.validation.images or 'all'} images"
+    averaged = ", the moving average" if config.validation.weights == "ema" else ""
+    return f"{content}, {config.validation.images or 'all'} images{averaged}"
 
 
 def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequence[Dropped] = ()) -> Ladder:

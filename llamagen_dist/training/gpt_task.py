@@ -1,6 +1,7 @@
 """The GPT as a Task: micro-batches through an engine, validation with and without the condition."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -150,9 +151,13 @@ class GPTTask:
             "lr": torch.tensor(optimizers.learning_rate(self.config.optim, images_seen)),
         }
 
-    @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
         """val_loss (true condition), val_loss_null (null class or caption): mean nats per held-out token."""
+        with self.engine.averaged() if self.config.validation.weights == "ema" else nullcontext():
+            return self._validate()
+
+    @torch.no_grad()
+    def _validate(self) -> Mapping[str, float]:
         self.engine.module.eval()
         # weighted by samples, since the last batch and the ranks' shares may be smaller; fp64, so that the order of the
         # additions does not show in the digits that are printed

@@ -111,6 +111,8 @@ def test_cross_field_rules_are_told(file):
     assert "set tensor: 2" in errors(path, "parallel.sequence=true")[0]
     assert "set parallel.zero to 1, 2 or 3" in errors(path, "compute.precision=bf16", "parallel.zero=0")[0]
     assert "set compile: false" in errors(path, "compute.compile=true", "parallel.zero=3")[0]
+    assert "set one (such as 0.999)" in errors(path, "validation.weights=ema")[0]
+    assert load(path, ["validation.weights=ema", "ema.decay=0.9"]).validation.weights == "ema"
     assert "cosine_images" in errors(path, "optim.schedule=cosine")[0]
     assert "final_lr" in errors(path, "optim.final_lr=1")[0]
     assert "needs warmup_images > 0" in errors(path, "optim.schedule=warmup")[0]

@@ -166,6 +166,9 @@ def test_runs_measured_on_other_images_are_refused(tmp_path: Path) -> None:
     config.write_text(before + "validation: {images: 100}\n")
     with pytest.raises(UserError, match=r"ladder/c has another validation set \(.*100 images\) than .*ladder/a"):
         read([str(folder)])
+    config.write_text(before + "validation: {weights: ema}\nema: {decay: 0.9}\n")
+    with pytest.raises(UserError, match=r"ladder/c has another validation set \(.*the moving average\)"):
+        read([str(folder)])
     config.write_text(before)
     other = tmp_path / "tokens2"
     other.mkdir()
