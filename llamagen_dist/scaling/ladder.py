@@ -62,12 +62,14 @@ class Ladder:
     """rungs: from small to large. points.params counts as ``count`` says; one point per end of a (shorter) run.
 
     decayed: every run ended with a cooldown of its learning rate, and its end is its only point.
+    averaged: the losses are those of the moving averages of the weights.
     """
 
     rungs: tuple[Rung, ...]
     points: Points
     count: Count
     decayed: bool
+    averaged: bool
     dropped: tuple[Dropped, ...] = ()
 
     def rung(self, name: str) -> Rung:
@@ -159,6 +161,7 @@ def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequen
     one_of_a_kind(((f"{run.sizes['vocab_size']} codes", run.source) for run in runs), "vocabulary")
     one_of_a_kind(((f"{run.sizes['image_tokens']} tokens", run.source) for run in runs), "image length")
     decayed = all(run.config.optim.constant_until < math.inf for run in runs)
+    averaged = runs[0].config.validation.weights == "ema"  # of one of them as of all: their validation sets are equal
     left_out = list(dropped)
     rungs, rows = [], []
     names = _names(runs)
@@ -176,7 +179,9 @@ def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequen
     params, tokens_, losses, called, sources, flops_, lrs, widths = zip(*rows, strict=True)
     also = {"flops": np.array(flops_), "lr": np.array(lrs), "width": np.array(widths)}
     points = Points(np.array(params), np.array(tokens_), np.array(losses), called, sources, also)
-    return Ladder(tuple(sorted(rungs, key=lambda rung: order[rung.name])), points, count, decayed, tuple(left_out))
+    return Ladder(
+        tuple(sorted(rungs, key=lambda rung: order[rung.name])), points, count, decayed, averaged, tuple(left_out)
+    )
 
 
 def _names(runs: Sequence[Run]) -> dict[str, str]:

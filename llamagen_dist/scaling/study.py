@@ -196,6 +196,7 @@ def _definitions(ladder: Ladder | None) -> dict[str, str]:
         "params_fit": f"N of the law: {COUNTS[ladder.count]}",
         "tokens": "D of the law: image tokens trained on, counted every time they were seen",
         "loss": "held-out loss, nats per token, with the true label, "
-        + ("after the cooldown of the learning rate" if ladder.decayed else "at a constant learning rate"),
+        + ("after the cooldown of the learning rate" if ladder.decayed else "at a constant learning rate")
+        + (", of the moving average of the weights" if ladder.averaged else ""),
         "flops": "training FLOPs counted exactly: matrix products of blocks, causal attention and head, times three",
     }
