@@ -22,7 +22,12 @@ from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 MODELS = ("gpt", "tokenizer")
 """Kinds of configs whose programs train."""
 _NOT_RUNS = frozenset(["code", "stages", "launch", "log", "lock", "report", "checkpoints"])
-_LAWS = ("params", "parameters")  # a fit's keys for what it fitted: today's, and those of before
+# Results of llamagen scaling -> the keys they are known by, each with the names it has had.
+_STUDIES = {
+    "scaling": (("form",), ("params", "parameters")),
+    "isoflop": (("budgets",), ("exponents",)),
+    "advice": (("configs",), ("optimum",)),
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,9 @@ class Found:
 
     groups: the runs by the folder that they stand in (empty: the folder itself), those of a group from small to large.
     missing: points of a sweep that were never started, where something says what was planned.
-    evaluations: results of eval.evaluate by file name. scaling: what llamagen scaling fit wrote; empty without.
+    evaluations: results of eval.evaluate by file name.
+    scaling, left_out: what llamagen scaling fit wrote, left_out of a fit that another one to all runs followed;
+        isoflop, advice: what llamagen scaling isoflop and advise wrote. Empty where there is none.
     """
 
     folder: Path
@@ -168,6 +175,16 @@ class Found:
     vocab_size: int | None = None
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    isoflop: Mapping[str, Any] = field(default_factory=dict)
+    advice: Mapping[str, Any] = field(default_factory=dict)
+    scores_images: bool = True
+    """Whether a pipeline has a stage for that, as the quickstart does; true where its stages are not known."""
+
+    @property
+    def forecast(self) -> Mapping[str, Any]:
+        """The fit that was asked for a run it had not seen; empty where none was."""
+        return next((fit for fit in (self.scaling, self.left_out) if fit.get("prediction")), {})
 
     @property
     def runs(self) -> list[Run]:
@@ -199,14 +216,23 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         content = read_json(path)
         if "sets" in content:
             return Found(path, "evaluation", evaluations={path.name: content})
-        if any(key in content for key in _LAWS) and "form" in content:
-            return Found(path, "scaling", scaling=content)
-        raise UserError(f"{path}: neither a result of eval.evaluate (sets) nor of llamagen scaling fit (form, params)")
+        for name, keys in _STUDIES.items():
+            if all(any(key in content for key in names) for names in keys):
+                study: dict[str, Any] = {name: content}
+                return Found(path, "scaling", **study)
+        raise UserError(
+            f"{path}: neither a result of eval.evaluate (sets) nor of llamagen scaling fit (form, params), isoflop "
+            "(budgets, exponents) or advise (configs, optimum)"
+        )
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a sweep, a pipeline's --out or an evaluation")
     config = _yaml(path / "config.yaml")
     groups = {"": (read_run(path),)} if (path / "metrics.jsonl").exists() else _groups(path)
-    evaluations, pictures, law = _evaluations(path), _pictures(path), _object(path / "scaling.json")
+    evaluations, pictures = _evaluations(path), _pictures(path)
+    # of a study in configs/pipeline/scaling.yaml's names
+    law, left_out, isoflop, advice = (
+        _object(path / f"{name}.json") for name in ("scaling", "held-out", "isoflop", "advice")
+    )
     if (path / "stages").is_dir() or config.get("kind") == "pipeline":
         kind = "pipeline"
     elif [run.folder for runs in groups.values() for run in runs] == [path]:
@@ -214,7 +240,8 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
     elif groups or config.get("kind") == "sweep":
         kind = "sweep"
     else:
-        kind = "evaluation" if evaluations else "pictures" if any(pictures) else "scaling" if law else ""
+        kind = "evaluation" if evaluations else "pictures" if any(pictures) else ""
+        kind = kind or ("scaling" if any((law, left_out, isoflop, advice)) else "")
     if not kind:
         raise UserError(
             f"{path}: nothing to report on: no run (metrics.jsonl or config.yaml), no folders of runs, no pipeline "
@@ -230,7 +257,11 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         *pictures,
         vocab_size=(json_if_there(path / "tokens/train/manifest.json") or {}).get("vocab_size"),
         evaluations=evaluations,
-        scaling=law,
+        scaling=law or left_out,  # until the fit to all runs has followed
+        left_out=left_out,
+        isoflop=isoflop,
+        advice=advice,
+        scores_images="evaluate" in [stage["name"] for stage in config.get("stages", ())] or "stages" not in config,
     )
 
 

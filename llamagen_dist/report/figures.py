@@ -11,6 +11,7 @@ from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Colour, Figure, Panel, Series
 from llamagen_dist.report.collect import Run
 from llamagen_dist.report.results import PARITY_STEPS, Parity
+from llamagen_dist.scaling.valley import valley
 
 Floats = NDArray[np.float64]
 LOSS = "loss (nats per token)"
@@ -24,6 +25,7 @@ SETS = {
 """The quickstart's sets of images in words, from the best that can be expected to no learning at all."""
 _ERRORS = {"l2": "squared error of pixels in [−1, 1]", "l1": "absolute error of pixels in [−1, 1]"}
 _MOST_POINTS = 600
+_SAME_BUDGET = 1.15  # points this near to a budget's mean FLOPs are of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,3 +259,33 @@ def frontier(best: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, An
         panels.append(Panel(title, (solid, beyond), log_y=key == "params"))
     alt = "Lowest predicted loss and best model size against training FLOPs"
     return Figure(tuple(panels), alt, "training FLOPs", log_x=True)
+
+
+def isoflop(budgets: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Measured losses over N with a parabola in log N for each budget; None where the points are not there.
+
+    budgets: of llamagen scaling isoflop. points: of a fit to the same runs. A budget whose parabola they do not give is
+    left out: its runs are others.
+    """
+    series = []
+    for number, budget in enumerate(budgets):
+        spent = [p for p in points if abs(np.log(p["flops"] / budget["flops"])) < np.log(_SAME_BUDGET)]
+        if len(spent) < 3:
+            continue
+        one = valley(np.log([p["params_fit"] for p in spent]), np.array([p["loss"] for p in spent]))
+        if not np.isclose(np.exp(one.bottom), budget["params"], rtol=1e-6):
+            continue
+        colour, name = _share(number, len(budgets)), f"{q.power(budget['flops'])} FLOPs"
+        x = np.linspace(one.x[0], one.x[-1], 60)
+        parabola = one.floor + one.curvature * (x - one.bottom) ** 2
+        series += [
+            Series(f"{name}, parabola", np.exp(x), parabola, "thin", colour, name),
+            Series(f"{name}, measured", np.exp(one.x), one.y, "dots", colour),
+            Series(f"{name}, best", np.exp([one.bottom]), np.array([one.floor]), "diamonds", "orange"),
+        ]
+    if not series:
+        return None
+    alt = f"Held-out loss against parameters for {len(series) // 3} budgets, with parabolas and their lowest points"
+    caption = "Dots: measured. Lines: a parabola for each budget. Diamonds: its lowest point."
+    panel = Panel("held-out loss (nats per token)", tuple(series))
+    return Figure((panel,), alt, "parameters (N)", log_x=True, caption=caption)

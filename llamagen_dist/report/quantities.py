@@ -25,10 +25,10 @@ def _digits(value: float) -> str:
 
 
 def tick(value: float) -> str:
-    """A short axis label: ``20000`` -> ``20k``, ``0.001`` -> ``10⁻³``."""
+    """A short axis label: ``20000`` -> ``20k``, ``0.001`` -> ``10⁻³``, ``1e18`` -> ``10¹⁸``."""
     if value == 0:
         return "0"
-    if abs(value) < 0.01:
+    if abs(value) < 0.01 or abs(value) >= 1e15:
         return power(value, digits=0 if float(f"{value:.0e}") == float(f"{value:.2e}") else 1)
     if abs(value) < 1000:
         return f"{value:g}"

@@ -99,7 +99,7 @@ def results(found: Found) -> dict[str, Any]:
             steps=twin.compared,
             rung=twin.other.name,
         )
-    law = found.scaling.get("prediction") or {}
+    law = found.forecast.get("prediction") or {}
     known |= {"eval": _scores(found.evaluation), "scaling": _known(**{key: law.get(key) for key in _PREDICTION})}
     known["time_s"] = {stage.name: stage.seconds for stage in found.stages if stage.seconds is not None}
     known["peak_rss_gb"] = peak_rss_gb(found)

@@ -148,11 +148,11 @@ def _not_alike(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
 
 
 def _scaling(s: Found) -> Part:
-    law = s.scaling
+    law, asked = s.scaling, s.forecast
     fitted = law.get("params") or law.get("parameters")
     if not fitted:
         return {}, {}
-    predictions = law.get("predictions") or ([law["prediction"]] if law.get("prediction") else [])
+    predictions = asked.get("predictions") or ([asked["prediction"]] if asked else [])
     points, diagnostics = law.get("points") or [], law.get("diagnostics") or {}
     best = law.get("frontier") or []  # of today's fits below a key; of those of before a list
     best = best.get("best") or [] if isinstance(best, Mapping) else best
@@ -168,6 +168,7 @@ def _scaling(s: Found) -> Part:
         "fitted": fitted,
         "intervals": law.get("ci95") or law.get("parameters_ci95") or {},
         "predictions": predictions,
+        "asked": asked,
         "tiny": law.get("n") or diagnostics.get("points") if tiny else None,
         "last": best[-1] if best else None,
         "facts": stated,
@@ -177,6 +178,11 @@ def _scaling(s: Found) -> Part:
         "predicted": figures.predicted(predictions) if predictions else None,
         "frontier": figures.frontier(best, points) if best else None,
     }
+
+
+def _isoflop(s: Found) -> Part:
+    points = s.scaling.get("points") or []
+    return {}, {"valleys": figures.isoflop(s.isoflop["budgets"], points) if s.isoflop else None}
 
 
 def _same_losses(s: Found) -> Part:
@@ -243,6 +249,8 @@ _SECTIONS = {
     "samples": _samples,
     "scores": _scores,
     "scaling": _scaling,
+    "isoflop": _isoflop,
+    "advice": None,
     "same_losses": _same_losses,
     "cost": _cost,
     "environment": _environment,
