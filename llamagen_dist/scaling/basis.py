@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 from llamagen_dist.models.sizes import GPTConfig
@@ -46,10 +44,16 @@ def read_fit(path: Path) -> Basis:
     try:
         found = json.loads(path.read_text())
         rows = [row for row in found["points"] if not row["held_out"]]
-        columns = {key: np.array([float(row[key]) for row in rows]) for key in ("params_fit", "tokens", "loss")}
-        also = {"flops": np.array([float(row["flops"]) for row in rows])} if "flops" in rows[0] else {}
-        points = Points(
-            columns["params_fit"], columns["tokens"], columns["loss"], tuple(row["name"] for row in rows), (), also
+        known = [name for name in ("tokens", "loss", "flops", "unique", "val_loss") if name in rows[0]]
+        points = Points.of(
+            [
+                (
+                    f"{path}, {row['name']}",
+                    row["name"],
+                    {"params": row["params_fit"], **{name: row[name] for name in known}},
+                )
+                for row in rows
+            ]
         )
         record, objective = found["record"], float(found["objective"])
         form, loss, delta = found["form"], found["loss"], found["delta"]

@@ -124,6 +124,11 @@ def columns_of(points: Points, law: Law) -> dict[str, Floats]:
     if "flops" in law.columns:
         known["flops"] = points.flops
     for name in law.columns:
+        if name == "val_loss" and name not in known:
+            raise UserError(
+                f"form {law.name} is a metric as a function of the held-out loss: name the metric with --metric, of "
+                "runs (or a table) that have both"
+            )
         if name not in known:
             raise UserError(f"form {law.name} needs the column {name} of every point; add it, or fit another form")
         if not np.isfinite(known[name]).all():

@@ -53,7 +53,7 @@ def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_N
     for place in places:
         path = Path(place)
         if place.startswith(WANDB):
-            own, objects, passed = read_wandb(place.removeprefix(WANDB))
+            own, objects, passed = read_wandb(place.removeprefix(WANDB), options.metric)
             runs += own
             dropped += passed
             sources.append({"path": place})
@@ -84,10 +84,11 @@ def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_N
 
 
 def read_wandb(
-    project: str,
+    project: str, metric: str | None = None
 ) -> tuple[list[Run], list[tuple[str, Mapping[str, Any]]], list[Dropped]]:
     """The finished runs of ENTITY/PROJECT: GPT runs of ours, others as (address, config and summary), and what was
-    passed over. Raises UserError: no such project, nothing in it, no answer, no key."""
+    passed over. metric: what to ask for beside the held-out loss.
+    Raises UserError: no such project, nothing in it, no answer, no key."""
     import wandb
 
     if project.count("/") != 1 or not all(project.split("/")):
@@ -105,8 +106,10 @@ def read_wandb(
             if run.state != "finished":
                 dropped.append(Dropped(address, f"not finished ({run.state})"))
             elif config.get("kind") == "gpt":
-                rows = run.scan_history(keys=["images_seen", "val_loss"])
-                runs.append(wandb_run(address, run.name, config, dict(run.summary), list(rows)))
+                # one question each: a row is given only where it has all keys that were asked for
+                wanted = dict.fromkeys(["val_loss", metric or "val_loss"])
+                rows = [row for key in wanted for row in run.scan_history(keys=["images_seen", key])]
+                runs.append(wandb_run(address, run.name, config, dict(run.summary), rows))
             elif "kind" in config:
                 dropped.append(Dropped(address, f"a run of kind {config['kind']}"))
             else:
@@ -122,7 +125,7 @@ def read_wandb(
 def wandb_run(
     address: str, name: str, data: Mapping[str, Any], summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> Run:
-    """One GPT run as its tracker recorded it. rows: history with images_seen and val_loss.
+    """One GPT run as its tracker recorded it. rows: history with images_seen and val_loss or another metric.
 
     Raises UserError where its config is of another version, or its token shards are not here to say the vocabulary.
     """

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from llamagen_dist.build import gpt_config
 from llamagen_dist.config import GPTConfigFile, is_remote, load
 from llamagen_dist.data.manifest import MANIFEST, read_manifest
@@ -163,25 +161,30 @@ def of_runs(runs: Sequence[Run], count: Count, options: Options, dropped: Sequen
     decayed = all(run.config.optim.constant_until < math.inf for run in runs)
     averaged = runs[0].config.validation.weights == "ema"  # of one of them as of all: their validation sets are equal
     left_out = list(dropped)
-    rungs, rows = [], []
+    metric = options.metric or "val_loss"
+    rungs: list[Rung] = []
+    rows: list[tuple[str, str, dict[str, float]]] = []
     names = _names(runs)
     for run in runs:
         rung = _rung(run, names[run.source])
         rungs.append(rung)
-        for images, loss, source in _measured(run, decayed, options, left_out):
-            tokens, flops = images * rung.config.image_tokens, images * rung.flops_per_image
-            size = float(rung.params if count == "total" else rung.blocks)
-            rows.append((size, tokens, loss, rung.name, source, flops, rung.lr, float(rung.config.dim)))
+        for source, images, measured in _measured(run, decayed, options, left_out):
+            numbers = {
+                "params": rung.params if count == "total" else rung.blocks,
+                "tokens": images * rung.config.image_tokens,
+                **measured,
+                "flops": images * rung.flops_per_image,
+                "lr": rung.lr,
+                "width": rung.config.dim,
+            }
+            rows.append((source, rung.name, numbers))
     if not rows:
-        raise UserError(f"{runs[0].source}: the runs have no held-out loss; train them with validation.at_images")
+        missing = "held-out loss; train them with validation.at_images" if metric == "val_loss" else f"{metric}"
+        raise UserError(f"{runs[0].source}: the runs have no {missing}")
     order = {rung.name: i for i, rung in enumerate(sorted(rungs, key=lambda rung: (rung.params, rung.name)))}
-    rows.sort(key=lambda row: order[row[3]])  # stable: along a run as measured
-    params, tokens_, losses, called, sources, flops_, lrs, widths = zip(*rows, strict=True)
-    also = {"flops": np.array(flops_), "lr": np.array(lrs), "width": np.array(widths)}
-    points = Points(np.array(params), np.array(tokens_), np.array(losses), called, sources, also)
-    return Ladder(
-        tuple(sorted(rungs, key=lambda rung: order[rung.name])), points, count, decayed, averaged, tuple(left_out)
-    )
+    rows.sort(key=lambda row: order[row[1]])  # stable: along a run as measured
+    rungs.sort(key=lambda rung: order[rung.name])
+    return Ladder(tuple(rungs), Points.of(rows, options.metric), count, decayed, averaged, tuple(left_out))
 
 
 def _names(runs: Sequence[Run]) -> dict[str, str]:
@@ -201,27 +204,34 @@ def _rung(run: Run, name: str) -> Rung:
     return Rung(name, model, total, non_embedding(model), run.config.optim.lr)
 
 
-def _measured(run: Run, decayed: bool, options: Options, left_out: list[Dropped]) -> Iterator[tuple[float, float, str]]:
-    """(images seen, held-out loss, where it stands) of the validations that are points."""
+def _measured(
+    run: Run, decayed: bool, options: Options, left_out: list[Dropped]
+) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Where it stands, images seen, and what was measured there, of the validations that are points: ``loss``, and
+    where that is another metric ``val_loss``, NaN where the run has none after as many images."""
     last = math.inf if decayed else run.config.optim.constant_until
     metric = options.metric or "val_loss"
+    read: dict[str, list[tuple[str, float, float]]] = {key: [] for key in (metric, "val_loss")}
+    for key, there in read.items():
+        for source, row in run.rows:
+            try:
+                if key in row:
+                    there.append((source, float(row["images_seen"]), float(row[key])))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{source}: cannot be read as metrics ({error}); restore the file") from None
+    losses = {seen: loss for _, seen, loss in read["val_loss"]}  # the metric of the same weights may be a later line
     measured = []
-    for source, row in run.rows:
-        if metric not in row:
-            continue
-        try:
-            seen, loss = float(row["images_seen"]), float(row[metric])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{source}: cannot be read as metrics ({error}); restore the file") from None
+    for source, seen, value in read[metric]:
         if seen <= 0 or seen > last:
             continue
-        if options.drop_bad and not (math.isfinite(seen) and math.isfinite(loss) and loss > 0):
-            left_out.append(Dropped(source, f"{metric} is {loss:g}"))
+        if options.drop_bad and not (math.isfinite(seen) and math.isfinite(value) and value > 0):
+            left_out.append(Dropped(source, f"{metric} is {value:g}"))
         else:  # NaN passes, for Points to name it
-            measured.append((seen, loss, source))
+            beside = {} if metric == "val_loss" else {"val_loss": losses.get(seen, math.nan)}
+            measured.append((source, seen, {"loss": value, **beside}))
     if last < math.inf and not measured:
         raise UserError(
-            f"{run.source}: its rate decays from image {last} on, and it has no held-out loss before that to compare "
+            f"{run.source}: its rate decays from image {last} on, and it has no {metric} before that to compare "
             "with the runs at a constant rate; validate at or before optim.cooldown_from, or take it out of the folder"
         )
     yield from measured[-1:] if decayed else measured

@@ -37,7 +37,7 @@ FEWEST_TOKENS_PER_PARAMETER = 0.1
 class Points:
     """params, tokens, loss: float64 [n], all positive and finite. runs: n names; points of one run share its name.
     also: what else is known of every point, float64 [n] each: ``flops``, ``unique`` (tokens), ``lr``, ``width``,
-    and beside another metric ``val_loss``.
+    and beside another metric ``val_loss``. metric: what ``loss`` is, where it is another metric.
 
     Raises UserError that names the first bad point, by ``sources`` (such as file lines) where they are given.
     """
@@ -48,6 +48,7 @@ class Points:
     runs: tuple[str, ...]
     sources: tuple[str, ...] = ()
     also: Mapping[str, Floats] = field(default_factory=dict)
+    metric: str = "loss"
 
     def __post_init__(self) -> None:
         if not len(self.params) == len(self.tokens) == len(self.loss) == len(self.runs):
@@ -66,6 +67,14 @@ class Points:
     def __len__(self) -> int:
         return len(self.params)
 
+    @classmethod
+    def of(cls, rows: Sequence[tuple[str, str, Mapping[str, float]]], metric: str | None = None) -> "Points":
+        """From (source, run, number by column) of each point; all of them know the same columns."""
+        sources, runs, values = zip(*rows, strict=True)
+        columns = {name: np.array([numbers[name] for numbers in values], float) for name in values[0]}
+        params, tokens, loss = (columns.pop(name) for name in _COLUMNS)
+        return cls(params, tokens, loss, runs, sources, columns, metric or "loss")
+
     def where(self, keep: Sequence[bool] | np.ndarray) -> "Points":
         chosen = np.asarray(keep, bool)
         picked = np.flatnonzero(chosen)
@@ -76,6 +85,7 @@ class Points:
             tuple(self.runs[i] for i in picked),
             tuple(self.sources[i] for i in picked) if self.sources else (),
             {name: values[chosen] for name, values in self.also.items()},
+            self.metric,
         )
 
     @property
@@ -198,10 +208,7 @@ def table(objects: Sequence[tuple[str, Mapping[str, Any]]], name: str, options: 
     for role in ("vocab", "validation"):
         if role in called:
             one_of_a_kind(((str(row.get(called[role])), source) for source, row in rows), role)
-    sources, runs, values = zip(*kept, strict=True)
-    columns = {role: np.array([numbers[role] for numbers in values]) for role in values[0]}
-    also = {role: values for role, values in columns.items() if role not in _COLUMNS}
-    points = Points(columns["params"], columns["tokens"], columns["loss"], runs, sources, also)
+    points = Points.of(kept, options.metric)
     if not options.as_given and options.metric is None:
         check_units(points, options.vocab)
     return points, dropped, notes
@@ -261,7 +268,8 @@ def _numbers(row: Mapping[str, Any], called: Mapping[str, str], source: str, opt
     if "tokens" not in numbers:
         numbers["tokens"] = numbers["flops"] / (6 * numbers["params"]) if numbers["params"] else math.nan
     numbers["tokens"] *= options.tokens_per_image
-    numbers["loss"] *= math.log(2) if options.bits else 1
+    if options.bits and (loss := "loss" if options.metric is None else "val_loss") in numbers:
+        numbers[loss] *= math.log(2)
     return numbers
 
 
@@ -305,4 +313,5 @@ def together(parts: Sequence[Points]) -> Points:
         tuple(run for part in parts for run in part.runs),
         tuple(source for part in parts for source in part.sources),
         {name: np.concatenate([part.also[name] for part in parts]) for name in shared},
+        parts[0].metric,
     )

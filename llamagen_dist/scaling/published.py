@@ -1,5 +1,6 @@
 """Figures that others published, as points: LlamaGen's FIDs of ImageNet 256 x 256 after 300 epochs."""
 
+from dataclasses import replace
 from importlib.resources import files
 
 from llamagen_dist.scaling.points import Points, parse_csv
@@ -16,4 +17,5 @@ def fid(grid: int = 24) -> Points:
     text = (files("llamagen_dist.scaling") / "llamagen_fid.csv").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     chosen = [line.rsplit(",", 2)[0] for line in lines[1:] if line.split(",")[-1] == str(grid)]
-    return parse_csv("\n".join([lines[0].rsplit(",", 2)[0], *chosen]), "llamagen_fid.csv")[0]
+    points, _, _ = parse_csv("\n".join([lines[0].rsplit(",", 2)[0], *chosen]), "llamagen_fid.csv")
+    return replace(points, metric="FID")

@@ -61,6 +61,7 @@ def study(
     ]
     record = {
         "versions": {"llamagen_dist": __version__, "numpy": np.__version__},
+        "metric": points.metric,
         "points_sha256": hashlib.sha256(repr(rows).encode()).hexdigest(),
     }
     result: dict[str, Any] = {**describe(fit), "dropped": list(dropped), "points": rows}
@@ -75,7 +76,7 @@ def study(
         result["prediction"] = result["predictions"][-1]
     result["curves"] = _curves(points, fit)
     result["frontier"] = _frontier(points, fit, resampled, ladder)
-    result["definitions"] = _definitions(ladder)
+    result["definitions"] = _definitions(ladder, points.metric)
     result["record"] = record
     return result
 
@@ -187,7 +188,7 @@ def _frontier(points: Points, fit: Fit, resampled: Bootstrap | None, ladder: Lad
     return result
 
 
-def _definitions(ladder: Ladder | None) -> dict[str, str]:
+def _definitions(ladder: Ladder | None, metric: str) -> dict[str, str]:
     if ladder is None:
         given = "as given in the file"
         return {"params": given, "params_fit": given, "tokens": given, "loss": given, "flops": "6 params tokens"}
@@ -195,7 +196,7 @@ def _definitions(ladder: Ladder | None) -> dict[str, str]:
         "params": COUNTS["total"],
         "params_fit": f"N of the law: {COUNTS[ladder.count]}",
         "tokens": "D of the law: image tokens trained on, counted every time they were seen",
-        "loss": "held-out loss, nats per token, with the true label, "
+        "loss": (f"{metric} of metrics.jsonl, " if metric != "loss" else "held-out loss, nats per token, true label, ")
         + ("after the cooldown of the learning rate" if ladder.decayed else "at a constant learning rate")
         + (", of the moving average of the weights" if ladder.averaged else ""),
         "flops": "training FLOPs counted exactly: matrix products of blocks, causal attention and head, times three",
