@@ -3,22 +3,27 @@
 It reads the run directory; the training process starts it and at the end says so. A tracker that raises, blocks, or
 has no network, takes no step's time and no step's memory: metrics.jsonl is the queue.
 
-    python -m llamagen_dist.tracking.follow RUN TRACKER PID STARTED FINISH_S
+    python -m llamagen_dist.tracking.follow RUN TRACKER PID STARTED FINISH_S SCRATCH
 
-PID and STARTED name the training process (process.Identity). A byte on standard input is its last word: "0", the run is
+PID and STARTED name the training process (process.Identity). SCRATCH is this process's folder for temporary files:
+trackers leave theirs where a process ends without Python's own exit, as this one does. It removes the folder itself, or
+the training process does should this one be killed. A byte on standard input is its last word: "0", the run is
 finished; "1", it is not. When it is gone without one, that is the same as "1".
 """
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import llamagen_dist
 from llamagen_dist.config.training import TrackingSection
@@ -39,21 +44,24 @@ class Followers:
         """say(text): prints a line; called once for a tracker that fails."""
         self._folder, self._finish_s, self._say = folder, section.finish_s, say
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._scratch: list[str] = []
         root = str(Path(llamagen_dist.__file__).parents[1])
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         me = identify()
         (folder / "log").mkdir(exist_ok=True)
         for name in section.named():
-            words = (str(folder.absolute()), name, str(me.pid), me.started, str(section.finish_s))
             try:
+                scratch = tempfile.mkdtemp(prefix=f"llamagen-{name}-")
+                self._scratch.append(scratch)
+                words = (str(folder.absolute()), name, str(me.pid), me.started, str(section.finish_s), scratch)
                 with open(self._log(name), "wb") as log:
                     self._running[name] = subprocess.Popen(
                         [sys.executable, "-m", __name__, *words],
                         stdin=subprocess.PIPE,
                         stdout=log,
                         stderr=log,
-                        env=environment,
+                        env=environment | {"TMPDIR": scratch},
                         start_new_session=True,  # no signal that is meant for the ranks reaches it
                     )
             except OSError as error:
@@ -90,6 +98,8 @@ class Followers:
                     self._failed(name, f"it had not sent everything {self._finish_s:g} s after the run's end")
         self._running = {name: process for name, process in self._running.items() if process.returncode > 0}
         self.look()
+        for scratch in self._scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _failed(self, name: str, why: str) -> None:
         self._say(
@@ -104,8 +114,8 @@ class Followers:
 class _End:
     """Waits in a thread for the training process's last word; from then on this process may live for ``finish_s``."""
 
-    def __init__(self, trainer: Identity, finish_s: float) -> None:
-        self.trainer, self._finish_s = trainer, finish_s
+    def __init__(self, trainer: Identity, finish_s: float, scratch: str) -> None:
+        self.trainer, self._finish_s, self._scratch = trainer, finish_s, scratch
         self._came = threading.Event()
         self.exit_code = 1
         threading.Thread(target=self._watch, daemon=True).start()
@@ -123,7 +133,13 @@ class _End:
             self.exit_code = 0 if os.read(0, 1) == b"0" else 1
         self._came.set()
         time.sleep(self._finish_s + POLL_S)  # longer than the training process waits, where it is still there
-        os._exit(1)
+        _leave(1, self._scratch)
+
+
+def _leave(code: int, scratch: str) -> NoReturn:
+    """End without Python's own exit, where W&B would wait for the network as long as that takes."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(code)
 
 
 def follow(folder: Path, name: str, end: _End) -> None:
@@ -142,8 +158,8 @@ def follow(folder: Path, name: str, end: _End) -> None:
 
 
 def main(argv: list[str]) -> None:
-    folder, name, pid, started, finish_s = argv
-    end = _End(Identity(int(pid), started), float(finish_s))
+    folder, name, pid, started, finish_s, scratch = argv
+    end = _End(Identity(int(pid), started), float(finish_s), scratch)
     os.nice(10)  # sending may wait, training may not
     for number in STOP_SIGNALS:  # SLURM sends them to every process of a job, and the run still has to be saved
         signal.signal(number, signal.SIG_IGN)
@@ -162,4 +178,4 @@ if __name__ == "__main__":
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # W&B's own exit would wait for the network as long as that takes
+    _leave(code, sys.argv[-1])

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from llamagen_dist.config import GPTConfigFile, load
 from llamagen_dist.config.resume import compare
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.points import sweep
+from llamagen_dist.process import identify
 from llamagen_dist.tracking import wandb_file, wandb_sink
+from llamagen_dist.tracking.follow import Followers
 from llamagen_dist.tracking.provenance import masked_values
 from llamagen_dist.tracking.sinks import Rows, runs_in, sending
 from llamagen_dist.tracking.wandb_file import Written
@@ -296,3 +302,42 @@ def test_a_run_may_be_tracked_from_another_start_on(tmp_path):
     assert any("tracking.wandb" in line for line in change.allowed)
     with pytest.raises(UserError, match="another config"):  # sabotage twin: what is computed may not change
         compare(folder, load(folder / "config.yaml", [WANDB, "optim.lr=0.5"]))
+
+
+# --- what is left behind ---
+
+
+@pytest.mark.parametrize("wandb", ["works", "raises", "blocks"])
+def test_a_follower_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch, wandb):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    if wandb != "works":
+        (tmp_path / "fake/wandb").mkdir(parents=True)
+        leaves = "import tempfile, time\ntempfile.mkdtemp('left')\n"
+        end = "raise RuntimeError" if wandb == "raises" else "time.sleep(60)"
+        (tmp_path / "fake/wandb/__init__.py").write_text(leaves + end)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    finish_s = 2.0 if wandb == "blocks" else 60.0
+    folder = tracked_run(tmp_path / "base", WANDB, "tracking.wandb.mode=offline", f"tracking.finish_s={finish_s}")
+    train(folder, 1, 4)
+    finish(folder)
+    said: list[str] = []
+    Followers(folder, load(folder / "config.yaml").tracking, said.append).close(finished=True)
+    assert [*temporary.iterdir()] == []
+    assert len(said) == (wandb != "works"), said
+    assert steps(folder) == ([1, 2, 3, 4] if wandb == "works" else [])
+
+
+def test_the_sabotage_twin_a_follower_that_removes_another_folder_leaves_wandb_s(tmp_path):
+    """What W&B makes when it is imported is removed by nobody else where a process ends by os._exit."""
+    folder = tracked_run(tmp_path / "base", WANDB, "tracking.wandb.mode=offline")
+    (tmp_path / "temporary").mkdir()
+    train(folder, 1, 2)
+    me = identify()
+    words = [str(folder), "wandb", str(me.pid), me.started, "60", str(tmp_path / "another")]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    follower = [sys.executable, "-m", "llamagen_dist.tracking.follow", *words]
+    subprocess.run(follower, input=b"0", env=environment, check=True, capture_output=True)
+    assert {path.name[-5:] for path in (tmp_path / "temporary").iterdir()} == {"media", "facts"}
