@@ -16,6 +16,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--project", help="instead of the config's; needed for runs whose config names none")
     parser.add_argument("--entity", help="of W&B, instead of the config's")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE.json",
+        help="of eval.evaluate, for W&B's summary; default: evaluation.json of a run or the two folders above it, if a "
+        "checkpoint of the run drew its images",
+    )
     parser.add_argument("--group", help="instead of the config's (default for several runs: their folder's name)")
 
 
@@ -24,14 +31,20 @@ def run(args: argparse.Namespace) -> None:
 
     if args.entity and args.to != "wandb":
         raise UserError("--entity is W&B's; leave it out with --to trackio")
+    if args.evaluation and args.to != "wandb":
+        raise UserError("--evaluation is W&B's, since trackio has no summary; leave it out with --to trackio")
     for folder in args.folders:
-        for one in runs_in(folder):
+        runs = runs_in(folder)
+        if args.evaluation and (len(runs) > 1 or len(args.folders) > 1):
+            raise UserError("--evaluation is of one run; name that run alone")
+        for one in runs:
             LOG.info(f"{one}: {_sync(one, args, None if one == folder else folder.resolve().name)}")
 
 
 def _sync(folder: Path, args: argparse.Namespace, group: str | None) -> str:
     """Send one run; returns what to say about it. group: of a run that belongs to several."""
     from llamagen_dist.config.training import TrackioSection, WandbSection
+    from llamagen_dist.hub.scores import of_run
     from llamagen_dist.tracking.sinks import Mirror, open_sink, sending, tracking_of
 
     section = tracking_of(folder).get(args.to)
@@ -43,16 +56,19 @@ def _sync(folder: Path, args: argparse.Namespace, group: str | None) -> str:
     section = section.model_copy(update={"group": section.group or group, **given})
     sink = open_sink(folder, section)
     mirror = Mirror(folder, sink)
+    scores = of_run(folder, args.evaluation)
     with sending(folder, args.to):
         try:
             mirror.open()
             mirror.send(everything=True)
+            measured = sink.scores(scores)
             mirror.close(0)
         except UserError:
             raise
         except Exception as error:  # whatever a tracker's library makes of its network
             why = " ".join(str(error).split())
             raise UserError(f"{folder}: {args.to}: {why}; the same command sends the rest") from error
-    if not mirror.rows and not mirror.checkpoints:
+    if not (mirror.rows or mirror.checkpoints or measured):
         return f"nothing new ({sink.where})"
-    return f"{mirror.rows:,} steps and {mirror.checkpoints:,} checkpoints sent ({sink.where})"
+    more = f", {measured} scores" if measured else ""
+    return f"{mirror.rows:,} steps and {mirror.checkpoints:,} checkpoints{more} sent ({sink.where})"

@@ -1,7 +1,7 @@
 """What was measured on the very weights that are exported: named by the sha256 in the records, or not taken."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.record import VALUES, read_result
 from llamagen_dist.files import json_if_there, read_jsonl
 
-DRAWN = {"model": ("model.npz", "checkpoint_sha256"), "tokenizer": ("reconstruction.npz", "tokenizer_sha256")}
-"""Part -> the file of its pictures, and the key of record.json beside it that names its weights."""
+DRAWN = {"model": ("model.npz", "checkpoint"), "tokenizer": ("reconstruction.npz", "tokenizer")}
+"""Part -> the file of its pictures, and the key of record.json beside it for the path of its weights."""
 SETTINGS = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "seed")
 
 
@@ -47,6 +47,10 @@ class Scores:
         return {"part": self.part, "what": self.what, "values": dict(self.values), "n": self.n}
 
 
+Drawn = list[tuple[str, str, Mapping[str, Any]]]
+"""(set of a result, part that drew its images, record of how it did)."""
+
+
 def of_images(
     identities: Mapping[str, str], given: Path | None, folders: Sequence[Path]
 ) -> tuple[list[Scores], list[str]]:
@@ -55,9 +59,49 @@ def of_images(
     given: a file of eval.evaluate; None looks for an evaluation.json in ``folders``.
     Raises UserError for a file that was given and holds no score of these weights, saying why.
     """
-    files = (
-        [given] if given is not None else [f / "evaluation.json" for f in folders if (f / "evaluation.json").exists()]
-    )
+
+    def why_not(part: str, record: Mapping[str, Any]) -> str:
+        if part not in identities:
+            return "not drawn by a trained model"
+        return "" if record.get(f"{DRAWN[part][1]}_sha256") == identities[part] else "drawn with other weights"
+
+    file, result, drawn, reasons = _find(given, folders, why_not, "these weights")
+    if not drawn:
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        return [], [f"No evaluation of these weights was found{why}; --evaluation FILE.json names one."]
+    scores = [_scores(result, name, part, record, file) for name, part, record in drawn]
+    return scores, [f"Absent from the evaluation: {m}: {why}." for m, why in result.get("absent", {}).items()]
+
+
+def of_run(run: Path, given: Path | None) -> dict[str, float | str]:
+    """``evaluation/SET/METRIC`` -> what was measured on images that a checkpoint of ``run`` drew, and of which weights.
+
+    given: a file of eval.evaluate; None looks for an evaluation.json in the run's folder and the two above it.
+    Raises UserError for a file that was given and holds no score of this run, saying why.
+    """
+    here = run.resolve()
+
+    def why_not(part: str, record: Mapping[str, Any]) -> str:
+        drawn_by = Path(str(record.get(DRAWN[part][1]))).resolve()
+        return "" if here in (drawn_by, *drawn_by.parents) else f"drawn with {drawn_by}"
+
+    _, result, drawn, _ = _find(given, (here, here.parent, here.parent.parent), why_not, "this run")
+    values: dict[str, float | str] = {}
+    for name, part, record in drawn:
+        sha256 = str(record.get(f"{DRAWN[part][1]}_sha256"))
+        known = {**_values(result["sets"][name]), "n": result["sets"][name]["n"], "weights_sha256": sha256}
+        values |= {f"evaluation/{name}/{key}": value for key, value in known.items()}
+    return values
+
+
+def _find(
+    given: Path | None, folders: Sequence[Path], why_not: Callable[[str, Mapping[str, Any]], str], whose: str
+) -> tuple[str, dict[str, Any], Drawn, list[str]]:
+    """(file, result, its sets whose pictures are ours, why others are not) of the first evaluation that has such.
+
+    why_not(part, record of how it drew): why that is not ours; empty where it is.
+    """
+    files = [given] if given else [f / "evaluation.json" for f in folders if (f / "evaluation.json").exists()]
     reasons: list[str] = []
     for file in files:
         try:
@@ -67,43 +111,40 @@ def of_images(
                 raise UserError(f"--evaluation: {error}") from None
             reasons.append(str(error))
             continue
-        scores = []
+        drawn: Drawn = []
         for name in result["sets"]:
-            drawn = _drawn_by(result["record"]["sets"][name]["images"], identities)
-            if isinstance(drawn, str):
-                reasons.append(f"{file}, set {name}: {drawn}")
+            path = Path(str(result["record"]["sets"][name]["images"].get("path", "")))
+            part = next((part for part, (pictures, _) in DRAWN.items() if path.name == pictures), None)
+            record = json_if_there(path.parent / "record.json")
+            if part is None:
+                why = "not drawn by a trained model"
+            elif record is None:
+                why = f"{path.parent / 'record.json'}, which names the weights that drew it, is gone"
             else:
-                scores.append(_scores(result, name, drawn[0], drawn[1], file.name))
-        if scores:
-            return scores, [f"Absent from the evaluation: {m}: {why}." for m, why in result.get("absent", {}).items()]
+                why = why_not(part, record)
+            if why:
+                reasons.append(f"{file}, set {name}: {why}")
+            else:
+                assert part is not None
+                drawn.append((name, part, record or {}))
+        if drawn:
+            return file.name, result, drawn, reasons
     if given is not None:
-        raise UserError(f"--evaluation: {given} has no score of these weights ({'; '.join(reasons)})")
-    why = f" ({'; '.join(reasons)})" if reasons else ""
-    return [], [f"No evaluation of these weights was found{why}; --evaluation FILE.json names one."]
+        raise UserError(f"--evaluation: {given} has no score of {whose} ({'; '.join(reasons)})")
+    return "", {}, [], reasons
 
 
-def _drawn_by(images: Mapping[str, Any], identities: Mapping[str, str]) -> tuple[str, Mapping[str, Any]] | str:
-    """(part, the record of how it drew these images), or why nothing shows that a part did."""
-    path = Path(str(images.get("path", "")))
-    part = next((part for part, (file, _) in DRAWN.items() if path.name == file and part in identities), None)
-    if part is None:
-        return "not drawn by a trained model"
-    record = json_if_there(path.parent / "record.json")
-    if record is None:
-        return f"{path.parent / 'record.json'}, which names the weights that drew it, is gone"
-    if record.get(DRAWN[part][1]) != identities[part]:
-        return "drawn with other weights"
-    return part, record
+def _values(measured: Mapping[str, float]) -> dict[str, float]:
+    return {key: measured[key] for keys in VALUES.values() for key in keys if key in measured}
 
 
 def _scores(result: Mapping[str, Any], name: str, part: str, drawn: Mapping[str, Any], file: str) -> Scores:
     values, reference = result["sets"][name], result["record"]["sets"][name]["reference"]
-    keys = [key for keys in VALUES.values() for key in keys if key in values]
     what = "images drawn from the model" if part == "model" else "held-out images through the tokenizer and back"
     return Scores(
         part,
         what,
-        {key: values[key] for key in keys},
+        _values(values),
         values["n"],
         _short(str(reference.get("path", ""))) or "real images",
         reference.get("n"),

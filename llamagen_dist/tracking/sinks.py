@@ -46,6 +46,10 @@ class Sink(Protocol):
         """Refer to a complete checkpoint. Returns whether it was new here."""
         ...
 
+    def scores(self, values: Mapping[str, float | str]) -> int:
+        """What was measured on the run's weights. Returns how many of them were new here."""
+        ...
+
     def close(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """summary: summary.json; empty for a run that is not finished. Returns once all is sent."""
         ...

@@ -44,5 +44,8 @@ class TrackioSink:
     def checkpoint(self, folder: Path) -> bool:
         return False  # trackio has no references
 
+    def scores(self, values: Mapping[str, float | str]) -> int:
+        return 0  # ... and no summary
+
     def close(self, summary: Mapping[str, Any], exit_code: int) -> None:
         self._run.finish()

@@ -50,12 +50,12 @@ def records(path: Path) -> Iterator[Any]:
 class Written:
     """What the files of one W&B run hold.
 
-    last_step: of the rows; -1 without any. checkpoints: the aliases of the references. summary: its keys.
+    last_step: of the rows; -1 without any. checkpoints: the aliases of the references. summary: key -> its last value.
     """
 
     last_step: int = -1
     checkpoints: set[str] = field(default_factory=set)
-    summary: set[str] = field(default_factory=set)
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def written(folder: Path, run: str, offline: bool) -> Written:
@@ -70,5 +70,6 @@ def written(folder: Path, run: str, offline: bool) -> Written:
             elif kind == "artifact":
                 all_of_them.checkpoints |= {*record.artifact.aliases}
             elif kind == "summary":
-                all_of_them.summary |= {item.key or item.nested_key[0] for item in record.summary.update}
+                for item in record.summary.update:
+                    all_of_them.summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
     return all_of_them

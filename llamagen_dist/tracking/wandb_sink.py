@@ -101,8 +101,15 @@ class WandbSink:
         self._open_run.log_artifact(artifact, aliases=["latest", folder.name])
         return True
 
+    def scores(self, values: Mapping[str, float | str]) -> int:
+        """Into the run's summary: a row of a step that lies behind its last one is not taken."""
+        new = {key: value for key, value in values.items() if self._before.summary.get(key) != value}
+        if new:
+            self._open_run.summary.update(new)
+        return len(new)
+
     def close(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        if summary.keys() - self._before.summary:
+        if summary.keys() - self._before.summary.keys():
             self._open_run.summary.update(dict(summary))
         if self._run is not None:
             import wandb

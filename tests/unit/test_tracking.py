@@ -23,7 +23,7 @@ from llamagen_dist.tracking.sinks import Rows, runs_in, sending
 from llamagen_dist.tracking.wandb_file import Written
 from tests.unit.tracked_run import BATCH, CONFIGS, cut, draw, finish, records, rows, save, steps, tracked_run, train
 
-WANDB = "tracking.wandb.project=tests"
+WANDB, OFFLINE = "tracking.wandb.project=tests", "tracking.wandb.mode=offline"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,7 +90,7 @@ def test_config_record_tags_and_summary_are_there(sent):
     assert config["record"] == {"torch": "2.14.1", "host": "node-7", "commit": "abc"}
     assert (run.project, run.display_name, [*run.tags]) == ("tests", "base", ["a", "b"])
     assert run.run_id == (sent / "wandb_id").read_text().strip()
-    assert {"params", "layout", "seconds"} <= wandb_file.written(sent, run.run_id, offline=True).summary
+    assert {"params", "layout", "seconds"} <= wandb_file.written(sent, run.run_id, offline=True).summary.keys()
 
 
 def test_a_checkpoint_is_a_reference_and_a_picture_a_file(sent):
@@ -304,6 +304,74 @@ def test_a_run_may_be_tracked_from_another_start_on(tmp_path):
         compare(folder, load(folder / "config.yaml", [WANDB, "optim.lr=0.5"]))
 
 
+# --- scores ---
+
+
+def evaluate(folder: Path, drawn_by: Path, fid: float = 12.125) -> Path:
+    """evaluation.json in ``folder`` of samples that ``drawn_by`` drew, and of a baseline's beside them."""
+    (folder / "samples").mkdir(exist_ok=True)
+    record = {"checkpoint": str(drawn_by), "checkpoint_sha256": "feed"}
+    (folder / "samples/record.json").write_text(json.dumps(record))
+    sets = {"model": {"n": 500, "fid": fid, "kid_mean": 0.25}, "untrained": {"n": 500, "fid": 300.0}}
+    about = {
+        name: {"images": {"path": str(folder / f"samples/{name}.npz")}, "reference": {"sha256": "c0ffee"}}
+        for name in sets
+    }
+    file = folder / "evaluation.json"
+    file.write_text(json.dumps({"n": 500, "sets": sets, "record": {"format": 1, "metrics": {}, "sets": about}}))
+    return file
+
+
+def summary(folder: Path) -> list[dict[str, object]]:
+    """What was written of scores, oldest first."""
+    sent = [
+        {item.key: json.loads(item.value_json) for item in record.update if item.key.startswith("evaluation/")}
+        for record in records(folder, "summary")
+    ]
+    return [one for one in sent if one]
+
+
+def test_the_scores_of_a_run_s_checkpoint_are_sent_once(tmp_path, capsys):
+    """Twins: another run beside it gets none, and another measurement is sent again."""
+    runs = [tracked_run(tmp_path / "ladder" / name, WANDB, OFFLINE) for name in ("base", "other")]
+    for run in runs:
+        train(run, 1, 2)
+    evaluate(tmp_path, runs[0] / "checkpoints/step_00000002")
+    sync(tmp_path)
+    assert "base: 2 steps and 0 checkpoints, 4 scores sent" in capsys.readouterr().out
+    measured = {"fid": 12.125, "kid_mean": 0.25, "n": 500, "weights_sha256": "feed"}
+    expected = {f"evaluation/model/{key}": value for key, value in measured.items()}
+    assert summary(runs[0]) == [expected]
+    assert summary(runs[1]) == []
+    sync(tmp_path)
+    assert capsys.readouterr().out.count("nothing new") == 2
+    assert summary(runs[0]) == [expected]
+    evaluate(tmp_path, runs[0], fid=9.5)
+    sync(tmp_path)
+    assert "base: 0 steps and 0 checkpoints, 1 scores sent" in capsys.readouterr().out
+    assert summary(runs[0])[1:] == [{"evaluation/model/fid": 9.5}]
+    assert steps(runs[0]) == [1, 2]
+
+
+def test_a_file_of_scores_that_is_not_the_run_s_is_refused(tmp_path):
+    run = tracked_run(tmp_path / "sweep/base", WANDB, OFFLINE)
+    train(run, 1, 2)
+    (tmp_path / "scores").mkdir()
+    file = evaluate(tmp_path / "scores", tmp_path / "sweep/base2")
+    with pytest.raises(UserError, match=r"no score of this run \(.*set model: drawn with .*base2; .*untrained: not"):
+        sync(run, "--evaluation", file)
+    with pytest.raises(UserError, match=r"--evaluation: .*none\.json: no such file"):
+        sync(run, "--evaluation", tmp_path / "none.json")
+    with pytest.raises(UserError, match="--evaluation is W&B's"):
+        sync(run, "--evaluation", file, "--to", "trackio")
+    with pytest.raises(UserError, match="--evaluation is of one run"):
+        sync(run, run, "--evaluation", file)
+    assert not (run / "wandb").exists(), "nothing was sent"
+    evaluate(tmp_path / "scores", run)
+    sync(run, "--evaluation", file)
+    assert summary(run)[0]["evaluation/model/fid"] == 12.125
+
+
 # --- what is left behind ---
 
 
@@ -320,7 +388,7 @@ def test_a_follower_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch
         (tmp_path / "fake/wandb/__init__.py").write_text(leaves + end)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     finish_s = 2.0 if wandb == "blocks" else 60.0
-    folder = tracked_run(tmp_path / "base", WANDB, "tracking.wandb.mode=offline", f"tracking.finish_s={finish_s}")
+    folder = tracked_run(tmp_path / "base", WANDB, OFFLINE, f"tracking.finish_s={finish_s}")
     train(folder, 1, 4)
     finish(folder)
     said: list[str] = []
@@ -332,7 +400,7 @@ def test_a_follower_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch
 
 def test_the_sabotage_twin_a_follower_that_removes_another_folder_leaves_wandb_s(tmp_path):
     """What W&B makes when it is imported is removed by nobody else where a process ends by os._exit."""
-    folder = tracked_run(tmp_path / "base", WANDB, "tracking.wandb.mode=offline")
+    folder = tracked_run(tmp_path / "base", WANDB, OFFLINE)
     (tmp_path / "temporary").mkdir()
     train(folder, 1, 2)
     me = identify()
