@@ -18,7 +18,7 @@ import torch
 from llamagen_dist.config import ClassifierSection, EvaluateConfig, load
 from llamagen_dist.console import LOG, main_rank_progress
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import classifier, inception, inception_weights, record
+from llamagen_dist.evaluation import classifier, inception, inception_weights, passport, record
 from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.features import Extraction
 from llamagen_dist.evaluation.image_sets import balanced, open_images
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         result["class_agreement_real"] = judge.real
     result["record"] = {
         "format": record.FORMAT,
+        "protocol": passport.protocol(config, _file_alone(argv[0])),
         "bias": record.bias(comparison.n, inception.POOL_FEATURES),
         "metrics": comparison.protocol(described, None if judge is None else judge.record),
         "choice": {
@@ -88,6 +89,15 @@ def main(argv: list[str]) -> None:
     if topology.rank == 0:
         _write(config.out, result)
         _show(result)
+
+
+def _file_alone(file: str) -> EvaluateConfig | None:
+    """The config without the command line; None where it needs one."""
+    try:
+        config: EvaluateConfig = load(file, kind="evaluate")
+    except UserError:
+        return None
+    return config
 
 
 class Judge:

@@ -141,6 +141,8 @@ class EvaluateConfig(Section):
     """``kind: evaluate``, read by ``eval.evaluate``."""
 
     kind: Literal["evaluate"]
+    protocol: str | None = None
+    """The name of what this file prescribes; the record has it, with every key that was overridden."""
     generated: Path | None = None
     """One set to score, against ``reference``; the result calls it ``generated``."""
     reference: Path | None = None
@@ -159,6 +161,9 @@ class EvaluateConfig(Section):
     """Chooses the images of a limited set and the subsets of KID."""
     image_size: PositiveInt | None = None
     """Image shards are centre-cropped to this; empty: they have one size, which is kept."""
+    resize_to: PositiveInt | None = None
+    """Images of more pixels are scaled down to this before they are scored, by bicubic interpolation without
+    antialiasing, as LlamaGen scores 384 pixels at 256."""
     batch: PositiveInt = 20
     """Images per forward pass and rank. It is the same on any number of ranks, and so are the features."""
     keep: PositiveInt = 20000

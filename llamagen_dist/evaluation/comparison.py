@@ -1,6 +1,5 @@
 """Which images are compared with which, which of them must be looked at, and the numbers that come out."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from llamagen_dist.config import EvaluateConfig
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception, record
+from llamagen_dist.evaluation import inception, passport, record
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
-from llamagen_dist.evaluation.image_sets import STATISTICS, ImageSet, balanced, choose, open_images
+from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.evaluation.kid import kid
 from llamagen_dist.evaluation.manifold import precision_recall, squared_radii
 from llamagen_dist.parallel.topology import Topology
@@ -77,7 +76,7 @@ class Comparison:
         """Once for each path; statistics without images are opened again, and refused, where images are needed."""
         key = path.resolve()
         if key not in self._opened or self._opened[key].pixels is None:
-            self._opened[key] = open_images(path, self.config.image_size, reference)
+            self._opened[key] = open_images(path, self.config.image_size, reference, self.config.resize_to)
         return self._opened[key]
 
     def _limit(self, opened: list[ImageSet]) -> int | None:
@@ -231,28 +230,34 @@ class Comparison:
         """Where the two sides of a set come from and what their pixels hash to."""
 
         def side(part: Side) -> dict[str, Any]:
+            images = part.images
             if part.selection is None:
-                digest = hashlib.sha256()
-                for mean, covariance in part.images.statistics.values():
-                    digest.update(mean.tobytes())
-                    digest.update(covariance.tobytes())
-                stored = {"statistics": sorted(part.images.statistics), "n": None, "sha256": digest.hexdigest()}
-                return {"path": str(part.images.path), **stored}
+                stored = {"statistics": sorted(images.statistics), "n": None}
+                return {"path": str(images.path), **stored, "sha256": passport.statistics_sha256(images)}
             selection = self.selections[part.selection]
             about: dict[str, Any] = {
-                "path": str(part.images.path),
-                "available": part.images.count,
+                "path": str(images.path),
+                "available": images.count,
                 "n": len(selection),
                 "features_kept": len(selection.kept),
                 "sha256": measured[part.selection].sha256,
-                "size": [part.images.width, part.images.height],
+                "size": [images.width, images.height],
+                "classes": passport.class_policy(None if images.labels is None else images.labels[selection.indices]),
             }
-            if part.images.statistics:
-                about["statistics"] = sorted(part.images.statistics)
+            if images.stored_size != (images.height, images.width):
+                about["resized"] = f"from {images.stored_size[1]} x {images.stored_size[0]}: {RESIZED}"
+            if images.statistics:
+                about |= {
+                    "statistics": sorted(images.statistics),
+                    "sha256_of_statistics": passport.statistics_sha256(images),
+                }
             return about
 
         generated, reference = self.sets[name]
-        return {"images": side(generated), "reference": side(reference)}
+        return {
+            "images": {**side(generated), "made_by": passport.made_by(generated.images)},
+            "reference": {**side(reference), "provenance": passport.provenance(reference.images)},
+        }
 
     def protocol(self, extractor: dict[str, object] | None, classifier: dict[str, Any] | None) -> dict[str, Any]:
         """Metric -> everything besides the images that decides its value; equal for comparable results."""

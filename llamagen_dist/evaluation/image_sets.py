@@ -1,14 +1,16 @@
 """Images to be scored, from an .npz or from image shards, and which of them a limited comparison takes."""
 
+import json
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -22,6 +24,9 @@ from llamagen_dist.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 STATISTICS = {"fid": ("mu", "sigma", POOL_FEATURES), "sfid": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
 """Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each, and its
 dimensions."""
+RESIZED = "bicubic (a = -0.75, half-pixel centres) without antialiasing, rounded to 8 bits"
+PROVENANCE = "provenance"
+"""Array of an .npz of eval.reference: JSON as uint8."""
 MOST_CLASSES = 1 << 16  # a classifier has an output for each class: a damaged label must not fill the memory
 
 
@@ -40,6 +45,10 @@ class ImageSet:
     """None (and count, height and width 0) where there are statistics only."""
     statistics: dict[str, tuple[NDArray[Any], NDArray[Any]]]
     """Stored (mean [d], covariance [d, d]) by metric; empty for ordinary images."""
+    provenance: dict[str, Any] | None = None
+    """What eval.reference wrote about the images behind the statistics."""
+    stored_size: tuple[int, int] = (0, 0)
+    """(height, width) before ``resize_to``."""
 
     def check_labels(self, classes: int, where: str, who: str) -> None:
         """Raises UserError for labels beyond ``classes``. where, who: begin its message and say who has the classes."""
@@ -51,26 +60,46 @@ class ImageSet:
         """uint8 [n, H, W, 3]. Raises UserError for an image that cannot be decoded."""
         assert self.pixels is not None
         if isinstance(self.pixels, Shards):
-            return load_images(self.pixels, indices.tolist(), self.height)
-        return np.ascontiguousarray(self.pixels[indices])
+            stored = load_images(self.pixels, indices.tolist(), self.stored_size[0])
+        else:
+            stored = np.ascontiguousarray(self.pixels[indices])
+        return stored if self.stored_size == (self.height, self.width) else resized(stored, self.height)
 
 
-def open_images(path: Path, image_size: int | None = None, reference: bool = False) -> ImageSet:
+def resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """RESIZED, as LlamaGen scores what it draws at 384 pixels. uint8 [n, H, W, 3] -> uint8 [n, side, side, 3].
+
+    (LlamaGen scales before it rounds to 8 bits; from 8-bit files the last bit may differ.)
+    """
+    floats = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    small = F.interpolate(floats, size=(side, side), mode="bicubic", align_corners=False, antialias=False)
+    return small.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def open_images(
+    path: Path, image_size: int | None = None, reference: bool = False, resize_to: int | None = None
+) -> ImageSet:
     """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n], perhaps STATISTICS) or a folder of image
     shards.
 
     image_size: shards are centre-cropped to it; None: they must have one size.
     reference: whether statistics without images will do.
+    resize_to: larger (square) images are read scaled down to so many pixels, see ``resized``.
     Raises UserError: not there, damaged, not images, no one size, impossible statistics.
     """
-    if path.is_dir():
-        return _open_shards(path, image_size)
     if not path.exists():
         raise UserError(f"{path}: no such images; give an .npz file or a folder of image shards")
-    images = _open_npz(path)
+    images = _open_shards(path, image_size) if path.is_dir() else _open_npz(path)
     if images.pixels is None and not reference:
         raise UserError(f"{path}: holds statistics but no images (arr_0); it can only be a reference, for FID and sFID")
-    return images
+    if resize_to is None or max(images.height, images.width) <= resize_to:
+        return images
+    if images.height != images.width:
+        raise UserError(
+            f"{path}: {images.width} x {images.height} pixels cannot be scaled to {resize_to} x {resize_to}; "
+            "resize_to takes square images"
+        )
+    return replace(images, height=resize_to, width=resize_to)
 
 
 def _open_shards(path: Path, image_size: int | None) -> ImageSet:
@@ -81,19 +110,24 @@ def _open_shards(path: Path, image_size: int | None) -> ImageSet:
     labels = None
     if shards.manifest.classes is not None and LABEL_MEMBER in shards.manifest.members:
         labels = shards.labels(np.arange(len(shards)))
-    return ImageSet(path, len(shards), size, size, labels, shards.manifest.classes, shards, {})
+    return ImageSet(
+        path, len(shards), size, size, labels, shards.manifest.classes, shards, {}, stored_size=(size, size)
+    )
 
 
 def _open_npz(path: Path) -> ImageSet:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            arrays = {name: _array(path, archive, name) for name in ("arr_0", "labels") if name in names}
+            arrays = {name: _array(path, archive, name) for name in ("arr_0", "labels", PROVENANCE) if name in names}
             statistics = {
                 metric: (_array(path, archive, mean), _array(path, archive, covariance))
                 for metric, (mean, covariance, _) in STATISTICS.items()
                 if mean in names and covariance in names
             }
+            about = json.loads(bytes(arrays[PROVENANCE])) if PROVENANCE in arrays else None
+            if not isinstance(about, dict | None):
+                raise ValueError(f"{PROVENANCE} is no JSON object")
     except _DAMAGE as error:
         raise UserError(f"{path}: cannot be read as an .npz ({error}); make or copy it again") from None
     if "arr_0" not in names and not statistics:
@@ -108,7 +142,7 @@ def _open_npz(path: Path) -> ImageSet:
         except ValueError as error:
             raise UserError(f"{path}: {error}; make or copy it again") from None
     if "arr_0" not in names:
-        return ImageSet(path, 0, 0, 0, None, None, None, statistics)
+        return ImageSet(path, 0, 0, 0, None, None, None, statistics, about)
     pixels, labels = arrays["arr_0"], arrays.get("labels")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
         raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [n, height, width, 3]")
@@ -119,7 +153,7 @@ def _open_npz(path: Path) -> ImageSet:
             raise UserError(f"{path}: labels holds {labels.max()}, which is no class number (0 to {MOST_CLASSES - 1})")
         labels = np.asarray(labels, np.int64)
     count, height, width, _ = pixels.shape
-    return ImageSet(path, count, height, width, labels, None, pixels, statistics)
+    return ImageSet(path, count, height, width, labels, None, pixels, statistics, about, (height, width))
 
 
 _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)

@@ -47,32 +47,45 @@ def read_result(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Set -> the metrics that both results have of it."""
+def common(*results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Set -> the metrics that all results have of it."""
     shared = {}
-    for name in a["sets"]:
-        other = b["sets"].get(name, {})
-        metrics = [m for m, keys in VALUES.items() if all(k in a["sets"][name] and k in other for k in keys)]
+    for name in results[0]["sets"]:
+        values = [result["sets"].get(name, {}) for result in results]
+        metrics = [m for m, keys in VALUES.items() if all(key in one for one in values for key in keys)]
         if metrics:
             shared[name] = metrics
     return shared
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """``what: in a -> in b`` for everything that makes the common metrics of two results incomparable."""
-    shared = common(a, b)
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], shared: Mapping[str, list[str]] | None = None) -> list[str]:
+    """``what: in a -> in b`` for everything that makes metrics of two results incomparable.
+
+    shared: the sets and metrics that matter; None: those of ``common``. How the pictures were drawn (guidance, seed)
+    is what a comparison is about, and no reason to refuse it.
+    """
+    shared = common(a, b) if shared is None else shared
     metrics = sorted({metric for names in shared.values() for metric in names})
     pairs: list[tuple[str, Any, Any]] = []
     for metric in metrics:
         pairs += _leaves(metric, *(result["record"]["metrics"].get(metric) for result in (a, b)))
     for name, known in shared.items():
         pairs.append((f"{name}: number of images", a["sets"][name]["n"], b["sets"][name]["n"]))
+        looked_at: dict[str, tuple[str, ...]] = {"images": ("size", "resized")}
         if known != ["class_agreement"] and known != ["inception_score"]:
-            for key in ("n", "sha256"):
-                references = [result["record"]["sets"][name]["reference"].get(key) for result in (a, b)]
-                pairs.append((f"{name}: reference images, {key}", *references))
+            looked_at["reference"] = ("n", "sha256", "sha256_of_statistics", "resized")
+        for side, keys in looked_at.items():
+            left, right = (result["record"]["sets"][name].get(side, {}) for result in (a, b))
+            what = "reference images" if side == "reference" else "images"
+            pairs += [(f"{name}: {what}, {key}", left.get(key), right.get(key)) for key in keys]
+        pairs.append((f"{name}: mistakes", _mistakes(a, name), _mistakes(b, name)))
     lines = [f"{what}: {left} -> {right}" for what, left, right in pairs if left != right]
     return list(dict.fromkeys(lines))
+
+
+def _mistakes(result: Mapping[str, Any], name: str) -> str:
+    known = [one["mistake"] for one in result["record"].get("mistakes", ()) if one["set"] == name]
+    return ", ".join(sorted(set(known))) or "none"
 
 
 def _leaves(name: str, left: Any, right: Any) -> list[tuple[str, Any, Any]]:

@@ -286,7 +286,7 @@ BUDGETS = {
     "planning": 1260,
     "training": 1880,
     "sampling": 1310,
-    "evaluation": 1780,
+    "evaluation": 2600,
     "scaling": 3840,
     "report": 2360,
     "hub": 940,
@@ -296,7 +296,7 @@ BUDGETS = {
     "train_gpt": 170,
     "preflight": 140,
     "tokenizer_training": 1260,
-    "eval": 740,
+    "eval": 900,
     "examples": 370,
 }
 
