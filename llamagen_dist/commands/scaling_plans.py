@@ -104,6 +104,7 @@ def add(actions: Any) -> None:
     add_gpu(advise)
     advise.add_argument("--unique-images", type=float, metavar="N", help="different images there are; more are repeats")
     advise.add_argument("--repeats-worth", type=float, metavar="R", help="R_D*: how many repeats are worth training on")
+    advise.add_argument("--fid-fit", type=Path, metavar="FIT.json", help="a fit of FID, to show it beside the loss")
     advise.add_argument("--json", action="store_true", help="print everything as JSON")
     advise.add_argument("--out", type=Path, metavar="FILE.json", help="write everything as JSON")
 
@@ -212,7 +213,7 @@ def _advise(args: argparse.Namespace) -> None:
     if args.budget is not None:
         each = 1.0 if hours is None else hours * 3600 * there.mfu * there.device.peaks[ask.precision]
         ask = Ask(there, args.budget * each, args.target_loss, args.unique_images, args.repeats_worth)
-    result = advise(read_fit(args.fit), ask)
+    result = advise(read_fit(args.fit), ask, None if args.fid_fit is None else read_fit(args.fid_fit))
     write(args.out, result)
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))

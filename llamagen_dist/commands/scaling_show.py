@@ -51,29 +51,33 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    rows = result["configs"]
+    rows = [_cells(row) for row in result["configs"]]
     table = Table(box=None, header_style="")
-    names = ["", "layers", "width", "heads", "parameters", "tokens", "epochs", "loss", "95 %", "hours", "layout"]
-    has = {"epochs": "epochs" in rows[0], "95 %": "ci95" in rows[0]}
-    names = [name for name in names if has.get(name, True)]
-    for name in names:
+    for name in rows[0]:
         table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
-    for row in rows:
-        cells = {
-            "": str(row["rank"]),
-            "layers": str(row["n_layer"]),
-            "width": str(row["dim"]),
-            "heads": str(row["n_head"]),
-            "parameters": count(row["params"]),
-            "tokens": count(row["tokens"]),
-            "epochs": f"{row.get('epochs', 0):.1f}",
-            "loss": f"{row['loss']:.4f}",
-            "95 %": "{:.4f} to {:.4f}".format(*row.get("ci95", (0, 0))),
-            "hours": _number(row["hours"]),
-            "layout": _layout(row["layout"]),
-        }
-        table.add_row(*(cells[name] for name in names))
+    for cells in rows:
+        table.add_row(*cells.values())
     return table
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """By column; columns that this advice has no figures for are left out."""
+    cells = {
+        "": str(row["rank"]),
+        "layers": str(row["n_layer"]),
+        "width": str(row["dim"]),
+        "heads": str(row["n_head"]),
+        "parameters": count(row["params"]),
+        "tokens": count(row["tokens"]),
+        "epochs": f"{row['epochs']:.1f}" if "epochs" in row else "",
+        "loss": f"{row['loss']:.4f}",
+        "95 %": "{:.4f} to {:.4f}".format(*row["ci95"]) if "ci95" in row else "",
+        "FID": f"{row['fid']:.2f}" if "fid" in row else "",
+        "FID 95 %": "{:.2f} to {:.2f}".format(*row["fid_ci95"]) if "fid_ci95" in row else "",
+        "hours": _number(row["hours"]),
+        "layout": _layout(row["layout"]),
+    }
+    return {name: text for name, text in cells.items() if text}
 
 
 def _layout(layout: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.planning import layouts
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.scaling.basis import Basis
-from llamagen_dist.scaling.fit import Fit, fit_law
+from llamagen_dist.scaling.bootstrap import quantiles
+from llamagen_dist.scaling.fid import FidLaw
+from llamagen_dist.scaling.fit import Fit, other_forms
 from llamagen_dist.scaling.laws import Floats
 from llamagen_dist.scaling.shapes import Shapes, family
 
@@ -43,7 +45,7 @@ class Ask:
     precision: str = "bf16"
 
 
-def effective(tokens: Floats | float, unique: float | None, repeats: float) -> Floats:
+def effective(tokens: Floats | float, unique: Floats | float | None, repeats: float) -> Floats:
     """Fresh tokens that are worth as much as ``tokens`` of which only ``unique`` are different ones.
 
     Muennighoff et al. 2023: U (1 + R* (1 - exp(-R / R*))) for R = D / U - 1 repeats.
@@ -56,19 +58,23 @@ def effective(tokens: Floats | float, unique: float | None, repeats: float) -> F
     return np.minimum(d, unique) + unique * worth
 
 
-def advise(basis: Basis, ask: Ask) -> dict[str, Any]:
-    """The answer as JSON-serialisable values. Raises UserError where the law cannot answer: no terms for both size
-    and tokens, a loss that does not fall, a target below the floor, nothing that fits."""
+def advise(basis: Basis, ask: Ask, fid: Basis | None = None) -> dict[str, Any]:
+    """The answer as JSON-serialisable values. fid: a fit of FID, to show it beside the loss.
+
+    Raises UserError where the law cannot answer: no terms for both size and tokens, a loss that does not fall, a
+    target below the floor, nothing that fits; or where ``fid`` is a fit of something else, or of other tokens.
+    """
     _answers(basis)
+    beside = None if fid is None else FidLaw.of(fid, basis)
     shapes = family(basis.like)
-    repeats, where = _repeats(basis, ask)
-    planner = Planner(basis, shapes, ask, repeats, where is not None)
-    warnings = [*basis.notes, *basis.fit.warnings]
-    if where and ask.unique is not None:
-        warnings.append(where)
+    repeats, by, said = _repeats(basis, ask)
+    planner = Planner(basis, shapes, ask, repeats, by == "assumed", beside)
+    warnings = [*basis.notes, *basis.fit.warnings, *said]
     if basis.refused:
         warnings.append(f"no bands: {basis.refused}")
     result: dict[str, Any] = {"fit": dict(basis.source), "machine": _machine(ask)}
+    if beside is not None:
+        result["fid_fit"] = dict(beside.basis.source)
     flops = ask.flops
     if ask.target is not None:
         result["target"] = planner.cheapest(ask.target)
@@ -81,11 +87,14 @@ def advise(basis: Basis, ask: Ask) -> dict[str, Any]:
             f"{flops:.3g} FLOPs are {flops / basis.largest:.3g} times the most expensive run the law was fitted to: an "
             f"extrapolation; bands are widened to what the forms {', '.join(result['forms'])} say"
         )
+    if beside is not None:
+        warnings += beside.warnings(result["configs"])
     result["next_runs"] = planner.next_runs(flops)
     result["warnings"] = warnings
     result["record"] = {
         "unique_images": ask.unique,
         "repeats_worth": None if ask.unique is None else repeats,
+        "repeats_worth_is": None if ask.unique is None else by,
         "params_fit": basis.count,
         "bands": None if basis.resampled is None else basis.resampled.method,
         "global_batch": GLOBAL_BATCH,
@@ -106,18 +115,26 @@ def _answers(basis: Basis) -> None:
             )
 
 
-def _repeats(basis: Basis, ask: Ask) -> tuple[float, str | None]:
-    """R_D*, and what to say of it."""
+def _repeats(basis: Basis, ask: Ask) -> tuple[float, str, list[str]]:
+    """R_D*, whether it is ``given``, ``fitted`` or ``assumed``, and what to say of it."""
     fitted = basis.fit.params.get("R_D")
     if ask.repeats is not None:
-        return ask.repeats, None
+        return ask.repeats, "given", []
+    if fitted is not None and ask.unique is None:
+        return fitted, "fitted", ["the law knows what repeats are worth; without --unique-images all tokens are fresh"]
     if fitted is not None:
-        return fitted, None
-    return WORST_REPEATS, (
+        within = ""
+        if basis.resampled is not None:
+            low, high = quantiles(basis.fit.in_units(basis.resampled.theta)["R_D"])
+            within = f" ({low:.3g} to {high:.3g})"
+        text = f"repeats of the {ask.unique:,.0f} unique images count as the fit found: R_D* = {fitted:.3g}{within}"
+        return fitted, "fitted", [text]
+    text = (
         f"how much repeated images are worth is not known for images: losses count with R_D* = {WORST_REPEATS:g}, the "
         "low end of what language models showed, and bands reach to repeats as good as fresh ones; --repeats-worth "
         "gives another"
     )
+    return WORST_REPEATS, "assumed", [] if ask.unique is None else [text]
 
 
 def _machine(ask: Ask) -> dict[str, Any]:
@@ -132,18 +149,27 @@ def _machine(ask: Ask) -> dict[str, Any]:
 @dataclass(frozen=True, eq=False)
 class Planner:
     """One law, one family of models, one machine. repeats: R_D*. guessed: it is not known, so that intervals reach
-    from it to repeats as good as fresh tokens."""
+    from it to repeats as good as fresh tokens. fid: what predicts FID beside the loss."""
 
     basis: Basis
     shapes: Shapes
     ask: Ask
     repeats: float
     guessed: bool
+    fid: FidLaw | None = None
 
     @property
     def unique(self) -> float | None:
         """Unique tokens."""
         return None if self.ask.unique is None else self.ask.unique * self.basis.like.image_tokens
+
+    def asked(self, tokens: Floats) -> tuple[Floats, dict[str, Floats]]:
+        """What the law is asked for a run of so many tokens [...]: a data-constrained one for all of them, with those
+        that are unique, so that every resample has its own R_D*; others, or with R_D* given, for what they are worth
+        in fresh tokens."""
+        if "unique" in self.basis.fit.law.columns and self.ask.repeats is None:
+            return tokens, {"unique": tokens if self.unique is None else np.full_like(tokens, self.unique)}
+        return effective(tokens, self.unique, self.repeats), {}
 
     def hours(self, flops: float) -> float:
         """GPU-hours at the machine's MFU."""
@@ -157,7 +183,8 @@ class Planner:
         low, high = max(known.min(), points.params.min() / 1e3), min(known.max(), points.params.max() * 1e5)
         size = np.geomspace(low, high, 500)
         tokens = flops / self.shapes.flops_at(size, self.basis.count)
-        return size, self.basis.fit.predict_with(theta, size, effective(tokens, self.unique, self.repeats))
+        asked, also = self.asked(tokens)
+        return size, self.basis.fit.predict_with(theta, size, asked, **also)
 
     def best_sizes(self, theta: Floats, flops: float) -> Floats:
         """log N* for each parameter set, [r]; between the grid's sizes by a parabola."""
@@ -173,7 +200,8 @@ class Planner:
         """The ranked configs, the optimum between them, the flat range, and whether this is an extrapolation."""
         size = self.shapes.sizes(self.basis.count)
         tokens = flops / self.shapes.flops
-        losses = self.basis.predict(size, effective(tokens, self.unique, self.repeats))
+        asked, also = self.asked(tokens)
+        losses = self.basis.predict(size, asked, **also)
         order = np.argsort(losses, kind="stable")
         flat = losses <= losses.min() * (1 + FLAT)
         extrapolated = flops > FAR * self.basis.largest
@@ -234,30 +262,33 @@ class Planner:
         }
         if self.ask.unique is not None:
             row["epochs"] = float(images / self.ask.unique)
-        if (band := self._band(float(size), float(tokens), forms)) is not None:
-            row["ci95"] = band
+        worth = float(effective(tokens, self.unique, self.repeats))
+        ends = np.array([tokens if self.guessed else worth, worth])
+        losses = self._losses(float(size), float(tokens))
+        if losses is not None:
+            low, high = quantiles(losses)
+            others = [float(other.predict(size, at)) for other in forms.values() for at in ends]
+            row["ci95"] = [float(min([low[0], *others])), float(max([high[1], *others]))]
+        if self.fid is not None:
+            counted = float(self.shapes.sizes(self.fid.basis.count)[i])
+            row |= self.fid.beside(counted, ends, flops * ends / tokens, loss, losses, row.get("ci95", ()))
         return row
 
-    def _band(self, size: float, tokens: float, forms: Mapping[str, Fit]) -> list[float] | None:
-        """95 % for a new run, over all forms; with ``guessed`` repeats at both ends."""
-        fit, resampled = self.basis.fit, self.basis.resampled
-        if resampled is None:
+    def _losses(self, size: float, tokens: float) -> Floats | None:
+        """What a new run's loss may be, [r, 2]: with ``guessed`` repeats as good as fresh tokens, and as they count."""
+        if self.basis.resampled is None:
             return None
-        used = float(effective(tokens, self.unique, self.repeats))
-        worth = np.array([tokens if self.guessed else used, used])
-        low, high = resampled.band(fit, np.array([size, size]), worth)
-        others = [float(other.predict(size, at)) for other in forms.values() for at in worth]
-        return [float(min([low[0], *others])), float(max([high[1], *others]))]
+        asked, also = self.asked(np.array([tokens, tokens]))
+        if self.guessed:
+            asked = np.array([tokens, asked[1]])
+        return self.basis.resampled.draws(self.basis.fit, np.array([size, size]), asked, also)
 
     def _forms(self) -> dict[str, Fit]:
-        """The same points under other forms: far from the points they disagree more than resamples of one do."""
-        fits = {}
-        for form in _FORMS:
-            try:
-                fits[form] = fit_law(self.basis.fit.points, form, self.basis.loss)
-            except UserError:
-                continue
-        return fits
+        """Other forms of the same points; without a term for repeats, of what their tokens are worth."""
+        points = self.basis.fit.points
+        if "unique" in self.basis.fit.law.columns:
+            points = replace(points, tokens=effective(points.tokens, points.also["unique"], self.repeats))
+        return other_forms(self.basis.fit, _FORMS, points)
 
     def _optimum(self, flops: float) -> dict[str, Any]:
         """N* between the buildable sizes, D* and D / N, with 95 % intervals over the resamples."""
@@ -334,7 +365,8 @@ class Planner:
         """
         fit = self.basis.fit
         points = fit.points
-        j = _slopes(lambda theta: np.log(fit.predict_with(theta, points.params, points.tokens)), fit.theta)
+        known = {"unique": points.also["unique"]} if "unique" in fit.law.columns else {}
+        j = _slopes(lambda theta: np.log(fit.predict_with(theta, points.params, points.tokens, **known)), fit.theta)
         used = np.abs(j).max(axis=0) > 0
         scale = np.sqrt((j[:, used] ** 2).sum(axis=0))
         spare = max(len(points) - int(used.sum()), 1)
@@ -347,7 +379,8 @@ class Planner:
         if not before > 0:
             return []
         size, tokens, cost, which = self._affordable()
-        new = _slopes(lambda theta: np.log(fit.predict_with(theta, size, tokens)), fit.theta)[:, used] / scale
+        also = self.asked(tokens)[1]
+        new = _slopes(lambda theta: np.log(fit.predict_with(theta, size, tokens, **also)), fit.theta)[:, used] / scale
         along = new @ covariance
         gain = (along @ g) ** 2 / (variance + (along * new).sum(axis=1))
         narrower = 1 - np.sqrt(np.maximum(1 - gain / before, 0))

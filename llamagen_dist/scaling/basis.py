@@ -20,23 +20,23 @@ from llamagen_dist.scaling.points import Points
 class Basis:
     """A fit again, from the points of its JSON file, with all its resamples.
 
-    loss: what it minimises of the log residuals. refused: why there are no resamples. like: a model of the runs'
-    family. count: what N is.
+    refused: why there are no resamples. like: a model of the runs' family; stated: the fit says so, it is not assumed.
+    count: what N is.
     """
 
     fit: Fit
-    loss: str
     resampled: Bootstrap | None
     refused: str | None
     like: GPTConfig
+    stated: bool
     count: str
     notes: tuple[str, ...]
     largest: float
     """FLOPs of the most expensive point."""
     source: Mapping[str, Any]
 
-    def predict(self, size: Floats | float, tokens: Floats | float) -> Floats:
-        return self.fit.predict(size, tokens)
+    def predict(self, size: Floats | float, tokens: Floats | float, **also: Floats | float) -> Floats:
+        return self.fit.predict(size, tokens, **also)
 
 
 def read_fit(path: Path) -> Basis:
@@ -45,16 +45,11 @@ def read_fit(path: Path) -> Basis:
         found = json.loads(path.read_text())
         rows = [row for row in found["points"] if not row["held_out"]]
         known = [name for name in ("tokens", "loss", "flops", "unique", "val_loss") if name in rows[0]]
-        points = Points.of(
-            [
-                (
-                    f"{path}, {row['name']}",
-                    row["name"],
-                    {"params": row["params_fit"], **{name: row[name] for name in known}},
-                )
-                for row in rows
-            ]
-        )
+        measured = [
+            (f"{path}, {row['name']}", row["name"], {name: row[name] for name in known} | {"params": row["params_fit"]})
+            for row in rows
+        ]
+        points = Points.of(measured, found["record"].get("metric"))
         record, objective = found["record"], float(found["objective"])
         form, loss, delta = found["form"], found["loss"], found["delta"]
     except OSError as error:
@@ -72,7 +67,8 @@ def read_fit(path: Path) -> Basis:
         resampled = bootstrap(fit)
     except UserError as error:
         refused = str(error)
-    notes = []
+    # what the fit said beyond what every fit of these points says, such as how published figures were made
+    notes = [text for text in found["diagnostics"].get("warnings", []) if text not in fit.warnings]
     if "model" in record:
         like = GPTConfig(**record["model"])
     else:
@@ -83,4 +79,5 @@ def read_fit(path: Path) -> Basis:
         count = "total"
         notes.append("the fit does not say what its N counts: all parameters assumed")
     source = {"path": str(path), "sha256": sha256_file(path), "form": form}
-    return Basis(fit, loss, resampled, refused, like, count, tuple(notes), float(points.flops.max()), source)
+    stated, largest = "model" in record, float(points.flops.max())
+    return Basis(fit, resampled, refused, like, stated, count, tuple(notes), largest, source)

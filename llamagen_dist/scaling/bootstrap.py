@@ -29,14 +29,18 @@ class Bootstrap:
     stationary: float
     """Share of the refits that ended at a stationary point."""
 
+    def draws(self, fit: Fit, params: Floats, tokens: Floats, also: Mapping[str, Floats] = NONE) -> Floats:
+        """What a new measurement at (params, tokens) [...] may be: the refits' spread and the scatter of the points
+        around the law together, [r, ...]."""
+        predicted = fit.predict_with(self.theta, params, tokens, **also)
+        scatter = np.random.default_rng(self.seed + 1).choice(self.noise, len(self.theta))
+        return predicted * np.exp(scatter).reshape(-1, *[1] * (predicted.ndim - 1))
+
     def band(
         self, fit: Fit, params: Floats, tokens: Floats, level: float = 0.95, also: Mapping[str, Floats] = NONE
     ) -> tuple[Floats, Floats]:
-        """Prediction interval of a new measurement at (params, tokens) [n]: the refits' spread and the scatter of the
-        points around the law together. Returns (low [n], high [n])."""
-        predicted = fit.predict_with(self.theta, params, tokens, **also)
-        scatter = np.random.default_rng(self.seed + 1).choice(self.noise, len(self.theta))
-        return quantiles(predicted * np.exp(scatter)[:, None], level)
+        """Prediction interval of a new measurement at (params, tokens) [n]. Returns (low [n], high [n])."""
+        return quantiles(self.draws(fit, params, tokens, also), level)
 
     def curve(
         self, fit: Fit, params: Floats, tokens: Floats, level: float = 0.95, also: Mapping[str, Floats] = NONE

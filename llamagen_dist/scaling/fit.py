@@ -1,5 +1,7 @@
 """fit_law: the parameters of a scaling law at the optimum of a stated objective, checked to be one."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -197,6 +199,16 @@ def fit_law(
         points=points,
         warnings=_warnings(condition, bound, grows, law),
     )
+
+
+def other_forms(fit: Fit, forms: Sequence[str], points: Points) -> dict[str, Fit]:
+    """``points`` under those of ``forms`` that can be fitted, with the loss of ``fit``: far from the points they
+    disagree more than resamples of one do."""
+    fits = {}
+    for form in forms:
+        with suppress(UserError):
+            fits[form] = fit_law(points, form, fit.loss, fit.delta)
+    return fits
 
 
 def _scatter(residuals: Floats) -> float:

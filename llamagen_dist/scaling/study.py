@@ -11,7 +11,7 @@ from llamagen_dist import __version__
 from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import diagnostics
 from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap, parameter_intervals, quantiles
-from llamagen_dist.scaling.fit import Fit, describe, fit_law
+from llamagen_dist.scaling.fit import Fit, describe, fit_law, other_forms
 from llamagen_dist.scaling.frontier import Best, closed_form, exponent, has_optimum, over_shapes
 from llamagen_dist.scaling.ladder import COUNTS, Ladder
 from llamagen_dist.scaling.points import Points
@@ -118,7 +118,9 @@ def _predictions(
     order = sorted(np.flatnonzero(held).tolist(), key=lambda i: points.tokens[i])
     smaller = points.params[(~held) & (points.params < points.params[held].max())]
     before = smaller.max() if len(smaller) else None
-    rivals = _rivals(fit)
+    # only laws of the same columns are rivals
+    others = [form for form in _RIVALS if form != fit.law.name] if fit.law.name in _RIVALS else []
+    rivals = other_forms(fit, others, fit.points)
     for i in order:
         here = points.where(np.arange(len(points)) == i)
         measured = float(points.loss[i])
@@ -138,20 +140,14 @@ def _predictions(
             ends = [float(end[0]) for end in resampled.band(fit, here.params, here.tokens, also=also_of(here, fit))]
             band = f"95% prediction band; {resampled.method}, with the scatter of the points"
             if one["extrapolated"] and rivals:
-                said = [float(_at(rival, here)[0]) for rival in rivals]
+                said = [float(_at(rival, here)[0]) for rival in rivals.values()]
                 ends = [min(ends[0], *said), max(ends[1], *said)]
-                names = ", ".join(rival.law.name for rival in rivals)
-                band += f", widened to what {names} say more than {_BEYOND:g} times beyond the largest compute"
+                band += (
+                    f", widened to what {', '.join(rivals)} say more than {_BEYOND:g} times beyond the largest compute"
+                )
             one |= {"ci95": ends, "inside": ends[0] <= measured <= ends[1], "band": band}
         predictions.append(one)
     return predictions
-
-
-def _rivals(fit: Fit) -> list[Fit]:
-    """Other forms of the same columns, fitted to the same points with the same loss."""
-    if fit.law.name not in _RIVALS:
-        return []
-    return [fit_law(fit.points, form, fit.loss, fit.delta) for form in _RIVALS if form != fit.law.name]
 
 
 def _curves(points: Points, fit: Fit) -> list[dict[str, Any]]:
