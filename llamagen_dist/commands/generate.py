@@ -1,14 +1,39 @@
 """``llamagen generate CHECKPOINT --class NAME|INDEX … --out grid.png``: pictures of chosen classes, or of captions."""
 
 import argparse
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamagen_dist.commands import options
 from llamagen_dist.errors import UserError
 
+if TYPE_CHECKING:
+    from llamagen_dist.sampling.drawing import Source
+
+DEFAULTS = {"per_class": 8, "cfg": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+"""Of the options that decide what is drawn; ``--again`` takes them from the picture, so it must see what was given."""
+LIMITS: dict[str, tuple[float, float, bool]] = {
+    "cfg": (1, math.inf, False),
+    "temperature": (0, math.inf, False),
+    "top-k": (0, math.inf, False),
+    "top-p": (0, 1, True),
+}
+"""Least and most, and whether it must be more than the least."""
+MOST_SEED = (1 << 31) - 1
+MOST_PICTURES = 1 << 16  # in a row
+WHOLE = ("top-k",)  # options that are whole numbers
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a GPT's run directory or step_… folder")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a GPT's run directory or step_… folder; with --again: where it lies now, if it was moved",
+    )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument(
         "--class",
@@ -21,53 +46,142 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--caption", dest="captions", action="extend", nargs="+", metavar="TEXT", help="for a text-conditional GPT"
     )
+    wanted.add_argument(
+        "--again", type=Path, metavar="PICTURE", help="the same picture again, from what its .png says of itself"
+    )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="a .png or .jpg: one row per class or caption"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .png or .jpg: one row per class or caption (--again: NAME-again.png)",
     )
     parser.add_argument("--text-encoder", type=Path, metavar="PATH", help="default: the one the checkpoint names")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one its token shards name")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="pictures per row (default: 8)")
-    parser.add_argument("--cfg-scale", type=float, default=2.0, metavar="S", help="guidance; 1 is none (default: 2)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all codes")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all codes")
+    parser.add_argument("--per-class", type=int, metavar="N", help="pictures per row (default: 8)")
+    parser.add_argument("--cfg", "--cfg-scale", type=float, metavar="S", help="guidance; 1 is none (default: 2)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: 1; 0 is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="default: 0, all codes")
+    parser.add_argument("--top-p", type=float, metavar="P", help="default: 1, all codes")
     weights = parser.add_mutually_exclusive_group()
     options.add_weights(weights)
     weights.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--seed", type=int, metavar="N", help="of all pictures (default: 0)")
+    noise.add_argument("--seeds", metavar="0-7|1,5,9", help="one for each picture of a row, instead of --per-class")
+    parser.add_argument("--film", type=Path, metavar="FILE", help="also: the first picture, row of tokens by row")
+    parser.add_argument(
+        "--grid-over",
+        nargs="+",
+        metavar="OPTION=V,V",
+        help="vary one or two of cfg, temperature, top-k, top-p: down the rows, then across; as cfg=1,2,4 top-k=0,100",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
+    decisive = (*DEFAULTS, "weights", "seeds", "film", "grid_over")
+    given = [name.replace("_", "-") for name in decisive if getattr(args, name) is not None]
+    if args.again is not None:
+        if given:
+            raise UserError(f"--{given[0]}: --again takes that from {args.again}; leave it out")
+        from llamagen_dist.sampling.again import draw_again
 
-    from llamagen_dist.sampling.conditions import classes, written_captions
-    from llamagen_dist.sampling.grid import class_grid, save
-    from llamagen_dist.sampling.load import class_number, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
-    from llamagen_dist.sampling.pictures import Settings, rows_of_pictures
+        for line in draw_again(args.again, args.out, args.checkpoint, args.tokenizer, args.text_encoder):
+            print(line)
+        return
+    if args.checkpoint is None:
+        raise UserError("CHECKPOINT: name a GPT's run directory or step_… folder")
+    if args.out is None:
+        raise UserError("--out: name the .png or .jpg to write")
+    axes = grid_axes(args.grid_over or [])
+    pictures = pictures_of_a_row(args, 1 if len(axes) == 2 else DEFAULTS["per_class"])
+    for name, value in DEFAULTS.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    for option, (low, high, above) in LIMITS.items():
+        options.within(args, option, low, high, above=above)
+    if args.film is not None and axes:
+        raise UserError("--film: shows one picture being drawn; leave out --grid-over")
+    draw_new(args, axes, pictures)
 
-    options.within(args, "per-class", 1, 1 << 16)
-    options.within(args, "cfg-scale", 1)
-    options.within(args, "temperature", 0)
-    options.within(args, "top-k", 0)
-    options.within(args, "top-p", 0, 1, above=True)
-    options.within(args, "seed", 0, (1 << 31) - 1)
-    checkpoint = open_checkpoint(args.checkpoint, "checkpoint", which=options.which_weights(args))
-    tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(checkpoint), key="--tokenizer")
-    gpt = load_gpt(checkpoint, tokenizer)
-    if args.captions:
-        if gpt.config.condition == "class":
-            raise UserError(f"--caption: {args.checkpoint} is conditioned on classes; use --class")
-        asked = written_captions(args.captions, gpt, args.text_encoder, torch.device("cpu"), "--text-encoder")
-        chosen = list(range(asked.count))
+
+def pictures_of_a_row(args: argparse.Namespace, per_class: float) -> list[tuple[int, int]]:
+    """(seed, number) of each picture in a row. per_class: where neither option says how many. Raises UserError."""
+    options.within(args, "per-class", 1, MOST_PICTURES)
+    options.within(args, "seed", 0, MOST_SEED)
+    if args.seeds is None:
+        count = args.per_class if args.per_class is not None else int(per_class)
+        return [(args.seed or 0, number) for number in range(count)]
+    seeds = seed_list(args.seeds)
+    if args.per_class is not None and args.per_class != len(seeds):
+        raise UserError(f"--seeds {args.seeds}: {len(seeds)} seeds for the {args.per_class} pictures of --per-class")
+    return [(seed, 0) for seed in seeds]
+
+
+def seed_list(text: str) -> list[int]:
+    """``0-3,9`` as [0, 1, 2, 3, 9]. Raises UserError for anything else, a seed that is there twice, too many."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise UserError(f"--seeds {text}: {part!r} is neither a seed nor a range; write them as 0-7 or 1,5,9")
+        options.check(f"--seeds {text}", int(last or first), 0, MOST_SEED)
+        options.check(f"--seeds {text}: too many seeds", int(last or first) - int(first), 0, MOST_PICTURES - 1)
+        seeds += range(int(first), int(last or first) + 1)
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None) if len(set(seeds)) < len(seeds) else None
+    if twice is not None:
+        raise UserError(f"--seeds {text}: {twice} is there twice, and would draw one picture twice")
+    return seeds
+
+
+def grid_axes(words: list[str]) -> dict[str, tuple[float, ...]]:
+    """``cfg=1,2 top-k=0,100`` as {"cfg": (1, 2), "top-k": (0, 100)}. Raises UserError."""
+    axes: dict[str, tuple[float, ...]] = {}
+    for word in words:
+        option, equals, values = word.partition("=")
+        if option not in LIMITS or not equals:
+            raise UserError(f"--grid-over {word}: give one of {', '.join(LIMITS)} with its values, as in cfg=1,2,4")
+        try:
+            axes[option] = tuple((int if option in WHOLE else float)(value) for value in values.split(","))
+        except ValueError:
+            raise UserError(f"--grid-over {word}: write numbers with commas between them, as in cfg=1,2,4") from None
+        low, high, above = LIMITS[option]
+        for value in axes[option]:
+            options.check(f"--grid-over {option}={value:g}", value, low, high, above=above)
+    if len(axes) < len(words) or len(axes) > 2:
+        raise UserError(f"--grid-over {' '.join(words)}: give one or two different options")
+    return axes
+
+
+def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictures: list[tuple[int, int]]) -> None:
+    from llamagen_dist.sampling import drawing, grid
+    from llamagen_dist.sampling.pictures import Settings
+
+    for path in filter(None, (args.out, args.film)):
+        grid.picture_format(path)
+    weights = options.which_weights(args)
+    source = drawing.open_source(args.checkpoint, weights, args.tokenizer, args.captions, args.text_encoder)
+    rows = list(chosen_rows(args, source))
+    if axes and len(rows) != 1:
+        raise UserError(f"--grid-over: shows one class or caption, and {len(rows)} are given")
+    settings = Settings(cfg_scale=args.cfg, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    wanted = drawing.drawing(source, weights, args.captions, args.text_encoder, rows, pictures, settings, axes)
+    passes = drawing.draw_tokens(wanted, source)
+    print(drawing.save(args.out, wanted, drawing.page(wanted, source, passes)))
+    if args.film is not None:
+        film = wanted.model_copy(update={"show": "film"})
+        print(drawing.save(args.film, film, drawing.page(film, source, passes)))
+
+
+def chosen_rows(args: argparse.Namespace, source: "Source") -> Iterator[int]:
+    """The label of every row's class, or the number of its caption, as many as a page shows."""
+    from llamagen_dist.sampling.grid import shown_classes
+    from llamagen_dist.sampling.load import class_number
+
+    count = source.conditions.count
+    if args.captions or args.classes == ["all"]:
+        rows = list(range(count))
     else:
-        if gpt.config.condition == "text":
-            raise UserError(f"--class: {args.checkpoint} is conditioned on text; use --caption TEXT")
-        asked = classes(gpt)
-        if args.classes == ["all"]:
-            chosen = list(range(asked.count))
-        else:
-            chosen = list(dict.fromkeys(class_number(name, gpt.classes) for name in args.classes))
-    settings = Settings(args.cfg_scale, -1, args.temperature, args.top_k, args.top_p)
-    images, labels = rows_of_pictures(gpt.model, tokenizer.model, asked.at, chosen, args.per_class, args.seed, settings)
-    save(args.out, lambda: class_grid(images, labels, asked.name, args.per_class))
-    print(args.out)
+        rows = list(dict.fromkeys(class_number(name, source.gpt.classes) for name in args.classes))
+    shown = shown_classes(rows)
+    if len(shown) < len(rows):
+        print(f"{len(shown)} of the {len(rows)} rows are drawn, evenly spread: no more fit on a page")
+    yield from shown

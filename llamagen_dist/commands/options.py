@@ -69,8 +69,14 @@ def which_weights(args: argparse.Namespace) -> str | None:
 def within(args: argparse.Namespace, option: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Raises UserError for an option that was given and lies outside of low to high. above: low itself does too."""
     number = getattr(args, option.replace("-", "_"))
-    if number is None or low < number <= high or (number == low and not above):  # so NaN is refused too
+    if number is not None:
+        check(f"--{option} {number:.10g}", number, low, high, above=above)
+
+
+def check(shown: str, number: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises UserError for a number outside of low to high. shown: begins the message. above: low itself is too low."""
+    if low < number <= high or (number == low and not above):  # so NaN is refused too
         return
     least = f"more than {low:g}" if above else f"{low:g} or more"
     most = "" if high == math.inf else f", at most {high:.10g}"
-    raise UserError(f"--{option} {number:.10g}: give {least}{most}")
+    raise UserError(f"{shown}: give {least}{most}")

@@ -76,6 +76,10 @@ class CaptionEncoder:
             digest.update(f"{file.name} {sha256_file(file)}\n".encode())
         return digest.hexdigest()
 
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has, cleaned, with the closing one; ``encode`` keeps ``max_tokens`` of them."""
+        return [len(ids) for ids in self.tokenizer([clean(caption) for caption in captions], verbose=False).input_ids]
+
     @torch.inference_mode()
     def encode(self, captions: Sequence[str], batch: int = 64) -> list[Tensor]:
         """bfloat16 [L, dim] on the host for each caption, 1 <= L <= max_tokens, without padding.

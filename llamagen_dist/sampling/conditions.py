@@ -1,8 +1,8 @@
 """What pictures are drawn from: the classes a GPT knows, or captions, by number."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llamagen_dist.console import LOG
 from llamagen_dist.data.batch import left_padded
 from llamagen_dist.data.manifest import CaptionEncoding
 from llamagen_dist.data.shards import CAPTION_MEMBER, Shards, open_shards
@@ -28,6 +29,7 @@ class Conditions:
     identity: what decides the conditions' content, for the record; None for classes, which belong to the GPT.
     name: the class or caption in words.
     at: numbers int64 (B,) below ``count`` -> the model's condition.
+    cut: captions too long for the GPT, by number, with how many tokens they have; their end is left out.
     originals: numbers -> codes int64 [n, tokens] of the images that the conditions come from; None where they come
         with none.
     """
@@ -38,6 +40,7 @@ class Conditions:
     name: Callable[[int], str]
     at: Callable[[Tensor], Condition]
     originals: Callable[[Sequence[int]], NDArray[np.int64] | None] = lambda numbers: None
+    cut: Mapping[int, int] = field(default_factory=dict)
 
 
 def classes(gpt: TrainedGPT) -> Conditions:
@@ -69,7 +72,7 @@ def shard_captions(shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> Con
 def written_captions(
     captions: Sequence[str], gpt: TrainedGPT, text_encoder: Path | None, device: torch.device, key: str
 ) -> Conditions:
-    """Captions in words, encoded here.
+    """Captions in words, encoded here; which are too long for the GPT is said.
 
     text_encoder: None takes the one that the GPT's record names.
     key: the config key or option that names it, for messages.
@@ -86,13 +89,20 @@ def written_captions(
             f"{key}: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is "
             f"not the one that {gpt.path} was trained with{was}; its features mean other things"
         )
+    lengths = encoder.lengths(captions)
+    cut = {number: length for number, length in enumerate(lengths) if length > gpt.config.prefix}
+    for number, length in cut.items():
+        LOG.warning(
+            f"caption {number + 1} ({captions[number]:.40}…) has {length} tokens, the GPT takes {gpt.config.prefix}: "
+            "its end is cut off"
+        )
     features = encoder.encode(list(captions))
     identity = hashlib.sha256("\n".join([encoder.sha256, *captions]).encode()).hexdigest()
 
     def at(numbers: Tensor) -> Condition:
         return left_padded([features[number] for number in numbers.tolist()], gpt.config.prefix)
 
-    return Conditions("caption", len(captions), identity, captions.__getitem__, at)
+    return Conditions("caption", len(captions), identity, captions.__getitem__, at, cut=cut)
 
 
 def _check_encoding(encoding: CaptionEncoding | None, gpt: TrainedGPT, where: str) -> None:

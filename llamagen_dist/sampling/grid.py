@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import written_aside
@@ -91,6 +92,40 @@ def contact_sheet(pictures: Sequence[Image.Image], texts: Sequence[str], title: 
     return page
 
 
+def labelled_grid(
+    cells: NDArray[np.uint8], row_names: Sequence[str], column_names: Sequence[str], title: str
+) -> Image.Image:
+    """Pictures in a table with a name before every row and above every column, and a title over all.
+
+    cells: uint8 [rows, columns, S, S, 3]. A name that several columns beside each other have stands over them once, and
+    there is more space before the next one.
+    """
+    tile = tile_side(cells.shape[2])
+    font = ImageFont.load_default(size=max(14, tile // 10))
+    line = round(1.4 * font.getbbox("Ag")[3])
+    heading = _lines(title, font)
+    gutter = int(max(font.getlength(name) for name in row_names)) + 2 * _MARGIN
+    begins = [number == 0 or name != column_names[number - 1] for number, name in enumerate(column_names)]
+    lefts = [
+        gutter + number * (tile + _GAP) + 4 * _GAP * (sum(begins[: number + 1]) - 1) * (not all(begins))
+        for number in range(len(column_names))
+    ]
+    top = _MARGIN + line * (heading.count("\n") + 2)
+    width = max(lefts[-1] + tile, gutter + int(max(font.getlength(part) for part in heading.split("\n")))) + _MARGIN
+    page = Image.new("RGB", (width, top + len(cells) * (tile + _GAP) - _GAP + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.multiline_text((gutter, _MARGIN), heading, _INK, font)
+    for name, left, new in zip(column_names, lefts, begins, strict=True):
+        if new:
+            pen.text((left, top - line), name, _INK, font)
+    for row, (name, pictures) in enumerate(zip(row_names, cells, strict=True)):
+        upper = top + row * (tile + _GAP)
+        pen.text((gutter - _MARGIN, upper + tile // 2), name, _INK, font, anchor="rm")
+        for left, picture in zip(lefts, pictures, strict=True):
+            page.paste(enlarged(picture, tile), (left, upper))
+    return page
+
+
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines of at most ``width`` pixels; an ellipsis stands for what is left out."""
     heading, _, rest = text.partition("\n")
@@ -119,18 +154,27 @@ def _lines(name: str, font: Any) -> str:
     return name if font.getlength(name) <= _WIDEST_NAME else "\n".join(_wrapped(f"\n{name}", font, _WIDEST_NAME)[1:])
 
 
-def save(path: Path, draw: Callable[[], Image.Image]) -> None:
-    """Write what ``draw`` makes, aside and renamed. Raises UserError: an ending but .png or .jpg, or not writable."""
-    form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
-    if form is None:
-        raise UserError(f"{path}: write the pictures to a file that ends in .png or .jpg")
+def save(path: Path, draw: Callable[[], Image.Image], text: PngInfo | None = None) -> None:
+    """Write what ``draw`` makes, aside and renamed. text: goes into a PNG; a JPEG has nowhere to put it.
+
+    Raises UserError: an ending but .png or .jpg, or not writable.
+    """
+    form = picture_format(path)
     page = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:
-            page.save(aside, form)
+            page.save(aside, form, **({"pnginfo": text} if form == "PNG" else {}))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def picture_format(path: Path) -> str:
+    """PNG or JPEG, by the file's ending. Raises UserError for any other."""
+    form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
+    if form is None:
+        raise UserError(f"{path}: write the pictures to a file that ends in .png or .jpg")
+    return form
 
 
 def mosaic(rows: Sequence[NDArray[np.uint8]], columns: int, largest: int, gaps: int) -> NDArray[np.uint8]:

@@ -20,6 +20,8 @@ from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology
 
+NEAREST = 3  # names that are offered for an unknown class
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -133,16 +135,23 @@ def load_gpt(
         kind = "classes" if by_class else "text"
         raise UserError(f"checkpoint: {path} is conditioned on {kind}; say so with model.condition")
     manifest = read_manifest(tokens) if tokens is not None and (tokens / MANIFEST).exists() else None
-    _check_pair(path, shapes["output.weight"][0], tokenizer, manifest)
+    _check_pair(checkpoint, shapes["output.weight"][0], tokenizer, manifest)
     num_classes = shapes[CLASSES][0] - 1 if by_class else 0
-    size = image_size or (manifest.image_size if manifest else None) or tokenizer.image_size
     factor = tokenizer.model.config.downsampling
+    grid = checkpoint.state.get("grid")  # rows and columns of tokens, of checkpoints that know it
+    known = manifest.image_size if manifest else grid and grid[0] * factor
+    size = image_size or known or tokenizer.image_size
     if size is None:
         raise UserError(
             "image_size: neither the checkpoint nor the tokenizer knows it; set image_size=256, for example"
         )
     if size % factor:
         raise UserError(f"image_size: {size} is not a multiple of {factor}, the pixels per token of {tokenizer.path}")
+    if grid is not None and [size // factor] * 2 != grid:
+        raise UserError(
+            f"checkpoint: {path} draws {grid[0]} x {grid[1]} tokens, but {tokenizer.path} makes {size // factor} x "
+            f"{size // factor} of {size} pixels ({factor} pixels per token)"
+        )
     config = gpt_config(
         section,
         vocab_size=shapes["output.weight"][0],
@@ -160,17 +169,22 @@ def load_gpt(
     )
 
 
-def _check_pair(path: Path, vocabulary: int, tokenizer: Tokenizer, manifest: Manifest | None) -> None:
-    codes = tokenizer.model.config.codebook_size
+def _check_pair(checkpoint: Checkpoint, vocabulary: int, tokenizer: Tokenizer, manifest: Manifest | None) -> None:
+    """Raises UserError for a tokenizer other than the one that made the GPT's tokens, as far as that is known."""
+    path, codes = checkpoint.path, tokenizer.model.config.codebook_size
     if vocabulary != codes:
         raise UserError(
             f"tokenizer: {tokenizer.path} has {codes} codes, but {path} was trained on {vocabulary}; "
             "name the tokenizer that its token shards were made with"
         )
-    if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+    noted = checkpoint.state.get("tokenizer", {})  # by the checkpoint itself, whose shards may be gone
+    where, sha256 = noted.get("path"), noted.get("sha256", tokenizer.sha256)
+    if manifest is not None:
+        where, sha256 = manifest.tokenizer_path, manifest.tokenizer_sha256
+    if sha256 != tokenizer.sha256:
         raise UserError(
             f"tokenizer: {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one whose tokens {path} was "
-            f"trained on ({manifest.tokenizer_path}, sha256 {str(manifest.tokenizer_sha256)[:12]}…)"
+            f"trained on ({where}, sha256 {str(sha256)[:12]}…)"
         )
 
 
@@ -186,7 +200,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Path:
     """Where the token shards' manifest says the GPT's tokenizer lies. Raises UserError if that cannot be found."""
     path, trained = checkpoint.path, checkpoint.config
     hint = "say where it is with --tokenizer PATH"
-    if not isinstance(trained, GPTConfigFile):
+    if trained is not None and not isinstance(trained, GPTConfigFile):
+        raise UserError(f"checkpoint: {path} is not a GPT's run")
+    if trained is None:
         raise UserError(f"{path}: does not say which tokenizer it was trained with; {hint}")
     tokens = trained.data.train
     if not is_remote(tokens) and not (Path(tokens) / MANIFEST).exists():
@@ -200,12 +216,15 @@ def tokenizer_of(checkpoint: Checkpoint) -> Path:
 def class_number(name: str, classes: Sequence[str]) -> int:
     """The label of a class given by name or number.
 
-    A name that is exactly a class's comes first, then one that differs in upper and lower case only, then a number.
-    Raises UserError for a name that several classes have, with their numbers, and for an unknown one, with the nearest.
+    A name that is exactly a class's comes first, then one that differs in upper and lower case only, then one of
+    several that a class has (``tabby`` of ``tabby, tabby cat``), then a number. Raises UserError for a name that
+    several classes have, with their numbers, and for an unknown one, with the nearest.
     """
-    lower = [known.lower() for known in classes]
-    for wanted, names in ((name, list(classes)), (name.lower(), lower)):
-        numbers = [number for number, known in enumerate(names) if known == wanted]
+    exact = [[known] for known in classes]
+    lower = [[known.lower()] for known in classes]
+    parts = [[part.strip() for part in known.lower().split(",")] for known in classes]
+    for wanted, names in ((name, exact), (name.lower(), lower), (name.lower(), parts)):
+        numbers = [number for number, known in enumerate(names) if wanted in known]
         if len(numbers) > 1:
             which = ", ".join(f"{number} ({classes[number]})" for number in numbers)
             raise UserError(f"class {name!r} is the name of {len(numbers)} classes: {which}; give the number")
@@ -215,7 +234,11 @@ def class_number(name: str, classes: Sequence[str]) -> int:
         if int(name) < len(classes):
             return int(name)
         raise UserError(f"class {name}: there are {len(classes)} classes, 0 to {len(classes) - 1}")
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)
-    hint = f"did you mean {classes[lower.index(near[0])]!r}?" if near else ""
+    called = {part: number for number, known in enumerate(parts) for part in (*known, *lower[number])}
+    near = difflib.get_close_matches(name.lower(), called, n=9) or difflib.get_close_matches(
+        name.lower(), called, n=1, cutoff=0.0
+    )
+    meant = list(dict.fromkeys(repr(classes[called[part]]) for part in near))[:NEAREST]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else ""
     shown = f" (one of {', '.join(classes)})" if len(classes) <= 20 else ""
     raise UserError(f"class {name!r} is unknown; {hint}{shown}")

@@ -1,6 +1,6 @@
 """From labels or histograms to pictures: what the evaluation's sets are made of."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llamagen_dist.console import Progress
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, Condition
@@ -30,7 +29,7 @@ class Settings:
     top_p: float = 1.0
 
 
-def sample_seeds(seed: int, numbers: Tensor) -> Tensor:
+def sample_seeds(seed: int | Tensor, numbers: Tensor) -> Tensor:
     """One seed per sample number (int64, below 2^32); no two samples of a run share a noise stream."""
     return (seed << 32) + numbers
 
@@ -88,29 +87,3 @@ def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
         raise UserError("the tokenizer decodes to values that are NaN or infinite: its training diverged")
     pixels: NDArray[np.uint8] = to_uint8(decoded).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
-
-
-def rows_of_pictures(
-    model: GPT,
-    tokenizer: VQModel,
-    condition: Callable[[Tensor], Condition],
-    chosen: Sequence[int],
-    per_row: int,
-    seed: int,
-    settings: Settings,
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(pictures uint8 [n, S, S, 3], numbers int64 [n]): ``per_row`` of each chosen class or caption in turn, shown with
-    progress. condition: from numbers (B,) int64 to what the model is conditioned on.
-
-    Picture j of class c has the noise of (seed, c, j), whichever other classes are asked for.
-    """
-    labels = torch.tensor(list(chosen)).repeat_interleave(per_row)
-    numbers = (labels << 16) + torch.arange(per_row).repeat(len(chosen))
-    made = []
-    with Progress("pictures", len(labels)) as progress:
-        for start in range(0, len(labels), BATCH):
-            span = slice(start, start + BATCH)
-            tokens = model_tokens(model, condition(labels[span]), sample_seeds(seed, numbers[span]), settings)
-            made.append(decode_tokens(tokenizer, tokens))
-            progress.advance(len(tokens))
-    return np.concatenate(made), labels.numpy()

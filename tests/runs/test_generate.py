@@ -1,5 +1,6 @@
 """llamagen generate, and how it and eval.sample open what they draw from."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llamagen_dist.checkpoint import checkpoint
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.sampling import load
+from llamagen_dist.sampling.grid import tile_side
 from tests.ranks.forked import run_ranks
 from tests.runs.sampling_work import make_work
 
@@ -87,11 +89,25 @@ def test_generate_finds_its_tokenizer_and_names_classes(work, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--class", "klass 1", "--out", "x.png"], "did you mean 'class 1'?"),
+        (["--class", "klass 1", "--out", "x.png"], "did you mean 'class 1' or 'class"),
         (["--class", "9", "--out", "x.png"], "there are 4 classes, 0 to 3"),
         (["--class", "0", "--out", "x.txt"], "ends in .png or .jpg"),
         (["--class", "0", "--out", "x.png", "--top-p", "0"], "--top-p 0: give more than 0, at most 1"),
         (["--class", "0", "--out", "x.png", "--tokenizer", "nowhere"], "--tokenizer: nowhere does not exist"),
+        (["--class", "0", "--out", "x.png", "--cfg", "-1"], "--cfg -1: give 1 or more"),
+        (["--class", "0", "--out", "x.png", "--cfg-scale", "nan"], "--cfg nan: give 1 or more"),
+        (["--class", "0"], "--out: name the .png or .jpg to write"),
+        (["--class", "0", "--out", "x.png", "--seeds", "0-2", "--per-class", "4"], "3 seeds for the 4 pictures of"),
+        (["--class", "0", "--out", "x.png", "--seeds", "0-2,1"], "1 is there twice"),
+        (["--class", "0", "--out", "x.png", "--seeds", "7-0"], "'7-0' is neither a seed nor a range"),
+        (["--class", "0", "--out", "x.png", "--seeds", "0-9999999"], "too many seeds: give 0 or more, at most 65535"),
+        (["--class", "0", "--out", "x.png", "--seeds", "2147483648"], "at most 2147483647"),
+        (["--class", "0", "1", "--out", "x.png", "--grid-over", "cfg=1,2"], "shows one class or caption, and 2 are"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "cfg=0,2"], "--grid-over cfg=0: give 1 or more"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "size=1"], "give one of cfg, temperature, top-k, top-p"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "top-k=1,x"], "write numbers with commas between them"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "cfg=1", "cfg=2"], "one or two different options"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "cfg=1", "--film", "f.png"], "leave out --grid-over"),
     ],
 )
 def test_generate_refuses_in_one_sentence(work, tmp_path, monkeypatch, arguments, sentence):
@@ -100,3 +116,76 @@ def test_generate_refuses_in_one_sentence(work, tmp_path, monkeypatch, arguments
         cli.main(["generate", str(work / "gpt"), *arguments])
     assert sentence in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_checkpoints_and_tokenizers_are_refused(work, tmp_path):
+    """A tokenizer's run in place of the GPT's, other codes, other codes of the same number, another grid of tokens."""
+    out = ["--class", "0", "--out", str(tmp_path / "x.png")]
+    for arguments, sentence in (
+        ([work / "tokenizer", *out], r"tokenizer is not a GPT's run"),
+        ([work / "gpt", "--tokenizer", work / "gpt", *out], r"gpt is not a tokenizer's run"),
+        ([work / "gpt", "--tokenizer", work / "tokenizer65", *out], r"has 65 codes, but .*gpt was trained on 64"),
+        ([work / "gpt", "--tokenizer", work / "tokenizer2", *out], r"is not the one whose tokens .*gpt was trained on"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            cli.main(["generate", *map(str, arguments)])
+    for noted, sentence in (
+        ({"grid": [8, 8]}, r"gpt draws 8 x 8 tokens, but .*tokenizer makes 4 x 4 of 16 pixels \(4 pixels per token\)"),
+        ({"tokenizer": {"path": "then", "sha256": "0" * 64}}, None),
+    ):
+        run = shutil.copytree(work / "gpt", tmp_path / next(iter(noted)) / "gpt")
+        (folder,) = run.glob("checkpoints/*")
+        rewrite_state(folder, noted)
+        if sentence is None:  # the shards, which are there, are asked first
+            cli.main(["generate", str(run), *out])
+            continue
+        with pytest.raises(UserError, match=sentence):
+            cli.main(["generate", str(run), *out])
+    hidden = work / "tokens"
+    hidden.rename(tmp_path / "tokens")
+    try:
+        with pytest.raises(UserError, match=r"is not the one whose tokens .* was trained on \(then, sha256 0000"):
+            cli.main(["generate", str(run), "--tokenizer", str(work / "tokenizer"), *out])
+    finally:
+        (tmp_path / "tokens").rename(hidden)
+
+
+def rewrite_state(folder: Path, more: dict[str, object]) -> None:
+    """Put more into a checkpoint's state.json, with the hashes that index.json has of it and COMPLETE of that."""
+    state, index, complete = (folder / name for name in ("state.json", "index.json", "COMPLETE"))
+    was = checkpoint.sha256_file(state), checkpoint.sha256_file(index)
+    state.write_text(json.dumps(json.loads(state.read_text()) | more))
+    for file, old, new in ((index, was[0], state), (complete, was[1], index)):
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, checkpoint.sha256_file(new)))
+
+
+def test_a_name_may_be_one_of_several_that_a_class_has():
+    classes = ["tench, Tinca tinca", "tabby, tabby cat", "tabbed cat", "crane", "crane, machine"]
+    assert [load.class_number(name, classes) for name in ("tabby", "Tinca tinca", "TABBY CAT")] == [1, 0, 1]
+    assert load.class_number("crane", classes) == 3, "a name that is the whole of it comes first"
+    assert load.class_number("machine", classes) == 4
+    with pytest.raises(UserError, match=r"did you mean 'tabby, tabby cat' or 'tabbed cat'\?"):
+        load.class_number("tably cat", classes)
+    with pytest.raises(UserError, match=r"is the name of 2 classes: 0 \(a, b\), 1 \(b, c\); give the number"):
+        load.class_number("b", ["a, b", "b, c"])
+
+
+def test_the_same_seed_is_the_same_picture_alone_or_in_a_list(work, tmp_path, capsys):
+    def pictures(*words: str) -> np.ndarray:
+        cli.main(["generate", str(work / "gpt"), "--class", "1", *words, "--out", f"{tmp_path}/x.png"])
+        return np.asarray(Image.open(tmp_path / "x.png"))
+
+    several, one = pictures("--seeds", "3,5-6"), pictures("--seed", "5", "--per-class", "1")
+    tile = tile_side(16)  # and a gap of 4 pixels, and a margin of 10
+    left = one.shape[1] - 10 - tile
+    assert np.array_equal(several[:, left + tile + 4 : left + 2 * tile + 4], one[:, left : left + tile])
+    assert not np.array_equal(several[:, left : left + tile], one[:, left : left + tile])
+
+
+def test_more_rows_than_a_page_shows_are_not_drawn_and_that_is_said(work, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("llamagen_dist.sampling.grid.MOST_CLASSES", 3)
+    cli.main(["generate", str(work / "gpt"), "--class", "all", "--per-class", "2", "--out", f"{tmp_path}/x.png"])
+    said = capsys.readouterr().out
+    assert "3 of the 4 rows are drawn" in said
+    assert "pictures: 6/6 (100 %)" in said

@@ -22,6 +22,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.sampling.png_record import read_record, record_text
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
@@ -129,8 +130,22 @@ def test_the_grid_shows_each_caption_beside_its_original(work, once):
 def test_the_command_line_draws_captions(work, tmp_path):
     out = tmp_path / "grid.png"
     words = ["generate", str(work / "gpt"), "--tokenizer", str(work / "tokenizer"), "--out", str(out)]
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()) as said:
         cli.main([*words, "--caption", "red cup", "a very long caption " * 12, "--per-class", "2"])
+    tokens = len(["a", "very", "long", "caption"]) * 12 + 1  # words and what closes the caption
+    assert "caption 2 (a very long caption" in said.getvalue()
+    assert f"has {tokens} tokens, the GPT takes {PLACES}: its end is cut off" in said.getvalue()
+    assert "caption 1" not in said.getvalue(), "the twin: a short one is not cut"
+    record, _ = read_record(out)
+    assert (record["captions"][0], record["cut"]) == ("red cup", {"1": tokens})
+    with redirect_stdout(io.StringIO()) as said:
+        cli.main(["generate", "--again", str(out)])
+    assert "pixel by pixel" in said.getvalue()
+    forged = out.with_name("forged.png")
+    changed = record_text(record | {"captions": ["red hat", *record["captions"][1:]]})
+    Image.open(out).save(forged, pnginfo=changed)
+    with pytest.raises(UserError, match="was drawn by the text encoder"):
+        cli.main(["generate", "--again", str(forged)])
     grid = Image.open(out)
     assert grid.width < 700  # the long caption is broken into lines
     with pytest.raises(UserError, match=r"--class: .* is conditioned on text; use --caption"):
