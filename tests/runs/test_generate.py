@@ -189,3 +189,49 @@ def test_more_rows_than_a_page_shows_are_not_drawn_and_that_is_said(work, monkey
     said = capsys.readouterr().out
     assert "3 of the 4 rows are drawn" in said
     assert "pictures: 6/6 (100 %)" in said
+
+
+def tile_at(page: Path, row: int, column: int) -> np.ndarray:
+    """A picture of 16 pixels out of a page's lower right, counted from there: (0, 0) is the last of the last row."""
+    pixels, tile = np.asarray(Image.open(page)), tile_side(16)
+    bottom, right = (
+        length - 10 - number * (tile + 4) for length, number in zip(pixels.shape[:2], (row, column), strict=True)
+    )
+    return pixels[bottom - tile : bottom, right - tile : right]
+
+
+def test_a_grid_over_settings_has_the_same_noise_in_every_cell(work, tmp_path):
+    words = ["generate", str(work / "gpt"), "--class", "1", "--seeds", "3,8"]
+    cli.main([*words, "--grid-over", "top-k=1,9", "cfg=1,3", "--out", f"{tmp_path}/table.png"])
+    cli.main([*words, "--grid-over", "top-k=1,9", "--cfg", "3", "--out", f"{tmp_path}/column.png"])
+    cells = []
+    for row, top_k in enumerate(("9", "1")):
+        for cfg in ("3", "1"):
+            cli.main([*words, "--cfg", cfg, "--top-k", top_k, "--out", f"{tmp_path}/single.png"])
+            cells.append((row, cfg, tile_at(tmp_path / "single.png", 0, 0)))
+    for row, cfg, single in cells:
+        if cfg == "3":
+            assert np.array_equal(tile_at(tmp_path / "table.png", row, 0), single)
+            assert np.array_equal(tile_at(tmp_path / "column.png", row, 0), single)
+    assert len({single.tobytes() for *_, single in cells}) == 4, "the twin: other settings give other pictures"
+
+
+def test_a_film_ends_with_the_picture_and_is_grey_where_nothing_is_drawn_yet(work, tmp_path):
+    words = ["generate", str(work / "gpt"), "--class", "1", "--seeds", "3", "--film", f"{tmp_path}/film.png"]
+    cli.main([*words, "--out", f"{tmp_path}/whole.png"])
+    film, tile = np.asarray(Image.open(tmp_path / "film.png")), tile_side(16)
+    whole = tile_at(tmp_path / "whole.png", 0, 0)
+    (left,) = [
+        x for x in range(film.shape[1] - tile + 1) if np.array_equal(film[:, x : x + tile][corner(film, tile)], whole)
+    ]
+    stages = [film[corner(film, tile), x : x + tile] for x in range(10, left + 1, (left - 10) // 3)]
+    assert len(stages) == 4  # 4 x 4 tokens
+    for number, stage in enumerate(stages, 1):
+        grey = (stage == 160).all(axis=(1, 2))
+        assert grey.tolist() == [y >= number * tile // 4 for y in range(tile)]
+
+
+def corner(film: np.ndarray, tile: int) -> slice:
+    """The rows of a film's pictures: those where grey begins first lie under the title."""
+    grey = np.flatnonzero((film[:, 10 : 10 + tile] == 160).all(axis=(1, 2)))
+    return slice(grey[-1] + 1 - tile, grey[-1] + 1)
