@@ -96,7 +96,7 @@ def card(export: Export) -> str:
 
 def _result(export: Export, score: Scores) -> dict[str, Any]:
     """One entry of the model index: a hub shows its metrics beside the data they were measured on."""
-    task = {"type": "image-to-image" if score.part == "tokenizer" else _task(export), "name": score.what}
+    task = "text-to-image" if export.kind.startswith("text") else "unconditional-image-generation"
     details = {
         "images": score.n,
         "reference_images": score.reference_n,
@@ -106,17 +106,13 @@ def _result(export: Export, score: Scores) -> dict[str, Any]:
     }
     known = {key: value for key, value in details.items() if value is not None}
     return {
-        "task": task,
+        "task": {"type": "image-to-image" if score.part == "tokenizer" else task, "name": score.what},
         "dataset": {"type": "image-folder", "name": score.reference},
         "metrics": [  # a dictionary each: YAML would write the same one as a reference, which few readers expect
             {"type": key, "name": NAMES[key], "value": value, "args": dict(known)}
             for key, value in score.values.items()
         ],
     }
-
-
-def _task(export: Export) -> str:
-    return "text-to-image" if export.kind.startswith("text") else "unconditional-image-generation"
 
 
 def _sections(export: Export) -> Iterable[str]:

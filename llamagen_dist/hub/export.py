@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def _gpt_run(checkpoint: Checkpoint, trained: GPTConfigFile, run: Path, group: s
     if config.condition == "text" and checkpoint.state.get("captions"):
         export.config["captions"] = checkpoint.state["captions"]
     with torch.device("meta"):
-        model = plain.GPT(_Attributes(export.config["model"]))
+        model = plain.GPT(SimpleNamespace(**export.config["model"]))  # as the exported loader makes it
     _check_fit(model, export.weights["model"], checkpoint.path)
     return export
 
@@ -142,13 +143,6 @@ def _image_tokens(run: Path, trained: GPTConfigFile) -> int:
             f"({tokens}) are not there"
         )
     return int(read_manifest(Path(tokens)).gpt_sizes(tokens)["image_tokens"])
-
-
-class _Attributes:
-    """A JSON object by attributes, as the exported loader hands it to the models."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
 
 
 def plain_config(config: GPTConfig) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """A report as data: blocks that say what is shown, not how. page.py, files.py and wandb_spec.py render them."""
 
-import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -158,17 +156,3 @@ def literal(text: Any) -> str:
 def printable(text: str) -> str:
     """Without control characters, which could hide something from a reader of the source."""
     return "".join(c for c in text if c.isprintable() or c.isspace())
-
-
-def describe(value: Any) -> Any:
-    """A report, or any part of it, as JSON-serialisable values; pictures as shapes and sha256."""
-    if isinstance(value, np.ndarray):
-        if value.dtype != np.uint8:
-            return value.tolist()
-        return {"shape": list(value.shape), "sha256": hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}
-    if is_dataclass(value):
-        kind: dict[str, Any] = {"block": value.kind} if isinstance(value, Block) else {}
-        return kind | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: describe(inner) for key, inner in value.items()}
-    return [describe(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -212,30 +212,25 @@ def predicted(predictions: Sequence[Mapping[str, Any]]) -> Figure:
     """How far the law, its band and the naive forecast lie from the measurement, one column per token budget."""
 
     def off(key: str, end: int | None = None) -> tuple[Floats, Floats]:
-        known = [
-            (i, p[key] if end is None else p[key][end], p["measured"]) for i, p in enumerate(predictions) if key in p
-        ]
+        one = {i: p[key] if end is None else p[key][end] for i, p in enumerate(predictions) if key in p}
+        known = [(i, value, predictions[i]["measured"]) for i, value in one.items()]
         at, value, measured = np.array(known, float).reshape(-1, 3).T
         return at, 100 * (value / measured - 1)
 
     columns = np.array([-0.5, len(predictions) - 0.5])
     band = Series("95% band", *off("ci95", 0), "band", to=off("ci95", 1)[1])
     naive = Series("as the next smaller run", *off("naive"), "diamonds", "green")
-    series = (
-        band,
-        Series("measured", columns, np.zeros(2), "line", "orange"),
-        Series("law", *off("predicted"), "dots"),
-        naive,
-    )
+    measured = Series("measured", columns, np.zeros(2), "line", "orange")
+    series = (band, measured, Series("law", *off("predicted"), "dots"), naive)
     seen = np.concatenate([s.y for s in series] + [off("ci95", 1)[1]])
     room = 0.08 * float(np.ptp(seen)) or 1.0
     limits = (float(seen.min()) - room, float(seen.max()) + room + 0.28 * float(np.ptp(seen)))  # the legend's
-    legend: list[tuple[str, Colour]] = [
+    legend: tuple[tuple[str, Colour], ...] = (
         ("law, with 95% band" if len(band.x) else "law", "blue"),
         ("measured", "orange"),
-    ]
-    legend += [(naive.name, "green")] if len(naive.x) else []
-    panel = Panel("forecast against measured loss (% too high)", series, y_range=limits, legend=tuple(legend))
+    )
+    legend += ((naive.name, "green"),) if len(naive.x) else ()
+    panel = Panel("forecast against measured loss (% too high)", series, y_range=limits, legend=legend)
     alt = "Predicted against measured loss of the left-out run, one column per token budget"
     text = str(predictions[-1].get("band", ""))
     caption = f"{text[:1].upper()}{text[1:]}." if text else ""

@@ -31,7 +31,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     """FOLDER/report.md with every plot as .svg and .png and every image grid as .png; returns what was written."""
     own_folder(folder)
     written = []
-    names = {id(block): f"{block.kind}-{number:02d}" for number, block in enumerate(pictures(report), 1)}
+    names = named(report)
 
     def shown(block: Picture) -> str:
         name, alt = names[id(block)], block.alt if isinstance(block, Figure) else ", ".join(block.captions)
@@ -56,6 +56,11 @@ def pictures(block: Block) -> Iterator[Picture]:
         yield block
     for inner in getattr(block, "blocks", ()):
         yield from pictures(inner)
+
+
+def named(report: Report) -> dict[int, str]:
+    """The id() of every plot and image grid -> a name of its own."""
+    return {id(block): f"{block.kind}-{number:02d}" for number, block in enumerate(pictures(report), 1)}
 
 
 def encoded(block: Picture) -> dict[str, bytes]:

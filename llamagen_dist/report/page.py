@@ -14,7 +14,7 @@ from PIL import Image
 
 from llamagen_dist.report import interactive as plotly
 from llamagen_dist.report import plots
-from llamagen_dist.report.blocks import Figure, Report, Section, printable
+from llamagen_dist.report.blocks import Report, Section, printable
 from llamagen_dist.report.plots import TEMPLATES
 
 _LOSSLESS_SIDE = 512  # pixels; a larger picture is a photograph and goes in as JPEG
@@ -49,7 +49,12 @@ def render(report: Report, interactive: bool = False) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, finalize=_printable
     )
-    environment.filters |= {"markdown": markdown, "picture": _picture, "tile": _tile, "size": plots.size}
+    environment.filters |= {
+        "markdown": markdown,
+        "picture": lambda figure: _data("image/svg+xml", plots.draw(figure)),
+        "tile": lambda image, width: _data(*encoded(image, 2 * width)),
+        "size": plots.size,
+    }
     script = Markup("")
     if interactive:
         environment.filters["plotly"] = plotly.html
@@ -67,15 +72,6 @@ def render(report: Report, interactive: bool = False) -> str:
 
 def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _picture(figure: Figure) -> str:
-    return _data("image/svg+xml", plots.draw(figure))
-
-
-def _tile(image: NDArray[np.uint8], width: int) -> str:
-    kind, content = encoded(image, 2 * width)
-    return _data(kind, content)
 
 
 def encoded(image: NDArray[np.uint8], least: int) -> tuple[str, bytes]:

@@ -33,6 +33,7 @@ INK, SOFT, RULE, PAPER = (THEME[name][0] for name in ("ink", "soft", "rule", "pa
 WIDTH = 4.7  # inches; as wide as a phone's screen in CSS pixels, so that 9.5 pt stays readable there
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 _MARKS = {"linestyle": "none", "marker": "o", "markersize": 6.2, "markeredgewidth": 1.3, "zorder": 5}
+_NAME: dict[str, Any] = {"fontsize": 9, "fontweight": "bold"}  # of a line, in its colour
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.8},
     "thin": {"linewidth": 1.1},
@@ -85,7 +86,11 @@ def draw(figure: Figure, form: Literal["svg", "png"] = "svg") -> bytes:
 
 def _panel(axes: Axes, panel: Panel, figure: Figure) -> None:
     for series in panel.series:
-        _series(axes, series)
+        colour = colours(series.colour)[0]
+        if series.style == "band" and series.to is not None:
+            axes.vlines(series.x, series.y, series.to, color=colour, linewidth=16, alpha=0.2)
+        else:
+            axes.plot(series.x, series.y, color=colour, **_STYLES[series.style])
     if panel.log_y and any((series.y > 0).any() for series in panel.series):
         axes.set_yscale("log")
     if panel.y_range:
@@ -98,42 +103,21 @@ def _panel(axes: Axes, panel: Panel, figure: Figure) -> None:
         axes.axvspan(*figure.shaded, color=THEME["blue"][0], alpha=0.08, linewidth=0)
     if panel.note:
         axes.text(0.02, 0.95, panel.note, transform=axes.transAxes, va="top", fontsize=9)
-    for line, (text, colour) in enumerate(panel.legend):  # upper right, where falling curves leave room
-        axes.annotate(
-            shorten(text, 40),
-            (0.985, 0.95),
-            xycoords="axes fraction",
-            xytext=(0, -13 * line),
-            textcoords="offset points",
-            color=colours(colour)[0],
-            ha="right",
-            va="top",
-            fontsize=9,
-            fontweight="bold",
-        )
+    for line, (text, named) in enumerate(panel.legend):  # upper right, where falling curves leave room
+        look = {"color": colours(named)[0], "ha": "right", "va": "top", **_NAME}
+        _write(axes, shorten(text, 40), (0.985, 0.95), "axes fraction", (0, -13 * line), look)
     for at, text in figure.events:
         axes.axvline(at, color=SOFT, linewidth=0.9, linestyle=(0, (3, 3)))
         if panel is figure.panels[0]:
             right = at < 0.6 * axes.get_xlim()[1]
-            axes.annotate(
-                text,
-                (at, 0.6),
-                xycoords=("data", "axes fraction"),
-                xytext=(5 if right else -5, 0),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                fontsize=8.5,
-                color=SOFT,
-                bbox={"facecolor": PAPER, "alpha": 0.85, "linewidth": 0, "pad": 1.5},
-            )
+            box = {"facecolor": PAPER, "alpha": 0.85, "linewidth": 0, "pad": 1.5}
+            look = {"color": SOFT, "ha": "left" if right else "right", "fontsize": 8.5, "bbox": box}
+            _write(axes, text, (at, 0.6), ("data", "axes fraction"), (5 if right else -5, 0), look)
 
 
-def _series(axes: Axes, series: Series) -> None:
-    colour = colours(series.colour)[0]
-    if series.style == "band" and series.to is not None:
-        axes.vlines(series.x, series.y, series.to, color=colour, linewidth=16, alpha=0.2)
-    else:
-        axes.plot(series.x, series.y, color=colour, **_STYLES[series.style])
+def _write(axes: Axes, text: str, at: tuple[float, float], of: Any, points: tuple[int, int], look: Any) -> None:
+    """Text so many points from ``at``, which is in the coordinates ``of``. look: matplotlib's names for it."""
+    axes.annotate(text, at, xycoords=of, xytext=points, textcoords="offset points", **look)
 
 
 def _x_axis(axes: Axes, figure: Figure) -> None:
@@ -178,8 +162,8 @@ def _name_ends(axes: Axes, series: tuple[Series, ...]) -> None:
         heights[1:] += short
         heights[0], heights[-1] = max(heights[0], 0.0), min(heights[-1], 1.0)
     for height, (_, one) in zip(heights, ends, strict=True):
-        style: dict[str, Any] = {"color": colours(one.colour)[0], "fontsize": 9, "fontweight": "bold"}
-        axes.text(1.015, height, shorten(one.label), transform=axes.transAxes, va="center", clip_on=False, **style)
+        beside: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "clip_on": False}
+        axes.text(1.015, height, shorten(one.label), color=colours(one.colour)[0], **beside, **_NAME)
 
 
 def shorten(text: str, most: int = 20) -> str:

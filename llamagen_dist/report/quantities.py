@@ -13,15 +13,8 @@ def count(value: float) -> str:
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= unit * 0.9995:
-            return f"{_digits(value / unit)}{_GAP}{name}"
+            return f"{value / unit:.3g}{_GAP}{name}"
     raise AssertionError("unreachable: size >= 10,000")
-
-
-def _digits(value: float) -> str:
-    """Three significant digits without trailing zeros."""
-    places = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{places}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def tick(value: float) -> str:

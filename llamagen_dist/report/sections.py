@@ -119,7 +119,7 @@ def _scores(s: Found) -> Part:
     if not measured:
         return {"largest": shlex.quote(str(s.ladder[-1].folder.absolute())) if s.ladder else ""}, {}
     names, one = figures.SETS, next(iter(measured.values()))
-    records = {name: _flat(result.get("record", {})) for name, result in measured.items()}
+    records = {name: _recorded(result.get("record", {})) for name, result in measured.items()}
     if len(measured) > 1:
         rows = [
             (f"{file}: {names.get(n, n)}", values)
@@ -204,21 +204,19 @@ def _environment(s: Found) -> Part:
     """What the runs' record.json says; where runs differ (a resumed folder), every value is shown."""
     values: dict[str, list[str]] = {}
     for run in s.runs:
-        for key, value in _flat(run.record):
+        for key, value in _recorded(run.record):
             if value not in values.setdefault(key, []):
                 values[key].append(value)
     return {"environment": values}, {}
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _recorded(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(key, value) of everything in a record that is not private, keys in words."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key} ")
-        elif value is not None and key not in _PRIVATE:
-            pairs.append((f"{prefix}{key}".replace("_", " "), str(value)[:_LONGEST]))
-    return pairs
+    return [
+        (key.replace("_", " "), str(value)[:_LONGEST])
+        for key, value in sweep.flat(record, " ").items()
+        if value is not None and value != {} and key.split(" ")[-1] not in _PRIVATE
+    ]
 
 
 def _next_steps(s: Found) -> Part:

@@ -52,16 +52,17 @@ def order(s: Found) -> tuple[list[Run], list[Run]]:
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Dotted keys of the configs that do not have one value in all runs -> each run's value as text."""
-    flat = [_flat(run.config.model_dump(mode="json") if run.config else run.settings) for run in runs]
-    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if key.partition(".")[0] not in _OWN]
-    columns = {key: [_word(one[key]) if key in one else "" for one in flat] for key in keys}
+    flattened = [flat(run.config.model_dump(mode="json") if run.config else run.settings) for run in runs]
+    keys = [key for key in dict.fromkeys(k for one in flattened for k in one) if key.partition(".")[0] not in _OWN]
+    columns = {key: [_word(one[key]) if key in one else "" for one in flattened] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, join: str = ".", prefix: str = "") -> dict[str, Any]:
+    """A config or a record as one level, names joined."""
     if isinstance(value, Mapping) and value:
-        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: value}
+        return {k: v for name, inner in value.items() for k, v in flat(inner, join, f"{prefix}{name}{join}").items()}
+    return {prefix[: -len(join)]: value}
 
 
 def _word(value: Any) -> str:

@@ -10,12 +10,13 @@ from PIL import Image
 from llamagen_dist.errors import UserError
 from llamagen_dist.report.blocks import Block, Columns, Details, Figure, Report, Section
 from llamagen_dist.report.collect import Found
-from llamagen_dist.report.files import encoded, markdown, pictures
+from llamagen_dist.report.files import encoded, markdown, named, pictures
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
 
 _LONGEST_TITLE = 128
+_KEY = "report/"  # of a plot's or picture's name in its W&B run
 _CURVES = ("loss", "val_loss")
 
 
@@ -34,7 +35,7 @@ def spec(report: Report, entity: str, project: str, runs: list[str], media: str)
     reports = _library()
     from wandb_workspaces import expr
 
-    names = _names(report)
+    names = named(report)
 
     def panels(ids: list[str], shown: list[Any]) -> Any:
         runset = reports.Runset(filters=[expr.Metric("ID").isin(ids)])  # of the report's own project: asks no server
@@ -50,7 +51,7 @@ def spec(report: Report, entity: str, project: str, runs: list[str], media: str)
         texts = [reports.MarkdownBlock(text) for text in markdown(block, lambda picture: "") if text]
         if id(block) not in names:
             return texts
-        key, layout = names[id(block)], reports.Layout(w=24, h=12)
+        key, layout = _KEY + names[id(block)], reports.Layout(w=24, h=12)
         return [panels([media], [reports.MediaBrowser(media_keys=[key], num_columns=1, layout=layout)]), *texts]
 
     live = [reports.LinePlot(title=key, x="images_seen", y=[key], log_x=True) for key in _CURVES]
@@ -58,10 +59,6 @@ def spec(report: Report, entity: str, project: str, runs: list[str], media: str)
     blocks += [one for block in report.blocks for one in made(block)]
     title = report.title[:_LONGEST_TITLE]
     return reports.Report(entity=entity, project=project, title=title, description=report.subtitle, blocks=blocks)
-
-
-def _names(report: Report) -> dict[int, str]:
-    return {id(block): f"report/{block.kind}-{n:02d}" for n, block in enumerate(pictures(report), 1)}
 
 
 def publish(report: Report, found: Found) -> str:
@@ -74,12 +71,12 @@ def publish(report: Report, found: Found) -> str:
     project = os.environ.get("WANDB_PROJECT", "llamagen-dist")
     try:
         entity = os.environ.get("WANDB_ENTITY") or str(wandb.Api().default_entity)
-        named: dict[str, Any] = {"entity": entity, "project": project, "job_type": "report", "name": report.title}
-        with tempfile.TemporaryDirectory() as scratch, wandb.init(**named, dir=scratch) as run:
+        about: dict[str, Any] = {"entity": entity, "project": project, "job_type": "report", "name": report.title}
+        with tempfile.TemporaryDirectory() as scratch, wandb.init(**about, dir=scratch) as run:
             for block in pictures(report):
                 words = block.alt if isinstance(block, Figure) else ", ".join(block.captions)
                 picture = Image.open(io.BytesIO(encoded(block)[".png"]))
-                run.log({_names(report)[id(block)]: wandb.Image(picture, caption=words)}, step=0)
+                run.log({_KEY + named(report)[id(block)]: wandb.Image(picture, caption=words)}, step=0)
         made = spec(report, entity, project, run_ids(found), run.id)
         made.save()
     except Exception as error:  # the library raises bare ones for a lost network and for missing rights alike

@@ -1,12 +1,17 @@
 """What tests of reports ask of a report or of its page."""
 
+import hashlib
 import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llamagen_dist.report import page
-from llamagen_dist.report.blocks import describe
+from llamagen_dist.report.blocks import Block
 from llamagen_dist.report.collect import collect
 from llamagen_dist.report.sections import build
 
@@ -29,6 +34,20 @@ class Loaded(HTMLParser):
                 self.fetched.append(value or "")
             elif name == "href":
                 self.links.append(value or "")
+
+
+def describe(value: Any) -> Any:
+    """A report, or any part of it, as JSON-serialisable values; pictures as shapes and sha256."""
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8:
+            return value.tolist()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}
+    if is_dataclass(value):
+        kind: dict[str, Any] = {"block": value.kind} if isinstance(value, Block) else {}
+        return kind | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: describe(inner) for key, inner in value.items()}
+    return [describe(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def described(out: Path) -> dict[str, Any]:
