@@ -42,13 +42,13 @@ def _row(params: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def profile(fit: Fit, name: str, values: int = 61) -> dict[str, Any]:
-    """The 95% likelihood interval of E or R_D: where fixing it costs less than the chi-squared quantile.
+    """The 95% likelihood interval of E, R_D or R_N: where fixing it costs less than the chi-squared quantile.
 
     An end is None where the interval is open: at the end of the search, no value is refused.
     """
     i = fit.law.names.index(name)
     problem = fit.problem()
-    # a floor cannot reach the lowest measurement, and R_D is searched on its log
+    # a floor cannot reach the lowest measurement, and the others are searched on their logs
     high = float(np.exp(problem.target.min())) if name == "E" else float(problem.high[0, i])
     low = float(problem.low[0, i])
     grid = np.sort(np.append(np.linspace(low, high, values, endpoint=name != "E"), fit.theta[i]))
@@ -70,6 +70,6 @@ def profile(fit: Fit, name: str, values: int = 61) -> dict[str, Any]:
 
 
 def all_of(fit: Fit) -> dict[str, Any]:
-    """``without_worst``, ``by_delta`` and the ``profile`` of E and R_D, for the result's diagnostics."""
-    profiles = {name: profile(fit, name) for name in ("E", "R_D") if name in fit.law.names}
+    """``without_worst``, ``by_delta`` and the ``profile`` of E, R_D and R_N, for the result's diagnostics."""
+    profiles = {name: profile(fit, name) for name in ("E", "R_D", "R_N") if name in fit.law.names}
     return {"without_worst": without_worst(fit), "by_delta": by_delta(fit), "profile": profiles}

@@ -7,6 +7,7 @@ for the floor E and -exponent times a feature (log N, log D, log C) for a power;
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Literal
 
 import numpy as np
@@ -44,11 +45,12 @@ class Shape:
 
     kind: how it is bounded and searched, and what it is in the caller's units: ``exponent`` of a power; ``rate`` per
     unit of the feature; ``outer`` power q; ``change`` of an exponent at a break; ``width`` of a break; ``scale`` and
-    ``level``, a position on the first feature, as e^position and as minus position; ``repeats``, the log of R_D*.
+    ``level``, a position on the first feature, as e^position and as minus position; ``repeats``, the log of R_D* or
+    R_N*; ``optimum``, the log of the size that suits the middle's tokens, as the coefficient A that makes it so.
     """
 
     name: str
-    kind: Literal["exponent", "rate", "outer", "change", "width", "scale", "level", "repeats"] = "exponent"
+    kind: Literal["exponent", "rate", "outer", "change", "width", "scale", "level", "repeats", "optimum"] = "exponent"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Law:
             "width": Range(0.05, 3.0, np.array([0.3])),
             "scale": position,
             "level": position,
+            "optimum": Range(low - 5, high + 5, np.linspace(low, high, 7)),
             "repeats": Range(np.log(0.1), np.log(1e4), np.log([2.0, 5.0, 12.0, 30.0, 100.0])),
         }
         return [known[shape.kind] for shape in self.shapes]
@@ -144,6 +147,10 @@ class Law:
                     values[shape.name] = np.exp(values[shape.name] + (centre[0] if shape.kind == "scale" else 0.0))
                 elif shape.kind == "level":
                     values[shape.name] = -(values[shape.name] + centre[0])
+                elif shape.kind == "optimum":  # alpha A / N^alpha = beta B / D^beta along the best sizes
+                    alpha, beta = values["alpha"], values["beta"]
+                    best = np.exp(alpha * (values[shape.name] + centre[0]) - beta * centre[1])
+                    values[shape.name] = values["B"] * beta / alpha * best
         return values
 
 
@@ -154,9 +161,24 @@ def _softplus(z: NDArray[np.complexfloating]) -> NDArray[np.complexfloating]:
 
 def _repeated(shapes: NDArray[np.complexfloating], x: Floats) -> NDArray[np.complexfloating]:
     """-beta log D_eff, D_eff = U (1 + R (1 - exp(-(D/U - 1)/R))): R repetitions are worth at most R times U."""
-    worth = np.exp(shapes[:, 2, None])
-    repeats = np.expm1(np.maximum(x[:, 1] - x[:, 2], 0))
-    return -shapes[:, 1, None] * (x[:, 2] + np.log1p(-worth * np.expm1(-repeats / worth)))
+    return -shapes[:, 1, None] * _saturated(x[:, 1] + 0j, x[:, 2] + 0j, shapes[:, 2, None])
+
+
+def _repeated_sizes(shapes: NDArray[np.complexfloating], x: Floats) -> NDArray[np.complexfloating]:
+    """log of (A / N_eff^alpha + B / D_eff^beta) / B; N_eff of N over N_opt(U), as D_eff of D over U."""
+    alpha, beta, worth_of_data, worth_of_size, best = (shapes[:, i, None] for i in range(5))
+    size = _saturated(x[:, 0] + 0j, best + beta / alpha * x[:, 2], worth_of_size)
+    data = _saturated(x[:, 1] + 0j, x[:, 2] + 0j, worth_of_data)
+    return np.log(beta / alpha * np.exp(alpha * (best - size)) + np.exp(-beta * data))
+
+
+def _saturated(
+    x: NDArray[np.complexfloating], full: NDArray[np.complexfloating], log_worth: NDArray[np.complexfloating]
+) -> NDArray[np.complexfloating]:
+    """log of what e^x counts as, of which e^full counts in full and what is beyond it as R times it at most."""
+    worth = np.exp(log_worth)
+    beyond = np.where((x - full).real > 0, x - full, 0)
+    return x - beyond + np.log1p(-worth * np.expm1(-np.expm1(beyond) / worth))
 
 
 def _broken(shapes: NDArray[np.complexfloating], x: Floats) -> NDArray[np.complexfloating]:
@@ -230,7 +252,7 @@ LAWS: Mapping[str, Law] = {
             (Term("A", "N", "r"), Term("B", "D")),
             (Shape("r"), Shape("alpha_D", "outer")),
         ),
-        # Muennighoff et al. 2023, eq. 5, for data only
+        # Muennighoff et al. 2023, eq. 5: for data only, and with sizes beyond what suits the unique data
         Law(
             "data_constrained",
             "L = E + A / N^alpha + B / D_eff^beta, D_eff = U (1 + R_D (1 - exp(-(D/U - 1) / R_D)))",
@@ -238,6 +260,20 @@ LAWS: Mapping[str, Law] = {
             (Term("E"), _N, _D),
             (Shape("alpha"), Shape("beta"), Shape("R_D", "repeats")),
             _repeated,
+        ),
+        Law(
+            "data_constrained_nd",
+            "L = E + A / N_eff^alpha + B / D_eff^beta, D_eff of U and N_eff of (alpha A U^beta / (beta B))^(1/alpha)",
+            ("N", "D", "U"),
+            (Term("E"), _D),
+            (
+                Shape("alpha"),
+                Shape("beta"),
+                Shape("R_D", "repeats"),
+                Shape("R_N", "repeats"),
+                Shape("A", "optimum"),
+            ),
+            _repeated_sizes,
         ),
         Law(
             "loss_to_metric",
@@ -365,9 +401,8 @@ def _slopes(law: Law, x: Floats, shapes: Floats) -> tuple[list[tuple[int, int, F
 
     found += [(len(law.terms) - 1, a, slope(shapes, a)) for a in range(len(names))]
     # differences of exact slopes: a Hessian to nine digits steers Newton's steps, and no certificate rests on it
-    bends = [
-        (a, b, (slope(shapes + 1e-5 * units[b], a) - slope(shapes - 1e-5 * units[b], a)) / 2e-5)
-        for a in range(len(names))
-        for b in range(len(names))
-    ]
+    bends = []
+    for a, b in combinations_with_replacement(range(len(names)), 2):
+        bend = (slope(shapes + 1e-5 * units[b], a) - slope(shapes - 1e-5 * units[b], a)) / 2e-5
+        bends += [(a, b, bend)] if a == b else [(a, b, bend), (b, a, bend)]
     return found, bends

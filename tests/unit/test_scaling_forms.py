@@ -36,6 +36,13 @@ def law_of(form: str, p: dict[str, float]) -> np.ndarray:
         unique = np.minimum(UNIQUE, D)
         worth = unique * (1 + p["R_D"] * (1 - np.exp(-(D / unique - 1) / p["R_D"])))
         return p["E"] + p["A"] / N ** p["alpha"] + p["B"] / worth ** p["beta"]
+    if form == "data_constrained_nd":
+        unique = np.minimum(UNIQUE, D)
+        worth = unique * (1 + p["R_D"] * (1 - np.exp(-(D / unique - 1) / p["R_D"])))
+        g = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))
+        suited = np.minimum(N, (unique * g) ** (p["beta"] / p["alpha"]) * g)
+        size = suited * (1 + p["R_N"] * (1 - np.exp(-(N / suited - 1) / p["R_N"])))
+        return p["E"] + p["A"] / size ** p["alpha"] + p["B"] / worth ** p["beta"]
     if form == "loss_to_metric":
         return p["E"] + p["A"] * np.exp(p["gamma"] * LOSSES)
     if form == "loss_to_metric_sigmoid":
@@ -55,6 +62,10 @@ TRUTHS = {
     "gadre": {"E": 2.0, "A": 90.0, "B": 150.0, "eta": 0.13},
     "kaplan_nd": {"A": 2e5, "B": 3e11, "r": 0.7, "alpha_D": 0.11},
     "data_constrained": {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28, "R_D": 15.39},
+    "data_constrained_nd": {
+        **{"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28},
+        **{"R_D": 15.39, "R_N": 5.31},
+    },
     "loss_to_metric": {"E": 2.0, "A": 0.01, "gamma": 0.9},
     "loss_to_metric_sigmoid": {"E": 2.0, "A": 30.0, "gamma": 3.0, "L0": 7.0},
     "broken1": {"E": 1.5, "A": 50.0, "alpha": 0.3, "c1": -0.2, "d1": 3e8, "f1": 0.5},
