@@ -10,6 +10,7 @@ import pytest
 
 from llamagen_dist.cli import main
 from tests.runs.chromium import WIDTHS, browser, faults
+from tests.unit import study_folder
 from tests.unit.quickstart_folder import make
 from tests.unit.scored_folder import add_law, add_samples, add_scores
 
@@ -37,7 +38,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.move(out / "ladder" / "g30k", out / "ladder" / LONG[:200])
     shutil.copy(out / "evaluation.json", out / "samples" / "one.json")
     shutil.copy(out / "evaluation.json", out / "samples" / "two.json")
-    made = {}
+    made = {"study": out.parent / "study.html"}
+    main(["report", str(study_folder.make(out.parent / "study")), "--out", str(made["study"])])
     for kind in ("", "ladder", "ladder/g560k", "tokenizer", "evaluation.json", "scaling.json", "samples"):
         name = kind.replace("/", "-") or "pipeline"
         made[name] = out.parent / f"{name}.html"

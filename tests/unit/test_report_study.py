@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from llamagen_dist.cli import main
@@ -16,8 +15,8 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.report.collect import collect
 from llamagen_dist.report.quantities import count, loss, power
 from llamagen_dist.report.results import results
+from tests.unit import study_folder
 from tests.unit.report_pages import html, inside, section, series, table, text_of, titles
-from tests.unit.scaling_points import chinchilla
 
 ROOT = Path(__file__).parents[2]
 FILES = {"scaling": "scaling.json", "left_out": "held-out.json", "isoflop": "isoflop.json", "advice": "advice.json"}
@@ -25,23 +24,7 @@ FILES = {"scaling": "scaling.json", "left_out": "held-out.json", "isoflop": "iso
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the stages fit to advise of configs/pipeline/scaling.yaml write, of runs with a known law."""
-    out = tmp_path_factory.mktemp("study") / "OUT"
-    out.mkdir()
-    random, lines = np.random.default_rng(0), ["run,params,tokens,loss"]
-    for number, n in enumerate(np.geomspace(2e7, 6e8, 5)):
-        for flops in (1e18, 3e18, 1e19):
-            d = flops / (6 * n)
-            measured = float(chinchilla(n, d)) * np.exp(0.002 * random.standard_normal())
-            lines.append(f"size-{number},{n:.0f},{d:.0f},{measured:.6f}")
-    (out / "runs.csv").write_text("\n".join(lines) + "\n")
-    runs = str(out / "runs.csv")
-    main(["scaling", "fit", runs, "--hold-out", "largest", "--out", str(out / "held-out.json")])
-    main(["scaling", "fit", runs, "--out", str(out / "scaling.json")])
-    main(["scaling", "isoflop", runs, "--at", "1e20", "--out", str(out / "isoflop.json")])
-    words = ["--budget", "1e20", "--unit", "flops", "--gpu", "h100", "--unique-images", "1281167", "--out"]
-    main(["scaling", "advise", str(out / "scaling.json"), *words, str(out / "advice.json")])
-    return out
+    return study_folder.make(tmp_path_factory.mktemp("study") / "OUT")
 
 
 @pytest.fixture
