@@ -96,9 +96,8 @@ def curves(s: Found) -> dict[str, Block | None]:
     more = f"The best {len(shown)}; {len(every) - len(shown)} more are left out." if len(every) > len(shown) else ""
     costs = {run.name: float(cost) for run in shown if isinstance(cost := run.flops_per_image, int)}
     known = [run for run in shown if run.name in costs]
+    ones = dict.fromkeys((run.name for run in shown), 1.0)
     return {
-        "images": held_out(shown, dict.fromkeys((run.name for run in shown), 1.0), "images seen", more)
-        if shown
-        else None,
+        "images": held_out(shown, ones, "images seen", more) if shown else None,
         "flops": held_out(known, costs, "training FLOPs", more) if known else None,
     }
