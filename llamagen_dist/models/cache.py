@@ -16,12 +16,15 @@ class LayerCache:
     is read off there too (a tensor-parallel rank has its own share of them).
 
     capacity: positions in all.
+    slots: (B, S) int64, where each sample's next S positions are written, all below ``filled``; None: behind what is
+        filled, for all samples alike.
     share: (B, T) fp32 or None; with it the first T positions, which come in one ``extend``, are kept as one: their
         mean weighted by ``share``.
     """
 
     def __init__(self, capacity: int, share: Tensor | None = None) -> None:
         self.capacity, self.filled = capacity, 0
+        self.slots: Tensor | None = None
         self._share = share
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -36,12 +39,18 @@ class LayerCache:
             # the prefix attends to itself as it is; only what comes later sees the one position it is folded into
             self.extend(*((share @ part.float()).type_as(part) for part in (keys, values)))
             return keys, values
+        if self.slots is not None and self._keys is not None and self._values is not None:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            self._keys[rows, :, self.slots] = keys.transpose(1, 2)
+            self._values[rows, :, self.slots] = values.transpose(1, 2)
+            return self._keys[:, :, : self.filled], self._values[:, :, : self.filled]
         end = self.filled + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"position {end} of a cache for {self.capacity}")
         if self._keys is None or self._values is None:
             shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
+            # zeros, since a hidden slot weighs 0 in a window's attention, and 0 x NaN would be NaN
+            self._keys, self._values = keys.new_zeros(shape), values.new_zeros(shape)
         self._keys[:, :, self.filled : end] = keys
         self._values[:, :, self.filled : end] = values
         self.filled = end
@@ -86,6 +95,24 @@ class Cache:
             return None
         further = self.layers[0].filled + 1 - self._hidden.shape[1]  # image tokens, which nothing hides: True or + 0
         return F.pad(self._hidden, (0, further), value=self._hidden.dtype == torch.bool)[:, None, None, :]
+
+    def window(self, first: Tensor, width: int, filled: int) -> tuple[Tensor, Tensor]:
+        """Let each sample's next ``width`` positions be written where its own window begins, over what was there.
+
+        first: (B,) int64, the position (prefix and image) at which each window begins.
+        filled: the end of the last window, in positions.
+        Returns the positions (B, width) int64, and what each may attend to: as ``mask``, (B, 1, width, S).
+        """
+        positions = first[:, None] + torch.arange(width, device=first.device)
+        slots = positions - self._folded
+        for layer in self.layers:
+            layer.slots, layer.filled = slots, filled - self._folded
+        seen = torch.arange(filled - self._folded, device=first.device) <= slots[..., None]
+        if self._hidden is None:
+            return positions, seen[:, None]
+        allowed = self._hidden.dtype == torch.bool
+        hidden = F.pad(self._hidden, (0, seen.shape[2] - self._hidden.shape[1]), value=allowed)[:, None]
+        return positions, (hidden & seen if allowed else hidden.masked_fill(~seen, -torch.inf))[:, None]
 
     def keep(self, rows: int) -> None:
         """Continue with the first ``rows`` samples only."""

@@ -1,6 +1,6 @@
 """LlamaGen's Llama: image tokens in raster order after a class or caption prefix (paper section 2.3).
 
-It reads from the parts to the whole: layers, condition, rotary table, attention, feed-forward network, block, GPT.
+It reads from the parts to the whole: condition, rotary table, attention, feed-forward network, block, GPT.
 Plain torch that knows nothing of ranks: tensor parallelism replaces layers from outside (parallel/tensor_parallel.py),
 by the names of the attributes here, and head counts are read off the activations, since a tensor-parallel rank has its
 own share of the heads. Parameter names are those of the released weights. Three properties that those weights depend
@@ -40,6 +40,7 @@ from llamagen_dist.models import ops
 from llamagen_dist.models.cache import Cache, LayerCache
 from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.initial import initial_weight, null_caption
+from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
 from llamagen_dist.models.sizes import GPTConfig
 
@@ -49,37 +50,6 @@ Condition = Tensor | Caption  # or labels (B,) int64
 # The dropout sites of one layer: outputs of attention and feed-forward network, the attention probabilities, and the
 # two paths. Numbers, because the masks of every run made so far are functions of them.
 ATTENTION_SITE, FFN_SITE, PROBABILITIES_SITE, ATTENTION_PATH_SITE, FFN_PATH_SITE = 0, 1, 2, 3, 4
-
-
-# --- layers: weights are zero until ``initialize`` or ``load_state_dict``, since torch's own constructors would fill
-# every weight once for nothing, and from the global generator ---
-
-
-class Linear(nn.Linear):
-    """x W^T, no bias."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-
-
-class RMSNorm(nn.Module):
-    """Normalises in fp32, casts back, then scales."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
 
 
 # --- the condition, as the first positions of the sequence ---
@@ -409,8 +379,11 @@ class GPT(nn.Module):
             return null.to(features.dtype).expand_as(features), present
         return torch.full_like(condition, self.config.num_classes)
 
-    def prefill(self, condition: Condition) -> tuple[Tensor, Cache]:
-        """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout."""
+    def prefill(self, condition: Condition, spare: int = 0) -> tuple[Tensor, Cache]:
+        """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout.
+
+        spare: positions that the cache holds behind the image's.
+        """
         x, present = self._prefix(condition)
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
@@ -418,8 +391,8 @@ class GPT(nn.Module):
             order = sequence_order(present, 0)
             x, table, present = rows_of(x, order), table[order], present.gather(1, order)
             last = present.sum(dim=1, keepdim=True) - 1
-        cache = Cache(len(self.layers), x.shape[1], self.config.image_tokens - 1, present, fold)
-        return self._advance(x, table, last, None, cache), cache
+        cache = Cache(len(self.layers), x.shape[1], self.config.image_tokens - 1 + spare, present, fold)
+        return self._advance(x, table, last, None, cache)[:, 0], cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the next image token.
@@ -429,12 +402,26 @@ class GPT(nn.Module):
         """
         x = self.tok_embeddings(tokens).unsqueeze(1)
         table = self.rotary[cache.position : cache.position + 1]
-        return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)
+        return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)[:, 0]
+
+    def decode_window(self, tokens: Tensor, first: Tensor, end: int, cache: Cache) -> Tensor:
+        """Logits (B, W, V) of the tokens behind each of W, the last of which may be guesses.
+
+        tokens: (B, W) int64; their keys and values enter the cache, over those of an earlier window.
+        first: (B,) int64, the number of tokens[:, 0] in its image.
+        end: the largest ``first`` + W.
+        cache: of ``prefill`` with ``spare`` = W or more; no ``decode`` may follow.
+        """
+        prefix = self.config.prefix
+        positions, mask = cache.window(prefix + first, tokens.shape[1], prefix + end)
+        table = self.rotary[positions.clamp(max=len(self.rotary) - 1)]  # behind the image nothing is read
+        every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self._advance(self.tok_embeddings(tokens), table, every, mask, cache)
 
     def _advance(self, x: Tensor, table: Tensor, last: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         for layer, past in zip(self.layers, cache.layers, strict=True):
             x = layer(x, table, mask, None, past)
-        return self.gather_vocabulary(self.output(self.norm(rows_of(x, last))))[:, 0]
+        return self.gather_vocabulary(self.output(self.norm(rows_of(x, last))))
 
 
 def sequence_order(present: Tensor, tokens: int) -> Tensor:

@@ -218,7 +218,10 @@ def _rotate(x: Tensor, rotary: Tensor, out: Tensor) -> None:
 
 
 def _samples(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors sample by sample on a CPU, else as they are: a GPU has no cache to stay in, and launches cost."""
-    if tensors[0].device.type == "cpu" and tensors[0].dim() > 2:
+    """The tensors sample by sample on a CPU, else as they are: a GPU has no cache to stay in, and launches cost.
+
+    Samples of a single position (sampling) are too small to be worth an operation each.
+    """
+    if tensors[0].device.type == "cpu" and tensors[0].dim() > 2 and tensors[0].shape[1] > 1:
         return zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
     return iter((tensors,))

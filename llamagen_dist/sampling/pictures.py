@@ -12,7 +12,8 @@ from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel, to_uint8
-from llamagen_dist.sampling.sampler import draw, generate, noise_streams
+from llamagen_dist.sampling.draw import draw, noise_streams
+from llamagen_dist.sampling.sampler import generate
 
 BATCH = 32  # pictures at once where no config says it
 _BLOCK = 4096  # samples of a token shard counted at once
@@ -27,6 +28,10 @@ class Settings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance: str = "constant"
+    guidance_power: float = 2.75
+    guidance_start: float = 0.18
+    window: int = 1
 
 
 def sample_seeds(seed: int | Tensor, numbers: Tensor) -> Tensor:

@@ -1,18 +1,31 @@
 """Image tokens from a GPT: classifier-free guidance, top-k, top-p, and noise that belongs to the sample.
 
 The order of operations is LlamaGen's (paper section 2.3 and its released sampler): guidance on fp32 logits, then
-temperature, then top-k with ties kept, then top-p, then a draw. The draw is the argmax of logits plus Gumbel noise
-hashed from (the sample's seed, token position, code), so a picture does not depend on its position in a batch, on the
-number of ranks or on where a run was cut off.
+temperature, then top-k with ties kept, then top-p, then a draw (sampling/draw.py).
+
+Two loops draw the same tokens. The plain one draws a token per forward pass. Speculative decoding draws up to a window
+of them: with the noise of every position fixed by the sample's seed, an image is a function of its condition, and a
+token is right as soon as those before it are. One pass over a window of guesses gives what follows each of them; the
+tokens up to the first guess that was wrong, and the one in its stead, are those of the plain loop, and what was drawn
+behind is the next guess (a fixed-point, or Jacobi, iteration). Nothing is accepted that the plain loop would not have
+drawn, so the distribution is the same too, guidance, top-k and top-p included. As with another batch shape, matrix
+products of another shape round differently, which can tip a draw between two codes that are all but equal.
+
+All images have the same length, so a batch of the plain loop ends together: there is nothing to refill before that,
+and a picture depends on its seed and the shape of its batch alone.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from llamagen_dist import prng
+from llamagen_dist.models.cache import Cache
 from llamagen_dist.models.gpt import GPT, Condition
+from llamagen_dist.sampling.draw import draw, noise_streams
+from llamagen_dist.sampling.guidance import guidance_scales
 
-LEAST_TEMPERATURE = 1e-5  # LlamaGen's; an exact 0 is greedy here
+Draw = Callable[[Tensor, Tensor, int | Tensor], Tensor]  # (logits (B, V), streams (B,), position) -> codes (B,)
 
 
 @torch.no_grad()
@@ -22,41 +35,118 @@ def generate(
     *,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
+    guidance: str = "constant",
+    guidance_power: float = 2.75,
+    guidance_start: float = 0.18,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    window: int = 1,
     seeds: Tensor | None = None,
 ) -> Tensor:
     """Draw (B, N) int64 image tokens in raster order.
 
     condition: labels (B,) int64, or (features (B, T, C) left-padded, mask (B, T) bool).
     cfg_scale: guided = null + cfg_scale x (conditional - null), for values above 1; otherwise conditional only.
-    cfg_interval: -1 guides every token; k >= 0 guides the first k + 2 (the first one, and decoding steps 0 … k), after
-    which the null half is not computed any more. temperature: 0 takes the likeliest code. top_k: 0 keeps all codes.
-    top_p: 1 keeps all codes. seeds: (B,) int64, one per sample (default 0 … B-1).
+    cfg_interval, guidance, guidance_power, guidance_start: how that scale changes along the image; see
+        ``guidance_scales``. The null half is not computed any more once all that follows is conditional only.
+    temperature: 0 takes the likeliest code.
+    top_k: 0 keeps all codes.
+    top_p: 1 keeps all codes.
+    window: tokens per forward pass at most; above 1, speculative decoding.
+    seeds: (B,) int64, one per sample (default 0 … B-1).
+
     Raises ValueError for numbers outside these ranges.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or cfg_interval < -1:
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}, cfg_interval {cfg_interval}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or window < 1:
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}, window {window}")
+    count = model.config.image_tokens
+    scales = guidance_scales(count, cfg_scale, guidance, cfg_interval, guidance_power, guidance_start)
     batch = len(condition[0] if isinstance(condition, tuple) else condition)
-    device = model.rotary.device
-    streams = noise_streams(torch.arange(batch) if seeds is None else seeds).to(device)
-    guided = cfg_scale > 1
-    logits, cache = model.prefill(_with_null(model, condition) if guided else condition)
-    tokens = torch.empty(batch, model.config.image_tokens, dtype=torch.int64, device=device)
-    for position in range(model.config.image_tokens):
-        if position > 0:
-            if guided and 0 <= cfg_interval < position - 1:
-                guided = False
-                cache.keep(batch)
-            last = tokens[:, position - 1]
-            logits = model.decode(torch.cat([last, last]) if guided else last, cache)
-        scores = logits.float()
-        if guided:
-            conditional, null = scores.chunk(2)
-            scores = null + cfg_scale * (conditional - null)
-        tokens[:, position] = draw(scores, streams, position, temperature, top_k, top_p)
+    streams = noise_streams(torch.arange(batch) if seeds is None else seeds).to(model.rotary.device)
+
+    def drawn(logits: Tensor, streams: Tensor, position: int | Tensor) -> Tensor:
+        return draw(logits, streams, position, temperature, top_k, top_p)
+
+    guided = any(scale > 1 for scale in scales)
+    logits, cache = model.prefill(_with_null(model, condition) if guided else condition, spare=window - 1)
+    first = drawn(_guide(logits, batch, scales[0]), streams, 0)
+    loop = _one_by_one if window == 1 else _in_windows
+    return loop(model, cache, first, scales, streams, drawn, window)
+
+
+def _one_by_one(
+    model: GPT, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
+) -> Tensor:
+    """The plain loop. first: (B,), the first tokens."""
+    batch, guided_until = len(first), _guided_until(scales)
+    tokens = first.new_empty(batch, len(scales))
+    tokens[:, 0] = first
+    for position in range(1, len(scales)):
+        if position == guided_until:
+            cache.keep(batch)
+        last = tokens[:, position - 1]
+        logits = model.decode(torch.cat([last, last]) if position < guided_until else last, cache)
+        tokens[:, position] = drawn(_guide(logits, batch, scales[position]), streams, position)
     return tokens
+
+
+def _in_windows(
+    model: GPT, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
+) -> Tensor:
+    """Speculative decoding. first: (B,), the first tokens."""
+    batch, count, guided_until = len(first), len(scales), _guided_until(scales)
+    # Windows reach behind the image's end at last; what is drawn there is cut off. A guess to begin with: the token
+    # before it.
+    tokens = first[:, None].repeat(1, count + window)
+    scale_at = torch.tensor(scales + scales[-1:] * window, device=first.device)
+    right = torch.ones_like(first)  # tokens of each sample that are those of the plain loop
+    guided = guided_until > 0
+    while (least := int(right.min())) < count:
+        if guided and least >= guided_until:
+            guided = False
+            cache.keep(batch)
+        # the newest right token, and guesses; a sample that is complete computes its last window again
+        start = right.clamp(max=count - 1) - 1
+        at = start[:, None] + torch.arange(window, device=first.device)
+        fed = tokens.gather(1, at)
+        both = (torch.cat([fed, fed]), torch.cat([start, start])) if guided else (fed, start)
+        logits = model.decode_window(*both, int(start.max()) + window, cache)
+        scores = _guide(logits, batch, scale_at[at + 1][..., None])
+        found = drawn(
+            scores.flatten(0, 1), streams.repeat_interleave(window), (at + 1).clamp(max=count - 1).flatten()
+        ).view(batch, window)
+        tokens.scatter_(1, at + 1, found)
+        right = start + 1 + confirmed(fed, found)
+        beyond = torch.arange(tokens.shape[1], device=first.device) > start[:, None] + window
+        tokens = torch.where(beyond, found[:, -1:], tokens)
+        right = right.clamp(max=count)
+    return tokens[:, :count]
+
+
+def confirmed(fed: Tensor, found: Tensor) -> Tensor:
+    """(B,): how many of a window's draws are right.
+
+    fed: (B, W), a right token and guesses.
+    found: (B, W), the draws behind each. The first is right; each further one is if all guesses before it were.
+    """
+    return 1 + (fed[:, 1:] == found[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+
+
+def _guided_until(scales: list[float]) -> int:
+    """The first position from which on all are conditional only."""
+    return max((position + 1 for position, scale in enumerate(scales) if scale > 1), default=0)
+
+
+def _guide(logits: Tensor, batch: int, scale: float | Tensor) -> Tensor:
+    """(B, …, V) fp32 from the conditional half and, where there is one, the null half."""
+    scores = logits.float()
+    if len(scores) == batch:
+        return scores
+    conditional, null = scores.chunk(2)
+    if isinstance(scale, float):  # 1 is exactly the conditional logits
+        return null + scale * (conditional - null) if scale > 1 else conditional
+    return torch.where(scale > 1, null + scale * (conditional - null), conditional)
 
 
 def _with_null(model: GPT, condition: Condition) -> Condition:
@@ -67,38 +157,3 @@ def _with_null(model: GPT, condition: Condition) -> Condition:
     assert isinstance(condition, Tensor)
     assert isinstance(null, Tensor)
     return torch.cat([condition, null])
-
-
-def noise_streams(seeds: Tensor) -> Tensor:
-    """The int32 key of every sample's noise. seeds: (B,) int64; none collide that differ only in the low 32 bits."""
-    return prng.stream(0, "sampling", seeds)
-
-
-def draw(logits: Tensor, streams: Tensor, position: int, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One code per row, int64 (B,). logits: (B, V) fp32, guided already. streams: from ``noise_streams``."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    kept = filter_logits(logits / max(temperature, LEAST_TEMPERATURE), top_k, top_p)
-    vocabulary = logits.shape[-1]
-    counters = position * vocabulary + torch.arange(vocabulary, device=logits.device)  # one for every code drawn from
-    raw = prng.bits32(streams[:, None], counters).to(torch.int64) & 0xFFFFFFFF
-    uniform = (raw.double() + 0.5) * 2.0**-32  # never 0 or 1
-    return (kept.double() - torch.log(-torch.log(uniform))).argmax(dim=-1)
-
-
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(B, V) with -inf where a code is ruled out.
-
-    top_k > 0 keeps every code that is not below the k-th largest (ties stay). Then top_p < 1 keeps the likeliest codes
-    up to and including the one at which their total probability exceeds top_p.
-    """
-    if top_k > 0:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1.0:
-        ordered, codes = logits.sort(dim=-1, descending=True)
-        beyond = ordered.softmax(dim=-1).cumsum(dim=-1) > top_p
-        # shifted by one, so that the code at which the sum exceeds top_p stays, and always at least one
-        beyond = torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, codes, beyond), -torch.inf)
-    return logits

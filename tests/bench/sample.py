@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llamagen_dist.models import ops
 from llamagen_dist.models.gpt import GPT, Attention, Block, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.sampling.sampler import draw, noise_streams
+from llamagen_dist.sampling.draw import draw, noise_streams
 
 SCALE, TOP_K = 4.0, 2000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,9 +15,10 @@ from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.draw import candidates, draw, noise_streams
 from llamagen_dist.sampling.grid import class_grid, tile_side
 from llamagen_dist.sampling.load import class_number
-from llamagen_dist.sampling.sampler import draw, filter_logits, generate, noise_streams
+from llamagen_dist.sampling.sampler import generate
 from tests.unit.test_gpt import NO_DROPOUT, recipe, tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -34,6 +35,12 @@ def t2i():
     golden = np.load(GOLDEN / "gpt_t2i.npz")
     caption = torch.from_numpy(golden["caption"]), torch.from_numpy(golden["emb_mask"]).bool()
     return tiny("text", golden).eval(), golden, caption
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """(B, V): -inf where a code may not be drawn."""
+    scores, codes = candidates(logits, top_k, top_p)
+    return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand(len(logits), -1), scores)
 
 
 GREEDY = [
@@ -244,10 +251,19 @@ def test_seeds_of_one_run_never_share_a_stream():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"cfg_interval": -2}]
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"cfg_interval": -2},
+        {"cfg_scale": -1.0},
+        {"window": 0},
+    ],
 )
 def test_numbers_out_of_range_are_refused(c2i, bad):
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"temperature|interval"):
         generate(c2i[0], torch.tensor([0]), **bad)
 
 
