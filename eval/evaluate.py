@@ -53,7 +53,12 @@ def main(argv: list[str]) -> None:
     judge = Judge(config.classifier, config, topology) if config.classifier is not None else None
     comparison.check_labels(None if judge is None else judge.classes)
     extraction = Extraction(
-        comparison.selections, network, None if judge is None else judge.network.classify, topology, config.batch
+        comparison.selections,
+        network,
+        None if judge is None else judge.network.classify,
+        topology,
+        config.batch,
+        config.inception_score,
     )
     label = "features" if network else "images"
     with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:

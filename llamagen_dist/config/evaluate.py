@@ -11,6 +11,7 @@ from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, Posi
 
 SampleSet = Literal["model", "untrained", "unigram"]
 Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
+InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
 
 
 class SampleConfig(Section):
@@ -173,6 +174,9 @@ class EvaluateConfig(Section):
     kid: KIDSection = KIDSection()
     neighbours: PositiveInt = 3
     """k of precision and recall: an image covers what lies no further away than its k-th neighbour."""
+    inception_score: InceptionScoreSplits = "whole"
+    """``whole``: over all images at once. As others split them and average: ``torch-fidelity`` (10 splits, shuffled),
+    ``adm`` (5000 consecutive images each; LlamaGen's figures)."""
     inception: InceptionSection = InceptionSection()
     classifier: ClassifierSection | None = None
     threads: Threads = None

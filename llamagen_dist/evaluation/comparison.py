@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamagen_dist.config import EvaluateConfig
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception, passport, record
+from llamagen_dist.evaluation import inception, inception_score, passport, record
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
 from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
@@ -199,7 +199,9 @@ class Comparison:
                     mine.pool, theirs.pool, self.config.neighbours, topology, radii=radii
                 )
         if "inception_score" in wanted and mine.score is not None:
-            values["inception_score"] = mine.score
+            values["inception_score"], deviation = mine.score
+            if self.config.inception_score != "whole":
+                values["inception_score_std"] = deviation
         labels = generated.images.labels
         if "class_agreement" in wanted and mine.classes is not None and labels is not None:
             truth = labels[self.selections[generated.selection].indices]
@@ -268,6 +270,7 @@ class Comparison:
         pool = {**network, "features": inception.TAPS["fid"]}
         subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
         kid_section = {**subsets, "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
+        splits = 1 if self.config.inception_score == "whole" else inception_score.MEANING[self.config.inception_score]
         large = {"keep": self.config.keep, "subsample": self.config.subsample}
         details: dict[str, dict[str, Any]] = {
             "fid": {**pool, "covariance": "n - 1"},
@@ -279,7 +282,7 @@ class Comparison:
                 "inside": "distance <= radius, float64",
                 **large,
             },
-            "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": 1},
+            "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": splits},
             "class_agreement": classifier or {},
         }
         return {metric: details[metric] for metric in record.VALUES if metric in self.config.metrics}

@@ -18,7 +18,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.frechet import Gaussian, Moments, gaussian_of
 from llamagen_dist.evaluation.image_sets import ImageSet
 from llamagen_dist.evaluation.inception import LOGITS, POOL_FEATURES, SPATIAL_FEATURES, Inception
-from llamagen_dist.evaluation.inception_score import ScoreSums
+from llamagen_dist.evaluation.inception_score import SPLITS, ScoreSums
 from llamagen_dist.parallel.topology import Topology
 
 
@@ -50,8 +50,8 @@ class SetFeatures:
     """float32 [k, 2048] of the kept images; None without an extractor."""
     fid: Gaussian | None = None
     sfid: Gaussian | None = None
-    score: float | None = None
-    """Inception Score, where the extractor gives logits."""
+    score: tuple[float, float] | None = None
+    """Inception Score and its deviation over the splits, where the extractor gives logits."""
     classes: Tensor | None = None
     """int64 [n]: the classifier's answer for every image."""
 
@@ -77,11 +77,13 @@ class Extraction:
         classify: Classify | None,
         topology: Topology,
         batch: int,
+        splits: str = "whole",
     ) -> None:
+        """splits: of the Inception Score, a name in SPLITS."""
         self.selections, self.network, self.classify, self.topology = selections, network, classify, topology
         self.batch = batch
         self.work = list(batches(selections, batch))[topology.rank :: topology.world]
-        self.parts = [_Part(selection, network, classify is not None, topology) for selection in selections]
+        self.parts = [_Part(selection, network, classify is not None, topology, splits) for selection in selections]
 
     def images_of_rank(self) -> int:
         return sum(rows.stop - rows.start for _, rows in self.work)
@@ -114,7 +116,9 @@ class Extraction:
 class _Part:
     """What this rank has gathered of one selection."""
 
-    def __init__(self, selection: Selection, network: Inception | None, classified: bool, topology: Topology) -> None:
+    def __init__(
+        self, selection: Selection, network: Inception | None, classified: bool, topology: Topology, splits: str
+    ) -> None:
         n, device = len(selection), topology.device
         self.topology, self.selection = topology, selection
         self.digests = np.zeros((n, 32), np.uint8)
@@ -132,7 +136,7 @@ class _Part:
         else:
             self.moments = Moments(POOL_FEATURES, device), Moments(SPATIAL_FEATURES, device)
         if network.fc is not None:
-            self.score = ScoreSums(LOGITS, device)
+            self.score = ScoreSums(SPLITS[splits](n), LOGITS, device)
 
     def add(self, rows: slice, pool: Tensor, spatial: Tensor, logits: Tensor | None) -> None:
         kept_rows = torch.from_numpy(self.row_of[rows]).to(pool.device)
@@ -146,7 +150,7 @@ class _Part:
             self.moments[0].update(pool)
             self.moments[1].update(spatial)
         if self.score is not None and logits is not None:
-            self.score.update(logits)
+            self.score.update(rows, logits)
 
     def finish(self) -> SetFeatures:
         """Collective: adds up what the ranks have, each image's row being zero on all ranks but one.

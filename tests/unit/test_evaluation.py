@@ -13,7 +13,6 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, frechet, inception, inception_weights, kid, manifold
 from llamagen_dist.evaluation.features import Extraction, Selection, batches
 from llamagen_dist.evaluation.image_sets import balanced, choose, open_images
-from llamagen_dist.evaluation.inception_score import ScoreSums
 from llamagen_dist.parallel.topology import Topology, start
 from tests.ranks.forked import run_ranks
 
@@ -62,17 +61,6 @@ def test_one_doubled_image_or_a_population_covariance_would_be_noticed():
     assert abs(frechet.frechet_distance(population, streamed(y)) - expected) > 1e-5 * expected
     with pytest.raises(ValueError, match="64 and of 32"):
         frechet.frechet_distance(g, streamed(x[:, :32]))
-
-
-def test_inception_score_has_the_value_of_torch_fidelity_with_one_split():
-    """torch-fidelity 0.4.0, isc_splits=1: 1.2985868368 on these logits."""
-    r = np.random.RandomState(0)
-    pool = np.maximum(r.randn(6000, 2048) * 0.4 + 0.1, 0).astype(np.float32)
-    logits = torch.from_numpy(pool @ (r.randn(1008, 2048) * 0.06).astype(np.float32).T)
-    sums = ScoreSums(1008)
-    for part in logits[torch.randperm(6000)].split(700):
-        sums.update(part)
-    assert sums.score() == pytest.approx(1.2985868368, abs=2e-8)
 
 
 def test_kid_is_the_average_over_pairs():
