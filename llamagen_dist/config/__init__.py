@@ -6,6 +6,7 @@ from llamagen_dist.config.evaluate import (
     ClassifierSection,
     EvaluateConfig,
     InceptionSection,
+    NeighboursConfig,
     ReconstructConfig,
     SampleConfig,
 )

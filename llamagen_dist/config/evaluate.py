@@ -195,3 +195,30 @@ class EvaluateConfig(Section):
         if self.generated is not None and self.reference is not None:
             return {"generated": ImageSetSection(images=self.generated, reference=self.reference)}
         return self.sets
+
+
+class NeighboursConfig(Section):
+    """``kind: neighbours``, read by ``eval.neighbours``."""
+
+    kind: Literal["neighbours"]
+    samples: Path
+    """What a model has drawn: an .npz (``arr_0`` uint8 [n, H, W, 3]) or a folder of image shards."""
+    images: Path
+    """What it was trained on, in either form."""
+    out: Path
+    """Folder for neighbours.json and neighbours.png."""
+    limit: Pictures | None = 1000
+    """At most so many samples, chosen class by class by a hash of the seed. Empty: all."""
+    real: Pictures = 1000
+    """So many training images, chosen alike, say how far real images lie from each other."""
+    k: PositiveInt = 4
+    """Neighbours of each sample."""
+    features: Literal["auto", "inception", "pixels"] = "auto"
+    """What images are compared by. auto: Inception features, or without its weights pixels, which is said."""
+    inception: InceptionSection = InceptionSection()
+    image_size: PositiveInt | None = None
+    """Image shards are centre-cropped to this; empty: they have one size, which is kept."""
+    seed: CountInt = 0
+    batch: PositiveInt = 64
+    """Images per forward pass and rank."""
+    threads: Threads = None

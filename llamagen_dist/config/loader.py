@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config.data import ExtractConfig
-from llamagen_dist.config.evaluate import EvaluateConfig, ReconstructConfig, SampleConfig
+from llamagen_dist.config.evaluate import EvaluateConfig, NeighboursConfig, ReconstructConfig, SampleConfig
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
 from llamagen_dist.config.section import Section, build, nearest
@@ -21,6 +21,7 @@ KINDS: dict[str, type[Section]] = {
     "sample": SampleConfig,
     "reconstruct": ReconstructConfig,
     "evaluate": EvaluateConfig,
+    "neighbours": NeighboursConfig,
     "cluster": ClusterConfig,
     "sweep": SweepConfig,
     "pack": PackConfig,
