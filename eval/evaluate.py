@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     comparison = Comparison(config)
     if comparison.limit != config.limit:
         topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
+    found = topology.broadcast_from_rank0(comparison.mistakes_of_pairs)
     extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
     if isinstance(extractor, str):
         comparison.without_features(extractor)
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
     label = "features" if network else "images"
     with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
         measured = extraction.run(progress.advance if progress else lambda count, text: None)
+    found += comparison.mistakes_of_features(measured)
     result: dict[str, Any] = {"n": comparison.n, "sets": {}}
     described_sets = {}
     for name in comparison.sets:
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
         },
         "extractor": described,
         "sets": described_sets,
+        "mistakes": [one.record() for one in found],
         "batch": config.batch,
         "device": str(topology.device.type),
         "ranks": topology.world,
@@ -148,6 +151,8 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def _show(result: dict[str, Any]) -> None:
     for name, values in result["sets"].items():
         LOG.info(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
+    for mistake in result["record"]["mistakes"]:
+        LOG.warning(f"MISTAKE in {mistake['set']}: {mistake['mistake']}: {mistake['what']}")
     for metric, reason in result["absent"].items():
         LOG.info(f"{metric} is absent: {reason}")
     LOG.info(result["record"]["bias"])

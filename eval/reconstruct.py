@@ -6,7 +6,7 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 computed at the same position of the same batch shape on any number of ranks, so the files' bytes do not depend on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from llamagen_dist.config import ReconstructConfig, load
+from llamagen_dist.console import LOG
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, ssim, ssim_llamagen, unpadded
+from llamagen_dist.evaluation.mistakes import range_of_ssim
+from llamagen_dist.files import read_json
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
@@ -79,6 +82,8 @@ class Reconstruction:
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
         if (missing := self.output.missing()) is None:
+            if self.config.claimed_ssim is not None:
+                self.topology.broadcast_from_rank0(self._add_claim)
             return
         self.output.make(missing, "reconstructions", self._arrays)
         averages = self.topology.broadcast_from_rank0(self._finish)
@@ -118,6 +123,7 @@ class Reconstruction:
         averages["codebook_usage"] = float(used.mean())
         self.output.finish(
             averages
+            | self._claim(averages)
             | {
                 "tokenizer": str(self.config.tokenizer),
                 "image_shards": str(self.config.images),
@@ -136,6 +142,18 @@ class Reconstruction:
             }
         )
         return averages
+
+    def _claim(self, averages: Mapping[str, Any]) -> dict[str, str]:
+        """For the record: which data range an SSIM from elsewhere was computed with; empty where none is claimed."""
+        if self.config.claimed_ssim is None:
+            return {}
+        claim = range_of_ssim(self.config.claimed_ssim, averages["ssim"], averages["ssim_llamagen"])
+        LOG.info(f"claimed_ssim: {claim}")
+        return {"claimed_ssim": claim}
+
+    def _add_claim(self) -> None:
+        record = read_json(self.output.record)
+        self.output.finish(record | self._claim(record))
 
 
 if __name__ == "__main__":

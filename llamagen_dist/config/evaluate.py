@@ -12,6 +12,8 @@ from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, Posi
 SampleSet = Literal["model", "untrained", "unigram"]
 Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
 InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
+Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "duplicates", "ssim_range"]
+"""What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
 
 
 class SampleConfig(Section):
@@ -84,6 +86,8 @@ class ReconstructConfig(Section):
     """Pixels along a side; empty: what the tokenizer was trained on."""
     limit: Pictures | None = None
     """Only the first so many images; empty: all of them."""
+    claimed_ssim: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """An SSIM of these reconstructions from elsewhere: the record says which data range it was computed with."""
     batch: PositiveInt = 64
     """Images per forward pass and rank."""
     threads: Threads = None
@@ -152,6 +156,11 @@ class EvaluateConfig(Section):
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("fid", "sfid", "kid", "precision_recall")
     out: Path
     """The JSON file to write."""
+    scores: Literal["samples", "reconstructions"] | None = None
+    """What is scored: reconstructions belong beside their own originals (rFID). Empty: what the record.json beside the
+    pictures says."""
+    accept: tuple[Mistake, ...] = ()
+    """Mistakes that would be refused and are measured all the same; the result names them."""
     limit: Pictures | None = 50000
     """Exactly so many images on each side, the same number of every class, chosen by a hash of the seed. Empty: all
     there are."""

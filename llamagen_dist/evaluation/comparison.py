@@ -11,12 +11,13 @@ from torch import Tensor
 
 from llamagen_dist.config import EvaluateConfig
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception, inception_score, passport, record
+from llamagen_dist.evaluation import inception, inception_score, mistakes, passport, record
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
 from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.evaluation.kid import kid
 from llamagen_dist.evaluation.manifold import precision_recall, squared_radii
+from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.parallel.topology import Topology
 
 FEATURE_METRICS = ("fid", "sfid", "kid", "precision_recall", "inception_score")
@@ -227,6 +228,48 @@ class Comparison:
         if side.selection not in self._known_radii:
             self._known_radii[side.selection] = squared_radii(pool, self.config.neighbours, topology)
         return self._known_radii[side.selection]
+
+    @property
+    def _consecutive_splits(self) -> bool:
+        return "inception_score" in self.config.metrics and self.config.inception_score == "adm"
+
+    def mistakes_of_pairs(self) -> list[Found]:
+        """Mistakes that show before anything is computed; pictures are read. Raises UserError, see ``refuse``."""
+        declared = {"samples": False, "reconstructions": True, None: None}[self.config.scores]
+        found: list[Found] = []
+        for name, (generated, reference) in self.sets.items():
+            assert generated.selection is not None
+            chosen = self.selections[generated.selection].indices
+            made = passport.made_by(generated.images)
+            said = {"eval.reconstruct": True, "eval.sample": False}.get((made or {}).get("program", ""))
+            found += mistakes.of_reconstructions(
+                name,
+                (generated.images, chosen),
+                (
+                    reference.images,
+                    None if reference.selection is None else self.selections[reference.selection].indices,
+                ),
+                said if declared is None else declared,
+                made,
+                passport.provenance(reference.images),
+            )
+            if self._consecutive_splits:
+                labels = generated.images.labels
+                found += mistakes.order_of_classes(name, None if labels is None else labels[chosen], None)
+        mistakes.refuse(found, self.config.accept)
+        return found
+
+    def mistakes_of_features(self, measured: Sequence[SetFeatures]) -> list[Found]:
+        """Mistakes that show in what was computed."""
+        found: list[Found] = []
+        for name, (generated, _) in self.sets.items():
+            assert generated.selection is not None
+            mine = measured[generated.selection]
+            found += mistakes.duplicates(name, mine.digests)
+            whole = mine.pool is not None and len(mine.pool) == len(self.selections[generated.selection])
+            if self._consecutive_splits and generated.images.labels is None and whole:
+                found += mistakes.order_of_classes(name, None, mine.pool)
+        return found
 
     def describe(self, name: str, measured: Sequence[SetFeatures]) -> dict[str, Any]:
         """Where the two sides of a set come from and what their pixels hash to."""

@@ -7,7 +7,7 @@ feature has the same bits wherever it was computed.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class SetFeatures:
     """Inception Score and its deviation over the splits, where the extractor gives logits."""
     classes: Tensor | None = None
     """int64 [n]: the classifier's answer for every image."""
+    digests: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
+    """uint8 [n, 32]: sha256 of every image."""
 
 
 Classify = Callable[[NDArray[np.uint8]], Tensor]
@@ -162,7 +164,7 @@ class _Part:
         sha256 = hashlib.sha256(digests.tobytes()).hexdigest()
         classes = total(self.classes) if len(self.classes) else None
         if self.pool is None:
-            return SetFeatures(sha256, classes=classes)
+            return SetFeatures(sha256, classes=classes, digests=digests)
         if bad := int(total(self.not_finite)):
             raise UserError(
                 f"{self.selection.images.path}: {bad} of {len(self.selection)} images have features that are NaN or "
@@ -171,10 +173,12 @@ class _Part:
         score = None if self.score is None else self.score.score(self.topology)
         pool = total(self.pool)
         if self.spatial is not None:
-            return SetFeatures(sha256, pool, gaussian_of(pool), gaussian_of(total(self.spatial)), score, classes)
+            return SetFeatures(
+                sha256, pool, gaussian_of(pool), gaussian_of(total(self.spatial)), score, classes, digests
+            )
         assert self.moments is not None
         fid, sfid = (moments.gaussian(self.topology) for moments in self.moments)
-        return SetFeatures(sha256, pool, fid, sfid, score, classes)
+        return SetFeatures(sha256, pool, fid, sfid, score, classes, digests)
 
 
 def _digest(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

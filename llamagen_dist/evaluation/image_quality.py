@@ -15,6 +15,8 @@ Region = tuple[int, int, int, int]
 
 PSNR_LIMIT = 100.0
 """dB given to identical images, whose PSNR is infinite, so that averages stay finite."""
+ROUNDING = 1e-3
+"""How far floats may lie outside [0, 1], as bfloat16 or interpolation leaves them."""
 SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
@@ -43,13 +45,19 @@ def psnr(images: Tensor, references: Tensor, region: Region | None = None) -> Te
     return (-10.0 * torch.log10(error.clamp_min(10 ** (-PSNR_LIMIT / 10)))).clamp(max=PSNR_LIMIT)
 
 
-def ssim(images: Tensor, references: Tensor, region: Region | None = None, data_range: float = 1.0) -> Tensor:
+def ssim(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
     """Structural similarity of each image, float64 (B,) (Wang et al. 2004, with scikit-image's defaults).
 
     A uniform 7 x 7 window, sample (N - 1) covariances, K1 = 0.01, K2 = 0.03, only windows that lie wholly
     inside the picture, then the mean over windows and channels. Both: (B, C, H, W), uint8 or finite floats in [0,
     1], at least 7 x 7 pixels (else ValueError).
+
+    The data range is 1, what the pixels span; another one makes it read too high, see ``ssim_llamagen``.
     """
+    return _ssim(images, references, region, 1.0)
+
+
+def _ssim(images: Tensor, references: Tensor, region: Region | None, data_range: float) -> Tensor:
     a, b = _unit(images, region), _unit(references, region)
     if min(a.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {tuple(a.shape[-2:])}")
@@ -71,7 +79,7 @@ def ssim(images: Tensor, references: Tensor, region: Region | None = None, data_
 
 def ssim_llamagen(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
     """SSIM as LlamaGen's published numbers have it: pixels in [0, 1] but data_range 2, which reads higher."""
-    return ssim(images, references, region, data_range=2.0)
+    return _ssim(images, references, region, 2.0)
 
 
 def _unit(images: Tensor, region: Region | None) -> Tensor:
@@ -81,4 +89,10 @@ def _unit(images: Tensor, region: Region | None) -> Tensor:
     if images.dtype == torch.uint8:
         return images.double() / 255.0
     require_finite("pixels", images)
+    least, most = (float(bound) for bound in images.aminmax())
+    if least < -ROUNDING or most > 1 + ROUNDING:
+        raise ValueError(
+            f"ssim_range: pixels from {least:g} to {most:g}; give uint8, or floats from 0 to 1 ((x + 1) / 2 of what a "
+            "decoder returns)"
+        )
     return images.double()

@@ -40,6 +40,12 @@ def test_reconstructions_and_their_scores(work, tmp_path):
     assert abs(record["psnr"] - float(psnr(expected, truth).mean())) > 0.01, "the padding would be noticed"
     assert record["codebook_usage"] == len(codes.unique()) / VOCABULARY
     assert 0 <= record["ssim"] < record["ssim_llamagen"] <= 1
+    claim = f"claimed_ssim={record['ssim_llamagen']:.6f}"
+    assert "was computed with data range 2" in quietly(reconstruct.main, words(work, out, claim, kind="reconstruct"))
+    claimed = json.loads((out / "record.json").read_text())
+    assert claimed.pop("claimed_ssim").startswith("ssim_range: ")
+    assert claimed == record, "nothing else has changed"
+    (out / "record.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     run_ranks(reconstruct.main, 3, words(work, tmp_path / "three", kind="reconstruct"))
     assert contents(tmp_path / "three") == contents(out)
     scores = ("psnr", "ssim", "ssim_llamagen", "codebook_usage")

@@ -34,10 +34,10 @@ def slow_ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> float:
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize("data_range", [1.0, 2.0])
-def test_ssim_is_the_mean_over_windows_and_channels(data_range):
+@pytest.mark.parametrize(("measure", "data_range"), [(ssim, 1.0), (ssim_llamagen, 2.0)])
+def test_ssim_is_the_mean_over_windows_and_channels(measure, data_range):
     a, b = noisy_pair()
-    found = ssim(a, b, data_range=data_range)
+    found = measure(a, b)
     expected = [slow_ssim(p.double().numpy(), q.double().numpy(), data_range) for p, q in zip(a, b, strict=True)]
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
@@ -46,8 +46,16 @@ def test_ssim_is_the_mean_over_windows_and_channels(data_range):
 
 def test_the_published_variant_reads_higher():
     a, b = noisy_pair()
-    assert torch.equal(ssim_llamagen(a, b), ssim(a, b, data_range=2.0))
     assert bool((ssim_llamagen(a, b) > ssim(a, b)).all())
+
+
+@pytest.mark.parametrize("scale", [lambda x: 2 * x - 1, lambda x: 255 * x])
+def test_pixels_of_another_range_are_refused_by_name(scale):
+    a, b = noisy_pair()
+    assert bool((ssim(a, b) > 0).all()), "the twin"
+    for measure in (ssim, ssim_llamagen, psnr):
+        with pytest.raises(ValueError, match=r"ssim_range: pixels from .* give uint8, or floats from 0 to 1"):
+            measure(scale(a), scale(b))
 
 
 def test_identical_pictures():
