@@ -18,9 +18,6 @@ from llamagen_dist.evaluation import originals
 from llamagen_dist.evaluation.image_sets import ImageSet
 from llamagen_dist.evaluation.inception_score import ADM_SPLIT
 
-FEWEST = 100
-"""Images from which an order is visible in features."""
-
 
 @dataclass(frozen=True)
 class Found:
@@ -129,9 +126,10 @@ def order_of_classes(name: str, labels: NDArray[np.int64] | None, pool: Tensor |
         seen = np.mean([len(np.unique(labels[start : start + ADM_SPLIT])) for start in starts])
         shuffled = np.mean([(1 - (1 - share) ** min(ADM_SPLIT, len(labels) - start)).sum() for start in starts])
         if seen < 0.8 * shuffled:
-            what = f"a split of {ADM_SPLIT} holds {seen:.0f} of {len(share)} classes, and would hold {shuffled:.0f} shuffled"
+            counts = f"{seen:.0f} of {len(share)} classes, and would hold {shuffled:.0f} shuffled"
+            what = f"a split of {ADM_SPLIT} holds {counts}"
             yield Found(name, "class_order", f"{what}; {_ORDERED}", certain=True)
-    elif labels is None and pool is not None and len(pool) >= max(FEWEST, ADM_SPLIT + 1):
+    elif labels is None and pool is not None and len(pool) > ADM_SPLIT:
         wide = pool.double()
         steps = float((wide[1:] - wide[:-1]).square().sum(1).mean())
         apart = 2 * float(wide.var(0).sum())

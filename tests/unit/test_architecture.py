@@ -277,7 +277,7 @@ BUDGETS = {
     "console": 230,
     "prng": 110,
     "models": 1650,
-    "config": 1790,
+    "config": 1880,
     "parallel": 1800,
     "build": 120,
     "data": 4700,
