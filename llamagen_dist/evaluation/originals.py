@@ -17,7 +17,7 @@ from llamagen_dist.evaluation.image_sets import ImageSet
 
 LOOKED_AT = 48
 """Pictures, spread over the set; all that is in memory besides one batch of the reference."""
-FEWEST = 8
+FEWEST_PAIRS = 8
 """With fewer pairs a coincidence is too likely for any statement."""
 _GRID, _COARSE, _BATCH = 64, 16, 64
 
@@ -37,7 +37,7 @@ def compare(
     images, chosen: the pictures, int64 [n] which of them. originals, candidates: int64 [m], in the same order where
     n = m. search: whether all of them are looked through where they are others.
     """
-    if len(chosen) < FEWEST or len(candidates) < FEWEST:
+    if len(chosen) < FEWEST_PAIRS or len(candidates) < FEWEST_PAIRS:
         return "unclear", f"{min(len(chosen), len(candidates))} images"
     at = np.unique(np.linspace(0, len(chosen) - 1, LOOKED_AT).astype(np.int64))
     shown = _small(images.read(chosen[at]))
