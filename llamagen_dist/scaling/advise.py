@@ -13,7 +13,7 @@ from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.planning import layouts
 from llamagen_dist.planning.plan import Machine
 from llamagen_dist.scaling.basis import Basis
-from llamagen_dist.scaling.bootstrap import quantiles
+from llamagen_dist.scaling.bootstrap import interval, quantiles
 from llamagen_dist.scaling.fid import FidLaw
 from llamagen_dist.scaling.fit import Fit, other_forms
 from llamagen_dist.scaling.laws import Floats
@@ -301,9 +301,7 @@ class Planner:
             parts = [(end, part) for end in ends for part in np.array_split(resampled.theta, 8)]
             sizes = np.exp(np.concatenate([end.best_sizes(part, flops) for end, part in parts]))
             spread = {"params_fit": sizes, **self._with_tokens(sizes, flops)}
-            optimum["ci95"] = {
-                name: [float(x) for x in np.quantile(values, [0.025, 0.975])] for name, values in spread.items()
-            }
+            optimum["ci95"] = {name: interval(values) for name, values in spread.items()}
         return optimum
 
     def _with_tokens(self, size: Floats, flops: float) -> dict[str, Floats]:
@@ -353,8 +351,8 @@ class Planner:
             theta = resampled.theta[:500]
             curves = np.stack([self.curve(theta, c)[1].min(axis=1) for c in budgets[::2]], axis=1)
             needed = _crossing(budgets[::2], curves, target)
-            low, high = np.quantile(needed, [0.025, 0.975])
-            found["ci95"] = [float(low), float(high) if math.isfinite(high) else None]
+            low, high = interval(needed)
+            found["ci95"] = [low, high if math.isfinite(high) else None]
         return found
 
     def next_runs(self, flops: float, most: int = 3) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 from llamagen_dist.models.sizes import GPTConfig
-from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap
+from llamagen_dist.scaling.bootstrap import Bootstrap, attempt
 from llamagen_dist.scaling.fit import Fit, fit_law
 from llamagen_dist.scaling.laws import Floats
 from llamagen_dist.scaling.points import Points
@@ -62,11 +62,7 @@ def read_fit(path: Path) -> Basis:
             f"{path}: its points give the objective {fit.objective:.9g}, not the {objective:.9g} it states; it was "
             "changed, or made by another version: run llamagen scaling fit again"
         )
-    resampled, refused = None, None
-    try:
-        resampled = bootstrap(fit)
-    except UserError as error:
-        refused = str(error)
+    resampled, refused = attempt(fit)
     # what the fit said beyond what every fit of these points says, such as how published figures were made
     notes = [text for text in found["diagnostics"].get("warnings", []) if text not in fit.warnings]
     if "model" in record:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import solve
 from llamagen_dist.scaling.fit import Fit
 from llamagen_dist.scaling.laws import Floats
@@ -55,6 +56,19 @@ def quantiles(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
     return low, high
 
 
+def interval(values: Floats) -> list[float]:
+    """The middle 95 % of values [r]."""
+    return [float(end) for end in quantiles(values)]
+
+
+def attempt(fit: Fit) -> tuple[Bootstrap | None, str | None]:
+    """``bootstrap``, or why there is none."""
+    try:
+        return bootstrap(fit), None
+    except UserError as error:
+        return None, str(error)
+
+
 def bootstrap(fit: Fit, replicates: int = REPLICATES, seed: int = SEED) -> Bootstrap:
     """Refit resampled data: points, where there are 20 of as many runs; whole runs, where some have several points;
     else the fitted values with noise of the density that the loss belongs to, as wide as the residuals (inflated by
@@ -97,10 +111,10 @@ def bootstrap(fit: Fit, replicates: int = REPLICATES, seed: int = SEED) -> Boots
     return Bootstrap(method, np.concatenate(refits), inflated.ravel(), seed, share)
 
 
-def parameter_intervals(fit: Fit, resampled: Bootstrap, level: float = 0.95) -> dict[str, dict[str, Any]]:
-    """``ci95``: percentile intervals (of ``level``), ``se``: standard errors; both in the caller's units."""
+def parameter_intervals(fit: Fit, resampled: Bootstrap) -> dict[str, dict[str, Any]]:
+    """``ci95``: percentile intervals, ``se``: standard errors; both in the caller's units."""
     values = fit.in_units(resampled.theta)
     return {
-        "ci95": {name: [float(end) for end in quantiles(v, level)] for name, v in values.items()},
+        "ci95": {name: interval(v) for name, v in values.items()},
         "se": {name: float(v.std(ddof=1)) for name, v in values.items()},
     }

@@ -10,7 +10,6 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.scaling.bootstrap import bootstrap
 from llamagen_dist.scaling.fit import Fit, fit_law, law_named
 from llamagen_dist.scaling.points import Points
-from llamagen_dist.scaling.study import also_of
 
 REPLICATES = 200  # of each band; a coverage over a few points needs no more
 _SHARES = (0.1, 0.2, 0.35)  # of the points, most compute first, that are held out
@@ -89,10 +88,10 @@ def _held_out(
         fit = fit_law(points.where(keep), form, loss, delta, tau)
     except UserError as refusal:
         return found | {"refused": str(refusal)}
-    error = fit.predict(rest.params, rest.tokens, **also_of(rest, fit)) / rest.loss - 1
+    error = fit.at(rest) / rest.loss - 1
     found |= {"error": float(error.mean()), "absolute_error": float(np.abs(error).mean())}
     try:
-        low, high = bootstrap(fit, REPLICATES).band(fit, rest.params, rest.tokens, also=also_of(rest, fit))
+        low, high = bootstrap(fit, REPLICATES).band(fit, rest.params, rest.tokens, also=fit.beside(rest))
     except UserError as refusal:
         return found | {"no_band": str(refusal)}
     return found | {"coverage": float(((low <= rest.loss) & (rest.loss <= high)).mean())}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,18 +71,9 @@ class Fit:
 
     def problem(self, target: Floats | None = None, weights: Floats | None = None) -> solve.Problem:
         """The optimisation problem of these points; other centred log losses or weights [r, n] make a batch of it."""
-        x = self.law.x(columns_of(self.points, self.law)) - self.centre
-        own = np.log(self.points.loss)[None] - self.level
-        ones = np.ones((1, len(self.points)))
-        low, high = solve.bounds(self.law, x)
-        return solve.Problem(
-            self.law,
-            x,
-            own if target is None else target,
-            ones if weights is None else weights,
-            low,
-            high,
-            self.how.sides,
+        own = _problem(self.points, self.law, self.how, self.centre, self.level)
+        return replace(
+            own, target=own.target if target is None else target, weights=own.weights if weights is None else weights
         )
 
     def refit(self, problem: solve.Problem, rows: int, delta: float | None = None) -> Floats:
@@ -102,6 +93,14 @@ class Fit:
         that have them.
         """
         return self.predict_with(self.theta[None], params, tokens, **also)[0]
+
+    def at(self, points: Points) -> Floats:
+        """y [n] by the law where ``points`` are."""
+        return self.predict(points.params, points.tokens, **self.beside(points))
+
+    def beside(self, points: Points) -> dict[str, Floats]:
+        """What the law needs to know of ``points`` beside params and tokens."""
+        return {name: values for name, values in points.also.items() if name in self.law.columns}
 
     def predict_with(
         self, theta: Floats, params: Floats | float, tokens: Floats | float, **also: Floats | float
@@ -138,6 +137,12 @@ def columns_of(points: Points, law: Law) -> dict[str, Floats]:
     return known
 
 
+def _problem(points: Points, law: Law, how: Loss, centre: Floats, level: float) -> solve.Problem:
+    x = law.x(columns_of(points, law)) - centre
+    target, weights = np.log(points.loss)[None] - level, np.ones((1, len(points)))
+    return solve.Problem(law, x, target, weights, *solve.bounds(law, x), how.sides)
+
+
 def law_named(form: str) -> Law:
     """Raises UserError."""
     if form not in LAWS:
@@ -166,8 +171,8 @@ def fit_law(
     # Around the means of log N, log D and log loss all unknowns are of order one, whatever the units, and a coefficient
     # and its exponent are nearly independent: without it, moving alpha by 0.01 moves A by a fifth at N = 10^8.
     centre, level = law.centre(features), float(np.log(points.loss).mean())
-    x, target = features - centre, np.log(points.loss)[None] - level
-    problem = solve.Problem(law, x, target, np.ones((1, len(points))), *solve.bounds(law, x), how.sides)
+    problem = _problem(points, law, how, centre, level)
+    x, target = problem.x, problem.target
     theta, slope, optima = _optimum(problem, how)
     if delta == "auto" and loss == "huber":
         how = loss_of(loss, max(AUTO * _scatter(target - predict(law, x, theta[None])), 1e-6), tau)

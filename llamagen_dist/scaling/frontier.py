@@ -7,7 +7,7 @@ import numpy as np
 
 from llamagen_dist.models.cost import parameters, total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPTConfig
-from llamagen_dist.scaling.bootstrap import Bootstrap, quantiles
+from llamagen_dist.scaling.bootstrap import Bootstrap, interval
 from llamagen_dist.scaling.fit import Fit
 from llamagen_dist.scaling.laws import Floats
 
@@ -75,7 +75,7 @@ def closed_form(fit: Fit, flops: Sequence[float] | Floats, resampled: Bootstrap 
 
 def _banded(one: Best, params: Floats, tokens: Floats, loss: tuple[Floats, Floats]) -> Best:
     def ends(values: Floats) -> list[float] | None:
-        pair = [float(v) for v in quantiles(values)]
+        pair = interval(values)
         return pair if np.isfinite(pair).all() else None
 
     return replace(

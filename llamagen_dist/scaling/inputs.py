@@ -12,7 +12,7 @@ from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import sha256_file
 from llamagen_dist.scaling.ladder import Count, Ladder, Run, held_out_images, of_runs, runs_in
-from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, read_table, table, together
+from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, Table, read_table, table, together
 
 WANDB = "wandb:"
 
@@ -46,9 +46,8 @@ def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_N
     """
     folders: list[Path] = []
     runs: list[Run] = []
-    parts: list[Points] = []
+    tables: list[Table] = []
     dropped: list[Dropped] = []
-    notes: list[str] = []
     sources: list[Mapping[str, Any]] = []
     for place in places:
         path = Path(place)
@@ -58,29 +57,25 @@ def read(places: Sequence[str], count: Count = "blocks", options: Options = AS_N
             dropped += passed
             sources.append({"path": place})
             if objects:
-                points, more, said = table(objects, place, options)
-                parts.append(points)
-                dropped += more
-                notes += said
+                tables.append(table(objects, place, options))
         elif path.is_dir() or (path.name == "metrics.jsonl" and (path.parent / "config.yaml").is_file()):
             folders.append(path if path.is_dir() else path.parent)
         else:
-            points, more, said = read_table(path, options)
-            parts.append(points)
-            dropped += more
-            notes += said
+            tables.append(read_table(path, options))
             sources.append({"path": place, "sha256": sha256_file(path)})
     if folders:
         found, passed = runs_in(folders)
         runs += found
         dropped += passed
         sources += [{"path": run.source, "sha256": sha256_file(Path(run.source) / "metrics.jsonl")} for run in found]
-    if runs and parts:
+    if runs and tables:
         raise UserError(f"{', '.join(places)}: runs and tables together; a table does not say how its N counts")
-    if parts:
-        return Inputs(together(parts), None, tuple(dropped), tuple(notes), tuple(sources))
+    if tables:
+        dropped += [one for _, passed, _ in tables for one in passed]
+        notes = tuple(text for _, _, said in tables for text in said)
+        return Inputs(together([points for points, _, _ in tables]), None, tuple(dropped), notes, tuple(sources))
     ladder = of_runs(runs, count, options, dropped)
-    return Inputs(ladder.points, ladder, ladder.dropped, tuple(notes), tuple(sources))
+    return Inputs(ladder.points, ladder, ladder.dropped, (), tuple(sources))
 
 
 def read_wandb(

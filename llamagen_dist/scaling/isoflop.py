@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from llamagen_dist.errors import UserError
+from llamagen_dist.scaling.bootstrap import interval
 from llamagen_dist.scaling.fit import fit_law
 from llamagen_dist.scaling.laws import Floats
 from llamagen_dist.scaling.points import Points
-from llamagen_dist.scaling.valley import FEWEST, Valley, noise, valley
+from llamagen_dist.scaling.valley import FEWEST, Valley, resampled, slope, valley
 
 _SAME = 1.1  # neighbours in FLOPs closer than this belong to one budget ...
 _WIDEST = 1.3  # ... which may not be wider than this
@@ -58,7 +59,7 @@ def isoflop(points: Points, at: Sequence[float] = ()) -> dict[str, Any]:
             }
             for (flops, one, members), d in zip(found, log_d, strict=True)
         ],
-        "exponents": {name: slope for name, (slope, _) in laws.items()},
+        "exponents": {name: power for name, (power, _) in laws.items()},
         "at": [{"flops": c, **{name: _at(law, c) for name, law in laws.items()}} for c in at],
         "warnings": notes,
     }
@@ -106,8 +107,8 @@ def _tokens_at(points: Points, members: np.ndarray, log_n: float) -> float:
 
 
 def _line(x: Floats, y: Floats) -> tuple[float, float]:
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(slope), float(intercept)
+    power, intercept = np.polyfit(x, y, 1)
+    return float(power), float(intercept)
 
 
 def _at(law: tuple[float, float], flops: float) -> float:
@@ -116,15 +117,11 @@ def _at(law: tuple[float, float], flops: float) -> float:
 
 def _exponents(found: Sequence[tuple[float, Valley, np.ndarray]], log_c: Floats) -> list[float] | None:
     """95 % interval of the exponent of N*, by residuals of all parabolas drawn anew."""
-    valleys = [one for _, one, _ in found]
-    if sum(len(one.x) - 3 for one in valleys) < 3 or any(len(one.x) < FEWEST for one in valleys):
+    bottoms = resampled([one for _, one, _ in found])
+    if bottoms is None:
         return None
-    drawn = noise(valleys)
-    bottoms = np.stack([one.resampled(extra) for one, extra in zip(valleys, drawn, strict=True)], axis=1)
-    centred = log_c - log_c.mean()
-    slopes = (bottoms @ centred) / (centred @ centred)
-    low, high = np.quantile(slopes[np.isfinite(slopes)], [0.025, 0.975])
-    return [float(low), float(high)]
+    slopes = slope(log_c, bottoms)
+    return interval(slopes[np.isfinite(slopes)])
 
 
 def _parametric(points: Points, last: tuple[float, Valley, np.ndarray], at: Sequence[float]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from llamagen_dist.files import read_json, read_jsonl
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.scaling.frontier import non_embedding
-from llamagen_dist.scaling.points import AS_NAMED, Dropped, Options, Points, one_of_a_kind
+from llamagen_dist.scaling.points import Dropped, Options, Points, one_of_a_kind
 
 Count = Literal["blocks", "total"]
 COUNTS: Mapping[Count, str] = {
@@ -72,12 +72,6 @@ class Ladder:
 
     def rung(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
-
-
-def read_ladder(folder: Path, count: Count = "blocks") -> Ladder:
-    """Every finished run under ``folder``; see ``of_runs`` and ``runs_in``."""
-    runs, dropped = runs_in([folder])
-    return of_runs(runs, count, AS_NAMED, dropped)
 
 
 def runs_in(folders: Sequence[Path]) -> tuple[list[Run], list[Dropped]]:

@@ -266,13 +266,7 @@ LAWS: Mapping[str, Law] = {
             "L = E + A / N_eff^alpha + B / D_eff^beta, D_eff of U and N_eff of (alpha A U^beta / (beta B))^(1/alpha)",
             ("N", "D", "U"),
             (Term("E"), _D),
-            (
-                Shape("alpha"),
-                Shape("beta"),
-                Shape("R_D", "repeats"),
-                Shape("R_N", "repeats"),
-                Shape("A", "optimum"),
-            ),
+            (Shape("alpha"), Shape("beta"), Shape("R_D", "repeats"), Shape("R_N", "repeats"), Shape("A", "optimum")),
             _repeated_sizes,
         ),
         Law(

@@ -1,14 +1,13 @@
 """Learning rates: the best one per width, whether it moves with the width, and which runs are far from it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from llamagen_dist.errors import UserError
-from llamagen_dist.scaling.laws import Floats
+from llamagen_dist.scaling.bootstrap import interval
 from llamagen_dist.scaling.points import Points
-from llamagen_dist.scaling.valley import FEWEST, Valley, noise, valley
+from llamagen_dist.scaling.valley import FEWEST, Valley, resampled, slope, valley
 
 FAR = 2.0
 """A rate off by more than this factor is flagged: its run says more about the rate than about the size."""
@@ -43,7 +42,9 @@ def best_rates(points: Points, check: Points | None = None) -> dict[str, Any]:
             notes.append(f"width {width:g}: its {end} rate is best, so lr* lies beyond; left out, add rates there")
     if not valleys:
         raise UserError(f"no width has a best learning rate between {FEWEST} or more others ({'; '.join(notes)})")
-    drawn = _drawn(list(valleys.values()))
+    drawn = resampled(list(valleys.values()))
+    if drawn is not None:
+        drawn = drawn[np.isfinite(drawn).all(axis=1)]
     result: dict[str, Any] = {
         "widths": [
             {"width": width, "rates": len(one.x), "lr": float(2**one.bottom), "loss": float(np.exp(one.floor))}
@@ -53,21 +54,21 @@ def best_rates(points: Points, check: Points | None = None) -> dict[str, Any]:
     }
     if drawn is not None:
         for row, column in zip(result["widths"], drawn.T, strict=True):
-            row["ci95"] = [float(2**x) for x in _interval(column)]
+            row["ci95"] = [float(2**x) for x in interval(column)]
     else:
         notes.append("no interval: too few rates to see how much the losses scatter")
     log_width = np.log2(list(valleys))
-    slope = _slope(log_width, np.array([[one.bottom for one in valleys.values()]]))[0] if len(valleys) > 1 else 0.0
+    moves = slope(log_width, np.array([[one.bottom for one in valleys.values()]]))[0] if len(valleys) > 1 else 0.0
     if len(valleys) > 1:
-        result["slope"] = {"value": float(slope)}
+        result["slope"] = {"value": float(moves)}
         if drawn is not None:
-            low, high = _interval(_slope(log_width, drawn))
+            low, high = interval(slope(log_width, drawn))
             kept = [name for name, value in _SLOPES.items() if low <= value <= high]
             result["slope"] |= {"ci95": [low, high], "agrees_with": kept}
     else:
         notes.append("one width says nothing about transfer to another")
     if check is not None:
-        result["checked"] = _checked(check, valleys, float(slope))
+        result["checked"] = _checked(check, valleys, float(moves))
         far = [row["run"] for row in result["checked"] if row["flagged"]]
         if far:
             notes.append(f"{len(far)} runs are more than {FAR:g} x off lr*: {', '.join(far[:6])}")
@@ -89,27 +90,7 @@ def _comparable(points: Points, chosen: np.ndarray) -> np.ndarray:
     return np.flatnonzero(chosen & (points.tokens == max(shared)))
 
 
-def _drawn(valleys: Sequence[Valley]) -> Floats | None:
-    """Resampled log2 lr*, [replicates, widths]; None with too few points to know their scatter."""
-    if sum(len(one.x) - 3 for one in valleys) < 3:
-        return None
-    drawn = zip(valleys, noise(valleys), strict=True)
-    bottoms = np.stack([one.resampled(extra) for one, extra in drawn], axis=1)
-    return bottoms[np.isfinite(bottoms).all(axis=1)]
-
-
-def _interval(values: Floats) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _slope(x: Floats, y: Floats) -> Floats:
-    """Least-squares slopes of y [r, n] over x [n]."""
-    centred = x - x.mean()
-    return (y @ centred) / (centred @ centred)
-
-
-def _checked(check: Points, valleys: dict[float, Valley], slope: float) -> list[dict[str, Any]]:
+def _checked(check: Points, valleys: dict[float, Valley], moves: float) -> list[dict[str, Any]]:
     """Each run once: lr / lr* at its width, and the loss that this costs by the parabolas' curvature."""
     _needs(check)
     log_width, bottoms = np.log2(list(valleys)), np.array([one.bottom for one in valleys.values()])
@@ -117,7 +98,7 @@ def _checked(check: Points, valleys: dict[float, Valley], slope: float) -> list[
     rows = []
     for run in dict.fromkeys(check.runs):
         i = check.runs.index(run)
-        expected = bottoms.mean() + slope * (np.log2(check.also["width"][i]) - log_width.mean())
+        expected = bottoms.mean() + moves * (np.log2(check.also["width"][i]) - log_width.mean())
         off = float(np.log2(check.also["lr"][i]) - expected)
         excess = float(check.loss[i] * -np.expm1(-curvature * off**2))
         row = {"run": run, "lr": float(check.also["lr"][i]), "best": float(2**expected), "factor": float(2**off)}

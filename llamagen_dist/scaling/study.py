@@ -10,7 +10,7 @@ import numpy as np
 from llamagen_dist import __version__
 from llamagen_dist.errors import UserError
 from llamagen_dist.scaling import diagnostics
-from llamagen_dist.scaling.bootstrap import Bootstrap, bootstrap, parameter_intervals, quantiles
+from llamagen_dist.scaling.bootstrap import Bootstrap, attempt, interval, parameter_intervals
 from llamagen_dist.scaling.fit import Fit, describe, fit_law, other_forms
 from llamagen_dist.scaling.frontier import Best, closed_form, exponent, has_optimum, over_shapes
 from llamagen_dist.scaling.ladder import COUNTS, Ladder
@@ -39,12 +39,8 @@ def study(
     of what was read, for the record. Raises UserError."""
     held = np.array([run == _held_out(points, options.hold_out) for run in points.runs])
     fit = fit_law(points.where(~held), options.form, options.loss, options.delta, options.tau)
-    resampled, refused = None, None
-    try:
-        resampled = bootstrap(fit)
-    except UserError as error:
-        refused = str(error)
-    fitted = _at(fit, points)
+    resampled, refused = attempt(fit)
+    fitted = fit.at(points)
     rows = [
         {
             "name": points.runs[i],
@@ -52,7 +48,7 @@ def study(
             "params_fit": float(points.params[i]),
             "tokens": float(points.tokens[i]),
             "flops": float(points.flops[i]),
-            **{name: float(values[i]) for name, values in also_of(points, fit).items() if name != "flops"},
+            **{name: float(values[i]) for name, values in fit.beside(points).items() if name != "flops"},
             "loss": float(points.loss[i]),
             "fitted": float(fitted[i]),
             "held_out": bool(held[i]),
@@ -79,15 +75,6 @@ def study(
     result["definitions"] = _definitions(ladder, points.metric)
     result["record"] = record
     return result
-
-
-def also_of(points: Points, fit: Fit) -> dict[str, np.ndarray]:
-    """What the law needs to know of the points beside params and tokens."""
-    return {name: values for name, values in points.also.items() if name in fit.law.columns}
-
-
-def _at(fit: Fit, points: Points) -> np.ndarray:
-    return fit.predict(points.params, points.tokens, **also_of(points, fit))
 
 
 def _held_out(points: Points, wanted: str | None) -> str | None:
@@ -129,7 +116,7 @@ def _predictions(
             "params": _params(points, ladder, i),
             "params_fit": float(points.params[i]),
             "tokens": float(points.tokens[i]),
-            "predicted": float(_at(fit, here)[0]),
+            "predicted": float(fit.at(here)[0]),
             "measured": measured,
             "extrapolated": bool(points.flops[i] > _BEYOND * fit.points.flops.max()),
         }
@@ -137,10 +124,10 @@ def _predictions(
         if len(same):
             one |= {"naive": float(points.loss[same[0]]), "naive_from": points.runs[same[0]]}
         if resampled is not None:
-            ends = [float(end[0]) for end in resampled.band(fit, here.params, here.tokens, also=also_of(here, fit))]
+            ends = [float(end[0]) for end in resampled.band(fit, here.params, here.tokens, also=fit.beside(here))]
             band = f"95% prediction band; {resampled.method}, with the scatter of the points"
             if one["extrapolated"] and rivals:
-                said = [float(_at(rival, here)[0]) for rival in rivals.values()]
+                said = [float(rival.at(here)[0]) for rival in rivals.values()]
                 ends = [min(ends[0], *said), max(ends[1], *said)]
                 band += (
                     f", widened to what {', '.join(rivals)} say more than {_BEYOND:g} times beyond the largest compute"
@@ -169,12 +156,9 @@ def _frontier(points: Points, fit: Fit, resampled: Bootstrap | None, ladder: Lad
     if has_optimum(fit):
         result["exponent"] = float(exponent(fit, fit.theta[None])[0])
         if resampled is not None:
-            result["exponent_ci95"] = [float(end) for end in quantiles(exponent(fit, resampled.theta))]
-        if ladder is None:
-            spent = 6 * points.params * points.tokens
-        else:
-            rungs = [ladder.rung(run) for run in points.runs]
-            spent = np.array([r.flops_per_image / r.config.image_tokens for r in rungs]) * points.tokens
+            result["exponent_ci95"] = interval(exponent(fit, resampled.theta))
+        # without models to count by, the best sizes are those of C = 6 N D, whatever a table's column says
+        spent = 6 * points.params * points.tokens if ladder is None else points.flops
         budgets = np.geomspace(spent.min(), spent.max() * _BEYOND, _FRONTIER)
         if ladder is None:
             best = closed_form(fit, budgets, resampled)

@@ -53,11 +53,21 @@ def valley(x: Floats, y: Floats) -> Valley:
     return Valley(x, y, float(bottom), float(floor), float(c2), _checks(x, y), residuals)
 
 
-def noise(valleys: Sequence[Valley], replicates: int = 4000) -> list[Floats]:
-    """Residuals of all valleys drawn with replacement, [replicates, n] for each; the same every time."""
+def resampled(valleys: Sequence[Valley], replicates: int = 4000) -> Floats | None:
+    """Bottoms of all valleys [replicates, valleys] by the residuals of all of them drawn with replacement, the same
+    every time; NaN where a parabola has none, None where the points are too few to know their scatter."""
+    if sum(len(one.x) - 3 for one in valleys) < 3:
+        return None
     random = np.random.default_rng(SEED)
     pool = np.concatenate([one.residuals for one in valleys])
-    return [random.choice(pool - pool.mean(), (replicates, len(one.x))) for one in valleys]
+    pool = pool - pool.mean()
+    return np.stack([one.resampled(random.choice(pool, (replicates, len(one.x)))) for one in valleys], axis=1)
+
+
+def slope(x: Floats, y: Floats) -> Floats:
+    """Least-squares slopes [r] of y [r, n] over x [n]."""
+    centred = x - x.mean()
+    return (y @ centred) / (centred @ centred)
 
 
 def _coefficients(x: Floats, y: Floats) -> Floats:

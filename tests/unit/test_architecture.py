@@ -287,7 +287,7 @@ BUDGETS = {
     "training": 1880,
     "sampling": 1790,
     "evaluation": 2600,
-    "scaling": 3840,
+    "scaling": 3690,
     "report": 2170,
     "hub": 890,
     "launch": 5220,

@@ -21,10 +21,9 @@ from llamagen_dist.models.vq import VQConfig, VQModel
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.pictures import decode_tokens
 from llamagen_dist.scaling.fit import fit_law
-from llamagen_dist.scaling.ladder import read_ladder
 from llamagen_dist.scaling.points import parse_csv
 from tests.unit.scaling_points import chinchilla, grid, points
-from tests.unit.test_scaling_ladder import write_ladder
+from tests.unit.test_scaling_ladder import read_ladder, write_ladder
 
 D = 12
 

@@ -11,9 +11,9 @@ import pytest
 from llamagen_dist.cli import main
 from llamagen_dist.errors import UserError
 from llamagen_dist.scaling.inputs import read, wandb_run
-from llamagen_dist.scaling.ladder import of_runs, read_ladder
+from llamagen_dist.scaling.ladder import of_runs
 from llamagen_dist.scaling.points import Options, Points, parse_csv
-from tests.unit.test_scaling_ladder import write_ladder
+from tests.unit.test_scaling_ladder import read_ladder, write_ladder
 
 ROWS = "1e6,2e7,3.5,a\n2e6,4e7,3.25,b\n"
 

@@ -14,7 +14,8 @@ from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.scaling.fit import fit_law
 from llamagen_dist.scaling.frontier import non_embedding, over_shapes
-from llamagen_dist.scaling.ladder import read_ladder
+from llamagen_dist.scaling.ladder import Ladder, of_runs, runs_in
+from llamagen_dist.scaling.points import AS_NAMED
 from llamagen_dist.scaling.study import Options, study
 from tests.unit.scaling_points import chinchilla, grid, points
 
@@ -46,6 +47,12 @@ def write_ladder(folder: Path, losses: dict[tuple[str, int], float] | None = Non
             lines.append(json.dumps({"step": images // 64, "images_seen": images, "val_loss": loss}))
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "ladder"
+
+
+def read_ladder(folder: Path) -> Ladder:
+    """The finished runs of a folder."""
+    runs, dropped = runs_in([folder])
+    return of_runs(runs, "blocks", AS_NAMED, dropped)
 
 
 def shape(layers: int, dim: int) -> GPTConfig:
