@@ -10,7 +10,7 @@ position of the same batch shape, so the files' bytes do not depend on the numbe
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
+from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
@@ -32,6 +33,7 @@ from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_to
 from llamagen_dist.tracking.provenance import versions
 
 PER_CLASS = 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEANING = {
     "model": "drawn from the trained GPT",
     "untrained": (
@@ -46,13 +48,15 @@ def main(argv: list[str]) -> None:
     if not argv:
         raise UserError("usage: python -m eval.sample CONFIG checkpoint=PATH tokenizer=PATH out=DIR [key=value …]")
     config: SampleConfig = load(argv[0], argv[1:], kind="sample")
-    topology = start(threads=config.threads)
+    topology = start(config.tensor, threads=config.threads)
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
     torch.backends.cudnn.deterministic = True
     which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
     tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model", topology=topology)
     checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
     gpt = load_gpt(checkpoint, tokenizer, config.model, config.image_size)
+    if (why := gpt.config.unsplittable(config.tensor)) is not None:
+        raise UserError(f"tensor: {why}")
     tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
     wanted = conditions(gpt, tokenizer, config.captions, config.text_encoder, topology.device)
     Sampling(config, topology, gpt, tokenizer, tokens, wanted).run()
@@ -86,11 +90,9 @@ class Sampling:
     ) -> None:
         self.config, self.topology, self.gpt, self.tokenizer, self.tokens = config, topology, gpt, tokenizer, tokens
         self.conditions = wanted
-        gpt.model.to(topology.device)
+        tensor_parallel.apply(gpt.model, topology).to(topology.device, DTYPES[config.precision])
         tokenizer.model.to(topology.device)
-        self.settings = pictures.Settings(
-            config.cfg_scale, config.cfg_interval, config.temperature, config.top_k, config.top_p
-        )
+        self.settings = pictures.Settings(**{one.name: getattr(config, one.name) for one in fields(pictures.Settings)})
         self.histogram: Tensor | None = None
         made_from = {
             "checkpoint_sha256": gpt.checkpoint.identity,
@@ -103,6 +105,8 @@ class Sampling:
             **asdict(self.settings),
             "seed": config.seed,
             "batch": config.batch,
+            "precision": config.precision,
+            "tensor": config.tensor,
         }
         results = [*(f"{name}.npz" for name in config.sets), "grid.png"]
         if wanted.kind == "caption":
@@ -122,7 +126,7 @@ class Sampling:
         self.topology.log0(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
 
     def _count(self, tokens: Shards) -> Tensor:
-        shards = range(self.topology.rank, len(tokens.manifest.shards), self.topology.world)
+        shards = range(self.topology.dp_rank, len(tokens.manifest.shards), self.topology.dp)
         counts = pictures.code_counts(TokenReader(tokens), shards)
         return self.topology.sum(counts.to(self.topology.device)).cpu()
 
@@ -167,7 +171,6 @@ class Sampling:
                 "conditions": f"sample i has {kind} i modulo {count}",
                 "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
                 "meaning": {name: MEANING[name] for name in self.config.sets},
-                "dtype": "float32",
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,
                 "seconds_of_the_last_start": round(seconds, 2),

@@ -50,7 +50,14 @@ class SampleConfig(Section):
     cfg_scale: Annotated[float, Field(ge=1)] = 2.0
     """Classifier-free guidance: null + scale x (conditional - null); 1 switches it off."""
     cfg_interval: Annotated[int, Field(ge=-1)] = -1
-    """-1 guides every token; k >= 0 the first k + 2, as LlamaGen counts."""
+    """-1 guides every token; k >= 0 the first k + 2, as LlamaGen counts. Of ``guidance: constant`` only."""
+    guidance: Literal["constant", "linear", "power-cosine", "step"] = "constant"
+    """How guidance changes along the image, up to ``cfg_scale``: ``linear`` and ``power-cosine`` begin without any,
+    ``step`` begins after a share of the tokens."""
+    guidance_power: PositiveFloat = 2.75
+    """Of ``power-cosine``: above 1 guidance comes later. 2.75 is RAR-B's, with a scale of 16."""
+    guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.18
+    """Of ``step``: the share of the tokens that are drawn without guidance."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0 takes the likeliest code each time."""
     top_k: CountInt = 0
@@ -61,11 +68,21 @@ class SampleConfig(Section):
     batch: PositiveInt = 64
     """Pictures per forward pass and rank. The last digits of a picture may depend on it; they do not depend on the
     number of ranks."""
+    window: PositiveInt = 1
+    """Above 1: speculative decoding, up to so many tokens per forward pass. What is drawn stays the same, up to
+    rounding, as with another ``batch``; it is faster where few pictures are drawn at a time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the GPT computes in. Logits, guidance and the draw are in fp32 or better in any case, and so is the
+    tokenizer."""
+    tensor: PositiveInt = 1
+    """Ranks that share one copy of the GPT, for one that is too large for a GPU (Megatron-core tensor parallelism)."""
     threads: Threads = None
 
     def rules(self) -> Iterator[str]:
         if len(set(self.sets)) < len(self.sets):
             yield f"sets: {', '.join(self.sets)} names a set twice"
+        if self.cfg_interval >= 0 and self.guidance != "constant":
+            yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {self.guidance}"
         if self.tokenizer_model is not None:
             yield from self.tokenizer_model.cannot_cut(self.image_size)
 

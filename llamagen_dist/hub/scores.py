@@ -15,7 +15,7 @@ from llamagen_dist.files import json_if_there, read_jsonl
 
 DRAWN = {"model": ("model.npz", "checkpoint"), "tokenizer": ("reconstruction.npz", "tokenizer")}
 """Part -> the file of its pictures, and the key of record.json beside it for the path of its weights."""
-SETTINGS = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "seed")
+SETTINGS = ("cfg_scale", "cfg_interval", "guidance", "temperature", "top_k", "top_p", "seed")
 
 
 @dataclass(frozen=True)

@@ -216,17 +216,22 @@ class _MegatronLayers:
         return new
 
     def use_split_vocabulary(self, model: GPT) -> None:
-        """The loss from this rank's slice of the logits; logits are made whole only where somebody asks for them."""
-        from megatron.core.tensor_parallel import (
-            gather_from_tensor_model_parallel_region,
-            vocab_parallel_cross_entropy,
-        )
+        """The loss from this rank's slice of the logits; they are made whole (without a gradient) where asked for."""
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
         def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
             return vocab_parallel_cross_entropy(logits.float().contiguous(), tokens)
 
+        # mcore's own gathering allocates on a GPU, whatever the tensors are on
+        def gather(logits: Tensor) -> Tensor:
+            parts = [
+                torch.empty_like(logits, memory_format=torch.contiguous_format) for _ in range(self.topology.tensor)
+            ]
+            torch.distributed.all_gather(parts, logits.detach().contiguous(), group=self.topology.tp_group)
+            return torch.cat(parts, dim=-1)
+
         model.token_nll = token_nll
-        model.gather_vocabulary = lambda logits: gather_from_tensor_model_parallel_region(logits.contiguous())
+        model.gather_vocabulary = gather
 
 
 def full_shape(name: str, part: tuple[int, ...], tensor: int) -> tuple[int, ...]:

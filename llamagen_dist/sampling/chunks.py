@@ -74,15 +74,20 @@ class ChunkFolder(OutputFolder):
         return [chunk for chunk in self._chunks if self._intact(chunk) is None]
 
     def make(self, chunks: Sequence[Chunk], label: str, arrays_of: Callable[[Chunk], Arrays]) -> None:
-        """Compute and keep these chunks, shared out over the ranks; returns when all are done (collective)."""
+        """Compute and keep these chunks; returns when all are done (collective).
+
+        They are shared out over the data-parallel ranks: those that share a model compute the same chunks together.
+        """
         topology = self._topology
-        mine = chunks[topology.rank :: topology.world]
+        mine = chunks[topology.dp_rank :: topology.dp]
         total = sum(len(chunk.samples) for chunk in mine)
         with main_rank_progress(label, total, topology.rank, topology.world) as progress:
             for chunk in mine:
-                content = io.BytesIO()
-                np.savez(content, **arrays_of(chunk))  # type: ignore[arg-type]
-                write_bytes(self.parts / chunk.file, content.getvalue())
+                arrays = arrays_of(chunk)
+                if topology.tp_rank == 0:
+                    content = io.BytesIO()
+                    np.savez(content, **arrays)  # type: ignore[arg-type]
+                    write_bytes(self.parts / chunk.file, content.getvalue())
                 if progress is not None:
                     progress.advance(len(chunk.samples), chunk.set if self._several else None)
         topology.barrier()

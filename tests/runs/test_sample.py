@@ -1,6 +1,7 @@
 """eval.sample: the same bytes on any number of ranks and after any cut."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import to_uint8
+from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.pictures import code_counts
 from llamagen_dist.sampling.sampler import generate
 from tests import checkpoints as store
@@ -77,6 +79,43 @@ def test_any_number_of_ranks_writes_the_same_bytes(work, alone, tmp_path, ranks)
     assert contents(tmp_path / "out") == contents(alone)
 
 
+@pytest.mark.long
+def test_ranks_that_share_a_model_and_windows_change_no_picture(work, alone, tmp_path):
+    run_ranks(program.main, 4, words(work, tmp_path / "out", "tensor=2", "window=4"))
+    assert contents(tmp_path / "out") == contents(alone)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [record[key] for key in ("tensor", "window", "guidance", "ranks")] == [2, 4, "constant", 4]
+
+
+def test_bf16_draws_other_pictures_and_says_so(work, alone, tmp_path):
+    quietly(program.main, words(work, tmp_path / "out", "sets=[model]", "precision=bf16"))
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["precision"] == "bf16"
+    assert contents(tmp_path / "out")["model.npz"] != contents(alone)["model.npz"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["guidance=cosine"], "guidance: "),
+        (["cfg_scale=-1"], "cfg_scale: "),
+        (["top_p=1.5"], "top_p: "),
+        (["guidance=linear", "cfg_interval=3"], "cfg_interval: 3 belongs to guidance: constant, not to linear"),
+        (["window=0"], "window: "),
+    ],
+)
+def test_a_drawing_that_makes_no_sense_is_refused(work, tmp_path, settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        program.main(words(work, tmp_path / "out", *settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_its_ranks_cannot_share_is_refused(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "start", lambda tensor, threads: Topology())
+    with pytest.raises(UserError, match="tensor: .*heads 2"):
+        program.main(words(work, tmp_path / "out", "tensor=4"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_pictures_begin_with_the_same_ones(work, alone, tmp_path):
     quietly(program.main, words(work, tmp_path / "out", "images=31", "sets=[model]"))
     more = np.load(tmp_path / "out" / "model.npz")["arr_0"]
@@ -84,7 +123,8 @@ def test_more_pictures_begin_with_the_same_ones(work, alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["seed=1", "cfg_scale=3", "temperature=0.9", "top_k=3", "cfg_interval=2", "weights=ema"]
+    "setting",
+    ["seed=1", "cfg_scale=3", "temperature=0.9", "top_k=3", "cfg_interval=2", "weights=ema", "guidance=linear"],
 )
 def test_every_option_reaches_the_pictures(work, alone, tmp_path, setting):
     """Sabotage twin of the equalities: the comparison sees one changed number."""
