@@ -111,7 +111,7 @@ def test_a_drawing_that_makes_no_sense_is_refused(work, tmp_path, settings, mess
 
 def test_a_model_that_its_ranks_cannot_share_is_refused(work, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "start", lambda tensor, threads: Topology())
-    with pytest.raises(UserError, match="tensor: .*heads 2"):
+    with pytest.raises(UserError, match=r"tensor: .*heads 2"):
         program.main(words(work, tmp_path / "out", "tensor=4"))
     assert not (tmp_path / "out").exists()
 
