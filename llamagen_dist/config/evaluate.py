@@ -128,10 +128,10 @@ class InceptionSection(Section):
 
 class ImageSetSection(Section):
     images: Path
-    """What is scored: an .npz (``arr_0`` uint8 [n, H, W, 3], ``labels`` if there are any) or a folder of image
-    shards."""
+    """What is scored: an .npz (``arr_0`` uint8 [n, H, W, 3], ``labels`` if there are any), a folder of image shards, or
+    a folder or zip of PNG and JPEG pictures."""
     reference: Path
-    """The real images it is compared with, in either form. An .npz with ``mu`` and ``sigma`` (and ``mu_s``,
+    """The real images it is compared with, in any of these forms. An .npz with ``mu`` and ``sigma`` (and ``mu_s``,
     ``sigma_s``) gives these to FID (and sFID); without images in it, the other metrics are absent."""
 
 
@@ -187,7 +187,7 @@ class EvaluateConfig(Section):
     seed: CountInt = 0
     """Chooses the images of a limited set and the subsets of KID."""
     image_size: PositiveInt | None = None
-    """Image shards are centre-cropped to this; empty: they have one size, which is kept."""
+    """Image shards and pictures are centre-cropped to this; empty: they have one size, which is kept."""
     resize_to: PositiveInt | None = None
     """Images of more pixels are scaled down to this before they are scored, by bicubic interpolation without
     antialiasing, as LlamaGen scores 384 pixels at 256."""

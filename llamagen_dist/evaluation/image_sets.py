@@ -1,4 +1,4 @@
-"""Images to be scored, from an .npz or from image shards, and which of them a limited comparison takes."""
+"""Images to be scored, from an .npz, image shards or picture files, and which of them a limited comparison takes."""
 
 import json
 import struct
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from llamagen_dist import prng
 from llamagen_dist.data.images import load_images
+from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.frechet import check_statistics
 from llamagen_dist.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
+from llamagen_dist.evaluation.picture_files import PictureFiles
 
 STATISTICS = {"fid": ("mu", "sigma", POOL_FEATURES), "sfid": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
 """Arrays of a published reference .npz (as ADM and LlamaGen share them) that describe one Gaussian each, and its
@@ -41,7 +43,7 @@ class ImageSet:
     labels: NDArray[np.int64] | None
     """int64 [count]."""
     classes: list[str] | None
-    pixels: NDArray[np.uint8] | Shards | None
+    pixels: NDArray[np.uint8] | Shards | PictureFiles | None
     """None (and count, height and width 0) where there are statistics only."""
     statistics: dict[str, tuple[NDArray[Any], NDArray[Any]]]
     """Stored (mean [d], covariance [d, d]) by metric; empty for ordinary images."""
@@ -61,6 +63,8 @@ class ImageSet:
         assert self.pixels is not None
         if isinstance(self.pixels, Shards):
             stored = load_images(self.pixels, indices.tolist(), self.stored_size[0])
+        elif isinstance(self.pixels, PictureFiles):
+            stored = self.pixels.read(indices)
         else:
             stored = np.ascontiguousarray(self.pixels[indices])
         return stored if self.stored_size == (self.height, self.width) else resized(stored, self.height)
@@ -79,17 +83,24 @@ def resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 def open_images(
     path: Path, image_size: int | None = None, reference: bool = False, resize_to: int | None = None
 ) -> ImageSet:
-    """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n], perhaps STATISTICS) or a folder of image
-    shards.
+    """Open an .npz (``arr_0`` uint8 [n, H, W, 3], perhaps ``labels`` [n], perhaps STATISTICS), a folder of image
+    shards, or a folder or zip of pictures (see PictureFiles).
 
-    image_size: shards are centre-cropped to it; None: they must have one size.
+    image_size: shards and pictures are centre-cropped to it; None: they must have one size.
     reference: whether statistics without images will do.
     resize_to: larger (square) images are read scaled down to so many pixels, see ``resized``.
     Raises UserError: not there, damaged, not images, no one size, impossible statistics.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such images; give an .npz file or a folder of image shards")
-    images = _open_shards(path, image_size) if path.is_dir() else _open_npz(path)
+        raise UserError(f"{path}: no such images; give an .npz file, a folder of image shards, or pictures")
+    if path.is_dir() and ((path / MANIFEST).exists() or any(path.glob("*.tar"))):
+        images = _open_shards(path, image_size)
+    elif path.is_dir() or path.suffix == ".zip":
+        files = PictureFiles(path, image_size)
+        size = files.height, files.width
+        images = ImageSet(path, len(files), *size, None, None, files, {}, stored_size=size)
+    else:
+        images = _open_npz(path)
     if images.pixels is None and not reference:
         raise UserError(f"{path}: holds statistics but no images (arr_0); it can only be a reference, for FID and sFID")
     if resize_to is None or max(images.height, images.width) <= resize_to:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llamagen_dist.config import EvaluateConfig, difference
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.evaluation.image_sets import ImageSet
+from llamagen_dist.evaluation.picture_files import PictureFiles
 from llamagen_dist.files import json_if_there
 
 UNKNOWN = "unknown"
@@ -76,6 +77,11 @@ def provenance(images: ImageSet) -> dict[str, Any]:
             "fingerprint": manifest.fingerprint(),
             "known_by": "the manifest of the image shards; the split by the folder's name",
         }
+    if isinstance(images.pixels, PictureFiles):
+        height, width = images.pixels.height, images.pixels.width
+        crop = UNKNOWN if images.pixels.crop is None else f"ADM's centre crop to {images.pixels.crop}"
+        known = {"split": UNKNOWN, "crop": f"{crop}, read as {width} x {height}", "known_by": "the picture files"}
+        return {"name": images.path.name, "count": images.count, **known}
     if (published := _published(images)) is not None:
         return published
     return {"name": images.path.name, "count": images.count or None, "split": UNKNOWN, "crop": UNKNOWN, "known_by": ""}
