@@ -10,7 +10,17 @@ from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, PositiveInt, Section, Threads
 
 SampleSet = Literal["model", "untrained", "unigram"]
-Metric = Literal["fid", "sfid", "kid", "precision_recall", "inception_score", "class_agreement"]
+Metric = Literal[
+    "fid",
+    "sfid",
+    "fid_infinity",
+    "kid",
+    "precision_recall",
+    "density_coverage",
+    "inception_score",
+    "class_agreement",
+]
+Manifold = Literal["exact", "adm", "torch-fidelity", "dgm-eval"]
 InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
 Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "duplicates", "ssim_range"]
 """What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
@@ -139,6 +149,8 @@ class KIDSection(Section):
     subsets: PositiveInt = 100
     subset_size: Annotated[int, Field(ge=2)] | None = None
     """Empty: 1000, or half of the images where fewer than 2000 are kept; the record says which."""
+    draw: Literal["hashed", "torch-fidelity"] = "hashed"
+    """``torch-fidelity``: the very subsets that it draws by default, for numbers equal to its own."""
 
 
 class ClassifierSection(Section):
@@ -198,8 +210,13 @@ class EvaluateConfig(Section):
     subsample: PositiveInt | None = None
     """... and, where this is set, the features of so many of them, for KID, precision and recall."""
     kid: KIDSection = KIDSection()
-    neighbours: PositiveInt = 3
-    """k of precision and recall: an image covers what lies no further away than its k-th neighbour."""
+    manifold: Manifold = "exact"
+    """How precision, recall, density and coverage are counted: ``exact`` (k = 3, distance <= radius, float64), or as
+    ``adm`` and ``torch-fidelity`` (the same in float32) or ``dgm-eval`` (k = 5, distance < radius) do."""
+    neighbours: PositiveInt | None = None
+    """k: an image covers what lies no further away than its k-th neighbour. Empty: that of ``manifold``."""
+    fid_infinity_points: Annotated[int, Field(ge=2)] = 15
+    """Numbers of images at which FID is measured to be extrapolated to infinitely many."""
     inception_score: InceptionScoreSplits = "whole"
     """``whole``: over all images at once. As others split them and average: ``torch-fidelity`` (10 splits, shuffled),
     ``adm`` (5000 consecutive images each; LlamaGen's figures)."""

@@ -11,16 +11,27 @@ from torch import Tensor
 
 from llamagen_dist.config import EvaluateConfig
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception, inception_score, mistakes, passport, record
+from llamagen_dist.evaluation import (
+    extrapolation,
+    inception,
+    inception_score,
+    kid,
+    manifold,
+    mistakes,
+    passport,
+    record,
+)
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
 from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
-from llamagen_dist.evaluation.kid import kid
-from llamagen_dist.evaluation.manifold import precision_recall, squared_radii
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.parallel.topology import Topology
 
-FEATURE_METRICS = ("fid", "sfid", "kid", "precision_recall", "inception_score")
+KEPT_METRICS = ("kid", "precision_recall", "density_coverage")
+"""They need the features themselves of both sides."""
+REFERENCE_METRICS = ("fid", "sfid", "fid_infinity", *KEPT_METRICS)
+FEATURE_METRICS = (*REFERENCE_METRICS, "inception_score")
+MANIFOLD_METRICS = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Comparison:
         self._numbers: dict[tuple[str, bytes], int] = {}
         self._opened: dict[Path, ImageSet] = {}
         self._known_radii: dict[int, Tensor] = {}
+        convention = manifold.CONVENTIONS[config.manifold]
+        self.manifold = convention._replace(k=config.neighbours or convention.k)
         self._left_out: set[str] = set()
         self.sets: dict[str, tuple[Side, Side]] = {}
         opened = {
@@ -89,8 +102,8 @@ class Comparison:
         return min(counts if limit is None else [limit, *counts], default=None)
 
     def _reference(self, images: ImageSet) -> Side:
-        wanted = [metric for metric in self.config.metrics if metric in ("fid", "sfid", "kid", "precision_recall")]
-        if images.pixels is None or all(metric in images.statistics for metric in wanted):
+        wanted = {metric.removesuffix("_infinity") for metric in self.config.metrics if metric in REFERENCE_METRICS}
+        if images.pixels is None or wanted <= images.statistics.keys():
             return Side(images, None)
         # stored statistics belong to all images: the pictures beside them are only a sample, of whatever length
         return Side(images, self._select(images, None if images.statistics else self.limit))
@@ -128,11 +141,17 @@ class Comparison:
                     f"{name}: kid.subset_size: {self.kid_subset} images cannot be drawn from the {kept} of {path}; "
                     f"set kid.subset_size={max(2, kept // 2)}",
                 )
-            if "precision_recall" in self.config.metrics and kept <= self.config.neighbours:
-                self._lacking(
-                    "precision_recall",
-                    f"{name}: neighbours: {self.config.neighbours} needs more images than the {kept} of {path}",
-                )
+            for metric in MANIFOLD_METRICS:
+                if metric in self.config.metrics and kept <= self.manifold.k:
+                    self._lacking(
+                        metric, f"{name}: neighbours: {self.manifold.k} needs more images than the {kept} of {path}"
+                    )
+            if (
+                "fid_infinity" in self.config.metrics
+                and side is self.sets[name][0]
+                and kept < extrapolation.FEWEST_IMAGES
+            ):
+                self._lacking("fid_infinity", f"{name}: no line over 1 / N from the {kept} images of {path}")
 
     def _lacking(self, metric: str, why: str) -> None:
         """Too few images for ``metric``: refuse, or leave it out, as ``fewer`` says."""
@@ -171,7 +190,7 @@ class Comparison:
         for metric in ("fid", "sfid"):
             if metric in wanted:
                 a: Gaussian | None = getattr(mine, metric)
-                b: Gaussian | None = self._stored(reference.images, metric, topology) or getattr(theirs, metric, None)
+                b = self._gaussian(reference, metric, theirs, topology)
                 assert a is not None
                 if b is None:
                     self._statistics_only(name, metric)
@@ -180,25 +199,31 @@ class Comparison:
                     values[metric] = frechet_distance(a, b)
                 except ValueError as error:
                     raise UserError(f"{name}: no {metric} of these sets: {error}") from None
-        for metric in ("kid", "precision_recall"):
+        for metric in ("fid_infinity", *KEPT_METRICS):
             if metric not in wanted or mine.pool is None:
                 continue
-            if theirs is None or theirs.pool is None:
+            known = self._gaussian(reference, "fid", theirs, topology) if metric == "fid_infinity" else None
+            pool = None if theirs is None else theirs.pool
+            if known is None and pool is None:
                 self._statistics_only(name, metric)
-            elif not len(mine.pool) or not len(theirs.pool):
+            elif not len(mine.pool) or (pool is not None and metric in KEPT_METRICS and not len(pool)):
                 self.absent[metric] = (
                     f"more than keep: {self.config.keep} images in {name} or its reference; set subsample=10000 to "
                     "take so many of them"
                 )
+            elif metric == "fid_infinity":
+                assert known is not None
+                values |= self._extrapolated(name, mine.pool, known, topology)
             elif metric == "kid":
-                values["kid_mean"], values["kid_std"] = kid(
-                    mine.pool, theirs.pool, self.config.kid.subsets, self.kid_subset, self.config.seed, topology
-                )
-            else:
-                radii = self._radii(generated, mine.pool, topology), self._radii(reference, theirs.pool, topology)
-                values["precision"], values["recall"] = precision_recall(
-                    mine.pool, theirs.pool, self.config.neighbours, topology, radii=radii
-                )
+                assert pool is not None
+                subsets = self._subsets(len(mine.pool), len(pool))
+                values["kid_mean"], values["kid_std"] = kid.kid(mine.pool, pool, subsets, topology)
+            elif MANIFOLD_METRICS[metric][0] not in values:
+                assert pool is not None
+                radii = self._radii(generated, mine.pool, topology), self._radii(reference, pool, topology)
+                scores = manifold.manifold_scores(mine.pool, pool, self.manifold, topology, radii=radii)._asdict()
+                asked = [key for one, keys in MANIFOLD_METRICS.items() if one in wanted for key in keys]
+                values |= {key: scores[key] for key in asked}
         if "inception_score" in wanted and mine.score is not None:
             values["inception_score"], deviation = mine.score
             if self.config.inception_score != "whole":
@@ -216,17 +241,35 @@ class Comparison:
         reason = f"{name}: its reference {images.path} holds {stored} but no images (arr_0)"
         self.absent[metric] = "; ".join(filter(None, (self.absent.get(metric), reason)))
 
-    def _stored(self, images: ImageSet, metric: str, topology: Topology) -> Gaussian | None:
-        if metric not in images.statistics:
-            return None
-        mean, covariance = (torch.tensor(array, dtype=torch.float64) for array in images.statistics[metric])
+    def _gaussian(
+        self, reference: Side, metric: str, features: SetFeatures | None, topology: Topology
+    ) -> Gaussian | None:
+        """The reference's stored statistics, or else those of its images. metric: ``fid`` or ``sfid``."""
+        if metric not in reference.images.statistics:
+            known: Gaussian | None = getattr(features, metric, None)
+            return known
+        mean, covariance = (torch.tensor(array, dtype=torch.float64) for array in reference.images.statistics[metric])
         return Gaussian(mean.to(topology.device), covariance.to(topology.device))
+
+    def _extrapolated(self, name: str, pool: Tensor, reference: Gaussian, topology: Topology) -> dict[str, float]:
+        points = self.config.fid_infinity_points
+        try:
+            line = extrapolation.fid_infinity(pool, reference, points, self.config.seed, topology)
+        except ValueError as error:
+            raise UserError(f"{name}: no fid_infinity of these sets: {error}") from None
+        return {"fid_infinity": line.value}
+
+    def _subsets(self, generated: int, reference: int) -> kid.Subsets:
+        number, size = self.config.kid.subsets, self.kid_subset
+        if self.config.kid.draw == "torch-fidelity":
+            return kid.torch_fidelity_subsets(generated, reference, number, size)
+        return kid.hashed_subsets(generated, reference, number, size, self.config.seed)
 
     def _radii(self, side: Side, pool: Tensor, topology: Topology) -> Tensor:
         """``squared_radii`` of a side's kept images, once for each selection."""
         assert side.selection is not None
         if side.selection not in self._known_radii:
-            self._known_radii[side.selection] = squared_radii(pool, self.config.neighbours, topology)
+            self._known_radii[side.selection] = manifold.squared_radii(pool, self.manifold, topology)
         return self._known_radii[side.selection]
 
     @property
@@ -312,17 +355,22 @@ class Comparison:
             network["resize"] = inception.RESIZE
         pool = {**network, "features": inception.TAPS["fid"]}
         subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
-        kid_section = {**subsets, "seed": self.config.seed, "kernel": "(x.y / d + 1)^3, unbiased"}
+        hashed = self.config.kid.draw == "hashed"
+        drawn = {"seed": self.config.seed} if hashed else {"seed": kid.TORCH_FIDELITY_SEED, "draw": "torch-fidelity"}
+        kid_section = {**subsets, **drawn, "kernel": "(x.y / d + 1)^3, unbiased"}
         splits = 1 if self.config.inception_score == "whole" else inception_score.MEANING[self.config.inception_score]
         large = {"keep": self.config.keep, "subsample": self.config.subsample}
         details: dict[str, dict[str, Any]] = {
             "fid": {**pool, "covariance": "n - 1"},
             "sfid": {**network, "features": inception.TAPS["sfid"], "covariance": "n - 1"},
             "kid": {**pool, **kid_section, **large},
-            "precision_recall": {
+            "precision_recall": {**pool, **self.manifold.describe(), **large},
+            "density_coverage": {**pool, **self.manifold.describe(), **large},
+            "fid_infinity": {
                 **pool,
-                "k": self.config.neighbours,
-                "inside": "distance <= radius, float64",
+                "points": self.config.fid_infinity_points,
+                "smallest": extrapolation.SMALLEST,
+                "seed": self.config.seed,
                 **large,
             },
             "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": splits},

@@ -1,5 +1,6 @@
 """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD with a cubic kernel, over subsets."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,32 +27,56 @@ def mmd2(within_a: Tensor, within_b: Tensor, between: Tensor) -> Tensor:
 
 
 def subset(count: int, size: int, seed: int, side: str, number: int) -> Tensor:
-    """int64 [size]: subset ``number`` of ``count`` images, without repetition; a function of its arguments only."""
+    """int64 [size]: subset ``number`` of ``count`` images, without repetition; a function of its arguments only.
+
+    Raises ValueError for fewer images than ``size``.
+    """
+    if count < size:
+        raise ValueError(f"a KID subset of {size} images cannot be drawn from {count}")
     keys = prng.bits(seed, f"kid-{side}", number, torch.arange(count)).view(torch.int32)
     return torch.argsort(keys, stable=True)[:size]
 
 
+Subsets = list[tuple[Tensor, Tensor]]
+"""int64 [size] each: which generated and which reference images are compared."""
+TORCH_FIDELITY_SEED = 2020
+
+
+def hashed_subsets(generated: int, reference: int, number: int, size: int, seed: int) -> Subsets:
+    """``number`` subsets of so many generated and reference images."""
+    counts = {"generated": generated, "reference": reference}
+    pairs = [[subset(count, size, seed, side, n) for side, count in counts.items()] for n in range(number)]
+    return [(mine, theirs) for mine, theirs in pairs]
+
+
+def torch_fidelity_subsets(generated: int, reference: int, number: int, size: int) -> Subsets:
+    """Those that torch-fidelity 0.4.0 draws by default, with the generated images as its input 1."""
+    r = np.random.RandomState(TORCH_FIDELITY_SEED)
+    return [
+        (
+            torch.from_numpy(r.choice(generated, size, replace=False)),
+            torch.from_numpy(r.choice(reference, size, replace=False)),
+        )
+        for _ in range(number)
+    ]
+
+
 def kid(
-    generated: Tensor, reference: Tensor, subsets: int, subset_size: int, seed: int, topology: Topology | None = None
+    generated: Tensor, reference: Tensor, subsets: Subsets, topology: Topology | None = None
 ) -> tuple[float, float]:
     """(mean, standard deviation) over the subsets; the deviation divides by their number.
 
     generated, reference: floats [n, d], all of them on every rank; the ranks share out the subsets (collective).
-    subset_size: images of each side in a subset.
-    Raises ValueError where a side has fewer images than a subset, or a feature is not finite.
+    Raises ValueError where a feature is not finite.
     """
-    fewest = min(len(generated), len(reference))
-    if fewest < subset_size:
-        raise ValueError(f"a KID subset of {subset_size} images cannot be drawn from {fewest}")
     require_finite("features", generated, reference)
     topology = topology or Topology()
     a, b = generated.double(), reference.double()
     whole = max(len(a), len(b)) <= WHOLE_KERNEL
     aa, bb, ab = (kernel(a, a), kernel(b, b), kernel(a, b)) if whole else (None, None, None)
-    values = torch.zeros(subsets, dtype=torch.float64, device=a.device)
-    for number in range(topology.rank, subsets, topology.world):
-        i = subset(len(a), subset_size, seed, "generated", number).to(a.device)
-        j = subset(len(b), subset_size, seed, "reference", number).to(a.device)
+    values = torch.zeros(len(subsets), dtype=torch.float64, device=a.device)
+    for number in range(topology.rank, len(subsets), topology.world):
+        i, j = (indices.to(a.device) for indices in subsets[number])
         if aa is not None and bb is not None and ab is not None:
             values[number] = mmd2(aa[i][:, i], bb[j][:, j], ab[i][:, j])
         else:

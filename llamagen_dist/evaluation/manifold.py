@@ -1,9 +1,13 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019): is an image inside the other set's manifold?
+"""Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
 The manifold of a set is the union of balls around its images, each reaching to the k-th nearest other image of the
-set (k = 3, distance <= radius, as ADM's evaluator has it). Precision: the share of generated images inside the real
-manifold; recall: the share of real images inside the generated one.
+set. Precision: the share of generated images inside the real manifold; recall: the share of real images inside the
+generated one. Density: in how many real balls a generated image lies on average, divided by k (it may exceed 1);
+coverage: the share of real balls with a generated image inside. Others count with their own k, border and arithmetic:
+see CONVENTIONS.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +18,59 @@ from llamagen_dist.parallel.topology import Topology
 BLOCK = 1024  # rows of the distance matrix in memory at a time
 
 
+class Convention(NamedTuple):
+    k: int = 3
+    border: bool = True
+    """Whether an image on the border of a ball, at distance = radius, is inside it."""
+    dtype: torch.dtype = torch.float64
+
+    def describe(self) -> dict[str, object]:
+        """For a record."""
+        relation = "<=" if self.border else "<"
+        return {"k": self.k, "inside": f"distance {relation} radius, {str(self.dtype).removeprefix('torch.')}"}
+
+
+CONVENTIONS = {
+    "exact": Convention(),
+    "adm": Convention(dtype=torch.float32),  # where its half-precision product overflows; else that differs by rounding
+    "torch-fidelity": Convention(dtype=torch.float32),  # 0.4.0; older versions print the two swapped
+    "dgm-eval": Convention(k=5, border=False),
+}
+
+
+class Scores(NamedTuple):
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [n, m] for float64 [n, d] and [m, d]; exactly 0 for equal images, whatever the rounding."""
+    """[n, m] for floats [n, d] and [m, d] of one dtype, never negative. In float64 exactly 0 for equal images, whatever
+    the rounding; in float32 what others compute in it.
+    """
     norm_a, norm_b = a.square().sum(1)[:, None], b.square().sum(1)[None, :]
     distances = torch.addmm(norm_a + norm_b, a, b.T, alpha=-2.0)
-    return torch.where(distances <= 1e-12 * (norm_a + norm_b), 0.0, distances)
+    rounding = 1e-12 if a.dtype == torch.float64 else 0.0
+    return torch.where(distances <= rounding * (norm_a + norm_b), 0.0, distances)
 
 
-def squared_radii(features: Tensor, k: int, topology: Topology | None = None, block: int = BLOCK) -> Tensor:
-    """float64 [n]: squared distance to the k-th nearest other image (collective: the ranks share out the rows).
+def squared_radii(
+    features: Tensor, convention: Convention, topology: Topology | None = None, block: int = BLOCK
+) -> Tensor:
+    """[n] of the convention's dtype: squared distance to the k-th nearest other image (collective: the ranks share out
+    the rows).
 
     features: floats [n, d], all of them on every rank. Raises ValueError for n <= k and for features that are not
     finite.
     """
+    k = convention.k
     require_finite("features", features)
     if len(features) <= k:
         raise ValueError(f"{len(features)} images have no {k}-th neighbour")
     topology = topology or Topology()
-    wide = features.double()
-    radii = torch.zeros(len(wide), dtype=torch.float64, device=wide.device)
+    wide = features.to(convention.dtype)
+    radii = torch.zeros(len(wide), dtype=wide.dtype, device=wide.device)
     for rows in _blocks(len(wide), block, topology):
         distances = squared_distances(wide[rows], wide)
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf  # not one's own
@@ -40,37 +78,44 @@ def squared_radii(features: Tensor, k: int, topology: Topology | None = None, bl
     return topology.sum(radii)
 
 
-def precision_recall(
+def manifold_scores(
     generated: Tensor,
     reference: Tensor,
-    k: int = 3,
+    convention: Convention = CONVENTIONS["exact"],
     topology: Topology | None = None,
     block: int = BLOCK,
     radii: tuple[Tensor, Tensor] | None = None,
-) -> tuple[float, float]:
-    """(precision, recall) in [0, 1]. One reference x generated pass serves both directions; the ranks share out its
-    rows (collective).
+) -> Scores:
+    """One reference x generated pass serves all four; the ranks share out its rows (collective).
 
     generated, reference: floats [n, d], all of them on every rank.
-    k: an image's ball reaches to its k-th nearest neighbour in its own set.
+    convention: k, border and arithmetic.
     block: rows of the distance matrix that are in memory at a time.
-    radii: ``squared_radii`` of both sets, where they are known.
+    radii: ``squared_radii`` of both sets in this convention, where they are known.
     Raises ValueError for features that are not finite and for sets of at most k images.
     """
     require_finite("features", generated, reference)
     topology = topology or Topology()
     radii_generated, radii_reference = radii or tuple(
-        squared_radii(features, k, topology, block) for features in (generated, reference)
+        squared_radii(features, convention, topology, block) for features in (generated, reference)
     )
-    a, b = reference.double(), generated.double()
-    covered_generated = torch.zeros(len(b), dtype=torch.float64, device=b.device)
-    covered_reference = torch.zeros(len(a), dtype=torch.float64, device=b.device)
+    inside = torch.le if convention.border else torch.lt
+    a, b = reference.to(convention.dtype), generated.to(convention.dtype)
+    balls = torch.zeros(len(b), dtype=torch.float64, device=b.device)  # real ones around every generated image
+    recalled, covered = (torch.zeros(len(a), dtype=torch.float64, device=b.device) for _ in range(2))
     for rows in _blocks(len(a), block, topology):
         distances = squared_distances(a[rows], b)
-        covered_generated += (distances <= radii_reference[rows, None]).any(0)
-        covered_reference[rows] = (distances <= radii_generated[None, :]).any(1).double()
-    precision = (topology.sum(covered_generated) > 0).double().mean()
-    return float(precision), float(topology.sum(covered_reference).mean())
+        in_real = inside(distances, radii_reference[rows, None])
+        balls += in_real.sum(0)
+        covered[rows] = in_real.any(1).double()
+        recalled[rows] = inside(distances, radii_generated[None, :]).any(1).double()
+    balls, recalled, covered = (topology.sum(counts) for counts in (balls, recalled, covered))
+    return Scores(
+        float((balls > 0).double().mean()),
+        float(recalled.mean()),
+        float(balls.mean()) / convention.k,
+        float(covered.mean()),
+    )
 
 
 def _blocks(count: int, block: int, topology: Topology) -> list[slice]:

@@ -12,8 +12,10 @@ FORMAT = 1
 VALUES = {
     "fid": ("fid",),
     "sfid": ("sfid",),
+    "fid_infinity": ("fid_infinity",),
     "kid": ("kid_mean", "kid_std"),
     "precision_recall": ("precision", "recall"),
+    "density_coverage": ("density", "coverage"),
     "inception_score": ("inception_score",),
     "class_agreement": ("class_agreement",),
 }

@@ -97,6 +97,7 @@ def test_the_result_names_everything(result):
         assert set(values) == {"n", *(k for m, keys in VALUES.items() if m != "inception_score" for k in keys)}
         assert values["fid"] > 0
         assert 0 <= values["precision"] <= 1
+        assert values["fid_infinity"] < values["fid"]
     assert result["sets"]["model"]["class_agreement"] == result["class_agreement_real"] == 1.0
     assert list(result["absent"]) == ["inception_score"]
     assert "inception.weights=PATH" in result["absent"]["inception_score"]
@@ -109,6 +110,26 @@ def test_the_result_names_everything(result):
     assert reference[0] == reference[1]
     assert reference[0]["available"] == 20
     assert reference[0]["n"] == COUNT
+
+
+@pytest.mark.long
+def test_conventions_of_other_evaluators_have_numbers_and_records_of_their_own(work, result, tmp_path):
+    metrics = "metrics=[kid,precision_recall,density_coverage]"
+    ours = ["kid.subsets=5", "kid.subset_size=6", f"out={tmp_path / 'a.json'}"]
+    theirs = ["manifold=dgm-eval", "kid.draw=torch-fidelity", "seed=0"]
+    one(work, "generated.npz", "real.npz", metrics, *ours, *theirs)
+    a = json.loads((tmp_path / "a.json").read_text())
+    values, described = a["sets"]["generated"], a["record"]["metrics"]
+    assert described["precision_recall"]["k"] == 5
+    assert described["density_coverage"]["inside"] == "distance < radius, float64"
+    assert described["kid"]["draw"] == "torch-fidelity"
+    assert described["kid"]["seed"] == 2020
+    same = result["sets"]["model"]
+    assert values["kid_mean"] != pytest.approx(same["kid_mean"], rel=1e-6)
+    assert values["density"] != pytest.approx(same["density"], rel=1e-6)
+    one(work, "generated.npz", "real.npz", metrics, *ours)
+    b = json.loads((tmp_path / "a.json").read_text())["sets"]["generated"]
+    assert b == pytest.approx({key: same[key] for key in b}, rel=1e-9)  # the twin: as it was without options
 
 
 def test_two_ranks_write_the_same_numbers(work, result):
@@ -271,7 +292,7 @@ def test_fewer_images_than_asked_are_common_to_all_sets_where_that_is_wanted(wor
     few = [f"sets.held_out.images={tmp_path / 'few.npz'}", "fewer=common", "kid.subset_size=null"]
     evaluate(work / "sets.yaml", f"out={tmp_path / 'b.json'}", *few)
     b = json.loads((tmp_path / "b.json").read_text())
-    assert set(b["absent"]) == {"inception_score", "precision_recall"}
+    assert set(b["absent"]) == {"inception_score", "precision_recall", "density_coverage", "fid_infinity"}
     assert "needs more images than the 3 of" in b["absent"]["precision_recall"]
     assert set(b["sets"]["model"]) == {"n", "fid", "sfid", "kid_mean", "kid_std", "class_agreement"}
     assert b["record"]["metrics"]["kid"]["subset_size"] == 2

@@ -286,7 +286,7 @@ BUDGETS = {
     "planning": 1260,
     "training": 1880,
     "sampling": 1790,
-    "evaluation": 2600,
+    "evaluation": 3200,
     "scaling": 3690,
     "report": 2170,
     "hub": 890,

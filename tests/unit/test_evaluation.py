@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llamagen_dist.config import ClassifierSection, InceptionSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import classifier, frechet, inception, inception_weights, kid, manifold
+from llamagen_dist.evaluation import classifier, extrapolation, frechet, inception, inception_weights, kid, manifold
 from llamagen_dist.evaluation.features import Extraction, Selection, batches
 from llamagen_dist.evaluation.image_sets import balanced, choose, open_images
 from llamagen_dist.parallel.topology import Topology, start
@@ -79,17 +79,25 @@ def test_kid_is_the_average_over_pairs():
     ]
     assert all(len(set(i.tolist())) == 5 for pair in subsets for i in pair)
     expected = [by_pairs(x[i], y[j]) for i, j in subsets]
-    assert kid.kid(x, y, 4, 5, 3) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
-    assert kid.kid(x, y, 4, 5, 4) != pytest.approx((np.mean(expected), np.std(expected)), rel=1e-3)
+    other = kid.hashed_subsets(12, 12, 4, 5, 4)
+    assert kid.kid(x, y, kid.hashed_subsets(12, 12, 4, 5, 3)) == pytest.approx(
+        (np.mean(expected), np.std(expected)), rel=1e-9
+    )
+    assert kid.kid(x, y, other) != pytest.approx((np.mean(expected), np.std(expected)), rel=1e-3)
     with pytest.raises(ValueError, match="20 images cannot be drawn from 12"):
-        kid.kid(x, y, 1, 20, 0)
+        kid.hashed_subsets(12, 12, 1, 20, 0)
 
 
 def test_kid_of_large_sets_is_that_of_small_ones(monkeypatch):
     x, y = features(60, 8, 0), features(50, 8, 1)
-    whole = kid.kid(x, y, 5, 20, 0)
+    subsets = kid.hashed_subsets(60, 50, 5, 20, 0)
+    whole = kid.kid(x, y, subsets)
     monkeypatch.setattr(kid, "WHOLE_KERNEL", 10)
-    assert kid.kid(x, y, 5, 20, 0) == pytest.approx(whole, rel=1e-12)
+    assert kid.kid(x, y, subsets) == pytest.approx(whole, rel=1e-12)
+
+
+def plain(k: int) -> manifold.Convention:
+    return manifold.CONVENTIONS["exact"]._replace(k=k)
 
 
 def by_hand(inside: np.ndarray, around: np.ndarray, k: int) -> float:
@@ -108,17 +116,17 @@ def test_precision_and_recall_by_brute_force(k):
         r = np.random.RandomState(seed)
         real, made = r.randint(-4, 5, (50, 3)).astype(float), r.randint(-3, 7, (40, 3)).astype(float)
         expected = by_hand(made, real, k), by_hand(real, made, k)
-        found = manifold.precision_recall(torch.from_numpy(made), torch.from_numpy(real), k, block=7)
-        assert found == pytest.approx(expected)
+        found = manifold.manifold_scores(torch.from_numpy(made), torch.from_numpy(real), plain(k), block=7)
+        assert found[:2] == pytest.approx(expected)
         assert expected[0] != expected[1]  # swapping the two would be noticed
 
 
 def test_precision_counts_the_border_and_copies():
     real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     made = torch.tensor([[-3.0], [-3.01], [11.0], [5.0]])  # k = 1: radii 1 1 2 4 of the real ones
-    assert manifold.precision_recall(made, real, 1)[0] == 0.5  # 11 and 5 lie on borders, both -3 outside
+    assert manifold.manifold_scores(made, real, plain(1)).precision == 0.5  # 11 and 5 lie on borders, both -3 outside
     same = torch.full((6, 4), 0.1)  # every radius is 0
-    assert manifold.precision_recall(same, same, 3) == (1.0, 1.0)
+    assert manifold.manifold_scores(same, same, plain(3))[:2] == (1.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +245,10 @@ def ranks_measure(generated: np.ndarray, real: np.ndarray, sabotage: str) -> tup
         mine = torch.cat([mine, x[:1]]) if topology.rank else mine
     whole = streamed(mine, None if sabotage == "no all-reduce" else topology)
     distance = frechet.frechet_distance(whole, frechet.gaussian_of(y))
-    return (distance, *kid.kid(x, y, 6, 30, 0, topology), *manifold.precision_recall(x, y, 3, topology, block=32))
+    extrapolated = extrapolation.fid_infinity(x, frechet.gaussian_of(y), 5, 0, topology).value
+    subsets = kid.hashed_subsets(len(x), len(y), 6, 30, 0)
+    scores = manifold.manifold_scores(x, y, plain(3), topology, block=32)
+    return (distance, extrapolated, *kid.kid(x, y, subsets, topology), *scores)
 
 
 def test_two_ranks_measure_what_one_does():
