@@ -11,8 +11,10 @@ OUT ?= runs/quickstart
 # Most tests keep one core busy; a file's tests stay in one process, which shares what they prepare.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-# trackio asks for an older pillow than the tested one, with which it works as well: its own needs are installed by name.
+# trackio and gradio ask for an older pillow than the tested one, with which they work as well: their own needs are
+# installed by name.
 TRACKIO_NEEDS := gradio-client httpx brotli orjson python-multipart starlette uvicorn
+GRADIO_NEEDS := fastapi groovy hf-gradio pandas pydub pytz safehttpx semantic-version 'tomlkit<0.15' typer
 
 .PHONY: venv quickstart test test-long test-all slurm slurm-test chromium faults gpu-check lint format clean
 .DELETE_ON_ERROR:
@@ -25,8 +27,8 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch torchvision setuptools wheel
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception]'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt $(TRACKIO_NEEDS)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt $(TRACKIO_NEEDS) $(GRADIO_NEEDS)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio gradio
 	touch $(STAMP)
 
 quickstart: venv

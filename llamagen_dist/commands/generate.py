@@ -49,6 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--again", type=Path, metavar="PICTURE", help="the same picture again, from what its .png says of itself"
     )
+    wanted.add_argument("--interactive", action="store_true", help="a page on this machine to draw with (extra demo)")
+    parser.add_argument("--port", type=int, metavar="N", help="of --interactive (default: 7860)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -80,9 +82,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     decisive = (*DEFAULTS, "weights", "seeds", "film", "grid_over")
     given = [name.replace("_", "-") for name in decisive if getattr(args, name) is not None]
+    if given and args.again is not None:
+        raise UserError(f"--{given[0]}: --again takes that from {args.again}; leave it out")
+    if args.interactive and (set_there := [name for name in given if name != "weights"]):
+        raise UserError(f"--{set_there[0]}: is set on the page; leave it out")
+    if args.port is not None and not args.interactive:
+        raise UserError("--port: belongs to --interactive; leave it out")
     if args.again is not None:
-        if given:
-            raise UserError(f"--{given[0]}: --again takes that from {args.again}; leave it out")
         from llamagen_dist.sampling.again import draw_again
 
         for line in draw_again(args.again, args.out, args.checkpoint, args.tokenizer, args.text_encoder):
@@ -90,6 +96,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.checkpoint is None:
         raise UserError("CHECKPOINT: name a GPT's run directory or step_… folder")
+    if args.interactive:
+        draw_on_a_page(args)
+        return
     if args.out is None:
         raise UserError("--out: name the .png or .jpg to write")
     axes = grid_axes(args.grid_over or [])
@@ -101,6 +110,20 @@ def run(args: argparse.Namespace) -> None:
     if args.film is not None and axes:
         raise UserError("--film: shows one picture being drawn; leave out --grid-over")
     draw_new(args, axes, pictures)
+
+
+def draw_on_a_page(args: argparse.Namespace) -> None:
+    from llamagen_dist.sampling import demo, drawing
+
+    if args.out is not None:
+        raise UserError("--out: the page has a button to download a picture; leave it out")
+    options.within(args, "port", 1, (1 << 16) - 1)
+    port = args.port or demo.PORT
+    demo.gradio()  # what is missing is said before anything is loaded
+    demo.check_port(port)
+    weights = options.which_weights(args)
+    opened = drawing.open_source(args.checkpoint, weights, args.tokenizer, None, args.text_encoder, either=True)
+    demo.run(opened, weights, args.text_encoder, port)
 
 
 def pictures_of_a_row(args: argparse.Namespace, per_class: float) -> list[tuple[int, int]]:

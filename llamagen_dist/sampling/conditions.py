@@ -72,7 +72,12 @@ def shard_captions(shards: Shards, gpt: TrainedGPT, tokenizer: Tokenizer) -> Con
 def written_captions(
     captions: Sequence[str], gpt: TrainedGPT, text_encoder: Path | None, device: torch.device, key: str
 ) -> Conditions:
-    """Captions in words, encoded here; which are too long for the GPT is said.
+    """Captions in words, encoded here; see ``encoder_of`` and ``encoded_captions``."""
+    return encoded_captions(captions, gpt, encoder_of(gpt, text_encoder, device, key))
+
+
+def encoder_of(gpt: TrainedGPT, text_encoder: Path | None, device: torch.device, key: str) -> CaptionEncoder:
+    """The text encoder that a GPT was trained with.
 
     text_encoder: None takes the one that the GPT's record names.
     key: the config key or option that names it, for messages.
@@ -89,6 +94,11 @@ def written_captions(
             f"{key}: {encoder.path} ({encoder.dim} features per token, sha256 {encoder.sha256[:12]}…) is "
             f"not the one that {gpt.path} was trained with{was}; its features mean other things"
         )
+    return encoder
+
+
+def encoded_captions(captions: Sequence[str], gpt: TrainedGPT, encoder: CaptionEncoder) -> Conditions:
+    """Captions in words as the GPT takes them; which are too long for it is said."""
     lengths = encoder.lengths(captions)
     cut = {number: length for number, length in enumerate(lengths) if length > gpt.config.prefix}
     for number, length in cut.items():

@@ -16,9 +16,10 @@ from torch import Tensor
 from llamagen_dist.config import Section
 from llamagen_dist.config.section import PositiveInt
 from llamagen_dist.console import Progress
+from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import grid
-from llamagen_dist.sampling.conditions import Conditions, classes, written_captions
+from llamagen_dist.sampling.conditions import Conditions, classes, encoded_captions, encoder_of
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
 from llamagen_dist.sampling.pictures import BATCH, Settings, decode_tokens, model_tokens, sample_seeds
 from llamagen_dist.sampling.png_record import pixels_sha256, record_text
@@ -36,6 +37,8 @@ class Source:
     gpt: TrainedGPT
     tokenizer: Tokenizer
     conditions: Conditions
+    encoder: CaptionEncoder | None = None
+    """Of captions."""
 
 
 class Drawing(Section):
@@ -102,12 +105,14 @@ def open_source(
     tokenizer: Path | None,
     captions: Sequence[str] | None,
     text_encoder: Path | None,
+    either: bool = False,
 ) -> Source:
     """Load a GPT and its tokenizer, onto the GPU where there is one, and encode the captions.
 
     weights: as ``Checkpoint.open`` takes it.
     tokenizer, text_encoder: None takes the ones that the checkpoint names.
     captions: None for a class-conditional GPT.
+    either: whether a GPT may also be text-conditional without captions, which then come later.
     Raises UserError: not there, of other kinds, or not made for each other.
     """
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
@@ -119,14 +124,13 @@ def open_source(
     by_class = gpt.config.condition == "class"
     if by_class and captions is not None:
         raise UserError(f"--caption: {checkpoint} is conditioned on classes; use --class")
-    if not by_class and captions is None:
+    if not (by_class or either or captions is not None):
         raise UserError(f"--class: {checkpoint} is conditioned on text; use --caption TEXT")
-    found = (
-        classes(gpt) if captions is None else written_captions(captions, gpt, text_encoder, device, "--text-encoder")
-    )
+    encoder = None if by_class else encoder_of(gpt, text_encoder, device, "--text-encoder")
+    found = classes(gpt) if encoder is None else encoded_captions(captions or [""], gpt, encoder)
     gpt.model.to(device)
     named.model.to(device)
-    return Source(gpt, named, found)
+    return Source(gpt, named, found, encoder)
 
 
 def drawing(

@@ -22,6 +22,8 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.sampling.demo import Studio
+from llamagen_dist.sampling.drawing import open_source
 from llamagen_dist.sampling.png_record import read_record, record_text
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
@@ -150,6 +152,19 @@ def test_the_command_line_draws_captions(work, tmp_path):
     assert grid.width < 700  # the long caption is broken into lines
     with pytest.raises(UserError, match=r"--class: .* is conditioned on text; use --caption"):
         cli.main([*words, "--class", "0"])
+
+
+def test_a_caption_on_the_page_is_drawn_as_on_the_command_line(work, tmp_path):
+    opened = open_source(work / "gpt", None, work / "tokenizer", None, None, either=True)
+    studio = Studio(opened, None, None, tmp_path)
+    found = [studio.draw(caption, 2, 1, 0, 1, 3, 2) for caption in ("red cup", "green old shoe")]
+    words = ["generate", str(work / "gpt"), "--tokenizer", str(work / "tokenizer"), "--seeds", "3-4"]
+    with redirect_stdout(io.StringIO()):
+        cli.main([*words, "--caption", "red cup", "--out", str(tmp_path / "line.png")])
+    line, red, green = (np.asarray(Image.open(path)) for path in (tmp_path / "line.png", *found))
+    assert np.array_equal(line, red)
+    assert not np.array_equal(red[:, -90:], green[:, -90:])
+    assert read_record(found[1])[0]["captions"] == ["green old shoe"]
 
 
 @pytest.mark.parametrize(

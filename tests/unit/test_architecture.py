@@ -111,7 +111,7 @@ def test_a_wrong_arrow_is_noticed(module, source):
 HEAVY = {
     *("torch", "numpy", "pydantic", "yaml", "rich", "PIL", "matplotlib", "scipy", "safetensors", "tokenizers"),
     *("deepspeed", "megatron", "transformers", "webdataset", "lpips", "wandb", "submitit", "fsspec", "jinja2"),
-    *("huggingface_hub", "trackio", "google", "markdown_it", "plotly", "wandb_workspaces"),
+    *("huggingface_hub", "trackio", "google", "markdown_it", "plotly", "wandb_workspaces", "gradio"),
 }
 """Packages that take a moment to load: what a program does not need, it should not wait for."""
 
