@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         network, described = None, None
     else:
         network, described = extractor.network.to(topology.device), extractor.record
+        comparison.check_statistics(described)
         if network.fc is None and "inception_score" in config.metrics:
             comparison.leave_out("inception_score", inception_weights.NO_LOGITS)
     judge = Judge(config.classifier, config, topology) if config.classifier is not None else None

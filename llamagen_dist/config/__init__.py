@@ -8,6 +8,7 @@ from llamagen_dist.config.evaluate import (
     InceptionSection,
     NeighboursConfig,
     ReconstructConfig,
+    ReferenceConfig,
     SampleConfig,
 )
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, StageSection, SweepConfig

@@ -240,6 +240,31 @@ class EvaluateConfig(Section):
         return self.sets
 
 
+class ReferenceConfig(Section):
+    """``kind: reference``, read by ``eval.reference``."""
+
+    kind: Literal["reference"]
+    images: Path
+    """Image shards, a folder or zip of pictures, or an .npz (``arr_0``)."""
+    out: Path
+    """The .npz to write."""
+    name: str | None = None
+    """What results call this reference; empty: what the images are called."""
+    split: Literal["train", "validation", "test"] | None = None
+    """What the images are. Empty: for image shards in a folder called train or validation, that; else unknown."""
+    image_size: PositiveInt | None = None
+    """Images are centre-cropped to this, as ADM does; empty: they have one size, which is kept."""
+    limit: Pictures | None = None
+    """Only so many images, class by class in turn, chosen by a hash of the seed. Empty: all."""
+    pictures: CountInt = 10000
+    """So many of them are put into the file too, for precision, recall and KID, chosen alike; 0: statistics alone."""
+    seed: CountInt = 0
+    batch: PositiveInt = 20
+    """Images per forward pass and rank; the same on any number of ranks."""
+    inception: InceptionSection = InceptionSection()
+    threads: Threads = None
+
+
 class NeighboursConfig(Section):
     """``kind: neighbours``, read by ``eval.neighbours``."""
 

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from llamagen_dist.config.data import ExtractConfig
-from llamagen_dist.config.evaluate import EvaluateConfig, NeighboursConfig, ReconstructConfig, SampleConfig
+from llamagen_dist.config.evaluate import (
+    EvaluateConfig,
+    NeighboursConfig,
+    ReconstructConfig,
+    ReferenceConfig,
+    SampleConfig,
+)
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
 from llamagen_dist.config.section import Section, build, nearest
@@ -22,6 +28,7 @@ KINDS: dict[str, type[Section]] = {
     "reconstruct": ReconstructConfig,
     "evaluate": EvaluateConfig,
     "neighbours": NeighboursConfig,
+    "reference": ReferenceConfig,
     "cluster": ClusterConfig,
     "sweep": SweepConfig,
     "pack": PackConfig,

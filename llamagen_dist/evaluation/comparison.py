@@ -160,6 +160,12 @@ class Comparison:
         if metric in self.config.metrics:
             self.leave_out(metric, why)
 
+    def check_statistics(self, extractor: dict[str, object]) -> None:
+        """Stored statistics fit this extractor. Raises UserError, see passport.refuse_other_statistics."""
+        for generated, reference in self.sets.values():
+            size = generated.images.width, generated.images.height
+            passport.refuse_other_statistics(reference.images, extractor, size, inception.RESIZE)
+
     def check_labels(self, classes: int | None) -> None:
         """Every labelled set fits the classifier's classes. classes: None without a classifier."""
         if "class_agreement" not in self.config.metrics or classes is None:
@@ -249,7 +255,8 @@ class Comparison:
             known: Gaussian | None = getattr(features, metric, None)
             return known
         mean, covariance = (torch.tensor(array, dtype=torch.float64) for array in reference.images.statistics[metric])
-        return Gaussian(mean.to(topology.device), covariance.to(topology.device))
+        count = (reference.images.provenance or {}).get("count")
+        return Gaussian(mean.to(topology.device), covariance.to(topology.device), None, count)
 
     def _extrapolated(self, name: str, pool: Tensor, reference: Gaussian, topology: Topology) -> dict[str, float]:
         points = self.config.fid_infinity_points
@@ -320,7 +327,8 @@ class Comparison:
         def side(part: Side) -> dict[str, Any]:
             images = part.images
             if part.selection is None:
-                stored = {"statistics": sorted(images.statistics), "n": None}
+                behind = (images.provenance or {}).get("count")
+                stored = {"statistics": sorted(images.statistics), "n": behind}
                 return {"path": str(images.path), **stored, "sha256": passport.statistics_sha256(images)}
             selection = self.selections[part.selection]
             about: dict[str, Any] = {

@@ -137,8 +137,8 @@ def _open_npz(path: Path) -> ImageSet:
                 if mean in names and covariance in names
             }
             about = json.loads(bytes(arrays[PROVENANCE])) if PROVENANCE in arrays else None
-            if not isinstance(about, dict | None):
-                raise ValueError(f"{PROVENANCE} is no JSON object")
+            if about is not None and not (isinstance(about["count"], int) and isinstance(about["extractor"], dict)):
+                raise ValueError(f"{PROVENANCE} is not what eval.reference writes")
     except _DAMAGE as error:
         raise UserError(f"{path}: cannot be read as an .npz ({error}); make or copy it again") from None
     if "arr_0" not in names and not statistics:
@@ -167,7 +167,17 @@ def _open_npz(path: Path) -> ImageSet:
     return ImageSet(path, count, height, width, labels, None, pixels, statistics, about, (height, width))
 
 
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 """What the readers of a damaged, cut or encrypted .npz raise."""
 
 

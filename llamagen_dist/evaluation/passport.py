@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from llamagen_dist.config import EvaluateConfig, difference
 from llamagen_dist.data.shards import Shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_sets import ImageSet
 from llamagen_dist.evaluation.picture_files import PictureFiles
 from llamagen_dist.files import json_if_there
 
 UNKNOWN = "unknown"
+EXTRACTOR = ("network", "weights_sha256", "arithmetic")
+"""What of an extractor decides the features."""
 _OF_THE_PROCESS = (  # what a record.json says that decides no picture, or that is a path
     *("checkpoint", "tokenizer", "sets", "meaning", "device", "ranks", "seconds_of_the_last_start", "image_shards"),
     *("definitions", "region", "n"),
@@ -103,6 +106,25 @@ def _published(images: ImageSet) -> dict[str, Any] | None:
         "crop": f"ADM's centre crop to {height}",
         "known_by": f"its structure only (mu, sigma, mu_s, sigma_s, {pictures:,} pictures of {height} pixels); no hash",
     }
+
+
+def refuse_other_statistics(reference: ImageSet, extractor: Mapping[str, Any], size: tuple[int, int], to: str) -> None:
+    """Raises UserError where stored statistics were made with another network or size than the pictures are looked at.
+
+    extractor: the record of this one. size: (width, height) of the pictures. to: how they are resized for it.
+    Statistics that do not say how they were made cannot be checked.
+    """
+    about = reference.provenance
+    if about is None or not reference.statistics:
+        return
+    here = {**{key: extractor[key] for key in EXTRACTOR}, "resize": to, "size": list(size)}
+    there = {**about.get("extractor", {}), "resize": about.get("resize"), "size": about.get("size")}
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"{reference.path}: its statistics were made with {key} {there.get(key)}, but here it is {value}; make "
+                "them again with eval.reference"
+            )
 
 
 def statistics_sha256(images: ImageSet) -> str:

@@ -8,6 +8,7 @@ import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,22 +110,35 @@ class ChunkFolder(OutputFolder):
             return None  # it is simply made again
 
 
-def write_npz(path: Path, labels: NDArray[np.int64] | None, count: int, blocks: Iterable[NDArray[np.uint8]]) -> None:
+def write_npz(
+    path: Path,
+    labels: NDArray[np.int64] | None,
+    count: int,
+    blocks: Iterable[NDArray[np.uint8]],
+    more: Arrays = MappingProxyType({}),
+) -> None:
     """``arr_0`` uint8 [count, H, W, 3] from consecutive blocks, one in memory at a time, and ``labels`` int64 [count].
 
+    more: other arrays by name. With a count of 0 there is no ``arr_0``.
     Written aside and renamed; the same content gives the same bytes. ValueError when the blocks do not add up.
     """
     with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-            written = 0
-            for block in blocks:
-                if written == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *block.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(block).data)
-                written += len(block)
-            if written != count:
-                raise ValueError(f"{written} pictures for {count}")
-        if labels is not None:
-            with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
-                np.lib.format.write_array(file, labels, allow_pickle=False)
+        if count:
+            _write_pictures(archive, count, blocks)
+        others = more if labels is None else {"labels": labels, **more}
+        for name, array in others.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _write_pictures(archive: zipfile.ZipFile, count: int, blocks: Iterable[NDArray[np.uint8]]) -> None:
+    with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+        written = 0
+        for block in blocks:
+            if written == 0:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *block.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(block).data)
+            written += len(block)
+        if written != count:
+            raise ValueError(f"{written} pictures for {count}")
