@@ -13,6 +13,8 @@ The three take a step in turns, so that a busy machine slows all of them; ratios
 CPU-seconds and of wall time. Before any ratio of LlamaGen's way its profile has to be what was measured of LlamaGen
 itself (--reference: the share of its linear layers in a step of 16 rows in the middle of an image, one thread, fp32),
 within 25 %; ``--reference 0`` leaves that out.
+--memory: instead, the highest resident memory while whole batches are drawn, above what the process has without a
+model, against weights and cache; batch after batch.
 --every K: only each K-th step, over keys and values that are filled with noise up to there; 1 is the whole run.
 """
 
@@ -20,6 +22,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -31,6 +34,7 @@ from llamagen_dist.models import ops
 from llamagen_dist.models.gpt import GPT, Attention, Block, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.sampling.draw import draw, noise_streams
+from llamagen_dist.sampling.sampler import generate
 
 SCALE, TOP_K = 4.0, 2000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -193,6 +197,28 @@ def compare(precision: str, images: int, every: int, reference: float) -> None:
         print(f"  {what:16} {wall:6.2f} (wall) {cpu:6.2f} (CPU)")
 
 
+def resident(key: str) -> float:
+    """MB, of this process: VmRSS now, or VmHWM at its highest since the last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def memory(precision: str, images: int, batches: int) -> None:
+    before = resident("VmRSS")
+    model = gpt_b(DTYPES[precision])
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    slots = 2 * images * config.n_layer * config.image_tokens * config.dim * 2
+    least = (weights + slots * model.output.weight.element_size()) / 2**20
+    print(f"{precision}: weights and cache of {images} images {least:.0f} MB")
+    for number in range(batches):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        seeds = torch.arange(images) + number * images
+        generate(model, seeds % config.num_classes, cfg_scale=SCALE, top_k=TOP_K, seeds=seeds)
+        highest = resident("VmHWM") - before
+        print(f"  batch {number}: highest {highest:.0f} MB, {highest / least - 1:+.1%}", flush=True)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,9 +227,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--reference", type=float, default=0.41, metavar="SHARE")
+    parser.add_argument("--memory", type=int, default=0, metavar="BATCHES")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for precision in options.precisions:
+        if options.memory:
+            memory(precision, options.images, options.memory)
+            continue
         compare(precision, options.images, options.every, options.reference)
 
 
