@@ -182,3 +182,23 @@ def test_the_one_unlike_result_is_refused_by_name(tmp_path, change, named):
     assert named in str(refused.value)
     assert "2.json were not measured alike" in str(refused.value)
     assert "1.json were not" not in str(refused.value)
+
+
+PROTOCOLS = {
+    "plain": {"limit": 50000},
+    "adm-50k": {"limit": 50000, "inception_score": "adm", "manifold": "adm", "resize_to": None, "scores": "samples"},
+    "llamagen-384to256": {"limit": 50000, "inception_score": "adm", "manifold": "adm", "resize_to": 256},
+    "reconstruction": {"limit": None, "scores": "reconstructions", "resize_to": 256},
+    "coco-30k": {"limit": 30000, "resize_to": 256},
+    "quick-5k": {"limit": 5000, "fewer": "refuse"},
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_shipped_protocol_prescribes_what_its_name_says(name):
+    file = Path(__file__).parent.parent.parent / "configs" / "eval" / f"{name}.yaml"
+    config = load(file, kind="evaluate")
+    assert config.protocol == name
+    assert {key: getattr(config, key) for key in PROTOCOLS[name]} == PROTOCOLS[name]
+    overridden = load(file, ["seed=3", "generated=x", "reference=y", "out=z"])
+    assert passport.protocol(overridden, config) == {"name": name, "changed": ["seed: 0 -> 3"]}
