@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist.config import EvaluateConfig
@@ -27,9 +28,10 @@ from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, b
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.parallel.topology import Topology
 
+DISTANCES = ("fid", "sfid")
 KEPT_METRICS = ("kid", "precision_recall", "density_coverage")
 """They need the features themselves of both sides."""
-REFERENCE_METRICS = ("fid", "sfid", "fid_infinity", *KEPT_METRICS)
+REFERENCE_METRICS = (*DISTANCES, "fid_infinity", *KEPT_METRICS)
 FEATURE_METRICS = (*REFERENCE_METRICS, "inception_score")
 MANIFOLD_METRICS = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
 
@@ -58,6 +60,7 @@ class Comparison:
         convention = manifold.CONVENTIONS[config.manifold]
         self.manifold = convention._replace(k=config.neighbours or convention.k)
         self._left_out: set[str] = set()
+        self._distances: dict[tuple[str, str], float] | None = None
         self.sets: dict[str, tuple[Side, Side]] = {}
         opened = {
             name: (self._open(pair.images), self._open(pair.reference, reference=True))
@@ -113,13 +116,20 @@ class Comparison:
         indices = choose(images, limit, config.seed)
         labels = None if images.labels is None else images.labels[indices]
         kept = np.arange(len(indices))
-        if len(indices) > config.keep:
+        if not self._looks_at_features(len(indices), labels):
+            kept = kept[:0]
+        elif len(indices) > config.keep:
             kept = balanced(labels, len(indices), config.subsample or 0, config.seed)
         selection = Selection(images, indices, kept)
         if selection.key() not in self._numbers:
             self._numbers[selection.key()] = len(self.selections)
             self.selections.append(selection)
         return self._numbers[selection.key()]
+
+    def _looks_at_features(self, count: int, labels: NDArray[np.int64] | None) -> bool:
+        """Whether moments do not say all that the metrics (and the search for mistakes) need of so many images."""
+        metrics = {"fid_infinity", *KEPT_METRICS} & set(self.config.metrics)
+        return bool(metrics) or count <= inception.POOL_FEATURES or (self._consecutive_splits and labels is None)
 
     def _check(self, name: str) -> None:
         """Enough images for the metrics asked for; kept features where KID, precision and recall need them."""
@@ -193,18 +203,13 @@ class Comparison:
         theirs = None if reference.selection is None else measured[reference.selection]
         values: dict[str, float] = {"n": len(self.selections[generated.selection])}
         wanted = [metric for metric in self.config.metrics if metric not in self._left_out]
-        for metric in ("fid", "sfid"):
-            if metric in wanted:
-                a: Gaussian | None = getattr(mine, metric)
-                b = self._gaussian(reference, metric, theirs, topology)
-                assert a is not None
-                if b is None:
-                    self._statistics_only(name, metric)
-                    continue
-                try:
-                    values[metric] = frechet_distance(a, b)
-                except ValueError as error:
-                    raise UserError(f"{name}: no {metric} of these sets: {error}") from None
+        if self._distances is None:
+            self._distances = self._all_distances(measured, topology)
+        for metric in DISTANCES:
+            if (name, metric) in self._distances:
+                values[metric] = self._distances[name, metric]
+            elif metric in wanted:
+                self._statistics_only(name, metric)
         for metric in ("fid_infinity", *KEPT_METRICS):
             if metric not in wanted or mine.pool is None:
                 continue
@@ -239,6 +244,30 @@ class Comparison:
             truth = labels[self.selections[generated.selection].indices]
             values["class_agreement"] = float((mine.classes.cpu().numpy() == truth).mean())
         return values
+
+    def _all_distances(self, measured: Sequence[SetFeatures], topology: Topology) -> dict[tuple[str, str], float]:
+        """(set, metric) -> every Fréchet distance whose two sides are known (collective: the ranks share them out)."""
+        jobs = []
+        for name, (generated, reference) in self.sets.items():
+            assert generated.selection is not None
+            theirs = None if reference.selection is None else measured[reference.selection]
+            for metric in (metric for metric in DISTANCES if metric in self.config.metrics):
+                a: Gaussian | None = getattr(measured[generated.selection], metric)
+                known = metric in reference.images.statistics or theirs is not None
+                if metric not in self._left_out and a is not None and known:
+                    jobs.append((name, metric, a, reference, theirs))
+        mine: dict[tuple[str, str], float | str] = {}
+        for name, metric, a, reference, theirs in jobs[topology.rank :: topology.world]:
+            b = self._gaussian(reference, metric, theirs, topology)
+            assert b is not None
+            try:
+                mine[name, metric] = frechet_distance(a, b)
+            except ValueError as error:  # raised on every rank below: none may wait for one that has stopped
+                mine[name, metric] = f"{name}: no {metric} of these sets: {error}"
+        answers = {key: answer for part in topology.gather(mine) for key, answer in part.items()}
+        if problems := [answer for answer in answers.values() if isinstance(answer, str)]:
+            raise UserError(problems[0])
+        return {key: float(answer) for key, answer in answers.items()}
 
     def _statistics_only(self, name: str, metric: str) -> None:
         """Say why a set has no value of ``metric``; the other sets may have one."""

@@ -127,16 +127,21 @@ class _Part:
         self.classes = torch.zeros(n if classified else 0, dtype=torch.int64, device=device)
         self.row_of = np.full(n, -1, np.int64)  # where a kept image's features go
         self.row_of[selection.kept] = np.arange(len(selection.kept))
-        self.all_kept = len(selection.kept) == n
-        self.pool = self.spatial = self.score = self.moments = None
+        self.pool = self.spatial = self.score = None
+        # (of pool, of spatial): all that is kept of large sets, so that memory does not grow with the images. A
+        # covariance of fewer images than dimensions has no factor among its moments: there the features are kept.
+        self.moments: list[Moments | None] = [None, None]
         self.not_finite = torch.zeros((), dtype=torch.float64, device=device)  # images; read once, at the end
         if network is None:
             return
         self.pool = torch.zeros(len(selection.kept), POOL_FEATURES, device=device)
-        if self.all_kept:
+        all_kept = len(selection.kept) == n
+        if all_kept and n <= SPATIAL_FEATURES:
             self.spatial = torch.zeros(n, SPATIAL_FEATURES, device=device)
         else:
-            self.moments = Moments(POOL_FEATURES, device), Moments(SPATIAL_FEATURES, device)
+            self.moments[1] = Moments(SPATIAL_FEATURES, device)
+        if not all_kept or n > POOL_FEATURES:
+            self.moments[0] = Moments(POOL_FEATURES, device)
         if network.fc is not None:
             self.score = ScoreSums(SPLITS[splits](n), LOGITS, device)
 
@@ -148,9 +153,9 @@ class _Part:
         self.pool[kept_rows[kept_rows >= 0]] = pool[kept_rows >= 0]
         if self.spatial is not None:
             self.spatial[rows] = spatial
-        if self.moments is not None:
-            self.moments[0].update(pool)
-            self.moments[1].update(spatial)
+        for moments, features in zip(self.moments, (pool, spatial), strict=True):
+            if moments is not None:
+                moments.update(features)
         if self.score is not None and logits is not None:
             self.score.update(rows, logits)
 
@@ -172,13 +177,15 @@ class _Part:
             )
         score = None if self.score is None else self.score.score(self.topology)
         pool = total(self.pool)
-        if self.spatial is not None:
-            return SetFeatures(
-                sha256, pool, gaussian_of(pool), gaussian_of(total(self.spatial)), score, classes, digests
-            )
-        assert self.moments is not None
-        fid, sfid = (moments.gaussian(self.topology) for moments in self.moments)
+        kept = pool, None if self.spatial is None else total(self.spatial)
+        fid, sfid = (self._gaussian(*pair) for pair in zip(self.moments, kept, strict=True))
         return SetFeatures(sha256, pool, fid, sfid, score, classes, digests)
+
+    def _gaussian(self, moments: Moments | None, features: Tensor | None) -> Gaussian:
+        if moments is not None:
+            return moments.gaussian(self.topology)
+        assert features is not None
+        return gaussian_of(features)
 
 
 def _digest(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
