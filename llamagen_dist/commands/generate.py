@@ -12,15 +12,24 @@ from llamagen_dist.errors import UserError
 if TYPE_CHECKING:
     from llamagen_dist.sampling.drawing import Source
 
-DEFAULTS = {"per_class": 8, "cfg": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-"""Of the options that decide what is drawn; ``--again`` takes them from the picture, so it must see what was given."""
+PER_CLASS, CFG = 8, 2.0
 LIMITS: dict[str, tuple[float, float, bool]] = {
     "cfg": (1, math.inf, False),
+    "cfg-interval": (-1, math.inf, False),
+    "guidance-power": (0, math.inf, True),
+    "guidance-start": (0, 1, False),
     "temperature": (0, math.inf, False),
     "top-k": (0, math.inf, False),
     "top-p": (0, 1, True),
+    "window": (1, math.inf, False),
 }
-"""Least and most, and whether it must be more than the least."""
+"""Of the numbers among the settings: least and most, and whether it must be more than the least."""
+VARIED = ("cfg", "temperature", "top-k", "top-p")  # by --grid-over
+SETTINGS = {name.replace("-", "_"): name.replace("-", "_") for name in (*LIMITS, "guidance")} | {"cfg": "cfg_scale"}
+"""What was given -> the field of ``pictures.Settings``, whose defaults are the options'."""
+OF_SCHEDULE = {"cfg_interval": "constant", "guidance_power": "power-cosine", "guidance_start": "step"}
+DECISIVE = (*SETTINGS, "per_class", "seed", "weights", "seeds", "film", "grid_over")
+"""Options that decide what is drawn: ``--again`` takes that from the picture. None where they were not given."""
 MOST_SEED = (1 << 31) - 1
 MOST_PICTURES = 1 << 16  # in a row
 WHOLE = ("top-k",)  # options that are whole numbers
@@ -61,9 +70,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one its token shards name")
     parser.add_argument("--per-class", type=int, metavar="N", help="pictures per row (default: 8)")
     parser.add_argument("--cfg", "--cfg-scale", type=float, metavar="S", help="guidance; 1 is none (default: 2)")
+    parser.add_argument(
+        "--guidance",
+        choices=("constant", "linear", "power-cosine", "step"),
+        help="how guidance rises to --cfg along the image (default: constant)",
+    )
+    parser.add_argument("--cfg-interval", type=int, metavar="K", help="constant: only the first K + 2 tokens; -1: all")
+    parser.add_argument(
+        "--guidance-power", type=float, metavar="P", help="power-cosine: higher is later (default: 2.75)"
+    )
+    parser.add_argument(
+        "--guidance-start", type=float, metavar="F", help="step: share without guidance (default: 0.18)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 1; 0 is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1, all codes")
+    parser.add_argument("--window", type=int, metavar="W", help="tokens per pass, speculatively (default: 1)")
     weights = parser.add_mutually_exclusive_group()
     options.add_weights(weights)
     weights.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
@@ -80,8 +102,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    decisive = (*DEFAULTS, "weights", "seeds", "film", "grid_over")
-    given = [name.replace("_", "-") for name in decisive if getattr(args, name) is not None]
+    given = [name.replace("_", "-") for name in DECISIVE if getattr(args, name) is not None]
     if given and args.again is not None:
         raise UserError(f"--{given[0]}: --again takes that from {args.again}; leave it out")
     if args.interactive and (set_there := [name for name in given if name != "weights"]):
@@ -102,11 +123,12 @@ def run(args: argparse.Namespace) -> None:
     if args.out is None:
         raise UserError("--out: name the .png or .jpg to write")
     axes = grid_axes(args.grid_over or [])
-    pictures = pictures_of_a_row(args, 1 if len(axes) == 2 else DEFAULTS["per_class"])
-    for name, value in DEFAULTS.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    pictures = pictures_of_a_row(args, 1 if len(axes) == 2 else PER_CLASS)
     for option, (low, high, above) in LIMITS.items():
         options.within(args, option, low, high, above=above)
+    for name, schedule in OF_SCHEDULE.items():
+        if getattr(args, name) is not None and (args.guidance or "constant") != schedule:
+            raise UserError(f"--{name.replace('_', '-')}: belongs to --guidance {schedule}; leave it out")
     if args.film is not None and axes:
         raise UserError("--film: shows one picture being drawn; leave out --grid-over")
     draw_new(args, axes, pictures)
@@ -126,12 +148,12 @@ def draw_on_a_page(args: argparse.Namespace) -> None:
     demo.run(opened, weights, args.text_encoder, port)
 
 
-def pictures_of_a_row(args: argparse.Namespace, per_class: float) -> list[tuple[int, int]]:
+def pictures_of_a_row(args: argparse.Namespace, per_class: int) -> list[tuple[int, int]]:
     """(seed, number) of each picture in a row. per_class: where neither option says how many. Raises UserError."""
     options.within(args, "per-class", 1, MOST_PICTURES)
     options.within(args, "seed", 0, MOST_SEED)
     if args.seeds is None:
-        count = args.per_class if args.per_class is not None else int(per_class)
+        count = args.per_class if args.per_class is not None else per_class
         return [(args.seed or 0, number) for number in range(count)]
     seeds = seed_list(args.seeds)
     if args.per_class is not None and args.per_class != len(seeds):
@@ -160,8 +182,8 @@ def grid_axes(words: list[str]) -> dict[str, tuple[float, ...]]:
     axes: dict[str, tuple[float, ...]] = {}
     for word in words:
         option, equals, values = word.partition("=")
-        if option not in LIMITS or not equals:
-            raise UserError(f"--grid-over {word}: give one of {', '.join(LIMITS)} with its values, as in cfg=1,2,4")
+        if option not in VARIED or not equals:
+            raise UserError(f"--grid-over {word}: give one of {', '.join(VARIED)} with its values, as in cfg=1,2,4")
         try:
             axes[option] = tuple((int if option in WHOLE else float)(value) for value in values.split(","))
         except ValueError:
@@ -185,7 +207,8 @@ def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictu
     rows = list(chosen_rows(args, source))
     if axes and len(rows) != 1:
         raise UserError(f"--grid-over: shows one class or caption, and {len(rows)} are given")
-    settings = Settings(cfg_scale=args.cfg, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
+    settings = Settings(**{"cfg_scale": CFG} | given)
     wanted = drawing.drawing(source, weights, args.captions, args.text_encoder, rows, pictures, settings, axes)
     passes = drawing.draw_tokens(wanted, source)
     print(drawing.save(args.out, wanted, drawing.page(wanted, source, passes)))

@@ -10,6 +10,7 @@ from typing import Any
 from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import drawing
 from llamagen_dist.sampling.conditions import encoded_captions
+from llamagen_dist.sampling.guidance import SCHEDULES
 from llamagen_dist.sampling.load import class_number
 from llamagen_dist.sampling.pictures import Settings
 
@@ -44,25 +45,22 @@ class Studio:
         self.opened, self.weights, self.text_encoder, self.folder = opened, weights, text_encoder, folder
         self._drawn = 0
 
-    def draw(
-        self, wanted: str, cfg: float, temperature: float, top_k: float, top_p: float, seed: float, count: float
-    ) -> Path:
-        """The file of one row of pictures with the seeds from ``seed`` on.
+    def draw(self, wanted: str | None, settings: Settings, seed: float | None, count: int) -> Path:
+        """The file of one row of ``count`` pictures with the seeds from ``seed`` on.
 
-        wanted: a class by name or number, or a caption.
+        wanted: a class by name or number, or a caption; None and no seed are fields of the page that were emptied.
         Raises UserError.
         """
-        if not (seed == int(seed) and 0 <= seed <= (1 << 31) - MOST_AT_ONCE):
-            raise UserError(f"seed {seed:g}: give a whole number from 0 to {(1 << 31) - MOST_AT_ONCE}")
+        if seed is None or seed != int(seed) or not 0 <= seed <= (1 << 31) - MOST_AT_ONCE:
+            raise UserError(f"seed {seed}: give a whole number from 0 to {(1 << 31) - MOST_AT_ONCE}")
         opened, captions = self.opened, None
         if opened.gpt.config.condition == "class":
-            rows = [class_number(wanted.strip(), opened.gpt.classes)]
+            rows = [class_number((wanted or "").strip(), opened.gpt.classes)]
         else:
-            captions, rows = [wanted], [0]
+            captions, rows = [wanted or ""], [0]
             assert opened.encoder is not None
             opened = replace(opened, conditions=encoded_captions(captions, opened.gpt, opened.encoder))
-        settings = Settings(cfg_scale=float(cfg), temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
-        pictures = [(int(seed) + number, 0) for number in range(int(count))]
+        pictures = [(int(seed) + number, 0) for number in range(count)]
         asked = drawing.drawing(opened, self.weights, captions, self.text_encoder, rows, pictures, settings, {})
         self._drawn += 1
         path = self.folder / f"{self._drawn:04d}.png"
@@ -77,15 +75,20 @@ def build(studio: Studio) -> Any:
     codes = studio.opened.gpt.config.vocab_size
 
     def draw(*given: Any) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]], str]:
-        *asked, history = given
+        wanted, cfg, guidance, temperature, top_k, top_p, seed, count, history = given
+        settings = Settings(
+            cfg_scale=float(cfg),
+            guidance=guidance,
+            temperature=float(temperature),
+            top_k=int(top_k),
+            top_p=float(top_p),
+        )
         try:
-            path = studio.draw(*asked)
+            path = studio.draw(wanted, settings, seed, int(count))
         except UserError as error:
             raise gr.Error(str(error)) from None
-        wanted, cfg, temperature, top_k, top_p, seed, _ = asked
-        words = (
-            f"{wanted}: guidance {cfg:g}, temperature {temperature:g}, top-k {top_k:g}, top-p {top_p:g}, seed {seed:g}"
-        )
+        words = f"{wanted}: guidance {cfg:g} {guidance}, temperature {temperature:g}, top-k {top_k}, top-p {top_p:g}"
+        words += f", seed {seed}"
         history = [(str(path), words), *history]
         return str(path), history, history, str(path)
 
@@ -99,6 +102,7 @@ def build(studio: Studio) -> Any:
                 else:
                     wanted = gr.Textbox(label="Caption")
                 cfg = gr.Slider(1, 20, 2, step=0.1, label="Guidance")
+                guidance = gr.Dropdown(list(SCHEDULES), value=SCHEDULES[0], label="Guidance along the image")
                 top_k = gr.Slider(0, codes, 0, step=1, label="Top-k (0: all codes)")
                 top_p = gr.Slider(0.01, 1, 1, step=0.01, label="Top-p")
                 temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature (0: greedy)")
@@ -117,7 +121,7 @@ def build(studio: Studio) -> Any:
         history = gr.State([])
         button.click(
             draw,
-            [wanted, cfg, temperature, top_k, top_p, seed, count, history],
+            [wanted, cfg, guidance, temperature, top_k, top_p, seed, count, history],
             [shown, gallery, history, download],
         )
     return page

@@ -83,6 +83,26 @@ def test_a_film_and_a_grid_over_settings_can_be_drawn_again(work, drawn, tmp_pat
     assert SAME in again(tmp_path / "grid.png", capsys)
 
 
+def test_every_way_of_guidance_is_recorded_and_drawn_again(work, tmp_path, capsys):
+    seen = set()
+    for words, setting in (
+        (["--guidance", "linear"], ("guidance", "linear")),
+        (["--guidance", "power-cosine", "--guidance-power", "1.5"], ("guidance_power", 1.5)),
+        (["--guidance", "step", "--guidance-start", "0.5"], ("guidance_start", 0.5)),
+        (["--cfg-interval", "4"], ("cfg_interval", 4)),
+        (["--window", "4"], ("window", 4)),
+    ):
+        out = tmp_path / f"{setting[0]}.png"
+        cli.main(
+            ["generate", str(work / "gpt"), "--class", "1", "--cfg", "6", "--seeds", "0-3", *words, "--out", str(out)]
+        )
+        record, digest = png_record.read_record(out)
+        assert record["settings"][setting[0]] == setting[1]
+        assert SAME in again(out, capsys)
+        seen.add(digest)
+    assert len(seen) == 5, "the twin: each draws other pictures than the others"
+
+
 def test_pictures_that_do_not_say_how_they_were_made_are_refused(work, drawn, tmp_path):
     plain, jpeg, forged, broken = (tmp_path / name for name in ("plain.png", "a.jpg", "forged.png", "broken.png"))
     Image.open(drawn).save(plain)

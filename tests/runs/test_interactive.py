@@ -12,6 +12,7 @@ from PIL import Image
 from llamagen_dist import cli
 from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import demo, drawing
+from llamagen_dist.sampling.pictures import Settings
 from llamagen_dist.sampling.png_record import read_record
 from tests.runs.chromium import browser
 from tests.runs.sampling_work import make_work
@@ -115,7 +116,9 @@ def test_what_the_page_cannot_do_is_one_sentence_on_the_command_line(work, monke
         cli.main(words)
 
 
-def test_numbers_that_the_page_lets_through_are_refused(studio):
-    for seed in (-1.0, 0.5, float(1 << 31)):
+def test_fields_that_were_emptied_and_numbers_that_the_page_lets_through_are_refused(studio):
+    for seed in (-1.0, 0.5, float(1 << 31), None):
         with pytest.raises(UserError, match="give a whole number from 0 to 2147483632"):
-            studio.draw("0", 2, 1, 0, 1, seed, 1)
+            studio.draw("0", Settings(), seed, 1)
+    with pytest.raises(UserError, match="class '' is unknown"):
+        studio.draw(None, Settings(), 0, 1)

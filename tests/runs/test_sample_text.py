@@ -24,6 +24,7 @@ from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.demo import Studio
 from llamagen_dist.sampling.drawing import open_source
+from llamagen_dist.sampling.pictures import Settings
 from llamagen_dist.sampling.png_record import read_record, record_text
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
@@ -157,7 +158,7 @@ def test_the_command_line_draws_captions(work, tmp_path):
 def test_a_caption_on_the_page_is_drawn_as_on_the_command_line(work, tmp_path):
     opened = open_source(work / "gpt", None, work / "tokenizer", None, None, either=True)
     studio = Studio(opened, None, None, tmp_path)
-    found = [studio.draw(caption, 2, 1, 0, 1, 3, 2) for caption in ("red cup", "green old shoe")]
+    found = [studio.draw(caption, Settings(cfg_scale=2.0), 3, 2) for caption in ("red cup", "green old shoe")]
     words = ["generate", str(work / "gpt"), "--tokenizer", str(work / "tokenizer"), "--seeds", "3-4"]
     with redirect_stdout(io.StringIO()):
         cli.main([*words, "--caption", "red cup", "--out", str(tmp_path / "line.png")])
