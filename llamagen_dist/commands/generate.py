@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llamagen_dist.commands import options
 from llamagen_dist.errors import UserError
+from llamagen_dist.sampling.guidance import SCHEDULES
 
 if TYPE_CHECKING:
     from llamagen_dist.sampling.drawing import Source
@@ -72,7 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", "--cfg-scale", type=float, metavar="S", help="guidance; 1 is none (default: 2)")
     parser.add_argument(
         "--guidance",
-        choices=("constant", "linear", "power-cosine", "step"),
+        choices=SCHEDULES,
         help="how guidance rises to --cfg along the image (default: constant)",
     )
     parser.add_argument("--cfg-interval", type=int, metavar="K", help="constant: only the first K + 2 tokens; -1: all")

@@ -1,8 +1,10 @@
 """How strong classifier-free guidance is at each token of an image."""
 
 import math
+from typing import Literal, get_args
 
-SCHEDULES = ("constant", "linear", "power-cosine", "step")
+Schedule = Literal["constant", "linear", "power-cosine", "step"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def guidance_scales(

@@ -13,6 +13,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.sampling.draw import draw, noise_streams
+from llamagen_dist.sampling.guidance import Schedule, guidance_scales
 from llamagen_dist.sampling.sampler import generate
 
 BATCH = 32  # pictures at once where no config says it
@@ -21,17 +22,24 @@ _BLOCK = 4096  # samples of a token shard counted at once
 
 @dataclass(frozen=True)
 class Settings:
-    """How codes are drawn: what ``sampler.generate`` takes under these names."""
+    """How codes are drawn: what ``sampler.generate`` takes under these names. Raises ValueError."""
 
     cfg_scale: float = 1.0
     cfg_interval: int = -1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    guidance: str = "constant"
+    guidance: Schedule = "constant"
     guidance_power: float = 2.75
     guidance_start: float = 0.18
     window: int = 1
+
+    def __post_init__(self) -> None:
+        guidance_scales(
+            1, self.cfg_scale, self.guidance, self.cfg_interval, self.guidance_power, self.guidance_start
+        )  # raises ValueError where that is no guidance
+        if self.window < 1:
+            raise ValueError(f"window {self.window}")
 
 
 def sample_seeds(seed: int | Tensor, numbers: Tensor) -> Tensor:

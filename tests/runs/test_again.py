@@ -28,6 +28,7 @@ def drawn(work) -> Path:
     """More pictures than a batch holds, so that there are two shapes."""
     out = work / "drawn.png"
     words = ["--class", "class 2", "0", "--seeds", "4-20", "--cfg", "3", "--top-k", "30", "--weights", "ema"]
+    words += ["--guidance", "power-cosine"]
     cli.main(["generate", str(work / "gpt"), *words, "--out", str(out), "--film", str(work / "film.png")])
     return out
 
@@ -57,6 +58,7 @@ def test_the_record_names_all_that_decides_the_picture(work, drawn):
     assert (record["rows"], record["names"]) == ([2, 0], ["class 2", "class 0"])
     assert record["pictures"] == [[seed, 0] for seed in range(4, 21)]
     assert record["batch"] == [32, 2]
+    assert record["settings"]["guidance"] == "power-cosine"
     assert (record["settings"]["cfg_scale"], record["settings"]["top_k"], record["weights"]) == (3.0, 30, "ema")
     assert {"torch", "numpy", "pillow", "python"} <= record["versions"].keys()
 

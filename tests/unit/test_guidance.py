@@ -1,13 +1,17 @@
 """Guidance by position: the schedules' formulas, and a sampler that follows them."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from llamagen_dist.config import SampleConfig
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.sampling.draw import draw, noise_streams
-from llamagen_dist.sampling.guidance import guidance_scales
+from llamagen_dist.sampling.guidance import SCHEDULES, guidance_scales
+from llamagen_dist.sampling.pictures import Settings
 from llamagen_dist.sampling.sampler import generate
 
 TOKENS = 16
@@ -24,6 +28,18 @@ def test_the_schedules_at_points_worked_out_by_hand():
     assert found[128] == pytest.approx(1 + 15 * (1 - math.cos(math.pi * 0.5**2.75)) / 2)
     assert found[0] == 1.0
     assert found == sorted(found)
+
+
+def test_the_config_knows_the_same_schedules():
+    assert get_args(SampleConfig.model_fields["guidance"].annotation) == SCHEDULES
+
+
+@pytest.mark.parametrize("bad", [{"guidance": "cosine"}, {"guidance": "step", "cfg_interval": 2}, {"window": 0}])
+def test_settings_that_make_no_sense_are_never_made(bad):
+    with pytest.raises(ValueError, match=r"schedule|window"):
+        Settings(**bad)
+    with pytest.raises(ValidationError):  # as they are read from a picture
+        TypeAdapter(Settings).validate_python(bad)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "power-cosine", "step"])
