@@ -16,7 +16,7 @@ from llamagen_dist.data import fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMAGEN = Path(sys.executable).parent / "llamagen"
-RUNGS = ("g30k", "g45k", "g60k", "g130k", "g390k", "g1m")
+RUNGS = ("g30k", "g45k", "g60k", "g80k", "g130k", "g390k")
 LOSSES = (
     "images_seen",
     "loss",
@@ -92,7 +92,7 @@ def test_it_ends_in_a_report_and_results(whole):
     law = results["scaling"]
     assert set(law) >= {"params", "predicted", "measured", "naive"}
     assert law["params"] == max(r["params"] for r in results["gpt"])
-    assert law["measured"] in [r["val_loss"] for r in results["gpt"] if r["name"] == "g1m"]
+    assert law["measured"] in [r["val_loss"] for r in results["gpt"] if r["name"] == "g390k"]
     assert 0.1 < results["peak_rss_gb"] < 4
     page = (whole / "report.html").read_text()
     assert "data:image/" in page
@@ -139,7 +139,7 @@ def test_killed_and_interrupted_it_ends_bit_equal(whole, pictures):
     code, said, err = second.finish()
     assert code == 130, said + err
     assert "Resume with" in said
-    assert not (out / "ladder" / "g1m").exists()
+    assert not (out / "ladder" / "g390k").exists()
     third = Launch(out, pictures)
     third.wait_until(lambda: (out / "samples" / "record.json").exists())
     third.process.send_signal(signal.SIGINT)

@@ -133,8 +133,12 @@ def test_the_shipped_quickstart_fits_together(tmp_path: Path) -> None:
     assert configs["tokens"].image_size == tokenizer.data.image_size
     assert len(tp2.ladder) == 1
     assert tp2.ladder.items() <= ladder.ladder.items()
-    differs = difference(ladder, tp2, ignore=["run_dir", "ladder"])
+    differs = difference(ladder, tp2, ignore=["run_dir", "ladder", "train.images", "validation.at_images"])
     assert differs == ["parallel.tensor: 1 -> 2"]  # else the losses could not be compared
+    assert tp2.optim.schedule == "warmup", (
+        "a constant rate, so that the first half of a run is a run of half the length"
+    )
+    assert set(tp2.validation.at_images) <= set(ladder.validation.at_images)
     for name in ("ladder", "tp2"):
         for product in next(stage for stage in made.nodes if stage.name == name).produces:
             assert product.parent.name in configs[name].ladder
@@ -164,7 +168,7 @@ def test_every_stage_of_the_quickstart_has_a_size_and_a_folder(tmp_path: Path) -
     assert found["sample"] == "1,500 pictures"
     assert found["evaluate"] == "6 sets of 500 images"
     assert found["reconstruct"] == "1,000 images"
-    assert found["ladder"].startswith("6 GPTs (g30k to g1m), ")
+    assert found["ladder"].startswith("6 GPTs (g30k to g390k), ")
     half = plan(ROOT / "configs/pipeline/quickstart.yaml", tmp_path / "out", small=0.5)
     assert next(listing.size(stage) for stage in half.nodes if stage.name == "sample") == "750 pictures"
     folders = {stage.name: listing.writes(stage, made.out) for stage in made.nodes}

@@ -311,7 +311,7 @@ def test_sizes_come_from_the_shards_where_they_are(tmp_path, capsys):
 def test_a_ladder_is_planned_by_its_largest_rung(capsys):
     cli.main(["plan", str(ROOT / "configs/gpt/ladder.yaml"), "--json", "--gpus", "2", "--tokens", "49"])
     found = json.loads(capsys.readouterr().out)
-    assert (found["rung"], found["model"]["dim"]) == ("g1m", 128)
+    assert (found["rung"], found["model"]["dim"]) == ("g390k", 80)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_stages_progress_is_that_of_the_run_it_trains(tmp_path: Path) -> None:
     works = [launcher.submission(node, [node]).specs[0] for node in made.nodes]
     ladder = next(work for work in works if work.name == "out-ladder")
     assert ladder.folder == str(tmp_path / "out/stages/ladder")
-    assert ladder.produces == (str(tmp_path / "out/ladder/g1m/summary.json"),)
+    assert ladder.produces == (str(tmp_path / "out/ladder/g390k/summary.json"),)
     for rung, step in (("g30k", 8), ("g45k", 4)):
         (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}").mkdir(parents=True)
         (tmp_path / f"out/ladder/{rung}/checkpoints/step_{step:08d}/COMPLETE").touch()
