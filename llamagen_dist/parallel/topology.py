@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -254,8 +255,7 @@ def start(
     dp_group, tp_group = dist.group.WORLD, None
     if tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-core asks for it
-        from megatron.core import parallel_state
-
+        parallel_state = _megatron()
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
         dp_group = parallel_state.get_data_parallel_group() if world > tensor else None
@@ -263,3 +263,20 @@ def start(
     topology = Topology(rank, world, tensor, device, dp_group, tp_group)
     topology.set_timeouts(timeout_s)  # Megatron's groups were made with its own
     return topology
+
+
+def _megatron() -> Any:
+    """Megatron-core's ``parallel_state``, imported without wandb.
+
+    Megatron-core imports wandb where it is installed, for parts that nothing here uses. It would leave two
+    temporary folders wherever a rank ends without its exit handlers (killed, or stopped by the launcher).
+    """
+    unused = "wandb" not in sys.modules
+    if unused:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    try:
+        from megatron.core import parallel_state
+    finally:
+        if unused:
+            del sys.modules["wandb"]
+    return parallel_state

@@ -1,6 +1,8 @@
 """Which rank am I: what the environment says, and what is refused in one sentence; threads that crowd the cores."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,3 +78,16 @@ def test_every_rank_says_it_and_ranks_bound_to_cores_of_their_own_do_not(capfd):
     assert "CPU threads" not in capfd.readouterr().out
     run_ranks(_start_with, 2, 2, [[first], [second]])
     assert "rank 1: 4 CPU threads" in capfd.readouterr().out, "cores of all ranks together: two, for four threads"
+
+
+@pytest.mark.parametrize(
+    ("imports", "left"),
+    [
+        ("from llamagen_dist.parallel.topology import _megatron; _megatron(); import megatron.core.tensor_parallel", 0),
+        ("import megatron.core.parallel_state", 2),  # twin: what it leaves behind when it is imported as it is
+    ],
+)
+def test_a_rank_that_ends_without_exit_handlers_leaves_no_temporary_folders(imports, left, tmp_path):
+    words = [sys.executable, "-W", "ignore", "-c", f"import os; {imports}; os._exit(0)"]
+    subprocess.run(words, env=os.environ | {"TMPDIR": str(tmp_path)}, check=True, timeout=300)
+    assert len(list(tmp_path.glob("*wandb*"))) == left
