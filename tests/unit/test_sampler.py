@@ -1,5 +1,6 @@
 """The sampler against tokens made by the reference system (tests/golden), and noise that belongs to the sample."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.cache import LayerCache
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
-from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling import pictures, sampler
 from llamagen_dist.sampling.draw import candidates, draw, noise_streams
 from llamagen_dist.sampling.grid import class_grid, tile_side
 from llamagen_dist.sampling.load import class_number
@@ -141,6 +142,28 @@ def test_the_cache_is_made_once_in_the_compute_type_and_refuses_to_overflow(c2i)
     assert memory.shape == (3, 4, 16, 16)  # batch, heads, 1 class + 16 tokens - the last one, head dimension
     with pytest.raises(ValueError, match="position 17 of a cache for 16"):
         model.decode(tokens[:, -1], cache)
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_batch_after_batch_nothing_is_kept(c2i, window, monkeypatch):
+    model, labels = c2i[0], torch.arange(6) % 3
+
+    def kept(batches):
+        before = live_bytes()
+        for number in range(batches):
+            generate(model, labels, seeds=labels + number, window=window, **OPTIONS)
+        return live_bytes() - before
+
+    kept(1)
+    assert kept(5) == 0
+    memory, plain = [], sampler.draw  # sabotage twin: the scores of every step, as LlamaGen keeps its probabilities
+    monkeypatch.setattr(sampler, "draw", lambda scores, *given: memory.append(scores) or plain(scores, *given))
+    assert kept(5) > 0
 
 
 @pytest.mark.parametrize(("key", "options"), [("k7", (7, 1.0)), ("p8", (0, 0.8)), ("k20p5", (20, 0.5))])
