@@ -83,12 +83,11 @@ class Drawing(Section):
             yield f"batch: {self.batch} do not add up to the {len(self.rows)} x {len(self.pictures)} pictures"
         if unknown := [name for name in self.axes if name not in AXES]:
             yield f"axes: {unknown[0]} is not one of {', '.join(AXES)}"
+        if unknown := sorted(self.settings.keys() - {field.name for field in fields(Settings)}):
+            yield f"settings: this version does not know {', '.join(unknown)}"
 
     def points(self) -> list[Settings]:
         """The settings of every pass over the pictures; one, unless axes vary them. Raises UserError."""
-        known = {field.name for field in fields(Settings)}
-        if unknown := self.settings.keys() - known:
-            raise UserError(f"settings: this version does not know {', '.join(sorted(unknown))}")
         try:
             base = TypeAdapter(Settings).validate_python(self.settings)
         except ValidationError as error:

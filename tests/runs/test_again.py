@@ -136,7 +136,7 @@ def test_pictures_that_do_not_say_how_they_were_made_are_refused(work, drawn, tm
     ):
         with pytest.raises(UserError, match=sentence) as refusal:
             cli.main(["generate", "--again", str(path), "--out", str(tmp_path / "out.png")])
-        assert str(path) in str(refusal.value) or path == strange
+        assert str(path) in str(refusal.value)
         assert not (tmp_path / "out.png").exists()
 
 
