@@ -36,7 +36,12 @@ def read_record(path: Path) -> tuple[dict[str, Any], str]:
         with Image.open(path) as picture:
             texts = picture.text if isinstance(picture, PngImageFile) else {}
             pixels = pixels_sha256(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow's, for what is no picture or a damaged one
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # pillow's, for what is no picture or a damaged one
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None
     if KEYWORD not in texts:
         raise UserError(
