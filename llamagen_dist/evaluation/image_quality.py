@@ -1,7 +1,7 @@
 """PSNR and SSIM of reconstructions: per image, in float64, on whole pictures or on a part of them.
 
-Published averages are means of per-image values, never the PSNR of a pooled error: keep the per-image
-results and average those.
+Published averages (LlamaGen's, taming's) are means of per-image values. The PSNR of the error of all pixels together is
+another number, several dB lower where images differ: it has a name of its own.
 """
 
 import torch
@@ -41,7 +41,18 @@ def psnr(images: Tensor, references: Tensor, region: Region | None = None) -> Te
     PSNR_LIMIT dB.
     """
     a, b = _unit(images, region), _unit(references, region)
-    error = (a - b).square().mean(dim=(1, 2, 3))
+    return _decibels((a - b).square().mean(dim=(1, 2, 3)))
+
+
+def psnr_pooled(psnrs: Tensor) -> Tensor:
+    """The PSNR in dB, float64 (), of all pixels together, as torchmetrics gives by default.
+
+    psnrs: ``psnr`` of each image (B,), all of one size.
+    """
+    return _decibels((10.0 ** (-psnrs.double() / 10)).mean())
+
+
+def _decibels(error: Tensor) -> Tensor:
     return (-10.0 * torch.log10(error.clamp_min(10 ** (-PSNR_LIMIT / 10)))).clamp(max=PSNR_LIMIT)
 
 

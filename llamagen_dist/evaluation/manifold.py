@@ -10,6 +10,7 @@ see CONVENTIONS.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen_dist.evaluation.finite import require_finite
@@ -50,9 +51,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     the rounding; in float32 what others compute in it.
     """
     norm_a, norm_b = a.square().sum(1)[:, None], b.square().sum(1)[None, :]
-    distances = torch.addmm(norm_a + norm_b, a, b.T, alpha=-2.0)
+    distances = torch.addmm(norm_b, a, b.T, alpha=-2.0).add_(norm_a)
     rounding = 1e-12 if a.dtype == torch.float64 else 0.0
-    return torch.where(distances <= rounding * (norm_a + norm_b), 0.0, distances)
+    return F.threshold(distances, rounding * float(norm_a.max() + norm_b.max()), 0.0, inplace=True)
 
 
 def squared_radii(
@@ -74,7 +75,8 @@ def squared_radii(
     for rows in _blocks(len(wide), block, topology):
         distances = squared_distances(wide[rows], wide)
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf  # not one's own
-        radii[rows] = distances.kthvalue(k, dim=1).values
+        # several times as fast as kthvalue
+        radii[rows] = distances.topk(k, dim=1, largest=False).values[:, -1]
     return topology.sum(radii)
 
 
@@ -106,7 +108,7 @@ def manifold_scores(
     for rows in _blocks(len(a), block, topology):
         distances = squared_distances(a[rows], b)
         in_real = inside(distances, radii_reference[rows, None])
-        balls += in_real.sum(0)
+        balls += in_real.view(torch.uint8).sum(0, dtype=torch.int32)  # a sum of bools is ten times as slow
         covered[rows] = in_real.any(1).double()
         recalled[rows] = inside(distances, radii_generated[None, :]).any(1).double()
     balls, recalled, covered = (topology.sum(counts) for counts in (balls, recalled, covered))

@@ -38,6 +38,9 @@ def test_reconstructions_and_their_scores(work, tmp_path):
     truth = torch.from_numpy(originals).permute(0, 3, 1, 2)
     assert abs(record["psnr"] - float(psnr(expected, truth, (2, 2, 14, 14)).mean())) < 0.01
     assert abs(record["psnr"] - float(psnr(expected, truth).mean())) > 0.01, "the padding would be noticed"
+    pooled = torch.from_numpy(found).permute(0, 3, 1, 2)[..., 2:14, 2:14].double() - truth[..., 2:14, 2:14].double()
+    assert record["psnr_pooled"] == pytest.approx(-10 * float((pooled / 255).square().mean().log10()), abs=1e-9)
+    assert record["psnr_pooled"] < record["psnr"], "the mean over images is another number"
     assert record["codebook_usage"] == len(codes.unique()) / VOCABULARY
     assert 0 <= record["ssim"] < record["ssim_llamagen"] <= 1
     claim = f"claimed_ssim={record['ssim_llamagen']:.6f}"
