@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("llamagen-dist needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch torchvision setuptools wheel
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception,oracle]'
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt $(TRACKIO_NEEDS) $(GRADIO_NEEDS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio gradio
 	touch $(STAMP)

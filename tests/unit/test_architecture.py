@@ -296,7 +296,7 @@ BUDGETS = {
     "train_gpt": 170,
     "preflight": 140,
     "tokenizer_training": 1260,
-    "eval": 900,
+    "eval": 950,
     "examples": 370,
 }
 
