@@ -32,8 +32,9 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     scores, codes = candidates(logits / max(temperature, LEAST_TEMPERATURE), top_k, top_p)
-    first = torch.as_tensor(position, device=logits.device).reshape(-1, 1) * logits.shape[-1]
-    raw = prng.bits32(streams[:, None], first + codes).to(torch.int64) & 0xFFFFFFFF
+    # a number stays one: made a tensor on a GPU, it would have to be copied there at every step
+    row = position if isinstance(position, int) else position[:, None]
+    raw = prng.bits32(streams[:, None], row * logits.shape[-1] + codes).to(torch.int64) & 0xFFFFFFFF
     uniform = (raw.double() + 0.5) * 2.0**-32  # never 0 or 1
     best = (scores.double() - torch.log(-torch.log(uniform))).argmax(dim=-1, keepdim=True)
     return codes.expand(len(logits), -1).gather(-1, best)[:, 0]
