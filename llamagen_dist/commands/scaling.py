@@ -15,7 +15,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     plans.add_inputs(fit)
     _add_loss(fit)
     fit.add_argument("--form", default="chinchilla", help="of the law (default: %(default)s); another word lists them")
-    fit.add_argument("--hold-out", metavar="RUN", help="fit without it, then predict it: largest, or a run's name")
+    fit.add_argument(
+        "--hold-out", metavar="RUN", help="fit without it, then predict it: a run, or largest (of every seed)"
+    )
     fit.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where to write the result")
     text = "compare forms: AIC, AICc, BIC, and errors on the largest runs held out"
     compare = actions.add_parser("compare", help=text, description=text)

@@ -28,7 +28,7 @@ class Options:
     loss: str = "huber"
     delta: float | Literal["auto"] = 1e-3
     hold_out: str | None = None
-    """``largest``, the name of a run, or None."""
+    """``largest`` (every run of the largest size), the name of a run, or None."""
     tau: float = 0.1
 
 
@@ -37,7 +37,8 @@ def study(
 ) -> dict[str, Any]:
     """ladder: where ``points`` came from, for exact FLOPs and counts; without it C = 6 N D. dropped: what was left out
     of what was read, for the record. Raises UserError."""
-    held = np.array([run == _held_out(points, options.hold_out) for run in points.runs])
+    apart = _held_out(points, options.hold_out)
+    held = np.array([run in apart for run in points.runs])
     fit = fit_law(points.where(~held), options.form, options.loss, options.delta, options.tau)
     resampled, refused = attempt(fit)
     fitted = fit.at(points)
@@ -77,20 +78,15 @@ def study(
     return result
 
 
-def _held_out(points: Points, wanted: str | None) -> str | None:
+def _held_out(points: Points, wanted: str | None) -> set[str]:
+    """The runs that are kept from the fit; ``largest``: all of the largest size, such as one for every seed."""
     if wanted is None:
-        return None
+        return set()
     if wanted == "largest":
-        largest = {run for run, n in zip(points.runs, points.params, strict=True) if n == points.params.max()}
-        if len(largest) > 1:
-            raise UserError(
-                f"hold-out largest: {len(largest)} runs have the largest size ({', '.join(sorted(largest)[:5])}); "
-                "name one of them, or give their points one name in the column run"
-            )
-        return largest.pop()
+        return {run for run, n in zip(points.runs, points.params, strict=True) if n == points.params.max()}
     if wanted not in points.runs:
         raise UserError(f"hold-out {wanted!r}: no such run; there are {', '.join(sorted(set(points.runs))[:20])}")
-    return wanted
+    return {wanted}
 
 
 def _params(points: Points, ladder: Ladder | None, i: int) -> float:
@@ -100,7 +96,8 @@ def _params(points: Points, ladder: Ladder | None, i: int) -> float:
 def _predictions(
     points: Points, held: np.ndarray, fit: Fit, resampled: Bootstrap | None, ladder: Ladder | None
 ) -> list[dict[str, Any]]:
-    """One per held-out point, fewest tokens first. naive: the next smaller run's loss after the same tokens."""
+    """One per held-out point, fewest tokens first. naive: the next smaller size's loss after the same tokens, the mean
+    where several runs have it."""
     predictions = []
     order = sorted(np.flatnonzero(held).tolist(), key=lambda i: points.tokens[i])
     smaller = points.params[(~held) & (points.params < points.params[held].max())]
@@ -122,7 +119,8 @@ def _predictions(
         }
         same = np.flatnonzero((points.params == before) & (points.tokens == points.tokens[i]) & ~held)
         if len(same):
-            one |= {"naive": float(points.loss[same[0]]), "naive_from": points.runs[same[0]]}
+            runs = points.runs[same[0]] if len(same) == 1 else f"the mean of {len(same)} runs of the next smaller size"
+            one |= {"naive": float(points.loss[same].mean()), "naive_from": runs}
         if resampled is not None:
             ends = [float(end[0]) for end in resampled.band(fit, here.params, here.tokens, also=fit.beside(here))]
             band = f"95% prediction band; {resampled.method}, with the scatter of the points"

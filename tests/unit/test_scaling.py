@@ -285,6 +285,29 @@ def test_hold_out_names_a_run_of_a_csv(tmp_path: Path) -> None:
         main([*command, "s1"])
 
 
+def test_every_seed_of_the_largest_size_is_left_out_and_predicted(tmp_path: Path) -> None:
+    n, d = grid()
+    rows = ["params,tokens,loss,run"]
+    for seed, factor in enumerate((1.01, 0.99)):
+        for a, b, c in zip(n, d, chinchilla(n, d) * factor, strict=True):
+            rows.append(f"{a:.17g},{b:.17g},{c:.17g},s{a:.0f}-{seed}")
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    out = tmp_path / "fit.json"
+    command = ["scaling", "fit", str(tmp_path / "runs.csv"), "--out", str(out), "--hold-out"]
+    main([*command, "largest"])
+    fit = json.loads(out.read_text())
+    ends = [one for one in fit["predictions"] if one["tokens"] == d.max()]
+    assert [one["name"] for one in ends] == [f"s{n.max():.0f}-{seed}" for seed in (0, 1)]
+    assert not any(row["params_fit"] == n.max() for row in fit["points"] if not row["held_out"])
+    smaller = sorted(set(n))[-2]
+    between = float(chinchilla(np.array([smaller]), np.array([d.max()]))[0])
+    assert all(one["naive"] == pytest.approx(between, rel=1e-9) for one in ends), "the mean of both seeds"
+    assert all(one["naive_from"] == "the mean of 2 runs of the next smaller size" for one in ends)
+    main([*command, ends[0]["name"]])  # twin: one seed alone leaves the other in the fit
+    fit = json.loads(out.read_text())
+    assert any(row["params_fit"] == n.max() for row in fit["points"] if not row["held_out"])
+
+
 positive = st.floats(1e-300, 1e300)
 name = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).map(lambda text: text.replace('"', "'"))
 
