@@ -71,13 +71,22 @@ def squared_radii(
         raise ValueError(f"{len(features)} images have no {k}-th neighbour")
     topology = topology or Topology()
     wide = features.to(convention.dtype)
-    radii = torch.zeros(len(wide), dtype=wide.dtype, device=wide.device)
+    nearest = torch.zeros(topology.world, len(wide), k, dtype=wide.dtype, device=wide.device)
+    mine = nearest[topology.rank].fill_(torch.inf)
     for rows in _blocks(len(wide), block, topology):
-        distances = squared_distances(wide[rows], wide)
-        distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf  # not one's own
-        # several times as fast as kthvalue
-        radii[rows] = distances.topk(k, dim=1, largest=False).values[:, -1]
-    return topology.sum(radii)
+        # a distance serves both of its images: what lies before this block has been computed with the blocks before
+        distances = squared_distances(wide[rows], wide[rows.start :])
+        distances.fill_diagonal_(torch.inf)  # not one's own
+        mine[rows] = _smallest(k, mine[rows], distances)
+        if rows.stop < len(wide):
+            mine[rows.stop :] = _smallest(k, mine[rows.stop :], distances[:, len(distances) :].T.contiguous())
+    return topology.sum(nearest).transpose(0, 1).flatten(1).topk(k, largest=False).values[:, -1]
+
+
+def _smallest(k: int, known: Tensor, more: Tensor) -> Tensor:
+    """[n, k]: the k smallest of each row of both, [n, k] and [n, m]."""
+    candidates = more.topk(min(k, more.shape[1]), largest=False).values  # several times as fast as kthvalue
+    return torch.cat([known, candidates], 1).topk(k, largest=False).values
 
 
 def manifold_scores(
