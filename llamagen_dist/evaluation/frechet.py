@@ -131,8 +131,21 @@ def _trace_of_root(a: Gaussian, b: Gaussian) -> Tensor:
             lower = _cholesky(first)
             if lower is not None and _full_rank(second):
                 assert second.covariance is not None
-                return torch.linalg.eigvalsh(lower.T @ second.covariance @ lower).clamp_min(0).sqrt().sum()
+                return torch.linalg.eigvalsh(_congruent(lower, second.covariance)).clamp_min(0).sqrt().sum()
     return torch.linalg.svdvals(factor_of(a) @ factor_of(b).T).sum()
+
+
+def _congruent(lower: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
+    """The lower triangle of L^T S L, all that eigvalsh reads; products with L's zeros are left out. [d, d] each."""
+    product = torch.zeros_like(covariance)
+    starts = range(0, len(covariance), block)
+    for top in starts:
+        rows = slice(top, top + block)
+        half = lower[top:, rows].T @ covariance[top:]
+        for left in (start for start in starts if start <= top):
+            columns = slice(left, left + block)
+            product[rows, columns] = half[:, left:] @ lower[left:, columns]
+    return product
 
 
 def _full_rank(g: Gaussian) -> bool:

@@ -149,3 +149,15 @@ def test_fid_infinity_takes_the_bias_of_few_images_away():
     made[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         extrapolation.fid_infinity(made, truth, 15, 0)
+
+
+def test_the_triangle_of_a_product_with_a_triangle():
+    """In blocks that do not divide the side."""
+    x = torch.from_numpy(np.random.RandomState(0).randn(50, 30))
+    lower, whole = torch.linalg.cholesky(x.T @ x), x[:40].T @ x[:40]
+    expected = (lower.T @ whole @ lower).tril()
+    assert torch.allclose(frechet._congruent(lower, whole, block=7).tril(), expected, rtol=1e-12)
+    full = lower + lower.tril(-1).T  # the twin: what is left out are zeros only in a triangle
+    assert not torch.allclose(
+        frechet._congruent(full, whole, block=7).tril(), (full.T @ whole @ full).tril(), rtol=1e-3
+    )
