@@ -16,7 +16,7 @@ from llamagen_dist.data import fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMAGEN = Path(sys.executable).parent / "llamagen"
-RUNGS = ("g30k", "g45k", "g60k", "g80k", "g130k", "g390k")
+RUNGS = ("g30k", "g45k", "g60k", "g100k", "g130k", "g390k")
 LOSSES = (
     "images_seen",
     "loss",
