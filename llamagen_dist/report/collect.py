@@ -90,6 +90,11 @@ class Run:
         return max((int(line["images_seen"]) for line in (*self.training[-1:], *self.validation[-1:])), default=0)
 
     @property
+    def averaged(self) -> bool:
+        """Whether held-out losses are of the moving average of the weights."""
+        return self.kind == "gpt" and self.config is not None and self.config.validation.weights == "ema"
+
+    @property
     def score(self) -> float | None:
         """What runs are ranked by, lower is better: the last held-out loss, or the FID of an evaluation."""
         sets = self.evaluation.get("sets") or {}

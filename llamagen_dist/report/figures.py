@@ -101,7 +101,8 @@ def learning(runs: Sequence[Run], per_image: Mapping[str, float], counted: str) 
     series = [one for n, curve in enumerate(curves) for one in curve.series(_share(n, len(curves)))]
     panel = Panel(LOSS, tuple(series), y_range=_settled(curves))
     alt = f"Loss against {counted} seen for " + ", ".join(run.name for run in runs)
-    caption = "Thin: training loss as logged. Thick: its running mean. Dots: held-out loss."
+    of = ", of the moving average of the weights" if any(run.averaged for run in runs) else ""
+    caption = f"Thin: training loss as logged. Thick: its running mean. Dots: held-out loss{of}."
     return Figure((panel,), alt, f"{counted} seen", log_x=True, caption=caption)
 
 
