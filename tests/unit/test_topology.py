@@ -80,6 +80,7 @@ def test_every_rank_says_it_and_ranks_bound_to_cores_of_their_own_do_not(capfd):
     assert "rank 1: 4 CPU threads" in capfd.readouterr().out, "cores of all ranks together: two, for four threads"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("imports", "left"),
     [
