@@ -170,6 +170,7 @@ def test_results_that_were_measured_otherwise_are_not_compared(work, result, tmp
     assert named in str(refused.value)
 
 
+@pytest.mark.long
 def test_shards_compressed_files_and_published_statistics_are_read(work, result, tmp_path):
     one(work, "compressed.npz", "real.npz", f"out={tmp_path / 'a.json'}", "seed=0")
     a = json.loads((tmp_path / "a.json").read_text())

@@ -29,6 +29,7 @@ def write_sweep(file: Path, points: dict[str, dict[str, int]]) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_a_failed_point_holds_nobody_up_and_is_tried_again_on_request(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     seeds = {"good": 1, "bad": 13, "bug": 14, "last": 2}

@@ -274,6 +274,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return all((a[name] == b[name]).all() for name in b)
 
 
+@pytest.mark.long
 def test_a_finished_run_grows_into_the_run_that_was_longer_from_the_start(data, config, uninterrupted, tmp_path):
     run, longer = tmp_path / "run", tmp_path / "longer"
     shutil.copytree(uninterrupted, run)
@@ -297,6 +298,7 @@ def test_a_finished_run_grows_into_the_run_that_was_longer_from_the_start(data, 
 WSD = ("optim.schedule=wsd", "optim.cooldown_images=160", "train.images=320")
 
 
+@pytest.mark.long
 def test_a_cooled_down_run_continues_from_before_its_cooldown(config, tmp_path, monkeypatch):
     run, longer, sabotaged = tmp_path / "run", tmp_path / "longer", tmp_path / "sabotaged"
     keep = "checkpoint.keep_last=9"

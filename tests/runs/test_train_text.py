@@ -90,6 +90,7 @@ def test_captions_are_learnt_and_layouts_agree(folder, alone):
     assert (longer - expected).abs().max() > 1e-3
 
 
+@pytest.mark.long
 def test_a_resume_goes_on_with_the_same_captions_and_the_null_caption_of_its_checkpoint(folder, alone):
     train(folder, "resumed", 1)
     cut_back(folder / "resumed")

@@ -149,7 +149,7 @@ def live_bytes():
     return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_batch_after_batch_nothing_is_kept(c2i, window, monkeypatch):
     model, labels = c2i[0], torch.arange(6) % 3
 

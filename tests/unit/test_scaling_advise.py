@@ -168,6 +168,7 @@ def test_a_changed_fit_is_refused(fitted: Path, tmp_path: Path, change: dict[str
         read_fit(path)
 
 
+@pytest.mark.long
 def test_a_law_that_cannot_divide_a_budget_is_refused(tmp_path: Path) -> None:
     fit = write_fit(tmp_path, extra=("--form", "power_irr"))
     with pytest.raises(UserError, match="more tokens do not lower the loss"):

@@ -196,6 +196,7 @@ def test_runs_and_tables_are_not_mixed(tmp_path: Path) -> None:
         read([str(write_ladder(tmp_path)), str(table)])
 
 
+@pytest.mark.long
 def test_what_was_left_out_stands_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = write_ladder(tmp_path), tmp_path / "fit.json"
     (folder / "b" / "summary.json").unlink()
