@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llamagen_dist.config import ClassifierSection, EvaluateConfig, load
 from llamagen_dist.console import LOG, main_rank_progress
@@ -23,7 +22,7 @@ from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.features import Extraction
 from llamagen_dist.evaluation.image_sets import balanced, open_images
 from llamagen_dist.files import write_bytes
-from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.tracking.provenance import versions
 
@@ -33,9 +32,7 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m eval.evaluate CONFIG generated=PATH reference=PATH out=FILE.json")
     config: EvaluateConfig = load(argv[0], argv[1:], kind="evaluate")
     topology = start(threads=config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    full_fp32()
     began = time.monotonic()
     if config.out.is_dir():
         raise UserError(f"out: {config.out} is a folder; name the JSON file to write")

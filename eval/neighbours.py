@@ -19,7 +19,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import inception_weights, neighbours
 from llamagen_dist.evaluation.image_sets import ImageSet, balanced, open_images
 from llamagen_dist.files import write_text
-from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.grid import enlarged, labelled_grid, save
 from llamagen_dist.tracking.provenance import versions
@@ -34,9 +34,7 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m eval.neighbours CONFIG samples=PATH images=PATH out=DIR [key=value …]")
     config: NeighboursConfig = load(argv[0], argv[1:], kind="neighbours")
     topology = start(threads=config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    full_fp32()
     samples, images = (open_images(path, config.image_size) for path in (config.samples, config.images))
     if images.count <= config.k:
         raise UserError(f"images: {images.path} holds {images.count} images, too few for k={config.k} neighbours")

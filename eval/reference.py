@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from llamagen_dist.config import InceptionSection, ReferenceConfig, load, parse
@@ -22,7 +21,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import inception, inception_weights, passport
 from llamagen_dist.evaluation.features import Extraction, Selection, SetFeatures
 from llamagen_dist.evaluation.image_sets import PROVENANCE, STATISTICS, ImageSet, balanced, choose, open_images
-from llamagen_dist.parallel.topology import start
+from llamagen_dist.parallel.topology import full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.chunks import write_npz
 from llamagen_dist.tracking.provenance import versions
@@ -35,9 +34,7 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m eval.reference [CONFIG] images=PATH out=FILE.npz [key=value ...]")
     config = _config(argv)
     topology = start(threads=config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    full_fp32()
     images = open_images(config.images, config.image_size)
     indices = choose(images, config.limit, config.seed)
     if len(indices) < 2:

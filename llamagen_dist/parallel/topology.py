@@ -280,3 +280,10 @@ def _megatron() -> Any:
         if unused:
             del sys.modules["wandb"]
     return parallel_state
+
+
+def full_fp32() -> None:
+    """On a GPU: fp32 products stay fp32 (no TF32), and convolutions are deterministic."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
