@@ -32,6 +32,7 @@ from tests.runs.token_shards import write_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGES, BATCH = 640, 16
+WSD = ("optim.schedule=wsd", "optim.cooldown_images=160", "train.images=320")
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +294,6 @@ def test_a_finished_run_grows_into_the_run_that_was_longer_from_the_start(data, 
     assert code == 2
     assert "train.images: 800 -> 320" in err
     assert contents(run) == before
-
-
-WSD = ("optim.schedule=wsd", "optim.cooldown_images=160", "train.images=320")
 
 
 @pytest.mark.long
