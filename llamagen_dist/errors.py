@@ -4,6 +4,7 @@ import re
 
 LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out (waiting|after)|wait timeout after"
+    r"|pair closure"  # gloo's second wait after a time-out; its message names neither gloo nor the time
 )
 """What gloo, NCCL and torch's store say when another rank has gone: such an error has its cause elsewhere."""
 EXIT_USER_ERROR = 2

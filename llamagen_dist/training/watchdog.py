@@ -80,9 +80,12 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """``step`` steps are done."""
+        starting = self._beat.phase == "start"
         self._limit, self._alive = self._hang, time.monotonic()
         with self._lock:
             self._beat = heartbeat.refreshed(self._beat, step=step, phase="train")
+        if starting:  # steps may be quicker than a tick: stuck in the next one, the timer would wait for start_s
+            self._arm()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -167,7 +167,8 @@ def test_after_the_first_step_a_missing_rank_is_noticed_after_the_short_time_out
     ends = end_ranks(late_twice, 2, tmp_path, settings, timeout_s=40)
     assert time.monotonic() - began < 30
     assert ends[0][0] == 1
-    assert "Timed out waiting 1000ms" in ends[0][1]
+    # gloo says the one in the wait that ran out of time, the other in one beside it
+    assert "Timed out waiting 1000ms" in ends[0][1] or "Application timeout caused pair closure" in ends[0][1]
     assert "rank 1" in ends[0][1]
     assert "is in step 4, data for" in ends[0][1]
 

@@ -1,7 +1,6 @@
 """Moments alone of any number of images: memory does not grow with them, and nothing is lost by it."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from llamagen_dist.evaluation import features, frechet, inception
 from llamagen_dist.evaluation.features import Extraction, Selection
 from llamagen_dist.evaluation.image_sets import open_images
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.process import peak_rss_gb
 
 ROOT = Path(__file__).parent.parent.parent
 SIDE = 64
@@ -36,11 +36,6 @@ def measure(file: Path, n: int, keep: bool) -> features.SetFeatures:
     return Extraction([Selection(images, np.arange(n), kept)], Quick(), None, Topology(), batch=250).run()[0]
 
 
-def peak() -> float:
-    """MB that this process has ever had at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def growth(folder: str, keep: str, pages: str) -> None:
     """Print the MB that 6,000 images need more than 1,000. Alone in its process."""
     torch.set_num_threads(1)
@@ -50,9 +45,9 @@ def growth(folder: str, keep: str, pages: str) -> None:
         image_sets._forget_pages = lambda pixels: None
     file = Path(folder) / "images.npz"
     measure(file, 1000, keep == "kept")
-    before = peak()
+    before = peak_rss_gb()
     measure(file, 6000, keep == "kept")
-    print(peak() - before)
+    print((peak_rss_gb() - before) * 1e3)
 
 
 @pytest.fixture(scope="module")
