@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen_dist import prng
 from llamagen_dist.models import ops
-from llamagen_dist.models.cache import Cache, LayerCache
+from llamagen_dist.models.cache import Cache, LayerCache, attend_in_fp32
 from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
@@ -152,6 +152,8 @@ class Attention(nn.Module):
             causal = causal and q.shape[2] == k.shape[2]
         if random is not None and threshold(self.dropout_p) > 0:
             out = self._with_dropout(q, k, v, random)
+        elif past is not None and q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            out = attend_in_fp32(q, k, v, mask)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1)
         return self.wo(out.transpose(1, 2).flatten(2))
