@@ -7,24 +7,11 @@ share out the images; the numbers do not depend on how many there are. What cann
 ``absent``, with the reason.
 """
 
-import json
-import time
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from llamagen_dist.config import ClassifierSection, EvaluateConfig, load
-from llamagen_dist.console import LOG, main_rank_progress
+from llamagen_dist.config import EvaluateConfig, load
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import classifier, inception, inception_weights, passport, record
-from llamagen_dist.evaluation.comparison import Comparison
-from llamagen_dist.evaluation.features import Extraction
-from llamagen_dist.evaluation.image_sets import balanced, open_images
-from llamagen_dist.files import write_bytes
-from llamagen_dist.parallel.topology import Topology, full_fp32, start
+from llamagen_dist.evaluation import scoring
+from llamagen_dist.parallel.topology import full_fp32, start
 from llamagen_dist.program import run as run_program
-from llamagen_dist.tracking.provenance import versions
 
 
 def main(argv: list[str]) -> None:
@@ -33,68 +20,12 @@ def main(argv: list[str]) -> None:
     config: EvaluateConfig = load(argv[0], argv[1:], kind="evaluate")
     topology = start(threads=config.threads)
     full_fp32()
-    began = time.monotonic()
     if config.out.is_dir():
         raise UserError(f"out: {config.out} is a folder; name the JSON file to write")
-    comparison = Comparison(config)
-    if comparison.limit != config.limit:
-        topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
-    found = topology.broadcast_from_rank0(comparison.mistakes_of_pairs)
-    extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
-    if isinstance(extractor, str):
-        comparison.without_features(extractor)
-        network, described = None, None
-    else:
-        network, described = extractor.network.to(topology.device), extractor.record
-        comparison.check_statistics(described)
-        if network.fc is None and "inception_score" in config.metrics:
-            comparison.leave_out("inception_score", inception_weights.NO_LOGITS)
-    judge = Judge(config.classifier, config, topology) if config.classifier is not None else None
-    comparison.check_labels(None if judge is None else judge.classes)
-    extraction = Extraction(
-        comparison.selections,
-        network,
-        None if judge is None else judge.network.classify,
-        topology,
-        config.batch,
-        config.inception_score,
-    )
-    label = "features" if network else "images"
-    with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
-        measured = extraction.run(progress.advance if progress else lambda count, text: None)
-    found += comparison.mistakes_of_features(measured)
-    result: dict[str, Any] = {"n": comparison.n, "sets": {}}
-    described_sets = {}
-    for name in comparison.sets:
-        result["sets"][name] = comparison.score(name, measured, topology)
-        described_sets[name] = comparison.describe(name, measured)
-    if judge is not None:
-        result["class_agreement_real"] = judge.real
-    result["record"] = {
-        "format": record.FORMAT,
-        "protocol": passport.protocol(config, _file_alone(argv[0])),
-        "bias": record.bias(comparison.n, inception.POOL_FEATURES),
-        "metrics": comparison.protocol(described, None if judge is None else judge.record),
-        "choice": {
-            "limit": config.limit,
-            "fewer": config.fewer,
-            "taken": comparison.limit,
-            "seed": config.seed,
-            "policy": "class by class in turn, by hash",
-        },
-        "extractor": described,
-        "sets": described_sets,
-        "mistakes": [one.record() for one in found],
-        "batch": config.batch,
-        "device": str(topology.device.type),
-        "ranks": topology.world,
-        "seconds": round(time.monotonic() - began, 1),
-        "versions": versions("torch", "numpy"),
-    }
-    result["absent"] = comparison.absent
+    result = scoring.evaluate(config, topology, _file_alone(argv[0]))
     if topology.rank == 0:
-        _write(config.out, result)
-        _show(result)
+        scoring.write(config.out, result)
+        scoring.show(result)
 
 
 def _file_alone(file: str) -> EvaluateConfig | None:
@@ -104,56 +35,6 @@ def _file_alone(file: str) -> EvaluateConfig | None:
     except UserError:
         return None
     return config
-
-
-class Judge:
-    """The classifier of real images, trained here; its own accuracy is ``real``."""
-
-    def __init__(self, section: ClassifierSection, config: EvaluateConfig, topology: Topology) -> None:
-        train, validation = (open_images(path, config.image_size) for path in (section.train, section.validation))
-        for images in (train, validation):
-            if images.labels is None:
-                raise UserError(f"classifier: {images.path} has no labels; name real images that have")
-        assert train.labels is not None
-        assert validation.labels is not None
-        self.classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
-        for images in (train, validation):
-            images.check_labels(self.classes, "classifier", f"{train.path} has")
-        chosen = balanced(train.labels, train.count, section.keep, section.seed)
-        pixels = train.read(chosen)
-        # the ranks train it together, so its bar counts the whole work
-        with main_rank_progress("classifier", section.images, topology.rank, world=1) as progress:
-            advance = progress.advance if progress else lambda count: None
-            self.network = classifier.train(section, pixels, train.labels[chosen], self.classes, topology, advance)
-        held_out = balanced(validation.labels, validation.count, section.keep, section.seed)
-        right = [
-            self.network.classify(validation.read(part)).cpu().numpy() == validation.labels[part]
-            for part in np.split(held_out, range(config.batch, len(held_out), config.batch))
-        ]
-        self.real = float(np.concatenate(right).mean())
-        self.record = {
-            **section.model_dump(mode="json", exclude={"train", "validation"}),
-            "train_sha256": classifier.data_sha256(pixels, train.labels[chosen]),
-            "accuracy_on": f"{len(held_out)} held-out real images",
-        }
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"out: {path} cannot be written ({error.strerror})") from None
-
-
-def _show(result: dict[str, Any]) -> None:
-    for name, values in result["sets"].items():
-        LOG.info(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
-    for mistake in result["record"]["mistakes"]:
-        LOG.warning(f"MISTAKE in {mistake['set']}: {mistake['mistake']}: {mistake['what']}")
-    for metric, reason in result["absent"].items():
-        LOG.info(f"{metric} is absent: {reason}")
-    LOG.info(result["record"]["bias"])
 
 
 if __name__ == "__main__":

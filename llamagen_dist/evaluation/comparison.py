@@ -1,6 +1,6 @@
 """Which images are compared with which, which of them must be looked at, and the numbers that come out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,25 +50,26 @@ class Comparison:
     Raises UserError for images that are missing, too few or of different sizes, before anything is computed.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
+    def __init__(self, config: EvaluateConfig, opened: Mapping[Path, ImageSet] | None = None) -> None:
+        """opened: image sets that need not be opened again, by the paths under which ``config`` names them."""
         self.config = config
         self.selections: list[Selection] = []
         self.absent: dict[str, str] = {}
         self._numbers: dict[tuple[str, bytes], int] = {}
-        self._opened: dict[Path, ImageSet] = {}
+        self._opened = {path.resolve(): images for path, images in (opened or {}).items()}
         self._known_radii: dict[int, Tensor] = {}
         convention = manifold.CONVENTIONS[config.manifold]
         self.manifold = convention._replace(k=config.neighbours or convention.k)
         self._left_out: set[str] = set()
         self._distances: dict[tuple[str, str], float] | None = None
         self.sets: dict[str, tuple[Side, Side]] = {}
-        opened = {
+        sides = {
             name: (self._open(pair.images), self._open(pair.reference, reference=True))
             for name, pair in config.pairs().items()
         }
-        self.limit = self._limit([images for pair in opened.values() for images in pair])
+        self.limit = self._limit([images for pair in sides.values() for images in pair])
         for name, pair in config.pairs().items():
-            generated, reference = opened[name]
+            generated, reference = sides[name]
             sizes = {(images.height, images.width) for images in (generated, reference) if images.count}
             if len(sizes) > 1:
                 raise UserError(

@@ -286,7 +286,7 @@ BUDGETS = {
     "planning": 1260,
     "training": 1880,
     "sampling": 1790,
-    "evaluation": 3200,
+    "evaluation": 3330,
     "scaling": 3690,
     "report": 2170,
     "hub": 890,
@@ -296,7 +296,7 @@ BUDGETS = {
     "train_gpt": 170,
     "preflight": 140,
     "tokenizer_training": 1260,
-    "eval": 950,
+    "eval": 850,
     "examples": 370,
 }
 

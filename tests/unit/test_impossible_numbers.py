@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.evaluate import Judge
 from llamagen_dist.config import ClassifierSection, EvaluateConfig, InceptionSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, frechet, inception, inception_weights, kid, manifold, record
@@ -17,6 +16,7 @@ from llamagen_dist.evaluation.features import Extraction, Selection
 from llamagen_dist.evaluation.image_quality import psnr, ssim, ssim_llamagen
 from llamagen_dist.evaluation.image_sets import open_images
 from llamagen_dist.evaluation.inception_score import ScoreSums
+from llamagen_dist.evaluation.scoring import Judge
 from llamagen_dist.models.vq import VQConfig, VQModel
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.pictures import decode_tokens
