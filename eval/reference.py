@@ -18,7 +18,7 @@ from llamagen_dist.config import InceptionSection, ReferenceConfig, load, parse
 from llamagen_dist.config.loader import resolve
 from llamagen_dist.console import main_rank_progress
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception, inception_weights, passport
+from llamagen_dist.evaluation import inception_weights, passport
 from llamagen_dist.evaluation.features import Extraction, Selection, SetFeatures
 from llamagen_dist.evaluation.image_sets import PROVENANCE, STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.parallel.topology import full_fp32, start
@@ -88,7 +88,7 @@ def _provenance(
         "pictures": min(config.pictures, len(indices)),
         "seed": config.seed,
         "extractor": {key: extractor[key] for key in passport.EXTRACTOR},
-        "resize": inception.RESIZE,
+        "resize": extractor["resize"],
         "versions": versions("torch", "numpy"),
     }
 

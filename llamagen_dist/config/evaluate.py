@@ -21,6 +21,7 @@ Metric = Literal[
     "class_agreement",
 ]
 Manifold = Literal["exact", "adm", "torch-fidelity", "dgm-eval"]
+Resize = Literal["tf1", "pytorch-fid", "clean-fid"]
 InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
 Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "duplicates", "ssim_range"]
 """What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
@@ -134,6 +135,9 @@ class InceptionSection(Section):
     """The installed package whose file is converted once."""
     cache: Path | None = None
     """Folder for the converted weights (87 MB); empty: llamagen-dist in $XDG_CACHE_HOME or ~/.cache."""
+    resize: Resize = "tf1"
+    """How pictures are scaled to the 299 pixels that the network looks at: as ``tf1`` (ADM, LlamaGen, torch-fidelity),
+    ``pytorch-fid`` or ``clean-fid`` do. Each gives another FID, and they are not compared with one another."""
 
 
 class ImageSetSection(Section):

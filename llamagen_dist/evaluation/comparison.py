@@ -175,7 +175,7 @@ class Comparison:
         """Stored statistics fit this extractor. Raises UserError, see passport.refuse_other_statistics."""
         for generated, reference in self.sets.values():
             size = generated.images.width, generated.images.height
-            passport.refuse_other_statistics(reference.images, extractor, size, inception.RESIZE)
+            passport.refuse_other_statistics(reference.images, extractor, size)
 
     def check_labels(self, classes: int | None) -> None:
         """Every labelled set fits the classifier's classes. classes: None without a classifier."""
@@ -389,8 +389,7 @@ class Comparison:
         """Metric -> everything besides the images that decides its value; equal for comparable results."""
         network: dict[str, Any] = {}
         if extractor is not None:
-            network = {key: extractor[key] for key in ("network", "weights_sha256", "arithmetic")}
-            network["resize"] = inception.RESIZE
+            network = {key: extractor[key] for key in passport.EXTRACTOR}
         pool = {**network, "features": inception.TAPS["fid"]}
         subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
         hashed = self.config.kid.draw == "hashed"

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE = 299
+from llamagen_dist.evaluation.resizing import RESIZES
+
 POOL_FEATURES, SPATIAL_CHANNELS, SPATIAL_SIDE, LOGITS = 2048, 7, 17, 1008
 SPATIAL_FEATURES = SPATIAL_SIDE * SPATIAL_SIDE * SPATIAL_CHANNELS
 ACROSS, DOWN = (1, 7), (7, 1)
 BN_EPS = 1e-3
-RESIZE = "TF1 bilinear (corner-anchored, no antialiasing) to 299 x 299, then (x - 128) / 128"
 TAPS = {
     "fid": "2048 means of the last block over its 8 x 8 positions",
     "sfid": "channels 0-6 of Mixed_6d (its 1 x 1 branch after ReLU), 17 x 17 x 7 flattened as height, width, channel",
@@ -30,23 +30,6 @@ class Features(NamedTuple):
     """float32 [B, 2023], what sFID looks at."""
     logits: Tensor | None
     """float32 [B, 1008] without the bias (as the Inception Score has always been computed), where weights exist."""
-
-
-def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
-    """TensorFlow 1's resize_bilinear with align_corners=False: output pixel i reads at i x (input / output).
-
-    images: uint8 [B, H, W, 3] -> float32 [B, 3, side, side], values still 0 … 255, channels-last memory.
-    """
-    pixels = images.permute(0, 3, 1, 2).float()
-    for axis in (3, 2):  # across, then down, as TensorFlow does
-        size = pixels.shape[axis]
-        position = torch.arange(side, device=pixels.device, dtype=torch.float32) * (size / side)
-        low = position.floor().long()
-        part = (position - low).view(-1, *([1] * (3 - axis)))
-        left = pixels.index_select(axis, low)
-        right = pixels.index_select(axis, (low + 1).clamp(max=size - 1))
-        pixels = left + (right - left) * part
-    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 class Conv(nn.Module):
@@ -153,10 +136,14 @@ def _mixed8(inputs: int, by_maximum: bool) -> Mixed:
 
 
 class Inception(nn.Module):
-    """uint8 [B, H, W, 3] -> Features. The names of its parts are those of the usual PyTorch ports."""
+    """uint8 [B, H, W, 3] -> Features. The names of its parts are those of the usual PyTorch ports.
 
-    def __init__(self) -> None:
+    resize: how pictures become inputs of 299 x 299, a name in RESIZES.
+    """
+
+    def __init__(self, resize: str = "tf1") -> None:
         super().__init__()
+        self.resize = RESIZES[resize]
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2, same=False)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, same=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
@@ -173,10 +160,10 @@ class Inception(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Features:
         """images: uint8 [B, H, W, 3] of any size; resized and scaled here, so no caller can do it otherwise."""
-        return self.features((resize_tf1(images) - 128.0) / 128.0)
+        return self.features(self.resize.inputs(images))
 
     def features(self, x: Tensor) -> Features:
-        """x: float32 [B, 3, 299, 299], (pixel - 128) / 128."""
+        """x: float32 [B, 3, 299, 299], about -1 … 1."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
@@ -194,12 +181,12 @@ def conv_names() -> dict[str, tuple[int, ...]]:
     return {name: tuple(part.weight.shape) for name, part in network.named_modules() if isinstance(part, Conv)}
 
 
-def assemble(weights: Mapping[str, Tensor]) -> Inception:
+def assemble(weights: Mapping[str, Tensor], resize: str = "tf1") -> Inception:
     """The network from unfolded weights: NAME.conv.weight, NAME.bn.{weight, bias, running_mean, running_var}.
 
     Batch norm is folded into the convolutions in float64. ``fc.weight`` [1008, 2048], if there, gives the logits.
     """
-    network = Inception()
+    network = Inception(resize)
     for name, conv in network.named_modules():
         if not isinstance(conv, Conv):
             continue

@@ -122,6 +122,7 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
             )
     sha256 = fingerprint(weights)
     logits = weights.get("fc.weight")
+    network = assemble(weights, section.resize)
     record = {
         "network": "InceptionV3 of 2015-12-05 (FID)",
         "weights_sha256": sha256,
@@ -129,8 +130,8 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
         "logits_sha256": None if logits is None else hashlib.sha256(logits.float().numpy().tobytes()).hexdigest(),
         "source": source,
         "arithmetic": "float32, batch norm folded in float64",
+        "resize": network.resize.what,
     }
-    network = assemble(weights)
     kept = [*network.named_parameters(), *([("fc.weight", network.fc)] if network.fc is not None else [])]
     for name, tensor in kept:
         if not bool(torch.isfinite(tensor).all()):

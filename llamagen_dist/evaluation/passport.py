@@ -18,7 +18,7 @@ from llamagen_dist.evaluation.picture_files import PictureFiles
 from llamagen_dist.files import json_if_there
 
 UNKNOWN = "unknown"
-EXTRACTOR = ("network", "weights_sha256", "arithmetic")
+EXTRACTOR = ("network", "weights_sha256", "arithmetic", "resize")
 """What of an extractor decides the features."""
 _OF_THE_PROCESS = (  # what a record.json says that decides no picture, or that is a path
     *("checkpoint", "tokenizer", "sets", "meaning", "device", "ranks", "seconds_of_the_last_start", "image_shards"),
@@ -108,16 +108,16 @@ def _published(images: ImageSet) -> dict[str, Any] | None:
     }
 
 
-def refuse_other_statistics(reference: ImageSet, extractor: Mapping[str, Any], size: tuple[int, int], to: str) -> None:
+def refuse_other_statistics(reference: ImageSet, extractor: Mapping[str, Any], size: tuple[int, int]) -> None:
     """Raises UserError where stored statistics were made with another network or size than the pictures are looked at.
 
-    extractor: the record of this one. size: (width, height) of the pictures. to: how they are resized for it.
+    extractor: the record of this one. size: (width, height) of the pictures.
     Statistics that do not say how they were made cannot be checked.
     """
     about = reference.provenance
     if about is None or not reference.statistics:
         return
-    here = {**{key: extractor[key] for key in EXTRACTOR}, "resize": to, "size": list(size)}
+    here = {**{key: extractor[key] for key in EXTRACTOR}, "size": list(size)}
     there = {**about.get("extractor", {}), "resize": about.get("resize"), "size": about.get("size")}
     for key, value in here.items():
         if there.get(key) != value:

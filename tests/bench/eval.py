@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llamagen_dist.config import InceptionSection
-from llamagen_dist.evaluation import frechet, inception, inception_weights, manifold
+from llamagen_dist.evaluation import frechet, inception, inception_weights, manifold, resizing
 
 try:
     import torch_fidelity
@@ -85,7 +85,7 @@ def extraction(images: int, repeats: int) -> None:
 
         @torch.inference_mode()
         def run_plain() -> Tensor:
-            parts = [(inception.resize_tf1(part) - 128) / 128 for part in pixels.split(8)]
+            parts = [(resizing.resize_tf1(part) - 128) / 128 for part in pixels.split(8)]
             return torch.cat([plain.features(part.contiguous()).pool for part in parts])
 
         others["plain fp32"] = run_plain

@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from llamagen_dist.config import ClassifierSection, InceptionSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import classifier, extrapolation, frechet, inception, inception_weights, kid, manifold
+from llamagen_dist.evaluation import (
+    classifier,
+    extrapolation,
+    frechet,
+    inception,
+    inception_weights,
+    kid,
+    manifold,
+    resizing,
+)
 from llamagen_dist.evaluation.features import Extraction, Selection, batches
 from llamagen_dist.evaluation.image_sets import balanced, choose, open_images
 from llamagen_dist.parallel.topology import Topology, start
@@ -158,7 +167,7 @@ def pictures(n: int, side: int, seed: int = 0) -> np.ndarray:
 def test_features_are_those_of_the_original_network(network, package_file):
     images = torch.from_numpy(pictures(3, 40))
     with torch.inference_mode():
-        x = (inception.resize_tf1(images) - 128) / 128
+        x = (resizing.resize_tf1(images) - 128) / 128
         original = torch.jit.load(str(package_file), map_location="cpu").eval()
         expected = original(x)
     found = network(images)
@@ -174,11 +183,11 @@ def test_features_are_those_of_the_original_network(network, package_file):
 
 def test_resize_reads_where_tensorflow_1_does():
     image = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1).expand(1, 4, 4, 3) * 10
-    rows = inception.resize_tf1(image, 8)[0, 0]
+    rows = resizing.resize_tf1(image, 8)[0, 0]
     # pixel i reads at i / 2: no half-pixel shift, and the last pixel is repeated at the right border
     assert rows[0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
     assert (rows == rows[0]).all()
-    shrunk = inception.resize_tf1(image, 2)[0, 0]
+    shrunk = resizing.resize_tf1(image, 2)[0, 0]
     assert shrunk[0].tolist() == [0, 20]  # every second pixel, unfiltered
 
 

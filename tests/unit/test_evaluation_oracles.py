@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamagen_dist.config import InceptionSection
-from llamagen_dist.evaluation import frechet, image_quality, inception, inception_weights, kid, manifold
+from llamagen_dist.evaluation import frechet, image_quality, inception, inception_weights, kid, manifold, resizing
 from tests.photo_crops import crops, degrade
 
 pytestmark = pytest.mark.long
@@ -84,12 +84,12 @@ def test_features_are_those_of_torch_fidelity_and_pytorch_fid(network, weights, 
 
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: weights)
     theirs = pytorch_fid.inception.InceptionV3([3], resize_input=False, normalize_input=False).eval()
-    scaled = (inception.resize_tf1(images) - 128) / 128
+    scaled = (resizing.resize_tf1(images) - 128) / 128
     with torch.inference_mode():
         assert relative(ours, theirs(scaled)[0].flatten(1)) < 1e-5
         # the twin: with the resize that pytorch-fid does by itself, features differ
-        resizing = pytorch_fid.inception.InceptionV3([3]).eval()
-        assert relative(ours, resizing(channels_first / 255.0)[0].flatten(1)) > 1e-3
+        own = pytorch_fid.inception.InceptionV3([3]).eval()
+        assert relative(ours, own(channels_first / 255.0)[0].flatten(1)) > 1e-3
 
 
 def test_distances_are_the_exact_ones(whole):
