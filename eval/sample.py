@@ -10,7 +10,6 @@ position of the same batch shape, so the files' bytes do not depend on the numbe
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -22,18 +21,16 @@ from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
-from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
-from llamagen_dist.sampling.conditions import Conditions, conditions
 from llamagen_dist.sampling.grid import class_grid, save, shown_classes
-from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint
+from llamagen_dist.sampling.load import Tokenizer, TrainedGPT
+from llamagen_dist.sampling.numbered import NumberedPictures
 from llamagen_dist.tracking.provenance import versions
 
 PER_CLASS = 10
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEANING = {
     "model": "drawn from the trained GPT",
     "untrained": (
@@ -51,15 +48,9 @@ def main(argv: list[str]) -> None:
     topology = start(config.tensor, threads=config.threads)
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
     torch.backends.cudnn.deterministic = True
-    which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_model, sizes="tokenizer_model", topology=topology)
-    checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
-    gpt = load_gpt(checkpoint, tokenizer, config.model, config.image_size)
-    if (why := gpt.config.unsplittable(config.tensor)) is not None:
-        raise UserError(f"tensor: {why}")
-    tokens = training_tokens(config, gpt, tokenizer) if "unigram" in config.sets else None
-    wanted = conditions(gpt, tokenizer, config.captions, config.text_encoder, topology.device)
-    Sampling(config, topology, gpt, tokenizer, tokens, wanted).run()
+    numbered = NumberedPictures(config, topology)
+    tokens = training_tokens(config, numbered.gpt, numbered.tokenizer) if "unigram" in config.sets else None
+    Sampling(config, topology, numbered, tokens).run()
 
 
 def training_tokens(config: SampleConfig, gpt: TrainedGPT, tokenizer: Tokenizer) -> Shards:
@@ -80,36 +71,13 @@ class Sampling:
     """All sets of one config, chunk by chunk."""
 
     def __init__(
-        self,
-        config: SampleConfig,
-        topology: Topology,
-        gpt: TrainedGPT,
-        tokenizer: Tokenizer,
-        tokens: Shards | None,
-        wanted: Conditions,
+        self, config: SampleConfig, topology: Topology, numbered: NumberedPictures, tokens: Shards | None
     ) -> None:
-        self.config, self.topology, self.gpt, self.tokenizer, self.tokens = config, topology, gpt, tokenizer, tokens
-        self.conditions = wanted
-        tensor_parallel.apply(gpt.model, topology).to(topology.device, DTYPES[config.precision])
-        tokenizer.model.to(topology.device)
-        self.settings = pictures.Settings(**{one.name: getattr(config, one.name) for one in fields(pictures.Settings)})
+        self.config, self.topology, self.numbered, self.tokens = config, topology, numbered, tokens
         self.histogram: Tensor | None = None
-        made_from = {
-            "checkpoint_sha256": gpt.checkpoint.identity,
-            "tokenizer_sha256": tokenizer.sha256,
-            "tokens": tokens.manifest.fingerprint() if tokens else None,
-            "captions": wanted.identity,
-            "image_size": gpt.image_size,
-            "n": config.images,
-            "sets": config.sets,
-            **asdict(self.settings),
-            "seed": config.seed,
-            "batch": config.batch,
-            "precision": config.precision,
-            "tensor": config.tensor,
-        }
+        made_from = numbered.identity(config.images, config.sets, tokens)
         results = [*(f"{name}.npz" for name in config.sets), "grid.png"]
-        if wanted.kind == "caption":
+        if numbered.conditions.kind == "caption":
             results.append("captions.json")
         self.output = ChunkFolder(config.out, made_from, results, topology, config.sets, config.images, config.batch)
 
@@ -133,43 +101,41 @@ class Sampling:
     def _images(self, chunk: Chunk) -> NDArray[np.uint8]:
         """uint8 [n, S, S, 3]. Always a whole batch is computed; the last chunk is then cut."""
         numbers = torch.arange(chunk.samples.start, chunk.samples.start + self.config.batch)
-        seeds = pictures.sample_seeds(self.config.seed, numbers)
-        shape = self.gpt.config.vocab_size, self.gpt.config.image_tokens
         if chunk.set == "model":
-            condition = self.conditions.at(self._labels(numbers))
-            tokens = pictures.model_tokens(self.gpt.model, condition, seeds, self.settings)
-        elif chunk.set == "untrained":
-            tokens = pictures.untrained_tokens(*shape, seeds)
+            return self.numbered.batch(numbers)[: len(chunk.samples)]
+        seeds, gpt = self.numbered.seeds(numbers), self.numbered.gpt.config
+        if chunk.set == "untrained":
+            tokens = pictures.untrained_tokens(gpt.vocab_size, gpt.image_tokens, seeds)
         else:
             assert self.histogram is not None
-            tokens = pictures.unigram_tokens(self.histogram, shape[1], seeds)
-        return pictures.decode_tokens(self.tokenizer.model, tokens)[: len(chunk.samples)]
+            tokens = pictures.unigram_tokens(self.histogram, gpt.image_tokens, seeds)
+        return self._decoded(tokens)[: len(chunk.samples)]
 
-    def _labels(self, numbers: Tensor) -> Tensor:
-        return numbers % self.conditions.count
+    def _decoded(self, tokens: Tensor) -> NDArray[np.uint8]:
+        return pictures.decode_tokens(self.numbered.tokenizer.model, tokens)
 
     def _finish(self, seconds: float) -> None:
         """The .npz files, the grid of the first set, the captions, the record. Rank 0 only."""
-        labels = self._labels(torch.arange(self.config.images)).numpy()
-        count = self.conditions.count
+        labels = self.numbered.labels(torch.arange(self.config.images)).numpy()
+        conditions = self.numbered.conditions
+        count = conditions.count
         shown = set(shown_classes(range(min(count, self.config.images))))
         first = np.array([label in shown for label in labels]) & (np.arange(len(labels)) < PER_CLASS * count)
         kept: list[NDArray[np.uint8]] = []
         for name in self.config.sets:
             wanted = first if name == self.config.sets[0] else np.zeros_like(first)
             write_npz(self.config.out / f"{name}.npz", labels, self.config.images, self._blocks(name, wanted, kept))
-        images, words, kind = np.concatenate(kept), self.conditions.name, self.conditions.kind
+        images, words = np.concatenate(kept), conditions.name
         grid = self.config.out / "grid.png"
         save(grid, lambda: class_grid(images, labels[first], words, PER_CLASS, self._originals))
-        if kind == "caption":
+        if conditions.kind == "caption":
             used = [words(number) for number in range(min(count, self.config.images))]
             write_text(self.config.out / "captions.json", json.dumps(used, ensure_ascii=False, indent=0) + "\n")
         self.output.finish(
             {
                 "checkpoint": str(self.config.checkpoint),
                 "tokenizer": str(self.config.tokenizer),
-                "conditions": f"sample i has {kind} i modulo {count}",
-                "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
+                **self.numbered.describe(),
                 "meaning": {name: MEANING[name] for name in self.config.sets},
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,
@@ -180,8 +146,8 @@ class Sampling:
 
     def _originals(self, numbers: list[int]) -> NDArray[np.uint8] | None:
         """The images that held-out captions belong to, as the tokenizer shows them."""
-        tokens = self.conditions.originals(numbers)
-        return None if tokens is None else pictures.decode_tokens(self.tokenizer.model, torch.from_numpy(tokens))
+        tokens = self.numbered.conditions.originals(numbers)
+        return None if tokens is None else self._decoded(torch.from_numpy(tokens))
 
     def _blocks(
         self, name: str, wanted: NDArray[np.bool_], kept: list[NDArray[np.uint8]]

@@ -4,6 +4,7 @@
 from llamagen_dist.config.data import ExtractConfig, ShardAccess, is_remote
 from llamagen_dist.config.evaluate import (
     ClassifierSection,
+    DrawSection,
     EvaluateConfig,
     InceptionSection,
     NeighboursConfig,

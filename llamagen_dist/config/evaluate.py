@@ -27,10 +27,10 @@ Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "dupl
 """What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
 
 
-class SampleConfig(Section):
-    """``kind: sample``, read by ``eval.sample``."""
+class DrawSection(Section):
+    """Which pictures are drawn from which GPT: ``kind: sample`` without its files."""
 
-    kind: Literal["sample"]
+    kind: Literal["sample"] = "sample"
     checkpoint: Path
     """The GPT: a run directory (its newest checkpoint), a step_… folder, or a weights file."""
     weights: Literal["trained", "ema"] | None = None
@@ -44,20 +44,11 @@ class SampleConfig(Section):
     """The tokenizer's sizes, for a bare weights file."""
     image_size: PositiveInt | None = None
     """Pixels along a side. Empty: those of the token shards the GPT saw, or else those the tokenizer was trained on."""
-    out: Path
-    """Folder for NAME.npz of every set, grid.png and record.json."""
-    images: Pictures = 50000
-    """Pictures in every set."""
-    sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)
-    """``model``: the trained GPT. To compare with: ``untrained``, the same GPT before its first step (its head is
-    zero, so all codes are equally likely), and ``unigram``, codes drawn one by one from the training histogram."""
     captions: Path | None = None
     """What a text-conditional GPT draws from: token shards with caption features (a held-out set), or a text file with
     one caption a line. Sample i has caption i modulo their number."""
     text_encoder: Path | None = None
     """The encoder for a text file; empty: the one that the checkpoint names."""
-    tokens: Path | None = None
-    """Training token shards, for ``unigram``. Empty: those named in the checkpoint."""
     cfg_scale: Annotated[float, Field(ge=1)] = 2.0
     """Classifier-free guidance: null + scale x (conditional - null); 1 switches it off."""
     cfg_interval: Annotated[int, Field(ge=-1)] = -1
@@ -87,15 +78,33 @@ class SampleConfig(Section):
     tokenizer."""
     tensor: PositiveInt = 1
     """Ranks that share one copy of the GPT, for one that is too large for a GPU (Megatron-core tensor parallelism)."""
+
+    def rules(self) -> Iterator[str]:
+        if self.cfg_interval >= 0 and self.guidance != "constant":
+            yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {self.guidance}"
+        if self.tokenizer_model is not None:
+            yield from self.tokenizer_model.cannot_cut(self.image_size)
+
+
+class SampleConfig(DrawSection):
+    """``kind: sample``, read by ``eval.sample``."""
+
+    kind: Literal["sample"]
+    out: Path
+    """Folder for NAME.npz of every set, grid.png and record.json."""
+    images: Pictures = 50000
+    """Pictures in every set."""
+    sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)
+    """``model``: the trained GPT. To compare with: ``untrained``, the same GPT before its first step (its head is
+    zero, so all codes are equally likely), and ``unigram``, codes drawn one by one from the training histogram."""
+    tokens: Path | None = None
+    """Training token shards, for ``unigram``. Empty: those named in the checkpoint."""
     threads: Threads = None
 
     def rules(self) -> Iterator[str]:
         if len(set(self.sets)) < len(self.sets):
             yield f"sets: {', '.join(self.sets)} names a set twice"
-        if self.cfg_interval >= 0 and self.guidance != "constant":
-            yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {self.guidance}"
-        if self.tokenizer_model is not None:
-            yield from self.tokenizer_model.cannot_cut(self.image_size)
+        yield from super().rules()
 
 
 class ReconstructConfig(Section):
@@ -149,6 +158,13 @@ class ImageSetSection(Section):
     ``sigma_s``) gives these to FID (and sFID); without images in it, the other metrics are absent."""
 
 
+class ScoredDrawSection(DrawSection):
+    """Pictures that are scored as they are drawn; no files are written, and nothing is left to resume from."""
+
+    images: Pictures | None = None
+    """So many are drawn, and ``limit`` of them are scored. Empty: as many as ``limit``."""
+
+
 class KIDSection(Section):
     subsets: PositiveInt = 100
     subset_size: Annotated[int, Field(ge=2)] | None = None
@@ -184,6 +200,9 @@ class EvaluateConfig(Section):
     generated: Path | None = None
     """One set to score, against ``reference``; the result calls it ``generated``."""
     reference: Path | None = None
+    sample: ScoredDrawSection | None = None
+    """Instead of ``generated`` (which is then null): a GPT and its tokenizer, whose pictures are the set, byte for byte
+    those that eval.sample writes for the same keys."""
     sets: dict[str, ImageSetSection] = Field(default_factory=dict)
     """Several sets at once: images that occur twice are looked at once."""
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("fid", "sfid", "kid", "precision_recall")
@@ -229,18 +248,31 @@ class EvaluateConfig(Section):
     threads: Threads = None
 
     def rules(self) -> Iterator[str]:
-        single = self.generated is not None and self.reference is not None
-        if single == bool(self.sets) or (self.generated is None) != (self.reference is None):
-            yield "give either generated=PATH and reference=PATH, or sets: {name: {images, reference}}"
+        if self.generated is not None and self.sample is not None:
+            yield "generated and sample are both given; generated=null leaves the file out"
+        one = self._one()
+        if (one is None) == (not self.sets) or (one is None) != (self.reference is None):
+            yield "give either generated=PATH (or sample) and reference=PATH, or sets: {name: {images, reference}}"
+        if self.sample is not None:
+            if self.sample.images is None and self.limit is None:
+                yield "sample: set sample.images or limit, to say how many pictures are drawn"
+            if self.sample.tensor > 1:
+                yield "sample.tensor: each rank draws alone here; draw with eval.sample, and score its files"
+            if self.scores == "reconstructions":
+                yield "scores: what a GPT draws are samples, no reconstructions"
         if self.subsample is not None and self.subsample > self.keep:
             yield f"subsample ({self.subsample}) is larger than keep ({self.keep})"
         if "class_agreement" in self.metrics and self.classifier is None:
             yield "class_agreement needs the classifier section (train, validation: real labelled images)"
 
+    def _one(self) -> Path | None:
+        return self.sample.checkpoint if self.sample is not None else self.generated
+
     def pairs(self) -> dict[str, ImageSetSection]:
-        """Name -> what is compared with what."""
-        if self.generated is not None and self.reference is not None:
-            return {"generated": ImageSetSection(images=self.generated, reference=self.reference)}
+        """Name -> what is compared with what; pictures that are drawn go by the name of their checkpoint."""
+        one = self._one()
+        if one is not None and self.reference is not None:
+            return {"generated": ImageSetSection(images=one, reference=self.reference)}
         return self.sets
 
 

@@ -8,6 +8,8 @@ feature has the same bits wherever it was computed.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
+from math import lcm
 
 import numpy as np
 import torch
@@ -84,8 +86,15 @@ class Extraction:
         """splits: of the Inception Score, a name in SPLITS."""
         self.selections, self.network, self.classify, self.topology = selections, network, classify, topology
         self.batch = batch
-        self.work = list(batches(selections, batch))[topology.rank :: topology.world]
+        turns = groupby(batches(selections, batch), key=self._turn)
+        mine = islice((list(turn) for _, turn in turns), topology.rank, None, topology.world)
+        self.work = [one for turn in mine for one in turn]
         self.parts = [_Part(selection, network, classify is not None, topology, splits) for selection in selections]
+
+    def _turn(self, one: tuple[int, slice]) -> tuple[int, int]:
+        """Batches of one turn go to one rank: images that are made together are made there alone."""
+        number, rows = one
+        return number, rows.start // lcm(self.batch, self.selections[number].images.together)
 
     def images_of_rank(self) -> int:
         return sum(rows.stop - rows.start for _, rows in self.work)

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from llamagen_dist import prng
+from llamagen_dist.console import LOG
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.manifest import MANIFEST
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.frechet import check_statistics
 from llamagen_dist.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
+from llamagen_dist.evaluation.packed import Header, PackedPixels
 from llamagen_dist.evaluation.picture_files import PictureFiles
 
 STATISTICS = {"fid": ("mu", "sigma", POOL_FEATURES), "sfid": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
@@ -31,6 +33,14 @@ RESIZED = "bicubic (a = -0.75, half-pixel centres) without antialiasing, rounded
 PROVENANCE = "provenance"
 """Array of an .npz of eval.reference: JSON as uint8."""
 MOST_CLASSES = 1 << 16  # a classifier has an output for each class: a damaged label must not fill the memory
+
+
+class Source(Protocol):
+    """Pictures by number, none of them in memory before they are read."""
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [n, H, W, 3]. Raises UserError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class ImageSet:
     labels: NDArray[np.int64] | None
     """int64 [count]."""
     classes: list[str] | None
-    pixels: NDArray[np.uint8] | Shards | PictureFiles | None
+    pixels: NDArray[np.uint8] | Shards | Source | None
     """None (and count, height and width 0) where there are statistics only."""
     statistics: dict[str, tuple[NDArray[Any], NDArray[Any]]]
     """Stored (mean [d], covariance [d, d]) by metric; empty for ordinary images."""
@@ -52,6 +62,10 @@ class ImageSet:
     """What eval.reference wrote about the images behind the statistics."""
     stored_size: tuple[int, int] = (0, 0)
     """(height, width) before ``resize_to``."""
+    drawn: dict[str, Any] | None = None
+    """How the pictures are drawn, where they are drawn when they are read."""
+    together: int = 1
+    """So many consecutive pictures are made at once: whoever reads one had better read them all."""
 
     def check_labels(self, classes: int, where: str, who: str) -> None:
         """Raises UserError for labels beyond ``classes``. where, who: begin its message and say who has the classes."""
@@ -64,11 +78,11 @@ class ImageSet:
         assert self.pixels is not None
         if isinstance(self.pixels, Shards):
             stored = load_images(self.pixels, indices.tolist(), self.stored_size[0])
-        elif isinstance(self.pixels, PictureFiles):
-            stored = self.pixels.read(indices)
-        else:
+        elif isinstance(self.pixels, np.ndarray):
             stored = np.ascontiguousarray(self.pixels[indices])
             _forget_pages(self.pixels)
+        else:
+            stored = self.pixels.read(indices)
         return stored if self.stored_size == (self.height, self.width) else resized(stored, self.height)
 
 
@@ -112,11 +126,16 @@ def open_images(
         images = _open_npz(path)
     if images.pixels is None and not reference:
         raise UserError(f"{path}: holds statistics but no images (arr_0); it can only be a reference, for FID and sFID")
+    return scaled_down(images, resize_to)
+
+
+def scaled_down(images: ImageSet, resize_to: int | None) -> ImageSet:
+    """The same images, read as ``resize_to`` x ``resize_to`` pixels where they have more. Raises UserError."""
     if resize_to is None or max(images.height, images.width) <= resize_to:
         return images
     if images.height != images.width:
         raise UserError(
-            f"{path}: {images.width} x {images.height} pixels cannot be scaled to {resize_to} x {resize_to}; "
+            f"{images.path}: {images.width} x {images.height} pixels cannot be scaled to {resize_to} x {resize_to}; "
             "resize_to takes square images"
         )
     return replace(images, height=resize_to, width=resize_to)
@@ -139,7 +158,9 @@ def _open_npz(path: Path) -> ImageSet:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            arrays = {name: _array(path, archive, name) for name in ("arr_0", "labels", PROVENANCE) if name in names}
+            arrays = {name: _array(path, archive, name) for name in ("labels", PROVENANCE) if name in names}
+            if "arr_0" in names:
+                arrays["arr_0"] = _array(path, archive, "arr_0", streamed=True)
             statistics = {
                 metric: (_array(path, archive, mean), _array(path, archive, covariance))
                 for metric, (mean, covariance, _) in STATISTICS.items()
@@ -164,7 +185,7 @@ def _open_npz(path: Path) -> ImageSet:
     if "arr_0" not in names:
         return ImageSet(path, 0, 0, 0, None, None, None, statistics, about)
     pixels, labels = arrays["arr_0"], arrays.get("labels")
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
+    if pixels.dtype != np.uint8 or len(pixels.shape) != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
         raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [n, height, width, 3]")
     if labels is not None:
         if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -193,9 +214,11 @@ _DAMAGE = (
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
+def _array(path: Path, archive: zipfile.ZipFile, name: str, streamed: bool = False) -> Any:
     """One array of the .npz; mapped instead of read where it is not compressed (50,000 images are 10 GB).
 
+    streamed: a compressed array becomes PackedPixels. (In Fortran's order no picture lies in one piece: it is read
+    whole, which is said.)
     Raises ValueError for anything but plain numbers, and for a file that ends too early.
     """
     entry = archive.getinfo(f"{name}.npy")
@@ -208,6 +231,10 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are not read")
         if entry.compress_type != zipfile.ZIP_STORED:
+            if streamed and not fortran and shape:
+                return PackedPixels(path, entry, Header(shape, dtype, member.tell()))
+            if streamed:
+                LOG.warning(f"{path}: {name} is read whole, {entry.file_size / 1e9:.2g} GB of memory on every rank")
             return np.frombuffer(member.read(), dtype).reshape(shape, order=order)
         header = member.tell()
     with open(path, "rb") as file:

@@ -33,17 +33,19 @@ def protocol(config: EvaluateConfig, as_shipped: EvaluateConfig | None) -> dict[
 
     as_shipped: the config file alone; None where it is incomplete without the command line.
     """
-    ignored = ("generated", "reference", "sets", "out", "threads", "batch", "classifier", "inception.cache")
+    ignored = ("generated", "sample", "reference", "sets", "out", "threads", "batch", "classifier", "inception.cache")
     changed = [] if as_shipped is None else difference(as_shipped, config, ignored)
     return {"name": config.protocol or "unnamed", "changed": changed}
 
 
 def made_by(images: ImageSet) -> dict[str, Any] | None:
-    """How the pictures of an .npz were made: what the record.json beside it says; None where none is about it.
+    """How pictures were made: what the record.json beside an .npz says, or the GPT that draws them; None: unknown.
 
     eval.sample: weights, guidance and its schedule, temperature, top-k, top-p, seed and which class a sample has.
     eval.reconstruct: the tokenizer, and the hash of the image shards that it reconstructed (``images``).
     """
+    if images.drawn is not None:
+        return {key: value for key, value in images.drawn.items() if key not in _OF_THE_PROCESS}
     record = json_if_there(images.path.parent / "record.json") if images.path.suffix == ".npz" else None
     if record is None or record.get("n") != images.count:
         return None

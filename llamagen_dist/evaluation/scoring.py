@@ -13,6 +13,7 @@ from llamagen_dist.console import LOG, main_rank_progress
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, inception, inception_weights, passport, record
 from llamagen_dist.evaluation.comparison import Comparison
+from llamagen_dist.evaluation.drawn import drawn_images
 from llamagen_dist.evaluation.features import Extraction
 from llamagen_dist.evaluation.image_sets import ImageSet, balanced, open_images
 from llamagen_dist.files import write_bytes
@@ -33,7 +34,10 @@ def evaluate(
     Raises UserError for whatever cannot be compared.
     """
     began = time.monotonic()
-    comparison = Comparison(config, opened or {})
+    known = dict(opened or {})
+    if config.sample is not None:
+        known[config.sample.checkpoint] = drawn_images(config, topology)
+    comparison = Comparison(config, known)
     if comparison.limit != config.limit:
         topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
     found = topology.broadcast_from_rank0(comparison.mistakes_of_pairs)

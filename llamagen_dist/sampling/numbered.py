@@ -1,0 +1,88 @@
+"""Numbered pictures of a trained GPT: what eval.sample writes into files, and what an evaluation scores without any.
+
+Picture i has class (or caption) i modulo their number and noise of its own. It is always computed at position i modulo
+``batch`` of a batch that is full, so its bytes depend on nothing else: neither on how many are drawn nor on the ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamagen_dist.config import DrawSection
+from llamagen_dist.data.shards import Shards
+from llamagen_dist.errors import UserError
+from llamagen_dist.parallel import tensor_parallel
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.conditions import conditions
+from llamagen_dist.sampling.load import load_gpt, load_tokenizer, open_checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class NumberedPictures:
+    """The GPT and the tokenizer of a config, loaded (collective) and on their device.
+
+    Raises UserError: not there, not of each other, or the GPT cannot be split over ``tensor`` ranks.
+    """
+
+    def __init__(self, config: DrawSection, topology: Topology) -> None:
+        self.config = config
+        which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
+        self.tokenizer = load_tokenizer(
+            config.tokenizer, config.tokenizer_model, sizes="tokenizer_model", topology=topology
+        )
+        checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
+        self.gpt = load_gpt(checkpoint, self.tokenizer, config.model, config.image_size)
+        if (why := self.gpt.config.unsplittable(config.tensor)) is not None:
+            raise UserError(f"tensor: {why}")
+        self.conditions = conditions(self.gpt, self.tokenizer, config.captions, config.text_encoder, topology.device)
+        tensor_parallel.apply(self.gpt.model, topology).to(topology.device, DTYPES[config.precision])
+        self.tokenizer.model.to(topology.device)
+        self.settings = pictures.Settings(**{one.name: getattr(config, one.name) for one in fields(pictures.Settings)})
+
+    def labels(self, numbers: Tensor) -> Tensor:
+        """int64 [n]: which class or caption each picture has."""
+        return numbers % self.conditions.count
+
+    def seeds(self, numbers: Tensor) -> Tensor:
+        """int64 [n]: whose noise each picture is drawn from."""
+        return pictures.sample_seeds(self.config.seed, numbers)
+
+    def batch(self, numbers: Tensor) -> NDArray[Any]:
+        """uint8 [n, S, S, 3]. numbers: int64 [n], a whole batch of consecutive ones."""
+        condition = self.conditions.at(self.labels(numbers))
+        tokens = pictures.model_tokens(self.gpt.model, condition, self.seeds(numbers), self.settings)
+        return pictures.decode_tokens(self.tokenizer.model, tokens)
+
+    def identity(self, count: int, sets: Sequence[str], tokens: Shards | None = None) -> dict[str, Any]:
+        """Everything that decides the bytes of ``count`` pictures in each of ``sets``, as JSON can hold it.
+
+        tokens: the shards whose histogram a set is drawn from.
+        """
+        config = self.config
+        return {
+            "checkpoint_sha256": self.gpt.checkpoint.identity,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "tokens": tokens.manifest.fingerprint() if tokens else None,
+            "captions": self.conditions.identity,
+            "image_size": self.gpt.image_size,
+            "n": count,
+            "sets": sets,
+            **asdict(self.settings),
+            "seed": config.seed,
+            "batch": config.batch,
+            "precision": config.precision,
+            "tensor": config.tensor,
+        }
+
+    def describe(self) -> dict[str, str]:
+        """For records, in words."""
+        return {
+            "conditions": f"sample i has {self.conditions.kind} i modulo {self.conditions.count}",
+            "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
+        }
