@@ -1,4 +1,4 @@
-"""PROGRAM: held-out images through the tokenizer and back, with PSNR, SSIM and codebook usage.
+"""PROGRAM: held-out images through the tokenizer and back, with PSNR, SSIM, codebook usage and (rfid=true) rFID.
 
     torchrun --nproc-per-node=8 -m eval.reconstruct CONFIG tokenizer=RUN images=SHARDS out=DIR
 
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llamagen_dist.config import ReconstructConfig, load
+from llamagen_dist.config import EvaluateConfig, ReconstructConfig, load
 from llamagen_dist.console import LOG
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation import scoring
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, psnr_pooled, ssim, ssim_llamagen, unpadded
+from llamagen_dist.evaluation.image_sets import first_of, open_images
 from llamagen_dist.evaluation.mistakes import range_of_ssim
 from llamagen_dist.files import read_json
-from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
@@ -29,7 +31,7 @@ from llamagen_dist.sampling.pictures import decode_tokens
 from llamagen_dist.tracking.provenance import versions
 
 SET = "reconstruction"
-RESULT = f"{SET}.npz"
+RESULT, RFID = f"{SET}.npz", "rfid.json"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
 
 
@@ -38,10 +40,11 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m eval.reconstruct CONFIG tokenizer=PATH images=SHARDS out=DIR [key=value …]")
     config: ReconstructConfig = load(argv[0], argv[1:], kind="reconstruct")
     topology = start(threads=config.threads)
-    torch.backends.cudnn.allow_tf32 = False  # codes are chosen in full fp32
-    torch.backends.cudnn.deterministic = True
+    full_fp32()  # codes are chosen so
     tokenizer = load_tokenizer(config.tokenizer, config.model, topology=topology)
     images = open_shards(config.images, "images")
+    if config.reference is not None:
+        open_images(config.reference, reference=True)  # hours before it is needed
     Reconstruction(config, topology, tokenizer, images, picture_size(config, tokenizer)).run()
 
 
@@ -81,14 +84,15 @@ class Reconstruction:
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
-        if (missing := self.output.missing()) is None:
-            if self.config.claimed_ssim is not None:
-                self.topology.broadcast_from_rank0(self._add_claim)
-            return
-        self.output.make(missing, "reconstructions", self._arrays)
-        averages = self.topology.broadcast_from_rank0(self._finish)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in averages.items())
-        self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")
+        if (missing := self.output.missing()) is not None:
+            self.output.make(missing, "reconstructions", self._arrays)
+            averages = self.topology.broadcast_from_rank0(self._finish)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in averages.items())
+            self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")
+        elif self.config.claimed_ssim is not None:
+            self.topology.broadcast_from_rank0(self._add_claim)
+        if self.config.rfid:
+            self._measure_rfid()
 
     def _arrays(self, chunk: Chunk) -> dict[str, NDArray[Any]]:
         """images uint8 [n, S, S, 3], codes int64 [n, N], and one float64 [n] per metric. The batch is filled up."""
@@ -144,6 +148,42 @@ class Reconstruction:
             }
         )
         return averages
+
+    def _measure_rfid(self) -> None:
+        """rfid.json, and ``rfid`` in the record (collective), unless they are there. Raises UserError for a reference
+        that is not of these images. Without the extractor ``absent`` says what is missing."""
+        config = self.config
+        asked = config.model_dump(mode="json", include={"reference", "resize_to", "inception"})
+        if self.topology.broadcast_from_rank0(
+            lambda: read_json(self.output.record).get("rfid_of") == asked and (config.out / RFID).exists()
+        ):
+            return
+        comparison = EvaluateConfig(
+            kind="evaluate",
+            protocol="reconstruction",
+            generated=config.out / RESULT,
+            reference=config.reference or config.images,
+            out=config.out / RFID,
+            metrics=("fid", "sfid"),
+            scores="reconstructions",
+            limit=None,
+            image_size=self.size,
+            resize_to=config.resize_to,
+            batch=config.batch,
+            inception=config.inception,
+        )
+        originals = first_of(open_images(config.images, self.size, resize_to=config.resize_to), self.count)
+        result = scoring.evaluate(comparison, self.topology, opened={config.images: originals})
+        score = result["sets"]["generated"].get("fid")
+        added = {"absent": {"rfid": result["absent"]["fid"]}} if score is None else {"rfid": score, "rfid_of": asked}
+
+        def write() -> None:
+            scoring.write(comparison.out, result)
+            known = read_json(self.output.record).items()
+            self.output.finish({key: value for key, value in known if key not in ("absent", "rfid")} | added)
+            scoring.show(result)
+
+        self.topology.broadcast_from_rank0(write)
 
     def _claim(self, averages: Mapping[str, Any]) -> dict[str, str]:
         """For the record: which data range an SSIM from elsewhere was computed with; empty where none is claimed."""

@@ -21,7 +21,7 @@ from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import write_text
-from llamagen_dist.parallel.topology import Topology, start
+from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m eval.sample CONFIG checkpoint=PATH tokenizer=PATH out=DIR [key=value …]")
     config: SampleConfig = load(argv[0], argv[1:], kind="sample")
     topology = start(config.tensor, threads=config.threads)
-    torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
-    torch.backends.cudnn.deterministic = True
+    full_fp32()  # pictures are decoded as tokens were encoded
     numbered = NumberedPictures(config, topology)
     tokens = training_tokens(config, numbered.gpt, numbered.tokenizer) if "unigram" in config.sets else None
     Sampling(config, topology, numbered, tokens).run()

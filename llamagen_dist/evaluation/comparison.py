@@ -23,7 +23,7 @@ from llamagen_dist.evaluation import (
     record,
 )
 from llamagen_dist.evaluation.features import Selection, SetFeatures
-from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance
+from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance, is_rough
 from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.parallel.topology import Topology
@@ -269,6 +269,21 @@ class Comparison:
         if problems := [answer for answer in answers.values() if isinstance(answer, str)]:
             raise UserError(problems[0])
         return {key: float(answer) for key, answer in answers.items()}
+
+    def rough(self, measured: Sequence[SetFeatures], topology: Topology) -> list[str]:
+        """Paths of the sides of whose singular covariance moments alone are known, see ``frechet.is_rough``."""
+        found: dict[str, None] = {}
+        for name, (generated, reference) in self.sets.items():
+            if not any((name, metric) in (self._distances or {}) for metric in DISTANCES):
+                continue
+            assert generated.selection is not None
+            mine = measured[generated.selection]
+            theirs = None if reference.selection is None else measured[reference.selection]
+            behind = [self._gaussian(reference, metric, theirs, topology) for metric in DISTANCES]
+            for side, known in ((generated, [mine.fid, mine.sfid]), (reference, behind)):
+                if any(gaussian is not None and is_rough(gaussian) for gaussian in known):
+                    found[str(side.images.path)] = None
+        return list(found)
 
     def _statistics_only(self, name: str, metric: str) -> None:
         """Say why a set has no value of ``metric``; the other sets may have one."""

@@ -161,6 +161,11 @@ def _cholesky(g: Gaussian) -> Tensor | None:
     return None if bool(failed) or smallest <= 1e-7 * largest else lower
 
 
+def is_rough(g: Gaussian) -> bool:
+    """Whether the covariance is singular and no factor of it is known, so that distances lose half the digits."""
+    return g.factor is None and (not _full_rank(g) or (g.count is None and _cholesky(g) is None))
+
+
 def factor_of(g: Gaussian) -> Tensor:
     """float64 [k, d] with factor^T factor = S, for any S."""
     if g.factor is not None:

@@ -141,6 +141,11 @@ def scaled_down(images: ImageSet, resize_to: int | None) -> ImageSet:
     return replace(images, height=resize_to, width=resize_to)
 
 
+def first_of(images: ImageSet, count: int) -> ImageSet:
+    """The set of its first ``count`` images."""
+    return replace(images, count=count, labels=None if images.labels is None else images.labels[:count])
+
+
 def _open_shards(path: Path, image_size: int | None) -> ImageSet:
     shards = open_shards(path, "images")
     size = image_size or shards.manifest.image_size

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,19 @@ VALUES = {
 """Metric -> the keys it has in a result."""
 
 
-def bias(n: int | None, dimensions: int) -> str:
-    """What a reader must know about the number of images."""
+def bias(n: int | None, dimensions: int, rough: Sequence[str] = ()) -> str:
+    """What a reader must know about the number of images.
+
+    rough: the sets whose covariance is singular and known by moments alone, see ``Comparison.rough``.
+    """
     count = "N differs by set" if n is None else f"N={n}"
     text = f"{count}: FID and sFID are biased upward for few images; compare only with equal N"
-    if n is not None and n <= dimensions:
+    if rough:
+        text += (
+            f" (the covariance of {' and '.join(rough)} is singular, and of it the moments alone are known: half the "
+            "digits of the distance are lost, so that about three are left)"
+        )
+    elif n is not None and n <= dimensions:
         text += f" (N <= {dimensions} dimensions, so the covariances are singular; the distance is still exact)"
     return text
 

@@ -74,7 +74,7 @@ def evaluate(
     result["record"] = {
         "format": record.FORMAT,
         "protocol": passport.protocol(config, as_shipped),
-        "bias": record.bias(comparison.n, inception.POOL_FEATURES),
+        "bias": record.bias(comparison.n, inception.POOL_FEATURES, comparison.rough(measured, topology)),
         "metrics": comparison.protocol(described, None if judge is None else judge.record),
         "choice": {
             "limit": config.limit,
