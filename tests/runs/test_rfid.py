@@ -60,9 +60,7 @@ def statistics(path: Path, **about: object) -> Path:
 def test_statistics_of_training_images_are_refused(work, tmp_path):
     out, absent = tmp_path / "out", "inception.package=absent"
     train = statistics(tmp_path / "train.npz", split="train", fingerprint="other")
-    with pytest.raises(
-        UserError, match=r"wrong_reference: rFID compares .* with their own originals, but .*train\.npz"
-    ):
+    with pytest.raises(UserError, match=r"wrong_reference: rFID compares .* own originals, but .*train\.npz"):
         quietly(reconstruct.main, asked(work, out, absent, f"reference={train}"))
     record = read(out / "record.json")
     assert "psnr" in record

@@ -48,7 +48,7 @@ def test_a_damaged_stream_is_one_sentence(tmp_path):
         images = open_images(damaged(packed(tmp_path / "a.npz"), at))
         with pytest.raises(
             UserError, match=r"a\.npz: picture \d of 9 cannot be unpacked \(.*make or copy it again"
-        ) as e:
+        ) as refused:
             images.read(whole)
         assert "\n" not in str(refused.value)
     assert open_images(packed(tmp_path / "a.npz")).read(whole).shape == (9, 12, 12, 3)
