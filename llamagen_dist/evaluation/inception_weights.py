@@ -104,6 +104,7 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
     """
     if section.weights is not None:
         weights, source = read_weights_file(section.weights), str(section.weights)
+        sha256 = fingerprint(weights)
     else:
         cached = cache_folder(section) / f"inception-{PACKAGE_FILE_SHA256[:12]}.safetensors"
         if not cached.exists():
@@ -120,7 +121,6 @@ def open_extractor(section: InceptionSection) -> Extractor | str:
                 f"{cached}: not the canonical Inception weights ({why}): the file was damaged or changed; delete it "
                 "and it will be made again"
             )
-    sha256 = fingerprint(weights)
     logits = weights.get("fc.weight")
     network = assemble(weights, section.resize)
     record = {

@@ -1,14 +1,21 @@
 """PROGRAM: what scoring costs beside the usual evaluators.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.eval [--images 64] [--dimensions 2048] [--points 6000] [--repeats 3]
+    OMP_NUM_THREADS=1 python -m tests.bench.eval [--images 64] [--dimensions 2048] [--points 6000] [--folder 1000]
+        [--repeats 3]
 
 Ratios of CPU seconds, interleaved: Inception features against the same network unfolded and contiguous (and inside
 torch-fidelity, where the oracle extra is installed), the Fréchet distance against scipy's square root and the
-eigenvalues of the product, precision and recall against torch-fidelity. Nothing is asserted.
+eigenvalues of the product, precision and recall against torch-fidelity, and from the command to the FID of two folders
+of pictures against torch-fidelity, pytorch-fid and this evaluator on two ranks. 0: not this part. Nothing is asserted.
 """
 
 import argparse
+import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -19,11 +26,13 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llamagen_dist.config import InceptionSection
 from llamagen_dist.evaluation import frechet, inception, inception_weights, manifold, resizing
+from tests.photo_crops import crops, degrade
 
 try:
     import torch_fidelity
@@ -74,6 +83,12 @@ def plain_network(weights: dict[str, Tensor]) -> inception.Inception:
     return network.to(memory_format=torch.contiguous_format).eval()
 
 
+def as_others_want(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a last layer, which is not there, and counters, which are not used."""
+    counters = {k.replace("bias", "num_batches_tracked"): torch.tensor(0) for k in weights if "bn.bias" in k}
+    return {**weights, **counters, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+
+
 def extraction(images: int, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         extractor = inception_weights.open_extractor(InceptionSection(cache=Path(folder)))
@@ -90,9 +105,7 @@ def extraction(images: int, repeats: int) -> None:
 
         others["plain fp32"] = run_plain
         if torch_fidelity is not None:
-            head = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-            counters = {k.replace("bias", "num_batches_tracked"): torch.tensor(0) for k in weights if "bn.bias" in k}
-            torch.save({**weights, **counters, **head}, Path(folder) / "w.pth")
+            torch.save(as_others_want(weights), Path(folder) / "w.pth")
             theirs = FeatureExtractorInceptionV3("w", ["2048"], feature_extractor_weights_path=Path(folder) / "w.pth")
             channels_first = pixels.permute(0, 3, 1, 2).contiguous()
             others["torch-fidelity"] = lambda: torch.cat([theirs(part)[0] for part in channels_first.split(8)])
@@ -147,10 +160,71 @@ def precision_and_recall(points: int, repeats: int) -> None:
         ours = lambda convention=convention: manifold.manifold_scores(made, real, convention)  # noqa: E731
         results = compare(f"precision and recall of {points} x {points}, {convention.dtype}", repeats, ours, others)
         print("  " + "  ".join(f"{key} {value[0]:.6f} {value[1]:.6f}" for key, value in results.items()))
+    print(
+        "  why two precisions: sums of 2048 fp32 products are rounded by about 1e-6 of a squared distance, so an image "
+        "on a border falls either way, by block and library; fp64, the default, counts alike on any number of ranks, "
+        "for twice the arithmetic. ADM and torch-fidelity count in fp32 (manifold=adm, torch-fidelity)"
+    )
     block = manifold.BLOCK * points * 4 / 1e6
     print(
         f"  distances in memory: {block:.0f} MB in blocks, {points * points * 4 / 1e6:.0f} MB as a whole matrix (fp32)"
     )
+
+
+FIDELITY = """
+import sys, torch, torch_fidelity
+torch.set_num_threads(1)
+found = torch_fidelity.calculate_metrics(input1=sys.argv[1], input2=sys.argv[2], fid=True, cuda=False, cache=False,
+    batch_size=20, verbose=False, feature_extractor_weights_path=sys.argv[3])
+print(found["frechet_inception_distance"])
+"""
+PYTORCH_FID = """
+import sys, torch, pytorch_fid.inception, pytorch_fid.fid_score as fid
+torch.set_num_threads(1)
+weights = torch.load(sys.argv[3])
+pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: weights
+print(fid.calculate_fid_given_paths(sys.argv[1:3], 20, "cpu", 2048, num_workers=0))
+"""
+
+
+def cpu_seconds(words: list[str]) -> tuple[float, str]:
+    """Of a process and all that it starts, start-up included; and what it prints."""
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # noqa: E731
+    before = used()
+    ran = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return used() - before, ran.stdout
+
+
+def folders(images: int) -> None:
+    """From the command to the FID of two folders of 64 x 64 PNG pictures: crops of photographs, and others degraded."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for side, pixels in (("real", crops(images, 0)), ("made", degrade(crops(images, 1)))):
+            (root / side).mkdir()
+            for number, picture in enumerate(pixels):
+                Image.fromarray(picture).save(root / side / f"{number:05d}.png")
+        assert not isinstance(inception_weights.open_extractor(InceptionSection(cache=root / "cache")), str)
+        torch.save(as_others_want(load_file(next((root / "cache").iterdir()))), root / "w.pth")
+        sides, python = [str(root / "made"), str(root / "real")], sys.executable
+        asked = ["configs/eval/plain.yaml", f"generated={sides[0]}", f"reference={sides[1]}", "metrics=[fid]"]
+        asked += ["limit=null", "batch=20", "threads=1", f"inception.cache={root / 'cache'}", f"out={root / 'o.json'}"]
+        two = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "eval.evaluate", *asked]
+        others = {"ours": ["-m", "eval.evaluate", *asked], "ours, 2 ranks": two}
+        others["ours, pytorch-fid's resize"] = [*others["ours"], "inception.resize=pytorch-fid"]
+        if torch_fidelity is not None:
+            others["torch-fidelity"] = ["-c", FIDELITY, *sides, str(root / "w.pth")]
+            others["pytorch-fid"] = ["-c", PYTORCH_FID, *sides, str(root / "w.pth")]
+        print(f"FID of two folders of {images} pictures, from the command on, CPU seconds with start-up:", flush=True)
+        own = 0.0
+        for what, words in others.items():
+            seconds, said = cpu_seconds([python, *words])
+            own = own or seconds
+            if words[-1].endswith(".pth"):
+                fid = float(said.split()[-1])
+            else:
+                fid = json.loads((root / "o.json").read_text())["sets"]["generated"]["fid"]
+            print(f"  {what}: {seconds:.1f} s = {seconds / own:.2f} x  FID {fid:.5f}", flush=True)
 
 
 def main() -> None:
@@ -158,12 +232,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--points", type=int, default=6000)
+    parser.add_argument("--folder", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    extraction(options.images, options.repeats)
-    distances(options.dimensions)
-    precision_and_recall(options.points, options.repeats)
+    if options.images:
+        extraction(options.images, options.repeats)
+    if options.dimensions:
+        distances(options.dimensions)
+    if options.points:
+        precision_and_recall(options.points, options.repeats)
+    if options.folder:
+        folders(options.folder)
 
 
 if __name__ == "__main__":

