@@ -89,6 +89,11 @@ def test_a_score_against_them_is_that_against_the_images_and_names_them(work):
     # a singular covariance from moments is good to half the digits
     assert by_statistics["sets"]["generated"] == pytest.approx(values, rel=1e-3)
     assert by_statistics["sets"]["generated"] != pytest.approx({**values, "fid": values["fid"] * 1.01}, rel=1e-3)
+    assert "the distance is still exact" in by_images["record"]["bias"]
+    lost = by_statistics["record"]["bias"]
+    assert "still exact" not in lost
+    assert "the covariance of " in lost
+    assert "reference.npz is singular" in lost
     reference = by_statistics["record"]["sets"]["generated"]["reference"]
     assert reference["n"] == N
     assert reference["provenance"]["name"] == "data/validation"
