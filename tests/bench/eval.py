@@ -1,7 +1,7 @@
 """PROGRAM: what scoring costs beside the usual evaluators.
 
     OMP_NUM_THREADS=1 python -m tests.bench.eval [--images 64] [--dimensions 2048] [--points 6000] [--folder 1000]
-        [--repeats 3]
+        [--moments 50000] [--repeats 3]
 
 Ratios of CPU seconds, interleaved: Inception features against the same network unfolded and contiguous (and inside
 torch-fidelity, where the oracle extra is installed), the Fréchet distance against scipy's square root and the
@@ -227,12 +227,46 @@ def folders(images: int) -> None:
             print(f"  {what}: {seconds:.1f} s = {seconds / own:.2f} x  FID {fid:.5f}", flush=True)
 
 
+MOMENTS = """
+import resource, sys, torch
+from pathlib import Path
+import numpy as np
+from llamagen_dist.config import InceptionSection
+from llamagen_dist.evaluation import frechet, inception_weights
+from llamagen_dist.evaluation.features import Extraction, Selection
+from llamagen_dist.evaluation.image_sets import ImageSet
+from llamagen_dist.parallel.topology import Topology
+from tests.unit.test_evaluation_memory import Quick
+
+torch.set_num_threads(1)
+class Made:
+    def read(self, indices):
+        return np.random.RandomState(int(indices[0])).randint(0, 256, (len(indices), 64, 64, 3)).astype(np.uint8)
+n = int(sys.argv[1])
+sets = [ImageSet(Path(name), n, 64, 64, None, None, Made(), {}, stored_size=(64, 64)) for name in ("made", "real")]
+extractor = inception_weights.open_extractor(InceptionSection())
+extractor.network(torch.zeros(64, 64, 64, 3, dtype=torch.uint8))  # what a batch of the real network takes
+selections = [Selection(one, np.arange(n), np.arange(0)) for one in sets]
+measured = Extraction(selections, Quick(), None, Topology(), batch=64).run()
+frechet.frechet_distance(measured[0].fid, measured[1].fid), frechet.frechet_distance(measured[0].sfid, measured[1].sfid)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+def moments(images: int) -> None:
+    """Features come from a stand-in that is quick; the network runs once, for the memory that a batch takes."""
+    for n in (images // 10, images):
+        seconds, said = cpu_seconds([sys.executable, "-c", MOMENTS, str(n)])
+        print(f"moments of {n:,} against {n:,} images: {float(said):.2f} GB at most, {seconds:.0f} CPU s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--points", type=int, default=6000)
     parser.add_argument("--folder", type=int, default=1000)
+    parser.add_argument("--moments", type=int, default=0, help="such as 50000: memory of FID and sFID (minutes)")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -244,6 +278,8 @@ def main() -> None:
         precision_and_recall(options.points, options.repeats)
     if options.folder:
         folders(options.folder)
+    if options.moments:
+        moments(options.moments)
 
 
 if __name__ == "__main__":

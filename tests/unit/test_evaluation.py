@@ -18,6 +18,7 @@ from llamagen_dist.evaluation import (
     inception_weights,
     kid,
     manifold,
+    record,
     resizing,
 )
 from llamagen_dist.evaluation.features import Extraction, Selection, batches
@@ -57,6 +58,27 @@ def test_frechet_distance_is_exact_for_any_rank_and_by_any_route(sizes):
     rough = 1e-9 if min(sizes) > 256 else 1e-5
     assert frechet.frechet_distance(streamed(x), streamed(y)) == pytest.approx(expected, rel=rough)
     assert frechet.frechet_distance(streamed(x), frechet.gaussian_of(x)) < 1e-5 * expected
+
+
+def test_what_few_images_cost_is_said_of_features_and_of_moments():
+    """Where moments alone are known of few images the distance is rough, and called so; the others are not."""
+    few, many = features(100, 256, 0), features(900, 256, 1)
+    published = streamed(few)
+    published.count = None  # stored statistics do not say of how many images they are
+    known = {"factor": frechet.gaussian_of(few), "moments": streamed(few), "stored": published}
+    assert {name: frechet.is_rough(one) for name, one in known.items()} == {
+        "factor": False,
+        "moments": True,
+        "stored": True,
+    }
+    enough = streamed(many)
+    enough.count = None
+    assert not frechet.is_rough(enough)
+    assert "still exact" in record.bias(100, 2048)
+    assert "still exact" not in record.bias(5000, 2048)
+    rough = record.bias(100, 2048, ["train.npz"])
+    assert "still exact" not in rough
+    assert "the covariance of train.npz is singular, and of it the moments alone are known" in rough
 
 
 def test_one_doubled_image_or_a_population_covariance_would_be_noticed():
