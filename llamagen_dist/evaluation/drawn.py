@@ -56,7 +56,7 @@ def drawn_images(config: EvaluateConfig, topology: Topology) -> ImageSet:
         side,
         side,
         labels=numbered.labels(torch.arange(count)).numpy(),
-        classes=numbered.gpt.classes,
+        classes=None,
         pixels=DrawnPictures(numbered),
         statistics={},
         stored_size=(side, side),
