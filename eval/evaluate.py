@@ -3,9 +3,9 @@
     torchrun --nproc-per-node=8 -m eval.evaluate configs/eval/plain.yaml generated=PATH reference=PATH out=FILE.json
 
 also plain ``python -m`` for one rank, or ``srun``. A PATH is an .npz (arr_0), a folder of image shards, or a folder or
-zip of pictures; ``generated=null sample.checkpoint=RUN sample.tokenizer=RUN`` scores what a GPT draws, without files. The
-ranks share out the images; the numbers do not depend on how many there are. What cannot be measured is in the result's
-``absent``, with the reason.
+zip of pictures; ``generated=null sample.checkpoint=RUN sample.tokenizer=RUN`` scores what a GPT draws, without files.
+The ranks share out the images; the numbers do not depend on how many there are. What cannot be measured is in the
+result's ``absent``, with the reason.
 """
 
 from llamagen_dist.config import EvaluateConfig, load

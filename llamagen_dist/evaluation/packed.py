@@ -1,6 +1,7 @@
 """Pictures of a compressed .npz, read through the compressed stream: in memory are those that are asked for.
 
-A stream has no random access. Whoever reads in ascending order unpacks the file once; a step back starts it again.
+A stream has no random access: whoever reads in ascending order unpacks the file once, and a step back starts it again.
+The checksum of the whole is compared when the last picture is read.
 """
 
 import math

@@ -42,10 +42,11 @@ def _pytorch_fid(images: Tensor) -> Tensor:
 
 def _clean_fid(images: Tensor) -> Tensor:
     # PyTorch's antialiased bicubic filter is PIL's (a = -0.5, weights renormalised at the border) and, on floats, does
-    # not round either; the filter overshoots at edges, hence the clamp
-    pixels = images.permute(0, 3, 1, 2).float().contiguous()
+    # not round either; the filter overshoots at edges, hence the clamp. In float64, as PIL has its weights: they depend
+    # on positions that float32 knows to a few digits only.
+    pixels = images.permute(0, 3, 1, 2).double().contiguous()
     scaled = F.interpolate(pixels, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
-    return (scaled.clamp(0, 255) - 128.0) / 128.0
+    return ((scaled.clamp(0, 255) - 128.0) / 128.0).float()
 
 
 class Resize(NamedTuple):

@@ -26,8 +26,11 @@ def work(tmp_path_factory, inception_cache) -> Path:
     return folder
 
 
-def asked(work: Path, out: Path, *settings: str) -> list[str]:
-    return words(work, out, "rfid=true", f"inception.cache={work / 'cache'}", *settings, kind="reconstruct")
+def asked(work: Path, out: Path, *settings: str, weights: bool = True) -> list[str]:
+    extractor = (
+        [f"inception.cache={work / 'cache'}"] if weights else ["inception.package=absent", f"inception.cache={work}"]
+    )
+    return words(work, out, "rfid=true", *extractor, *settings, kind="reconstruct")
 
 
 def read(path: Path) -> dict:
@@ -35,8 +38,7 @@ def read(path: Path) -> dict:
 
 
 def test_without_the_extractor_the_rest_is_measured(work, tmp_path):
-    absent = ["inception.package=absent", f"limit={N}"]
-    said = quietly(reconstruct.main, asked(work, tmp_path / "out", *absent))
+    said = quietly(reconstruct.main, asked(work, tmp_path / "out", f"limit={N}", weights=False))
     assert "fid is absent: the Inception weights are not here" in said
     record = read(tmp_path / "out" / "record.json")
     assert {"psnr", "ssim", "ssim_llamagen"} < set(record)
@@ -60,10 +62,10 @@ def statistics(path: Path, **about: object) -> Path:
 
 
 def test_statistics_of_training_images_are_refused(work, tmp_path):
-    out, absent = tmp_path / "out", "inception.package=absent"
+    out = tmp_path / "out"
     train = statistics(tmp_path / "train.npz", split="train", fingerprint="other")
     with pytest.raises(UserError, match=r"wrong_reference: rFID compares .* own originals, but .*train\.npz"):
-        quietly(reconstruct.main, asked(work, out, absent, f"reference={train}"))
+        quietly(reconstruct.main, asked(work, out, f"reference={train}", weights=False))
     record = read(out / "record.json")
     assert "psnr" in record
     assert "rfid" not in record
@@ -72,12 +74,12 @@ def test_statistics_of_training_images_are_refused(work, tmp_path):
     own = statistics(
         tmp_path / "own.npz", split="train", fingerprint=open_shards(work / "images").manifest.fingerprint()
     )
-    quietly(reconstruct.main, asked(work, out, absent, f"reference={own}"))
+    quietly(reconstruct.main, asked(work, out, f"reference={own}", weights=False))
     assert "rfid" in read(out / "record.json")["absent"]
     with pytest.raises(UserError, match="reference holds statistics of all images, and limit takes the first few"):
-        quietly(reconstruct.main, asked(work, out, absent, f"reference={own}", "limit=5"))
+        quietly(reconstruct.main, asked(work, out, f"reference={own}", "limit=5"))
     with pytest.raises(UserError, match="/nowhere: no such images"):
-        quietly(reconstruct.main, asked(work, tmp_path / "new", absent, "reference=/nowhere"))
+        quietly(reconstruct.main, asked(work, tmp_path / "new", "reference=/nowhere"))
     assert not (tmp_path / "new").exists(), "which is said before anything is computed"
 
 

@@ -14,7 +14,7 @@ from llamagen_dist.evaluation.image_sets import open_images
 ROOT = Path(__file__).parent.parent.parent
 
 
-def pictures(n: int, side: int = 12) -> np.ndarray:
+def pictures(n: int, side: int = 40) -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, (n, side, side, 3)).astype(np.uint8)
 
 
@@ -51,7 +51,7 @@ def test_a_damaged_stream_is_one_sentence(tmp_path):
         ) as refused:
             images.read(whole)
         assert "\n" not in str(refused.value)
-    assert open_images(packed(tmp_path / "a.npz")).read(whole).shape == (9, 12, 12, 3)
+    assert open_images(packed(tmp_path / "a.npz")).read(whole).shape == (9, 40, 40, 3)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7, 0.99])
