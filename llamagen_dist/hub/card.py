@@ -23,6 +23,8 @@ NAMES = {
     "val_loss_null": "held-out loss without condition",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "lpips-hed": "LPIPS on an edge-tuned VGG16 (lpips-hed)",
     "codebook_usage": "share of codes used",
 }
 

@@ -78,7 +78,7 @@ def results(found: Found) -> dict[str, Any]:
     tokenizer, twin = found.tokenizer, parity(found)
     if tokenizer and tokenizer.validation:
         last = tokenizer.validation[-1]
-        known["tokenizer"] = {k: last[k] for k in ("psnr", "ssim", "codebook_usage") if k in last}
+        known["tokenizer"] = {k: last[k] for k in ("psnr", "ssim", "lpips", "lpips-hed", "codebook_usage") if k in last}
     points = [
         _known(
             name=run.name,

@@ -20,7 +20,6 @@ from llamagen_dist.training.guards import NonFiniteError
 from tests.image_shards import write_images
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import (
-    LPIPS,
     TokenizerLoss,
     hinge_discriminator_loss,
     hinge_generator_loss,
@@ -29,8 +28,6 @@ from tokenizer_training.losses import (
 from tokenizer_training.task import TokenizerTask
 
 CPU = torch.device("cpu")
-WIDTHS = {0: 3, 2: 64, 5: 64, 7: 128, 10: 128, 12: 256, 14: 256, 17: 256, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
-CONVOLUTIONS = {n: (min(64 << sum(n >= pool for pool in (5, 10, 17)), 512), into) for n, into in WIDTHS.items()}
 
 
 def section(**keys: Any) -> TokenizerLossSection:
@@ -258,55 +255,3 @@ def test_bad_sizes_are_refused_in_one_sentence(shards):
         make_task(shards, data={"train": shards, "validation": shards, "image_size": 17})
     with pytest.raises(UserError, match=r"loss.discriminator.layers: 3 layers need at least 24 pixels"):
         make_task(shards, loss={"discriminator": {"layers": 3, "start_images": 8}})
-
-
-@pytest.fixture(scope="module")
-def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of torchvision's layout with random weights: the structure is tested here, not the perception."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for number, (out, into) in CONVOLUTIONS.items():
-        scale = (2 / (9 * into)) ** 0.5
-        state[f"features.{number}.weight"] = torch.randn(out, into, 3, 3, generator=generator) * scale
-        state[f"features.{number}.bias"] = torch.zeros(out)
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save(state, path)
-    return path
-
-
-def test_lpips_is_frozen_quiet_and_loads_every_layer(vgg16):
-    loss = LPIPS(vgg16)
-    assert not any(p.requires_grad for p in loss.parameters())
-    assert not any(module.training for module in loss.train().modules())
-    images, other = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
-    assert loss(images, images).item() == 0.0
-    distance = loss(other, images)
-    assert distance.item() > 0.0
-    assert loss(other, images).item() == distance.item()  # no dropout
-    distance.backward()
-    assert other.grad.abs().sum() > 0
-    stored = torch.load(vgg16, weights_only=True)
-    last = dict(loss.network.net.slice5.named_children())["28"]
-    assert torch.equal(last.weight, stored["features.28.weight"])
-    assert "NOT torchvision's published VGG16 file" in loss.source
-
-
-def test_lpips_refuses_files_that_are_not_vgg16(tmp_path, vgg16):
-    with pytest.raises(UserError, match=r"loss.vgg16_weights: .*absent.pth cannot be read"):
-        LPIPS(tmp_path / "absent.pth")
-    text = tmp_path / "page.html"
-    text.write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=r"does not hold torchvision's VGG16 weights \(not a weights file"):
-        LPIPS(text)
-    with open(vgg16, "rb") as whole:
-        (tmp_path / "half.pth").write_bytes(whole.read(1 << 20))
-    with pytest.raises(UserError, match=r"half\.pth: the file ends too early \(1,048,576 bytes\), most likely because"):
-        LPIPS(tmp_path / "half.pth")
-    state = torch.load(vgg16, weights_only=True)
-    torch.save({**state, "features.28.weight": state["features.28.weight"][:, :7]}, tmp_path / "cut.pth")
-    with pytest.raises(UserError, match=r"features.28: size mismatch"):
-        LPIPS(tmp_path / "cut.pth")
-    del state["features.10.bias"]
-    torch.save(state, tmp_path / "less.pth")
-    with pytest.raises(UserError, match=r"features.10.bias is missing"):
-        LPIPS(tmp_path / "less.pth")
