@@ -42,7 +42,9 @@ def perturb(codes: Tensor, neighbours: Tensor, share: float, seed: int, samples:
     samples: int64 [B], the images' numbers in their set.
     """
     positions = torch.arange(codes.shape[1])
-    order = prng.bits(seed, "perturbed-position", samples[:, None], positions).to(torch.int64).argsort(1, stable=True)
+    order = (
+        prng.bits(seed, "perturbed-position", samples[:, None], positions).to(torch.int64).argsort(dim=1, stable=True)
+    )
     chosen = torch.zeros_like(codes, dtype=torch.bool).scatter_(1, order[:, : round(share * codes.shape[1])], True)
     which = prng.integers(seed, "perturbing-neighbour", samples[:, None], neighbours.shape[1], positions)
     return torch.where(chosen, neighbours[codes, which], codes)

@@ -12,7 +12,13 @@ from llamagen_dist.data import images
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import psnr
+from llamagen_dist.evaluation.image_sets import open_images
+from llamagen_dist.evaluation.passport import made_by
+from llamagen_dist.evaluation.perceptual import LPIPS
+from llamagen_dist.evaluation.perturbed import nearest_codes, perturb
 from llamagen_dist.models.vq import to_uint8
+from tests.image_shards import write_images
+from tests.random_vgg16 import write_vgg16
 from tests.ranks.forked import run_ranks
 from tests.runs.sampling_work import SIZE, contents, make_work, quietly, read_tokenizer, words
 from tests.runs.token_shards import VOCABULARY
@@ -58,3 +64,63 @@ def test_reconstructions_and_their_scores(work, tmp_path):
         quietly(reconstruct.main, words(work, out, f"tokenizer={work / 'tokenizer2'}", kind="reconstruct"))
     with pytest.raises(UserError, match="image_size: 6 must be a multiple of 4"):
         quietly(reconstruct.main, words(work, tmp_path / "six", "image_size=6", kind="reconstruct"))
+
+
+def larger(work: Path, out: Path, *more: str) -> list[str]:
+    """Images that LPIPS is able to look at: 32 pixels, of which 24 are no padding."""
+    return words(work, out, f"images={work / 'images32'}", "image_size=32", *more, kind="reconstruct")
+
+
+def test_perturbed_codes_are_decoded_beside_the_reconstructions(work, tmp_path):
+    """What pFID is measured on; without it nothing changes."""
+    out, perturbed = tmp_path / "out", ["perturb={share: 0.25, neighbours: 4, seed: 3}"]
+    quietly(reconstruct.main, words(work, out, *perturbed, kind="reconstruct"))
+    quietly(reconstruct.main, words(work, tmp_path / "plain", kind="reconstruct"))
+    assert not (tmp_path / "plain" / "perturbed.npz").exists()
+    same = "reconstruction.npz"
+    assert (tmp_path / "plain" / same).read_bytes() == (out / same).read_bytes()
+    tokenizer = read_tokenizer(work)
+    originals = images.load_images(open_shards(work / "images"), range(20), SIZE)
+    codes = tokenizer.encode(images.to_floats(originals)).flatten(1)
+    changed = perturb(codes, nearest_codes(tokenizer.quantize.codes_as_vectors(), 4), 0.25, 3, torch.arange(20))
+    assert ((changed != codes).sum(1) == 4).all()
+    expected = to_uint8(tokenizer.decode(changed.view(20, 4, 4))).permute(0, 2, 3, 1).numpy().astype(int)
+    found = np.load(out / "perturbed.npz")["arr_0"]
+    assert (np.abs(found - expected) <= 1).mean() > 0.99
+    assert (np.abs(np.load(out / same)["arr_0"] - expected) <= 1).mean() < 0.9, "they are no plain reconstructions"
+    run_ranks(reconstruct.main, 3, words(work, tmp_path / "three", *perturbed, kind="reconstruct"))
+    assert contents(tmp_path / "three") == contents(out)
+    said = made_by(open_images(out / "perturbed.npz"))
+    assert said["perturbed"] == {"share": 0.25, "neighbours": 4, "seed": 3}
+    assert "perturbed" not in made_by(open_images(out / same))
+    with pytest.raises(UserError, match=r"made in another way \(perturbed: "):
+        quietly(reconstruct.main, words(work, out, "perturb.neighbours=4", kind="reconstruct"))
+    with pytest.raises(UserError, match=f"perturb.neighbours: {VOCABULARY} needs a codebook of more than {VOCABULARY}"):
+        quietly(reconstruct.main, words(work, tmp_path / "x", f"perturb.neighbours={VOCABULARY}", kind="reconstruct"))
+
+
+@pytest.mark.long
+def test_lpips_is_the_mean_over_images_on_any_number_of_ranks(work, tmp_path):
+    weights = write_vgg16(tmp_path / "vgg16.pth")
+    write_images(work / "images32", 20, 32, padding=(4, 4, 4, 4))
+    with_lpips = [f"lpips.weights={weights}"]
+    said = quietly(reconstruct.main, larger(work, tmp_path / "one", *with_lpips))
+    assert "lpips-custom" in said
+    record = json.loads((tmp_path / "one" / "record.json").read_text())
+    shown = torch.from_numpy(np.load(tmp_path / "one" / "reconstruction.npz")["arr_0"]).permute(0, 3, 1, 2)
+    truth = torch.from_numpy(images.load_images(open_shards(work / "images32"), range(20), 32)).permute(0, 3, 1, 2)
+    lpips = LPIPS("vgg16", weights, "k", "i")
+    each = lpips.distances(shown, truth, (4, 4, 28, 28))
+    assert record["lpips-custom"] == pytest.approx(float(each.mean()), rel=1e-5)
+    assert record["lpips-custom"] != pytest.approx(float(lpips.distances(shown, truth).mean()), rel=1e-3)
+    assert "lpips" not in record, "no number of other weights is called lpips"
+    assert record["perceptual"]["trunk_sha256"] == record["lpips_trunk"] == lpips.trunk.sha256
+    run_ranks(reconstruct.main, 3, larger(work, tmp_path / "three", *with_lpips))
+    again = json.loads((tmp_path / "three" / "record.json").read_text())
+    assert again["lpips-custom"] == record["lpips-custom"]
+    padded = torch.cat([each, each[:1]]).mean()  # what a padded duplicate would make of it
+    assert record["lpips-custom"] != pytest.approx(float(padded), rel=1e-6)
+    with pytest.raises(UserError, match=r"lpips: needs pictures of at least 16 x 16 pixels; leave it out"):
+        quietly(reconstruct.main, words(work, tmp_path / "small", *with_lpips, kind="reconstruct"))
+    with pytest.raises(UserError, match=r"lpips.trunk: vgg16 needs weights: PATH|trunk: vgg16 needs weights"):
+        quietly(reconstruct.main, larger(work, tmp_path / "none", "lpips.trunk=vgg16"))
