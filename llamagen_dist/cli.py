@@ -20,6 +20,7 @@ COMMANDS = {
     "launch": "start one program on several ranks",
     "check": "try out a cluster's nodes with a short job, before anything long is launched",
     "status": "what runs, how far it is, and why something does not",
+    "evaluate": "score the checkpoints of a run that have no scores yet, while it trains or afterwards",
     "sweep": "run one program with many configs, skipping what is finished",
     "pipeline": "run the stages of a pipeline file, skipping what is finished",
     "convert": "turn LlamaGen's weight files into safetensors, and back",

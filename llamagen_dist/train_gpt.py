@@ -12,6 +12,7 @@ from functools import partial
 from llamagen_dist.build import build_gpt_on_meta, fresh_weights, gpt_config
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import GPTConfigFile, load, rungs
+from llamagen_dist.data.manifest import Manifest
 from llamagen_dist.data.prefetch import Prefetcher
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenStream, check_captions
@@ -20,6 +21,8 @@ from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel.division import check_split, divide_batch
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
+from llamagen_dist.sampling.load import load_tokenizer
+from llamagen_dist.tracking import evaluations
 from llamagen_dist.training.fit import fit
 from llamagen_dist.training.gpt_task import GPTTask
 from llamagen_dist.training.initial import Initial, initial_weights, note_origin
@@ -57,6 +60,7 @@ class Rung:
 def _rung(name: str, config: GPTConfigFile, topology: Topology) -> Rung:
     train, validation = _data(config)
     model = _model(config, train, validation, topology)
+    topology.broadcast_from_rank0(lambda: _check_evaluation(config, train.manifest))
     initial = None
     # whether the checkpoints that are there are good is verified once, when the run is opened
     if not topology.broadcast_from_rank0(lambda: complete(config.run_dir)):
@@ -95,6 +99,22 @@ def _model(config: GPTConfigFile, train: Shards, validation: Shards, topology: T
     check_split(model, topology.tensor)
     divide_batch(config.train, topology.dp)
     return model
+
+
+def _check_evaluation(config: GPTConfigFile, tokens: Manifest) -> None:
+    """Refuse, before the training, to score its checkpoints with another tokenizer than that of its tokens."""
+    if config.evaluation is None:
+        return
+    evaluations.check(config)
+    drawn, scored = evaluations.sampling(config.evaluation), evaluations.scoring(config.evaluation)
+    tokenizer = load_tokenizer(drawn.tokenizer, drawn.tokenizer_model, "evaluation.tokenizer", "tokenizer_model")
+    if tokenizer.sha256 != tokens.tokenizer_sha256:
+        raise UserError(
+            f"evaluation.tokenizer: {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one that made the "
+            f"tokens of data.train (sha256 {str(tokens.tokenizer_sha256)[:12]}…); name that one"
+        )
+    if scored.reference is not None and not scored.reference.exists():
+        raise UserError(f"evaluation.reference: {scored.reference} does not exist; name real images, or statistics")
 
 
 def train_one(rung: Rung, label: str, topology: Topology) -> bool:

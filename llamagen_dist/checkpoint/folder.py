@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,13 @@ def remove_leftovers(run_dir: Path) -> list[Path]:
     return sorted(left)
 
 
-def prune(run_dir: Path, keep_last: int, keep_every_images: int = 0) -> None:
-    """Remove all but the last ``keep_last`` and the first at or after each multiple of ``keep_every_images``."""
+def prune(
+    run_dir: Path, keep_last: int, keep_every_images: int = 0, in_use: Callable[[], Iterable[Path]] = tuple
+) -> None:
+    """Remove all but the last ``keep_last``, the first at or after each multiple of ``keep_every_images``, and those
+    that are ``in_use``."""
     folders = complete(run_dir)
-    kept = set(folders[-keep_last:])
+    kept = {*folders[-keep_last:], *in_use()}
     if keep_every_images:
         reached = 0
         for folder in folders:

@@ -49,7 +49,7 @@ class Saver:
         will write where all ranks hold everything) into host memory, which stays allocated between saves; shards travel
         to the ranks that write them afterwards, over a gloo group of their own. False: training is blocked until all is
         on disk, nothing is copied, and the extra memory is what is gathered at once (SHARD_BYTES, or one tensor).
-    keep_last, keep_every_images: see ``folder.prune``.
+    keep_last, keep_every_images, in_use: see ``folder.prune``.
     patience_s: for a rank that writes nothing.
     fence(): asked before anything in the run directory changes, COMPLETE above all; it raises Superseded where the run
         continues in another process, which then finds its checkpoints untouched.
@@ -66,13 +66,14 @@ class Saver:
         background: bool = True,
         keep_last: int = 2,
         keep_every_images: int = 0,
+        in_use: Callable[[], Iterable[Path]] = tuple,
         patience_s: float = PATIENCE_S,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._run_dir, self._topology = run_dir, topology
         self._fence = fence
         self._background = background
-        self._keep = (keep_last, keep_every_images)
+        self._keep = (keep_last, keep_every_images, in_use)
         self._patience_s = patience_s
         self._buffer = HostBuffer(pinned=topology.device.type == "cuda")
         self._group: dist.ProcessGroup | None = None  # for the shards; made when there are any

@@ -1,10 +1,15 @@
 """``llamagen wandb-sync RUN|SWEEP``: what a tracker lacks of runs that do not train is sent, and nothing twice."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamagen_dist.console import LOG
 from llamagen_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from llamagen_dist.config.training import TrackioSection, WandbSection
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +50,7 @@ def _sync(folder: Path, args: argparse.Namespace, group: str | None) -> str:
     """Send one run; returns what to say about it. group: of a run that belongs to several."""
     from llamagen_dist.config.training import TrackioSection, WandbSection
     from llamagen_dist.hub.scores import of_run
-    from llamagen_dist.tracking.sinks import Mirror, open_sink, sending, tracking_of
+    from llamagen_dist.tracking.sinks import tracking_of
 
     section = tracking_of(folder).get(args.to)
     if section is None and not args.project:
@@ -54,21 +59,33 @@ def _sync(folder: Path, args: argparse.Namespace, group: str | None) -> str:
     section = section or kind(project=args.project)
     given = {name: value for name in ("project", "entity", "group") if (value := getattr(args, name))}
     section = section.model_copy(update={"group": section.group or group, **given})
-    sink = open_sink(folder, section)
-    mirror = Mirror(folder, sink)
-    scores = of_run(folder, args.evaluation)
-    with sending(folder, args.to):
+    return send(folder, args.to, section, of_run(folder, args.evaluation))
+
+
+def send(
+    folder: Path, name: str, section: "WandbSection | TrackioSection", scores: Mapping[str, float | str] | None = None
+) -> str:
+    """Send what the tracker ``name`` lacks of a run that does not train; returns what to say about it.
+
+    scores: for the summary. Raises UserError, also where another process sends it or the network fails.
+    """
+    from llamagen_dist.tracking.sinks import Mirror, open_sink, sending
+
+    with sending(folder, name):
+        sink = open_sink(folder, section)
+        mirror = Mirror(folder, sink)
         try:
             mirror.open()
             mirror.send(everything=True)
-            measured = sink.scores(scores)
+            measured = sink.scores(scores or {})
             mirror.close(0)
         except UserError:
             raise
         except Exception as error:  # whatever a tracker's library makes of its network
             why = " ".join(str(error).split())
-            raise UserError(f"{folder}: {args.to}: {why}; the same command sends the rest") from error
-    if not (mirror.rows or mirror.checkpoints or measured):
+            raise UserError(f"{folder}: {name}: {why}; the same command sends the rest") from error
+    if not (mirror.rows or mirror.checkpoints or mirror.evaluations or measured):
         return f"nothing new ({sink.where})"
-    more = f", {measured} scores" if measured else ""
+    more = f", {mirror.evaluations:,} evaluations" if mirror.evaluations else ""
+    more += f", {measured} scores" if measured else ""
     return f"{mirror.rows:,} steps and {mirror.checkpoints:,} checkpoints{more} sent ({sink.where})"

@@ -2,6 +2,7 @@
 # ruff: noqa: F401 - what other rooms use
 
 from llamagen_dist.config.data import ExtractConfig, ShardAccess, is_remote
+from llamagen_dist.config.during import EvaluationSection
 from llamagen_dist.config.evaluate import (
     ClassifierSection,
     DrawSection,

@@ -11,7 +11,7 @@ from llamagen_dist.errors import UserError
 
 # How a run is executed and watched, never what is computed.
 ELASTIC = (
-    *("run_dir", "ladder", "parallel", "checkpoint", "guard", "log", "tracking"),
+    *("run_dir", "ladder", "parallel", "checkpoint", "guard", "log", "tracking", "evaluation"),
     *("train.micro_batch", "validation.batch", "compute.recompute_every", "compute.compile"),
     *("data.workers", "data.cache", "data.cache_gb", "data.stage", "data.allow_pipe"),
 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llamagen_dist.config.data import ImageDataSection, TokenDataSection
+from llamagen_dist.config.during import EvaluationSection
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import (
     CountFloat,
@@ -289,6 +290,8 @@ class GPTConfigFile(TrainingConfig):
     """Which weights of ``init_from``. Empty: a run's trained ones; of a file that also holds an average, that."""
     init_classes: Path | None = None
     """Class names of ``init_from``, one a line, where it does not carry them (a bare weights file)."""
+    evaluation: EvaluationSection | None = Field(default=None, exclude_if=lambda section: section is None)
+    """Scores of its checkpoints while it trains; empty: none."""
     ladder: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
 

@@ -19,6 +19,7 @@ from llamagen_dist.files import write_text
 from llamagen_dist.launch import snapshot
 from llamagen_dist.launch.folder import JobFolder, finish_whole, started_in
 from llamagen_dist.launch.state import JobState
+from llamagen_dist.tracking import evaluations
 
 # How a node is executed may change between two commands; what it computes may not. A ladder is part of that.
 _MAY_CHANGE = tuple(key for key in ELASTIC if key != "ladder")
@@ -199,6 +200,9 @@ class Graph:
         may: the stages after it have used them.
         """
         root = snapshot.code_root()
+        asked = {(getattr(p.config, "evaluation", None), getattr(p.config, "ema", None)): p for p in self.programs()}
+        for program in asked.values():
+            evaluations.check(program.config)
         if self.kind == "sweep":
             program_exists(self.module, root)
         else:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.console import Screen, duration
 from llamagen_dist.errors import EXIT_INTERRUPTED, UserError
 from llamagen_dist.files import only_launcher, own_folder
 from llamagen_dist.launch import local, snapshot
 from llamagen_dist.launch.graph import Graph, Node
 from llamagen_dist.launch.rank import CRASHED, DIED, DONE, INTERRUPTED, STOPPED, USER_ERROR
+from llamagen_dist.launch.scoring import Scoring
 from llamagen_dist.launch.state import nothing_runs, state_of
 
 
@@ -129,9 +131,15 @@ class Runner:
         arguments, spent = node.prepare()
         job, began = node.job, time.time()
         job.tell("started", job="", restart=0, nodes=1, where="")
+        scoring = scoring_of(node, self.code)
+
+        def look() -> None:
+            tick()
+            scoring.look()
+
         running = local.submit(node.module, arguments, node.ranks, self.code, job)
         with self.screen.follow(job.progress) as tick:
-            outcome = running.watch(self.stop, tick)
+            outcome = running.watch(self.stop, look)
         spent += time.time() - began
         missing = node.missing()
         if outcome.kind == DONE and missing is not None:
@@ -146,7 +154,20 @@ class Runner:
             self.screen.say(f"      done in {duration(time.time() - began)}, {peak}")
         elif outcome.kind not in (INTERRUPTED, STOPPED):
             job.fail(reason)
+        if outcome.kind == DONE:
+            scoring.finish(lambda: self.stop.count > 0)
+        else:
+            scoring.stop()
         return outcome
+
+
+def scoring_of(node: Node, code: Path) -> Scoring:
+    """What evaluates the checkpoints of a training, if its config asks for that."""
+    config = node.config
+    section = config.evaluation if isinstance(config, GPTConfigFile) else None
+    if section is None or not isinstance(config, GPTConfigFile):
+        return Scoring(None, code, "here")
+    return Scoring(config.run_dir, code, "here", section.here == "beside", node.job.log / "evaluations.log")
 
 
 def take_code(out: Path, screen: Screen) -> Path:

@@ -18,6 +18,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_sets import ImageSet, open_images
 from llamagen_dist.files import json_if_there, read_json, read_jsonl
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
+from llamagen_dist.tracking import evaluations
 
 MODELS = ("gpt", "tokenizer")
 """Kinds of configs whose programs train."""
@@ -50,6 +51,7 @@ class Run:
     settings: config.yaml as it is written; config: as a section, None where this version cannot read it (note says
         why) or there is none.
     evaluation: evaluation.json, of a point that is one.
+    scored: the lines of its checkpoints' evaluations, by step.
     finished: as summary.json, the launcher's DONE.json or the evaluation say.
     failed: why nobody resumes it by itself; empty where that is not so.
     """
@@ -64,6 +66,7 @@ class Run:
     config: Any = None
     note: str = ""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    scored: Sequence[Mapping[str, Any]] = ()
     finished: bool = False
     failed: str = ""
 
@@ -130,6 +133,16 @@ class Run:
         total = self.settings.get("train", {}).get("images")
         share = f" ({self.seen / total:.0%})" if isinstance(total, int) and total else ""
         return f"unfinished: {self.seen:,} images seen{share}" if self.seen else "unfinished: nothing logged yet"
+
+    @property
+    def epoch(self) -> int | None:
+        """Images of the training set; None where its token shards are not there to tell."""
+        if self.kind != "gpt" or self.config is None:
+            return None
+        try:
+            return manifest_of(self.config.data.train, self.config.data).count
+        except (UserError, OSError, ValueError):
+            return None
 
     @property
     def flops_per_image(self) -> int | str:
@@ -328,6 +341,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         note=note,
         evaluation=_object(folder / "evaluation.json"),
+        scored=evaluations.lines(folder),
         finished=any((folder / name).exists() for name in ends),
         failed=str(failed.get("reason", "no reason is recorded")) if failed else "",
     )

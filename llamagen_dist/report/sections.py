@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import figures, pictures, sweep
+from llamagen_dist.report import checkpoints, figures, pictures, sweep
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -241,6 +241,7 @@ _SECTIONS = {
     "stages": None,
     "sweep": _sweep,
     "training": _training,
+    "checkpoints": checkpoints.part,
     "tokenizer": _tokenizer,
     "reconstructions": _tokenizer,
     "ladder": _ladder,

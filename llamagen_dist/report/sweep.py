@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llamagen_dist.report import checkpoints
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Block
 from llamagen_dist.report.collect import Found, Run
@@ -19,6 +20,7 @@ def facts(s: Found) -> dict[str, Any]:
 
     runs: best first, those without a score or an end last; ranked: the finished ones with a score.
     differs: dotted key -> each of ``runs``' values as text, for keys that do not have one value in all.
+    ep_fid: (k, EP_FID@k of each of ``runs`` in words) where checkpoints were scored.
     grid: scores by the two keys that differ, where those are all and name every ranked point.
     """
     runs, ranked = order(s)
@@ -37,6 +39,7 @@ def facts(s: Found) -> dict[str, Any]:
         "differs": differs,
         "notes": notes,
         "grid": _grid(ranked),
+        "ep_fid": [(level, [checkpoints.epochs_to(run, level) for run in runs]) for level in checkpoints.levels(runs)],
     }
 
 

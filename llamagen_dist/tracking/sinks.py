@@ -24,6 +24,7 @@ from llamagen_dist.config import load
 from llamagen_dist.config.training import TrackioSection, TrainingConfig, WandbSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import UNLOCKABLE, read_json, take_lock
+from llamagen_dist.tracking.evaluations import Lines
 from llamagen_dist.tracking.trackio_sink import TrackioSink
 from llamagen_dist.tracking.wandb_sink import WandbSink
 
@@ -44,6 +45,15 @@ class Sink(Protocol):
 
     def checkpoint(self, folder: Path) -> bool:
         """Refer to a complete checkpoint. Returns whether it was new here."""
+        ...
+
+    def evaluation(self, values: Mapping[str, float]) -> bool:
+        """Scores of one checkpoint: eval/METRIC, with eval/step and eval/images_seen, which are those of the checkpoint
+        and lie behind the rows already there; a coming row takes them along. Returns whether they were new here."""
+        ...
+
+    def settle(self) -> None:
+        """No row comes any more: send evaluations that none took along."""
         ...
 
     def scores(self, values: Mapping[str, float | str]) -> int:
@@ -102,14 +112,14 @@ class Rows:
 
 
 class Mirror:
-    """Sends one run directory to one sink. ``rows``, ``checkpoints``: how many were sent."""
+    """Sends one run directory to one sink. ``rows``, ``checkpoints``, ``evaluations``: how many were sent."""
 
     def __init__(self, folder: Path, sink: Sink) -> None:
         self._folder, self._sink = folder, sink
-        self._rows = Rows(folder / "metrics.jsonl")
+        self._rows, self._lines = Rows(folder / "metrics.jsonl"), Lines(folder)
         self._first = 0
         self._referred: set[Path] = set()
-        self.rows = self.checkpoints = 0
+        self.rows = self.checkpoints = self.evaluations = 0
 
     def open(self) -> None:
         self._first = self._sink.open()
@@ -119,7 +129,11 @@ class Mirror:
         folders = complete(self._folder)
         # a checkpoint is written after all that belongs to its step
         closed = int(folders[-1].name.removeprefix("step_")) if folders else -1
-        for row in self._rows.new(float("inf") if everything or self._finished() else closed):
+        over = everything or self._finished()
+        for line in self._lines.new():
+            scores = {f"eval/{key}": value for key, value in line.items() if isinstance(value, (int, float))}
+            self.evaluations += self._sink.evaluation(scores)
+        for row in self._rows.new(float("inf") if over else closed):
             if row.step >= self._first:
                 pictures = self._folder.glob(f"pictures/step_{row.step:08d}/*.png")
                 self._sink.row(row.step, row.values, {path.stem: path for path in sorted(pictures)})
@@ -129,6 +143,8 @@ class Mirror:
                 with suppress(FileNotFoundError):  # pruned since then
                     self.checkpoints += self._sink.checkpoint(folder)
                 self._referred.add(folder)
+        if over:
+            self._sink.settle()
 
     def close(self, exit_code: int) -> None:
         summary = read_json(self._folder / "summary.json") if self._finished() else {}

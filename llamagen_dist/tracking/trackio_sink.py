@@ -1,5 +1,6 @@
 """trackio as a sink: a dashboard on this machine (``trackio show``), in an SQLite file under TRACKIO_DIR."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ class TrackioSink:
         self._name = f"{section.name or folder.resolve().name}.{run_id(folder)}"
         self.where = f"trackio run {self._name}"
         self._run: Any = None
+        self._scores: list[Mapping[str, float]] = []
 
     def open(self) -> int:
         try:
@@ -40,6 +42,26 @@ class TrackioSink:
 
         images = {name: trackio.Image(str(path)) for name, path in pictures.items()}
         self._run.log({**values, **images}, step=step)
+        self._send_scores(step)  # never before the rows up to its step: the last step says where to go on
+
+    def evaluation(self, values: Mapping[str, float]) -> bool:
+        from trackio.sqlite_storage import SQLiteStorage
+
+        sent = SQLiteStorage.get_logs(self._section.project, self._name)
+        new = values["eval/step"] not in {row.get("eval/step") for row in sent}
+        if new:
+            self._scores.append(values)
+        return new
+
+    def settle(self) -> None:
+        self._send_scores(math.inf)
+
+    def _send_scores(self, until: float) -> None:
+        """At the step of their checkpoint, for checkpoints up to step ``until``."""
+        ready = [values for values in self._scores if values["eval/step"] <= until]
+        self._scores = [values for values in self._scores if values["eval/step"] > until]
+        for values in ready:
+            self._run.log(dict(values), step=int(values["eval/step"]))
 
     def checkpoint(self, folder: Path) -> bool:
         return False  # trackio has no references

@@ -50,12 +50,18 @@ def records(path: Path) -> Iterator[Any]:
 class Written:
     """What the files of one W&B run hold.
 
-    last_step: of the rows; -1 without any. checkpoints: the aliases of the references. summary: key -> its last value.
+    last_step: of the rows; -1 without any. checkpoints: the aliases of the references. evaluations: the steps of scored
+    checkpoints. summary: key -> its last value.
     """
 
     last_step: int = -1
     checkpoints: set[str] = field(default_factory=set)
+    evaluations: set[int] = field(default_factory=set)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+def _key(item: Any) -> str:
+    return str(item.key or ".".join(item.nested_key))
 
 
 def written(folder: Path, run: str, offline: bool) -> Written:
@@ -65,7 +71,11 @@ def written(folder: Path, run: str, offline: bool) -> Written:
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                steps = [json.loads(item.value_json) for item in record.history.item if item.key == "_step"]
+                steps, scored = (
+                    [int(json.loads(item.value_json)) for item in record.history.item if _key(item) == key]
+                    for key in ("_step", "eval/step")
+                )
+                all_of_them.evaluations |= {*scored}
                 all_of_them.last_step = max(all_of_them.last_step, record.history.step.num, *steps)
             elif kind == "artifact":
                 all_of_them.checkpoints |= {*record.artifact.aliases}

@@ -29,6 +29,7 @@ class WandbSink:
         self._id = run_id(folder)
         self._run: Any = None
         self._before = Written()
+        self._scores: list[Mapping[str, float]] = []
         self.where = ""
 
     def open(self) -> int:
@@ -83,7 +84,26 @@ class WandbSink:
         import wandb
 
         images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
-        self._open_run.log({**values, **images}, step=step, commit=True)
+        self._open_run.log({**values, **images, **self._next_scores()}, step=step, commit=True)
+
+    def evaluation(self, values: Mapping[str, float]) -> bool:
+        """Into the next row, shown over its own eval/images_seen: W&B takes no row of an earlier step."""
+        new = int(values["eval/step"]) not in self._before.evaluations
+        if new:
+            self._scores.append(values)
+        return new
+
+    def settle(self) -> None:
+        """As rows behind the last; should the run be made longer, W&B lacks as many of its rows there."""
+        while self._scores:
+            self._open_run.log(self._next_scores(), commit=True)
+
+    def _next_scores(self) -> Mapping[str, float]:
+        if not self._scores:
+            return {}
+        for key in self._scores[0]:
+            self._open_run.define_metric(key, step_metric="eval/images_seen")
+        return self._scores.pop(0)
 
     def checkpoint(self, folder: Path) -> bool:
         """A reference to the folder where it lies; nothing is uploaded, nothing hashed."""

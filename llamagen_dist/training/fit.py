@@ -11,6 +11,7 @@ from llamagen_dist.console import Progress
 from llamagen_dist.data import digest
 from llamagen_dist.errors import Stopped, UserError
 from llamagen_dist.process import peak_rss_gb
+from llamagen_dist.tracking import evaluations
 from llamagen_dist.tracking.log_line import FLOP_CONVENTION, LogWindow
 from llamagen_dist.tracking.profile import StepProfiler
 from llamagen_dist.training.garbage import ScheduledCollection
@@ -74,6 +75,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
         background=keep.background,
         keep_last=keep.keep_last,
         keep_every_images=keep.keep_every_images,
+        in_use=lambda: evaluations.unscored(run.directory, config),
         fence=run.fence.check,
     )
 

@@ -24,7 +24,7 @@ from llamagen_dist.config.training import TrackingSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import UNLOCKABLE, own_folder, read_json, remove_asides, take_lock, write_text, written_aside
 from llamagen_dist.parallel.topology import Topology
-from llamagen_dist.tracking import provenance
+from llamagen_dist.tracking import evaluations, provenance
 from llamagen_dist.tracking.follow import Followers
 from llamagen_dist.training.fence import Fence
 
@@ -260,6 +260,8 @@ def _rewind(directory: Path, change: Change) -> str:
     aside.mkdir()
     (directory / "wandb_id").unlink(missing_ok=True)  # what trackers show of those images is another run's by now
     for folder in reversed(late):  # newest first: what is left is at any time a run that can be continued
+        if (scored := evaluations.folder_of(directory, evaluations.step_of(folder))).exists():
+            scored.rename(aside / f"evaluation-{scored.name}")
         folder.rename(aside / folder.name)
     last = reached[folders[len(folders) - len(late) - 1]]
     return (

@@ -21,6 +21,7 @@ from typing import Any
 from llamagen_dist.files import json_if_there
 from llamagen_dist.launch.folder import JobFolder, JobSpec, finish_whole, read_spec
 from llamagen_dist.launch.rank import DONE
+from llamagen_dist.launch.scoring import Scoring
 from llamagen_dist.launch.slurm import elastic, lock
 from llamagen_dist.launch.slurm.task import facts_of, owner
 from llamagen_dist.launch.slurm.verdict import Verdict, decide
@@ -28,6 +29,7 @@ from llamagen_dist.process import identify
 
 REQUEUE = 99
 NOT_OURS = 3
+SUBMIT_S = 120.0  # for the evaluations of the last checkpoints
 
 
 def begin(spec: JobSpec) -> int:
@@ -60,6 +62,7 @@ def end(spec: JobSpec, rc: int) -> int:
         current, new = lock.read(folder), lock.last_job(folder)
         ours = current is not None and current.token == spec.token and new != job and new in current.jobs
         return REQUEUE if ours else 0  # back into the queue, to grow again or to stand by
+    Scoring.on_cluster(spec).finish(lambda: False, SUBMIT_S)
     events = folder.events()
     since = max((n for n, event in enumerate(events) if event["event"] == "submitted"), default=-1) + 1
     reports = read_reports(folder.ranks(me))

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import seconds_old
 from llamagen_dist.launch.folder import JobFolder, JobSpec, outcome_of
+from llamagen_dist.launch.scoring import Scoring
 from llamagen_dist.launch.slurm import lock, queue
 from llamagen_dist.launch.slurm.queue import NodeKind, QueuedJob, SilentError
 from llamagen_dist.launch.slurm.task import facts_of
@@ -158,15 +159,18 @@ def _end_of(folder: JobFolder, others: Sequence[str], save_s: float) -> None:
 
 
 def keep(spec: JobSpec, me: str, partition: str | None, script: Identity) -> None:
-    """Beside the ranks, on their first node: show that the job lives, and hold its stand-bys back.
+    """Beside the ranks, on their first node: show that the job lives, hold its stand-bys back, and have its checkpoints
+    scored.
 
     me: this incarnation, JOB.RESTART. script: the batch script; with it this ends.
     """
     if spec.limits.after_s:  # a thread of its own: SLURM may be slow to answer, the beat may not
         threading.Thread(target=_tend, args=(spec, me, partition), name="stand-bys", daemon=True).start()
+    scoring = Scoring.on_cluster(spec)
     for poll in itertools.count():
         if not script.alive():
             return
+        scoring.look()
         if poll % BEAT_EVERY == 0:
             with suppress(OSError):  # a full disk; the next one may come through
                 if lock.owner(spec.job) == me:  # a zombie on a lost node is no sign of life

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.config import ClusterConfig, Section, TrainingConfig, dump
+from llamagen_dist.config import ClusterConfig, GPTConfigFile, Section, TrainingConfig, dump
 from llamagen_dist.config.resume import compare
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import UserError
@@ -231,6 +231,13 @@ class Launcher:
         self.sizes = {node.name: size(node) for node in self.nodes}
         self.states: dict[str, JobState] = {}
         self.submitted = False
+        for program in graph.programs():
+            section = program.config.evaluation if isinstance(program.config, GPTConfigFile) else None
+            if section is not None and section.cluster is None:
+                raise UserError(
+                    "evaluation.cluster: is empty; name the profile (slurm/NAME.yaml) of the jobs that score "
+                    "checkpoints, or leave evaluation out and use llamagen evaluate"
+                )
         if graph.kind == "launch":
             (node,), one = graph.nodes, self.sizes[graph.nodes[0].name]
             if any(nodes < one.nodes for nodes in self.profile.elastic.nodes):  # it may run on fewer ranks

@@ -24,8 +24,10 @@ from llamagen_dist.launch.status.program import (
     is_done,
     lives,
     names_in,
+    one_line,
     read_text,
 )
+from llamagen_dist.tracking import evaluations
 
 DEPTH = 3  # folders below the one that was named, in which runs are looked for
 READERS = 16  # a network disk takes a millisecond per file
@@ -44,6 +46,8 @@ class Row:
     depth: int
     state: State
     progress: Progress
+    broken: str = ""
+    """Which evaluation of a checkpoint has failed."""
 
     @property
     def eta_s(self) -> float | None:
@@ -57,7 +61,8 @@ class Row:
     def note(self) -> str:
         """What is odd about it."""
         quiet = self.progress.quiet_s or 0.0
-        return f"no sign of life for {quiet / 60:.0f} min" if self.state.name == RUNNING and quiet > QUIET_S else ""
+        silent = f"no sign of life for {quiet / 60:.0f} min" if self.state.name == RUNNING and quiet > QUIET_S else ""
+        return "; ".join(filter(None, (silent, self.broken)))
 
     def as_json(self) -> dict[str, Any]:
         state, progress = asdict(self.state), asdict(self.progress)
@@ -139,7 +144,7 @@ class Survey(Reader):
             # of a launched ladder the launcher knows better whether it is done than the rungs that have begun
             finished = finished or all(rung.finished for rung in rungs.values())
         state = self.state(job, run, finished)
-        return [Row(name, job.folder, depth, state, progress), *_rung_rows(rungs, state, depth + 1)]
+        return [Row(name, job.folder, depth, state, progress, _broken(run)), *_rung_rows(rungs, state, depth + 1)]
 
 
 def look(paths: Iterable[Path]) -> Survey:
@@ -196,8 +201,19 @@ def _rung_rows(rungs: Mapping[Path, Progress], whole: State, depth: int) -> list
         state = State(FINISHED if part.finished else whole.name)
         if state.name == RUNNING and rung != trained:
             state = State(WAITING, "for its turn")
-        rows.append(Row(rung.name, rung, depth, state, part))
+        rows.append(Row(rung.name, rung, depth, state, part, _broken(rung)))
     return rows
+
+
+def _broken(run: Path) -> str:
+    """The newest evaluation of a checkpoint that has failed, and how many more; empty where none has."""
+    folders = [run / "evaluations" / name for name in sorted(names_in(run / "evaluations"), reverse=True)]
+    known = [(folder.name, why) for folder in folders if (why := evaluations.failed(folder)) is not None]
+    if not known:
+        return ""
+    name, (reason, log) = known[0]
+    more = f" and {len(known) - 1} more" if len(known) > 1 else ""
+    return f"evaluation {name}{more} failed: {one_line(reason)} (log: {log})"
 
 
 def stages(out: Path) -> dict[str, Path | None]:
