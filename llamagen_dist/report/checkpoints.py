@@ -11,7 +11,7 @@ from llamagen_dist.report.blocks import Block, Figure, Panel, Series
 from llamagen_dist.report.collect import Found, Run
 from llamagen_dist.tracking import evaluations
 
-_MOST_CURVES = 16
+MOST_CURVES = 16
 _COLUMNS = tuple(key for keys in VALUES.values() for key in keys if key != "fid")
 
 
@@ -91,7 +91,7 @@ def _drawn(one: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Run]) -> Figure | None:
-    shown = sorted(runs, key=lambda run: min(fid for _, fid in _points(run)))[:_MOST_CURVES]
+    shown = sorted(runs, key=lambda run: min(fid for _, fid in _points(run)))[:MOST_CURVES]
     if not any(len(_points(run)) > 1 for run in shown):
         return None
     series = []

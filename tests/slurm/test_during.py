@@ -24,6 +24,7 @@ def submitted(run: Path) -> int:
 
 
 def test_every_due_checkpoint_is_scored_once_by_jobs_of_its_own_through_a_requeue(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
     work = scored_work(tmp_path / "work")
     own = profile(tmp_path, nodes=1)
     small = yaml.safe_load(own.read_text()) | {"ranks_per_node": 1}
