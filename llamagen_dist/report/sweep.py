@@ -94,7 +94,7 @@ def _number(text: str) -> tuple[float, str]:
 def curves(s: Found) -> dict[str, Block | None]:
     """Loss over images seen and over FLOPs, the best drawn strongest."""
     every = [run for run in order(s)[0] if run.training or run.validation]
-    shown = every[:checkpoints.MOST_CURVES]
+    shown = every[: checkpoints.MOST_CURVES]
     more = f"The best {len(shown)}; {len(every) - len(shown)} more are left out." if len(every) > len(shown) else ""
     costs = {run.name: float(cost) for run in shown if isinstance(cost := run.flops_per_image, int)}
     known = [run for run in shown if run.name in costs]
