@@ -18,7 +18,7 @@ from llamagen_dist.evaluation.image_sets import open_images
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
 
-N, SIDE = 10, 16
+N, SIDE, PICTURES = 6, 16, 4
 
 
 def made(*words: object) -> str:
@@ -32,7 +32,12 @@ def work(tmp_path_factory, inception_cache) -> Path:
     """Image shards, their statistics, and pictures to be scored."""
     folder = tmp_path_factory.mktemp("reference")
     write_images(folder / "data" / "validation", N, SIDE)
-    words = [f"images={folder / 'data' / 'validation'}", f"out={folder / 'reference.npz'}", "batch=4", "pictures=6"]
+    words = [
+        f"images={folder / 'data' / 'validation'}",
+        f"out={folder / 'reference.npz'}",
+        "batch=4",
+        f"pictures={PICTURES}",
+    ]
     words.append(f"inception.cache={inception_cache}")
     said = made(*words)
     assert f"statistics of {N} images of data/validation (split: validation; crop: stored as 16" in said
@@ -62,14 +67,14 @@ def test_the_statistics_are_those_of_the_images(work, inception_network):
             assert np.allclose(file[mean], wide.mean(0), rtol=0, atol=1e-5 * np.abs(wide).max())
             assert np.allclose(file[covariance], np.cov(wide, rowvar=False), rtol=0, atol=1e-5 * wide.var())
             assert not np.allclose(file[covariance], np.cov(wide[1:], rowvar=False), rtol=0, atol=1e-5 * wide.var())
-        assert file["arr_0"].shape == (6, SIDE, SIDE, 3)
+        assert file["arr_0"].shape == (PICTURES, SIDE, SIDE, 3)
         about = json.loads(bytes(file["provenance"]))
-    assert (about["count"], about["pictures"], about["split"]) == (N, 6, "validation")
+    assert (about["count"], about["pictures"], about["split"]) == (N, PICTURES, "validation")
     assert about["fingerprint"] == images.pixels.manifest.fingerprint()
 
 
 def test_two_ranks_make_the_same_statistics(work, inception_cache):
-    words = [f"images={work / 'data' / 'validation'}", f"out={work / 'two.npz'}", "batch=4", "pictures=6"]
+    words = [f"images={work / 'data' / 'validation'}", f"out={work / 'two.npz'}", "batch=4", f"pictures={PICTURES}"]
     words.append(f"inception.cache={inception_cache}")
     run_ranks(eval.reference.main, 2, words)
     with np.load(work / "reference.npz") as one, np.load(work / "two.npz") as two:
@@ -128,7 +133,7 @@ def test_pictures_of_any_size_are_cropped(tmp_path, inception_cache):
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
     out = tmp_path / "new" / "photos.npz"
     words = [f"images={tmp_path / 'photos'}", f"out={out}", f"inception.cache={inception_cache}"]
-    made(*words, "image_size=16", "split=train", "name=mine", "pictures=0")
+    made(*words, "image_size=16", "split=train", "name=mine", "pictures=0", "batch=3")
     images = open_images(out, reference=True)
     assert images.pixels is None
     assert images.provenance is not None

@@ -184,7 +184,7 @@ def pictures(n: int, side: int, seed: int = 0) -> np.ndarray:
 
 
 def test_features_are_those_of_the_original_network(network, package_file):
-    images = torch.from_numpy(pictures(3, 40))
+    images = torch.from_numpy(pictures(2, 40))
     with torch.inference_mode():
         x = (resizing.resize_tf1(images) - 128) / 128
         original = torch.jit.load(str(package_file), map_location="cpu").eval()
@@ -192,7 +192,7 @@ def test_features_are_those_of_the_original_network(network, package_file):
     found = network(images)
     assert found.logits is None
     assert float((found.pool - expected).norm() / expected.norm()) < 1e-5
-    assert found.spatial.shape == (3, 2023)
+    assert found.spatial.shape == (2, 2023)
     # one convolution with another weight is no longer that network
     bias = network.Mixed_6b.branch1x1.bias.clone()
     network.Mixed_6b.branch1x1.bias[0] += 0.5
@@ -300,14 +300,14 @@ def ranks_extract(path: Path, network: inception.Inception, keep: int) -> tuple[
 
 
 def test_features_have_the_same_bits_on_any_number_of_ranks(network, tmp_path):
-    np.savez(tmp_path / "images.npz", arr_0=pictures(7, 12))
-    alone = ranks_extract(tmp_path / "images.npz", network, 7)
-    for found in run_ranks(ranks_extract, 2, tmp_path / "images.npz", network, 7):
+    np.savez(tmp_path / "images.npz", arr_0=pictures(3, 12))
+    alone = ranks_extract(tmp_path / "images.npz", network, 3)
+    for found in run_ranks(ranks_extract, 2, tmp_path / "images.npz", network, 3):
         assert found[0] == alone[0]
         assert np.array_equal(found[1], alone[1])
         assert found[2:] == pytest.approx(alone[2:], rel=1e-9)
-    thinned = ranks_extract(tmp_path / "images.npz", network, 3)  # moments of all, features of three
-    assert thinned[1].shape == (3, 2048)
+    thinned = ranks_extract(tmp_path / "images.npz", network, 2)  # moments of all, features of two
+    assert thinned[1].shape == (2, 2048)
     assert thinned[2:] == pytest.approx(alone[2:], rel=1e-6)
 
 
