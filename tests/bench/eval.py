@@ -228,7 +228,7 @@ def folders(images: int) -> None:
 
 
 MOMENTS = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 import numpy as np
 from llamagen_dist.config import InceptionSection
@@ -236,6 +236,7 @@ from llamagen_dist.evaluation import frechet, inception_weights
 from llamagen_dist.evaluation.features import Extraction, Selection
 from llamagen_dist.evaluation.image_sets import ImageSet
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.process import peak_rss_gb
 from tests.unit.test_evaluation_memory import Quick
 
 torch.set_num_threads(1)
@@ -249,7 +250,7 @@ extractor.network(torch.zeros(64, 64, 64, 3, dtype=torch.uint8))  # what a batch
 selections = [Selection(one, np.arange(n), np.arange(0)) for one in sets]
 measured = Extraction(selections, Quick(), None, Topology(), batch=64).run()
 frechet.frechet_distance(measured[0].fid, measured[1].fid), frechet.frechet_distance(measured[0].sfid, measured[1].sfid)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+print(peak_rss_gb())
 """
 
 

@@ -78,12 +78,13 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
     """40 MB of pictures are read in batches of 100; the twin reads them at once."""
     np.savez_compressed(tmp_path / "a.npz", arr_0=pictures(3300, 64))
     code = (
-        "import resource, sys; import numpy as np; from pathlib import Path\n"
+        "import sys; import numpy as np; from pathlib import Path\n"
         "from llamagen_dist.evaluation.image_sets import open_images\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "images, step = open_images(Path(sys.argv[1])), int(sys.argv[2]); images.read(np.arange(9)); before = peak()\n"
+        "from llamagen_dist.process import peak_rss_gb\n"
+        "images, step = open_images(Path(sys.argv[1])), int(sys.argv[2])\n"
+        "images.read(np.arange(9)); before = peak_rss_gb()\n"
         "for i in range(0, 3300, step): images.read(np.arange(i, min(i + step, 3300)))\n"
-        "print(peak() - before)"
+        "print(1000 * (peak_rss_gb() - before))"
     )
     grown = {}
     for step in (100, 3300):
