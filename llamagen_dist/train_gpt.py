@@ -108,7 +108,7 @@ def _check_evaluation(config: GPTConfigFile, tokens: Manifest) -> None:
     evaluations.check(config)
     drawn, scored = evaluations.sampling(config.evaluation), evaluations.scoring(config.evaluation)
     tokenizer = load_tokenizer(drawn.tokenizer, drawn.tokenizer_model, "evaluation.tokenizer", "tokenizer_model")
-    if tokenizer.sha256 != tokens.tokenizer_sha256:
+    if tokens.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise UserError(
             f"evaluation.tokenizer: {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one that made the "
             f"tokens of data.train (sha256 {str(tokens.tokenizer_sha256)[:12]}…); name that one"

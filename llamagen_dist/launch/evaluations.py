@@ -6,7 +6,8 @@ never run again, and an unfinished one is continued.
 
 import json
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from llamagen_dist.config import EvaluationSection, PipelineConfig, StageSection, dump
@@ -71,11 +72,7 @@ def score(
     with ExitStack() as stack:
         lock = run / "evaluations" / "lock"
         if wait:
-            try:
-                stack.callback(os.close, take_lock(lock) or 0)
-            except OSError as error:
-                if error.errno not in UNLOCKABLE:
-                    raise
+            stack.enter_context(_after_others(lock, screen))
         else:
             stack.enter_context(only_launcher(lock))
         for checkpoint in scores.due(run, section.every_images, last):
@@ -99,6 +96,24 @@ def score(
                 screen.say(f"step {step}: not evaluated: {_named(scores.failed(folder))}")
                 failures += 1
     return failures
+
+
+@contextmanager
+def _after_others(lock: Path, screen: Screen) -> Iterator[None]:
+    """Hold the lock, once no other evaluation of the run does; on a disk without locks at once."""
+    handle = None
+    try:
+        if (handle := take_lock(lock, wait=False)) is None:
+            screen.say(f"waiting for another llamagen evaluate, which has {lock}")
+            handle = take_lock(lock)
+    except OSError as error:
+        if error.errno not in UNLOCKABLE:
+            raise
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _begin(run: Path, section: EvaluationSection, checkpoint: Path, target: Target | None) -> None:

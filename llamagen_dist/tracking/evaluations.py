@@ -70,9 +70,10 @@ def due(run: Path, every_images: int, last: int) -> list[Path]:
 
 
 def unscored(run: Path, config: Any) -> list[Path]:
-    """Checkpoints that its training must not remove: those of ``due`` whose evaluation has not failed."""
+    """Checkpoints that its training must not remove: those of ``due`` (without the section, of evaluations that were
+    begun by hand) whose evaluation has not failed."""
     section = getattr(config, "evaluation", None)
-    every = [] if section is None else due(run, section.every_images, config.train.images)
+    every = due(run, *((1 << 62, 1 << 62) if section is None else (section.every_images, config.train.images)))
     return [path for path in every if failed(folder_of(run, step_of(path))) is None]
 
 
@@ -141,7 +142,7 @@ def _line(run: Path, folder: Path) -> dict[str, Any]:
 
 def write_lines(run: Path) -> None:
     """Make evaluations.jsonl anew; of several at once the last to end has read what the others wrote."""
-    written = None
+    written = "" if not (run / "evaluations.jsonl").exists() else None
     while (text := "".join(json.dumps(line) + "\n" for line in lines(run))) != written:
         write_text(run / "evaluations.jsonl", text)
         written = text

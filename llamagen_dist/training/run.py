@@ -263,6 +263,7 @@ def _rewind(directory: Path, change: Change) -> str:
         if (scored := evaluations.folder_of(directory, evaluations.step_of(folder))).exists():
             scored.rename(aside / f"evaluation-{scored.name}")
         folder.rename(aside / folder.name)
+    evaluations.write_lines(directory)
     last = reached[folders[len(folders) - len(late) - 1]]
     return (
         f"; the old learning rates differ from image {change.alike_until:,} on, so training continues from the "

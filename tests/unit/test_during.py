@@ -10,13 +10,14 @@ import pytest
 from llamagen_dist.checkpoint.folder import complete, prune
 from llamagen_dist.cli import main
 from llamagen_dist.config import EvaluationSection, dump, load
-from llamagen_dist.config.resume import between
+from llamagen_dist.config.resume import Change, between
 from llamagen_dist.config.training import TrackioSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.status.survey import look
 from llamagen_dist.report.checkpoints import images_to
 from llamagen_dist.tracking import evaluations
 from llamagen_dist.tracking.sinks import Mirror, open_sink, tracking_of
+from llamagen_dist.training.run import _rewind
 from tests.runs.token_shards import write_tokens
 from tests.unit.report_pages import html
 from tests.unit.tracked_run import BATCH, CONFIGS, cut, finish, rows, save, tracked_run, train
@@ -33,9 +34,9 @@ def begin(run: Path, step: int) -> Path:
     return folder
 
 
-def score(run: Path, step: int, fid: float, n: int = 5000, cfg_scale: float = 2.0) -> None:
+def score(run: Path, step: int, fid: float, n: int = 5000, cfg_scale: float = 2.0, begun: bool = False) -> None:
     """What an evaluation of a checkpoint leaves."""
-    folder = begin(run, step)
+    folder = evaluations.folder_of(run, step) if begun else begin(run, step)
     made = {"program": "eval.sample", "checkpoint_sha256": str(step), "cfg_scale": cfg_scale}
     sides = {"images": {"size": [16, 16], "made_by": made}, "reference": {"sha256": "r", "n": 5000}}
     record = {"format": 1, "metrics": {"fid": {}}, "sets": {"generated": sides}}
@@ -85,7 +86,26 @@ def test_what_waits_for_its_scores_is_not_removed(tmp_path):
     fail(run, 4)
     assert kept(config) == [6], "no disk fills up with what cannot be scored"
     save(run, 7), save(run, 8)
-    assert kept(config.model_copy(update={"evaluation": None})) == [8], "sabotage twin: without the section all go"
+    begin(run, 7)
+    plain = config.model_copy(update={"evaluation": None})
+    assert kept(plain) == [7, 8], "without the section: what is evaluated by hand"
+    score(run, 7, 40.0, begun=True)
+    assert kept(plain) == [8], "sabotage twin: no section and no mark, and all go"
+
+
+def test_a_run_that_is_taken_back_forgets_the_scores_of_what_is_set_aside(tmp_path):
+    run = tracked_run(tmp_path / "run", *ON)
+    for step in (2, 4, 6):
+        save(run, step), score(run, step, 50.0 - step)
+    evaluations.write_lines(run)
+    assert due(run, 2) == []
+    _rewind(run, Change(alike_until=3 * BATCH))
+    assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [2]
+    assert len(list(run.glob("checkpoints/set_aside_*/evaluation-step-*/result.json"))) == 2, (
+        "a result is never deleted"
+    )
+    save(run, 4)
+    assert due(run, 2) == [4], "the new weights of step 4 are scored"
 
 
 def test_off_leaves_no_trace_in_a_config_and_on_is_no_other_run(tmp_path):
