@@ -290,7 +290,7 @@ BUDGETS = {
     "scaling": 3690,
     "report": 2210,
     "hub": 890,
-    "launch": 5380,
+    "launch": 5390,
     "commands": 1720,
     "cli": 90,
     "train_gpt": 170,
