@@ -30,7 +30,7 @@ class CropCoder:
 
     def __init__(self, config: ExtractConfig, model: VQModel) -> None:
         self._config, self._model = config, model
-        self._device = model.quantize.embedding.weight.device
+        self._device = model.device
         if self._device.type == "cpu":
             model.to(memory_format=torch.channels_last)  # a sixth faster there
             _keep_memory()

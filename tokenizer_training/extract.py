@@ -26,6 +26,7 @@ from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.data.tokens import CODES_MEMBER, codes_bytes
 from llamagen_dist.data.writer import Sample, ShardJob, label_text, shard_name
 from llamagen_dist.errors import UserError
+from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
@@ -216,6 +217,7 @@ class Extraction:
             source=self.job.source,
             tokenizer_sha256=self.trained.sha256,
             tokenizer_path=str(self.config.tokenizer),
+            quantizer=quantizer_of(self.trained.model.state_dict()),
             vocab_size=self.trained.model.config.codebook_size,
             grid=(self.coder.side, self.coder.side),
             crops=self.coder.crops,

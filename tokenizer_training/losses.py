@@ -31,8 +31,8 @@ class GeneratorLosses(NamedTuple):
 
     total: Tensor
     reconstruction: Tensor
-    vq: Tensor
-    commit: Tensor
+    vq: Tensor | None
+    commit: Tensor | None
     entropy: Tensor | None
     perceptual: Tensor | None
     adversarial: Tensor | None
@@ -62,9 +62,9 @@ class TokenizerLoss:
         s = self.section
         reconstructed = reconstruction_loss(s.reconstruction, reconstruction, images)
         total = s.reconstruction_weight * reconstructed
-        total = total + s.codebook_weight * codebook.vq + s.commitment_weight * codebook.commit
-        if codebook.entropy is not None:
-            total = total + s.entropy_weight * codebook.entropy
+        for weight, term in zip((s.codebook_weight, s.commitment_weight, s.entropy_weight), codebook, strict=True):
+            if term is not None:
+                total = total + weight * term
         perceptual = adversarial = None
         if self.perceptual is not None:
             perceptual = self.perceptual(reconstruction, images)

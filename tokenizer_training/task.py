@@ -18,14 +18,18 @@ from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.image_quality import psnr, ssim, unpadded
 from llamagen_dist.evaluation.perceptual import large_enough
+from llamagen_dist.models.quantizer import VectorQuantizer
+from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import TorchEngine
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training.fit import line_due
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import engine_memory
+from tokenizer_training.codebook import CodebookHealth, kmeans
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
 
@@ -47,7 +51,11 @@ class TokenizerTask:
         self.micro = config.train.micro_batch or self.share
         self.loss = TokenizerLoss(config.loss, topology.device)
         self.entropy = config.loss.entropy_weight > 0
-        self.generator = TorchEngine(model, config.optim, topology, clock=self.clock)
+        # no buffer of the generator is a batch statistic: what quantizers keep is summed over the ranks once a step
+        self.generator = TorchEngine(model, config.optim, topology, clock=self.clock, sync_buffers=False)
+        if topology.dp > 1:
+            model.quantize.rank_mean = self._rank_mean
+        self.codebook = CodebookHealth(config, topology, model.quantize, topology.log0)
         self.discriminator: TorchEngine | None = None
         self.engines = [self.generator]
         """Both networks', the generator's first; only the generator's where there is never a discriminator."""
@@ -73,15 +81,24 @@ class TokenizerTask:
         discriminator's backward pass on the same, detached reconstructions comes before either update, so
         that a loss or gradient that is not finite is found while no weight has changed.
         """
-        if images_seen == 0 and self.config.model.codebook_init == "first_batch":
+        if images_seen == 0 and self.config.model.codebook_init != "random":
             self._start_codebook(batch.images.to(self.topology.device))
         started = self.adversarial_from is not None and images_seen >= self.adversarial_from
-        return self._step(batch, images_seen, self.discriminator if started else None)
+        metrics = self._step(batch, images_seen, self.discriminator if started else None)
+        after = images_seen + self.config.train.global_batch
+        step = after // self.config.train.global_batch
+        moved = self.codebook.revive(step, lambda: self._global_rows(batch.images.to(self.topology.device)))
+        if moved is not None:  # what Adam knows of those codes is of others
+            for parameter in self.model.quantize.parameters():
+                for moment in optimizers.MOMENTS if parameter in self.generator.optimizer.state else ():
+                    self.generator.optimizer.state[parameter][moment][moved] = 0.0
+        return {**metrics, **self.codebook.line(step)} if line_due(self.config, step, after) else metrics
 
     def rehearse(self, batch: ImageBatch, images_seen: int) -> None:
         """With the discriminator, however late it starts, since that is the step that needs most memory."""
         # forward passes in training mode count used codes and batch statistics
         buffers = [(b, b.clone()) for engine in self.engines for b in engine.plain.buffers()]
+        buffers += [(b, b.clone()) for b in self.codebook.tensors()]
         with self.guard.rehearsal():
             self._step(batch, images_seen, self.discriminator)
         for buffer, before in buffers:
@@ -117,12 +134,17 @@ class TokenizerTask:
                     engine.update(images_seen, norms[name])
                 else:
                     engine.discard()
+            if (pending := self.model.quantize.pending) is not None:
+                if passed:
+                    self.model.quantize.absorb(self.topology.sum(pending))
+                pending.zero_()
         sums |= {name: norm.detach() for name, norm in norms.items()}
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
         return sums
 
     def _generator_pass(self, images: Tensor, against: TorchEngine | None) -> tuple[GeneratorLosses, Tensor]:
-        reconstruction, codebook, _ = self.generator.module(images, entropy=self.entropy)
+        reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy)
+        self.codebook.count(codes)
         logits = None
         if against is not None:
             # The bare module, frozen: the discriminator passes the gradient on and gets none itself.
@@ -139,27 +161,44 @@ class TokenizerTask:
         engine.backward(self.guard.track_loss(loss, samples) * share)
         return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
+    def _rank_mean(self, mean: Tensor) -> Tensor:
+        """Mean over the ranks. The gradient stays this rank's own: DDP averages it with the others' afterwards."""
+        return mean + (self.topology.mean(mean.detach()) - mean).detach()
+
     @torch.no_grad()
     def _start_codebook(self, batch: Tensor) -> None:
         """Put every code on a latent of the first global batch, chosen by a keyed order over its positions.
 
-        All ranks gather the same rows in the order of the global batch, so the codebook does not depend on
-        how many there are. Raises UserError if the batch has fewer latents than there are codes.
+        ``kmeans`` moves them on from there. All ranks gather the same rows in the order of the global batch, so the
+        codebook does not depend on how many there are. Raises UserError if the batch has fewer latents than there are
+        codes.
         """
-        rows = self.model.quantize.prepare(self.model.latents(batch)).flatten(0, 2)
+        rows = self._global_rows(batch)
+        codes = self.model.config.codebook_size
+        if len(rows) < codes:
+            raise UserError(
+                f"model.codebook_init: {self.config.model.codebook_init} finds only {len(rows)} latents in "
+                f"train.global_batch ({self.config.train.global_batch} images) for {codes} codes; raise "
+                "train.global_batch or use random"
+            )
+        order = prng.uniform(self.config.train.seed, "codebook", torch.arange(len(rows))).argsort(stable=True)
+        quantizer = self.model.quantize
+        quantizer.replace(torch.arange(codes, device=rows.device), rows[order[:codes].to(rows.device)])
+        if self.config.model.codebook_init == "kmeans" and isinstance(quantizer, VectorQuantizer):
+            kmeans(quantizer, rows)
+
+    @torch.no_grad()
+    def _global_rows(self, batch: Tensor) -> Tensor:
+        """The latents of the global batch in its order, as they are compared: fp32 (N, C) (collective)."""
+        latents = [
+            self.model.quantize.prepare(self.model.latents(part)).flatten(0, 2) for part in batch.split(self.micro)
+        ]
+        rows = torch.cat(latents)
         if self.topology.dp_group is not None:
             parts = [torch.empty_like(rows) for _ in range(self.topology.dp)]
             dist.all_gather(parts, rows.contiguous(), group=self.topology.dp_group)
             rows = torch.cat(parts)
-        codes = self.model.config.codebook_size
-        if len(rows) < codes:
-            raise UserError(
-                f"model.codebook_init: first_batch finds only {len(rows)} latents in train.global_batch "
-                f"({self.config.train.global_batch} images) for {codes} codes; raise train.global_batch "
-                "or use random"
-            )
-        order = prng.uniform(self.config.train.seed, "codebook", torch.arange(len(rows))).argsort(stable=True)
-        self.model.quantize.embedding.weight.copy_(rows[order[:codes].to(rows.device)])
+        return rows
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
@@ -216,7 +255,7 @@ class TokenizerTask:
         return self.topology.sum(values.to(self.topology.device)).cpu()
 
     def entries(self) -> list[TensorEntry]:
-        return [entry for engine in self.engines for entry in engine.entries()]
+        return [entry for engine in self.engines for entry in engine.entries()] + self.codebook.entries()
 
     def scalars(self) -> Mapping[str, float]:
         return {name: value for engine in self.engines for name, value in engine.scalars().items()}
@@ -227,6 +266,13 @@ class TokenizerTask:
 
     def describe(self) -> Mapping[str, Any]:
         return {"params": self.parameters, "precision": "fp32"}
+
+    def describe_quantizer(self) -> str:
+        """One line: which one, its size, and which losses of its own it has."""
+        quantizer = self.model.quantize
+        losses = ", ".join(quantizer.losses) or "none"
+        name, codes = quantizer_of(self.model.state_dict()), f"{quantizer.codebook_size:,} codes"
+        return f"quantizer: {name}, {codes} ({quantizer.bits:.2f} bits each); losses of its own: {losses}"
 
     def memory(self) -> list[str]:
         return [engine_memory(self.generator)]

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
             f"{config.train.images:,} images of {config.data.image_size} x {config.data.image_size} pixels"
         )
         run.say(task.loss.describe())
+        run.say(task.describe_quantizer())
         fit(task, stream, config, run)
 
 

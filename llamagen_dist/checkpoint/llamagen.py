@@ -19,6 +19,7 @@ from torch import Tensor
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import cut_short
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.quantizer import SIGNATURE
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 
@@ -164,6 +165,8 @@ def kind_of(weights: Collection[str]) -> str:
         if not missing and _CAPTION in weights:
             return "text-conditional GPT"
         raise UserError(f"a GPT that lacks {', '.join(missing) or f'{CLASSES} or {_CAPTION}'}")
+    if SIGNATURE in weights:
+        raise UserError(f"a tokenizer with a quantizer that LlamaGen has not ({SIGNATURE}); use its run directory")
     parts = {"encoder.", "decoder."} & {name.split(".")[0] + "." for name in weights}
     if "quantize.embedding.weight" in weights or len(parts) == 2:
         missing = [part for part in ("encoder.", "decoder.") if part not in parts]

@@ -95,6 +95,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         lines["tokens"] = f"{manifest.grid[0]} x {manifest.grid[1]} of {manifest.vocab_size} codes"
         lines["crops"] = f"{manifest.crops} per image"
         lines["tokenizer"] = f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256})"
+        if manifest.quantizer is not None:
+            lines["quantizer"] = manifest.quantizer
     if (captions := manifest.captions) is not None:
         kinds = "long and short" if captions.short else "long"
         lines["captions"] = f"{kinds}, up to {captions.max_tokens} x {captions.dim} features"

@@ -77,9 +77,9 @@ class _VQSize:
 class TokenizerModelSection(VQOptions, _VQSize):
     """LlamaGen's VQGAN with its sizes left open."""
 
-    codebook_init: Literal["random", "first_batch"] = "random"
+    codebook_init: Literal["random", "first_batch", "kmeans"] = "random"
     """Where training starts the codes: LlamaGen's U(-1/K, 1/K), or at latents of the first global batch, which keeps
-    a small codebook in use when training is short."""
+    a small codebook in use when training is short; ``kmeans`` moves them to the centres of those latents."""
 
     _finite = field_validator("*", mode="wrap")(finite)
 
@@ -109,6 +109,11 @@ class TokenizerModelSection(VQOptions, _VQSize):
                     f"{', '.join(changed)}: a released size has its own; leave it out, or give channels and "
                     "channel_multipliers in place of size"
                 )
+        problems = list(self.problems())
+        if self.codebook_init != "random" and self.quantizer in ("fsq", "ifsq", "lfq"):
+            problems.append(f"codebook_init: {self.quantizer} has no table of codes to start; use random")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from llamagen_dist.config.codebook import CodebookSection, misfits
 from llamagen_dist.config.data import ImageDataSection, TokenDataSection
 from llamagen_dist.config.during import EvaluationSection
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
@@ -416,6 +417,10 @@ class TokenizerConfigFile(TrainingConfig):
     data: ImageDataSection
     optim: OptimSection = OptimSection(weight_decay=0.0)
     loss: TokenizerLossSection
+    codebook: CodebookSection = CodebookSection()
+
+    def rules(self) -> Iterator[str]:
+        yield from misfits(self.model.quantizer, self.loss.entropy_weight, self.codebook)
 
     @field_validator("data")
     @classmethod

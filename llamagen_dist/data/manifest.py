@@ -80,6 +80,8 @@ class Manifest:
     """What the shards were made from, with a fingerprint, and the options that decide their bytes."""
     tokenizer_sha256: str | None = None
     tokenizer_path: str | None = None
+    quantizer: str | None = None
+    """The tokenizer's quantizer with its options, such as ``fsq 8,5,5,5``; None: not noted (then ``vq``)."""
     vocab_size: int | None = None
     grid: tuple[int, int] | None = None
     """(rows, columns) of tokens per image."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llamagen_dist import __version__
 from llamagen_dist.hub.scores import Scores
+from llamagen_dist.models.quantizer import STATE
 
 NAMES = {
     "fid": "FID",
@@ -78,7 +79,7 @@ class Export:
     def parameters(self) -> int:
         """Of the part that the run trained; buffers are none."""
         main = "tokenizer" if self.kind == "tokenizer" else "model"
-        buffers = ("quantize.codebook_used", "cls_embedding.uncond_embedding")
+        buffers = (*STATE, "cls_embedding.uncond_embedding")
         return sum(tensor.numel() for name, tensor in self.weights[main].items() if name not in buffers)
 
 

@@ -23,7 +23,7 @@ from llamagen_dist.files import OutputFolder, json_if_there, remove_asides, sha2
 from llamagen_dist.hub import plain
 from llamagen_dist.hub.card import Export, card
 from llamagen_dist.hub.scores import held_out_loss, of_images
-from llamagen_dist.models import quantizer, vq
+from llamagen_dist.models import fixed_codebooks, learned_codebooks, quantizer, quantizers, vq
 from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.sampling.load import Tokenizer, load_tokenizer, open_checkpoint, tokenizer_of
 
@@ -198,8 +198,9 @@ def _put_tokenizer(export: Export, tokenizer: Tokenizer) -> None:
 
 
 def tokenizer_source() -> str:
-    """models/quantizer.py and models/vq.py as one file that imports nothing of this package."""
-    parts = [inspect.getsource(module) for module in (quantizer, vq)]
+    """The quantizers and models/vq.py as one file that imports nothing of this package."""
+    modules = (quantizer, learned_codebooks, fixed_codebooks, quantizers, vq)
+    parts = [inspect.getsource(module) for module in modules]
     text = "\n\n".join(re.sub(r"^(from llamagen_dist\.|__all__ = ).*\n", "", part, flags=re.M) for part in parts)
     begin = '"""LlamaGen\'s image tokenizer in plain torch: its codebook, then the autoencoder around it."""\n\n'
     return f"{begin}from types import SimpleNamespace as VQConfig  # the object tokenizer of config.json\n\n{text}"

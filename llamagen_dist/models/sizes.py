@@ -154,7 +154,45 @@ class VQOptions:
     codebook_size: Positive = 16384
     codebook_dim: Positive = 8
     l2_norm: bool = True
-    """Compare l2-normalised vectors (paper section 2.2)."""
+    """Compare l2-normalised vectors (paper section 2.2); of ``vq``, ``ema`` and ``ibq``."""
+    quantizer: Literal["vq", "ema", "fsq", "ifsq", "lfq", "ibq"] = "vq"
+    """``vq``: LlamaGen's nearest code, trained by gradients. ``ema``: the same, its codes moving averages. ``ibq``: the
+    gradient reaches every code through the choice. ``fsq``, ``ifsq``: every channel is rounded to one of its
+    ``levels``. ``lfq``: every channel is a sign, so codes are bits. tokenizer_training/README.md helps to choose."""
+    levels: tuple[Annotated[int, Gt(1)], ...] = ()
+    """Of ``fsq`` and ``ifsq``: values per channel; their product is ``codebook_size``."""
+    codebook_decay: Rate = 0.99
+    """Of ``ema``: the share of the moving averages that a step keeps."""
+    entropy_temperature: Annotated[float, Gt(0)] = 0.01
+    """Divides the squared distances in the entropy loss (``loss.entropy_weight``)."""
+    entropy_groups: Positive = 1
+    """Of ``lfq``: the batch entropy is summed over so many groups of bits, since 2^18 codes at once do not fit."""
+
+    @property
+    def code_dim(self) -> int:
+        """Channels of a code's vector: ``codebook_dim``, or what the levels or bits say."""
+        if self.quantizer in ("fsq", "ifsq"):
+            return len(self.levels)
+        return self.codebook_size.bit_length() - 1 if self.quantizer == "lfq" else self.codebook_dim
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be, a sentence each that begins with the option."""
+        size, by_levels, product = self.codebook_size, self.quantizer in ("fsq", "ifsq"), math.prod(self.levels)
+        if self.levels and not by_levels:
+            yield f"levels: only fsq and ifsq have levels, and quantizer is {self.quantizer}; leave them out"
+        if by_levels and not self.levels:
+            yield f"levels: {self.quantizer} needs them, for example [8, 5, 5, 5] with codebook_size: 1000"
+        elif by_levels and product != size:
+            yield (
+                f"levels: {' x '.join(map(str, self.levels))} = {product:,} codes, but codebook_size is {size:,}; set "
+                f"codebook_size: {product}, or other levels"
+            )
+        elif self.quantizer == "lfq" and (size < 2 or size & (size - 1)):
+            yield f"codebook_size: lfq has 2^bits codes, and {size:,} is no power of two; use {1 << self.code_dim:,}"
+        elif self.codebook_dim not in (8, self.code_dim):  # 8 is the default, which nobody need have written
+            yield f"codebook_dim: {self.quantizer} has {self.code_dim} channels here; leave codebook_dim out"
+        if self.quantizer == "lfq" and self.entropy_groups > self.code_dim:
+            yield f"entropy_groups: {self.code_dim} bits cannot be cut into {self.entropy_groups} groups"
 
 
 @dataclass(frozen=True)
@@ -163,12 +201,18 @@ class VQConfig(VQOptions):
 
     channels: of the level with the highest resolution.
     channel_multipliers: one per level, highest resolution first; all levels but the last halve it.
+
+    Raises ValueError for options that do not go together, naming all that is wrong.
     """
 
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     image_channels: int = 3
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if problems := "\n".join(self.problems()):
+            raise ValueError(problems)
 
     @property
     def downsampling(self) -> int:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen_dist.models.quantizer import VectorQuantizer, VQLosses, code_histogram
+from llamagen_dist.models.quantizer import VQLosses, code_histogram
+from llamagen_dist.models.quantizers import make_quantizer
 from llamagen_dist.models.sizes import VQ_SIZES, VQConfig
 
 __all__ = ["VQ_SIZES", "VQConfig", "VQLosses", "VQModel", "code_histogram"]
@@ -163,12 +164,16 @@ class VQModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, config.l2_norm)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quantize = make_quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, self.quantize.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.quantize.codebook_dim, config.z_channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
 
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, codebook_dim, H/f, W/f), before quantisation; ValueError unless f divides H and W."""
+        """(B, 3, H, W) -> (B, C, H/f, W/f), before quantisation; ValueError unless f divides H and W."""
         factor = self.config.downsampling
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(
@@ -180,7 +185,7 @@ class VQModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes int64 (B, H/f, W/f); flattened row by row they are the tokens."""
         rows = self.quantize.prepare(self.latents(images))
-        return self.quantize.nearest(rows.reshape(-1, self.config.codebook_dim)).view(rows.shape[:-1])
+        return self.quantize.nearest(rows.reshape(-1, self.quantize.codebook_dim)).view(rows.shape[:-1])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

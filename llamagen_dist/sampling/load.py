@@ -17,6 +17,7 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology
 
@@ -101,7 +102,15 @@ def load_tokenizer(
     model = build_vq(section)
     if check is not None:
         check(model)
-    _fill(model, {STATISTIC: model.state_dict()[STATISTIC]} | checkpoint.read_all(), key, path)
+    weights = checkpoint.read_all()
+    known = {name: value for name, value in model.state_dict().items() if name == STATISTIC}
+    of_file, of_model = quantizer_of(weights), quantizer_of(model.state_dict())
+    if of_file != of_model:
+        raise UserError(
+            f"{key}: {path} was trained with the quantizer {of_file}, and {sizes}.quantizer says {of_model}; give "
+            f"{sizes}.quantizer and its options as they were"
+        )
+    _fill(model, known | weights, key, path)
     return Tokenizer(path, model.eval(), checkpoint.identity, image_size)
 
 

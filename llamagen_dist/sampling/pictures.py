@@ -94,7 +94,7 @@ def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
     Raises UserError where the tokenizer gives NaN or infinity, which would look like a black or a white pixel.
     """
     side = int(tokens.shape[1] ** 0.5)
-    codes = tokens.view(-1, side, side).to(tokenizer.quantize.embedding.weight.device)
+    codes = tokens.view(-1, side, side).to(tokenizer.device)
     decoded = tokenizer.decode(codes)
     if not bool(torch.isfinite(decoded).all()):
         raise UserError("the tokenizer decodes to values that are NaN or infinite: its training diverged")

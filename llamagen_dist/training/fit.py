@@ -30,6 +30,11 @@ def _due(images_seen: int, batch: int, every: int, points: tuple[int, ...] = ())
     return (every > 0 and images_seen // every > before // every) or any(before < p <= images_seen for p in points)
 
 
+def line_due(config: TrainingConfig, step: int, images_seen: int) -> bool:
+    """Whether metrics.jsonl gets a line after this step, which the run has shown ``images_seen`` images with."""
+    return step % config.log.every_steps == 0 or step == 1 or images_seen >= config.train.images
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run stands.
@@ -132,7 +137,7 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
             if step == first_step + 1:  # ranks start and compile at different speeds; from here on they are in step
                 topology.set_timeouts(60 * limits.collective_minutes)
             done, stopping = images_seen >= train.images, guard.stop_requested
-            if step % config.log.every_steps == 0 or step == 1 or done:
+            if line_due(config, step, images_seen):
                 line = window.line(metrics)
                 if guard.skipped:
                     line["skipped"] = guard.skipped

@@ -113,6 +113,7 @@ def test_codes_are_the_tokenizers_own(work, alone):
         manifest = shards.manifest
         assert (manifest.count, manifest.crops, manifest.grid, manifest.vocab_size) == (count, 2, (8, 8), 96)
         assert manifest.tokenizer_sha256 == store.identity(work / "tokenizer1")
+        assert manifest.quantizer == "vq"
         assert manifest.classes == ["class0", "class1", "class2"]
         assert [record.samples for record in manifest.shards] == [5] * (count // 5) + [count % 5]
         verify(shards)

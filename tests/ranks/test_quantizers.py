@@ -1,0 +1,184 @@
+"""Tokenizers with every quantizer on forked ranks: the number of ranks changes nothing, a resume is bit-equal."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from llamagen_dist.build import build_vq
+from llamagen_dist.config import load
+from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.parallel.topology import Topology, start
+from tests.image_shards import write_images
+from tests.ranks.forked import run_ranks
+from tokenizer_training.task import TokenizerTask
+
+STEPS, BATCH, HALF = 10, 8, 5
+SOFT = "model.entropy_temperature=0.5"  # at LlamaGen's 0.01 the loss magnifies rounding a hundredfold
+KINDS = {
+    "vq": ["model.codebook_init=kmeans", "loss.entropy_weight=0.05", SOFT],
+    "ema": ["model.codebook_init=first_batch", "model.codebook_decay=0.8"],
+    "ibq": ["model.l2_norm=false", "loss.commitment_weight=1", "loss.entropy_weight=0.05", SOFT],
+    "fsq": ["model.levels=[4,4,4]"],
+    "ifsq": ["model.levels=[4,4,4]"],
+    "lfq": ["loss.entropy_weight=0.1", "model.entropy_temperature=1", "model.entropy_groups=2"],
+}
+TABLES = ("vq", "ema", "ibq")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantizers")
+    write_images(folder / "images", 9, 16)
+    path = folder / "tokenizer.yaml"
+    path.write_text(yaml.safe_dump({
+        "kind": "tokenizer", "run_dir": str(folder / "unused"),
+        "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8, "codebook_size": 64},
+        "data": {"train": str(folder / "images"), "validation": str(folder / "images"), "image_size": 16},
+        "loss": {"perceptual": "none",
+                 "discriminator": {"start_images": 0, "channels": 8, "layers": 2, "norm": "group", "weight": 0.1}},
+        "codebook": {"statistics": True},
+        "train": {"images": 8000, "global_batch": BATCH}, "optim": {"lr": 0.002, "weight_decay": 0.0, "eps": 1e-4},
+        "log": {"every_steps": 4}}))  # fmt: skip
+    task_of(path, "fsq", Topology())  # imports what the forked ranks would each import
+    return path
+
+
+def task_of(config: Path, kind: str, topology: Topology) -> TokenizerTask:
+    torch.manual_seed(0)
+    table = ["codebook.revive_after_steps=3"] if kind in TABLES else []
+    settings = load(config, [f"model.quantizer={kind}", *KINDS[kind], *table], kind="tokenizer")
+    return TokenizerTask(build_vq(settings.model), settings, topology, open_shards(settings.data.validation))
+
+
+def batch(step: int, topology: Topology) -> ImageBatch:
+    """This rank's share of smooth random pictures."""
+    coarse = torch.rand(BATCH, 3, 4, 4, generator=torch.Generator().manual_seed(step)) * 2 - 1
+    images = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
+    mine = slice(topology.rank * (share := BATCH // topology.world), (topology.rank + 1) * share)
+    return ImageBatch(images[mine], torch.arange(BATCH)[mine])
+
+
+def steps(task: TokenizerTask, chosen: range) -> Iterator[dict[str, float]]:
+    for step in chosen:
+        metrics = task.step(batch(step, task.topology), step * BATCH)
+        yield {name: float(task.topology.mean(value.double())) for name, value in metrics.items()}
+
+
+def kept(task: TokenizerTask) -> dict[str, Tensor]:
+    return {f"{entry.group}/{entry.key}": entry.local().clone() for entry in task.entries()}
+
+
+def put_back(task: TokenizerTask, tensors: dict[str, Tensor]) -> None:
+    for entry in task.entries():
+        if (tensor := tensors.get(f"{entry.group}/{entry.key}")) is not None:
+            entry.write(tensor)
+
+
+def learn(config: Path, kinds: list[str], dropped: bool) -> dict[str, Any]:
+    """By quantizer: its lines and codebook; whether a resumed run is bit-equal, and one that lacks a part of it.
+
+    dropped: without the quantizer's own all-reduces."""
+    torch.set_num_threads(1)
+    topology, found = start(), {}
+    for kind in kinds:
+        task = task_of(config, kind, topology)
+        if dropped:
+            task.model.quantize.rank_mean = lambda mean: mean
+            task.topology = replace(topology, dp_group=None)
+            task.codebook.topology = task.topology
+        task.rehearse(batch(0, topology), 0)
+        lines = list(steps(task, range(HALF)))
+        middle, scalars = kept(task), task.scalars()
+        lines += steps(task, range(HALF, STEPS))
+        end, equal = kept(task), {}
+        for lost in ("", "codebook/since_line", "weights/quantize.ema_sum"):
+            if lost == "" or lost in end:
+                again = task_of(config, kind, topology)
+                if lost:  # as a checkpoint without it would leave it: the middle's, spoilt
+                    middle[lost] = middle[lost] + 1
+                put_back(again, middle)
+                again.load_scalars(scalars)
+                resumed = list(steps(again, range(HALF, STEPS)))
+                same = all(torch.equal(value, end[name]) for name, value in kept(again).items())
+                equal[lost] = same and resumed == lines[HALF:]
+        found[kind] = lines, end, equal
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(config: Path) -> dict[str, Any]:
+    return run_ranks(learn, 1, config, list(KINDS), False)[0]
+
+
+@pytest.fixture(scope="module")
+def two(config: Path) -> list[dict[str, Any]]:
+    return run_ranks(learn, 2, config, list(KINDS), False)
+
+
+def far(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """The largest difference of two runs' lines, relative to the number where that is above 0.1."""
+    (lines, *_), (others, *_) = a, b
+    assert [line.keys() for line in lines] == [line.keys() for line in others]
+    pairs = [(one[name], other[name]) for one, other in zip(lines, others, strict=True) for name in one]
+    return max(abs(x - y) / max(0.1, abs(x)) for x, y in pairs)
+
+
+def same_on_two_ranks(kind: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert far(one[kind], two[0][kind]) < 1e-5
+    lines = [line for line in one[kind][0] if "train_usage" in line]
+    assert len(lines) == 3  # steps 1, 4 and 8
+    for mine, theirs in zip(lines, (line for line in two[0][kind][0] if "train_usage" in line), strict=True):
+        assert mine["train_usage"] == theirs["train_usage"]
+    ends = [run[kind][1] for run in two]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert "train_narrowest" in lines[0] or kind in TABLES
+    assert ("revived" in lines[0]) == (kind in TABLES)
+
+
+def bit_equal_after_a_resume(kind: str, two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        equal = dict(rank[kind][2])
+        assert equal.pop("")
+        assert equal.keys() == {"codebook/since_line", *(["weights/quantize.ema_sum"] if kind == "ema" else [])}
+        assert not any(equal.values()), "sabotage twin: a spoilt part of its state is seen"
+
+
+def test_moving_averages_are_the_same_on_two_ranks_and_after_a_resume(config):
+    """The quantizer with most state; the others' tests are long."""
+    (one,) = run_ranks(learn, 1, config, ["ema"], False)
+    two = run_ranks(learn, 2, config, ["ema"], False)
+    same_on_two_ranks("ema", one, two)
+    bit_equal_after_a_resume("ema", two)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_learn_what_one_learns(kind, one, two):
+    same_on_two_ranks(kind, one, two)
+    assert kind != "ibq" or sum(line.get("revived", 0) for line in one[kind][0]) > 0
+
+
+@pytest.mark.long
+def test_without_its_all_reduces_two_ranks_would_learn_something_else(config, one):
+    wrong = run_ranks(learn, 2, config, ["vq", "ema", "lfq"], True)[0]
+    assert all(far(one[kind], wrong[kind]) > 1e-2 for kind in wrong)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss(kind, one):
+    lines = one[kind][0]
+    assert lines[-1]["reconstruction"] < 0.95 * lines[0]["reconstruction"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_bit_equal(kind, two):
+    bit_equal_after_a_resume(kind, two)
