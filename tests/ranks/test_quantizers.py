@@ -24,7 +24,7 @@ SOFT = "model.entropy_temperature=0.5"  # at LlamaGen's 0.01 the loss magnifies 
 KINDS = {
     "vq": ["model.codebook_init=kmeans", "loss.entropy_weight=0.05", SOFT],
     "ema": ["model.codebook_init=first_batch", "model.codebook_decay=0.8"],
-    "ibq": ["model.l2_norm=false", "loss.commitment_weight=1", "loss.entropy_weight=0.05", SOFT],
+    "ibq": ["model.l2_norm=false", "optim.lr=0.001", "loss.commitment_weight=1", "loss.entropy_weight=0.05", SOFT],
     "fsq": ["model.levels=[4,4,4]"],
     "ifsq": ["model.levels=[4,4,4]"],
     "lfq": ["loss.entropy_weight=0.1", "model.entropy_temperature=1", "model.entropy_groups=2"],

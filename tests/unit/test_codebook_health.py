@@ -1,0 +1,197 @@
+"""Where codes start, exact usage, revival and the warning; tests/ranks/test_quantizers.py has several ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamagen_dist.build import build_vq
+from llamagen_dist.config import TokenizerConfigFile
+from llamagen_dist.config.section import build
+from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.shards import open_shards
+from llamagen_dist.models.quantizer import VectorQuantizer
+from llamagen_dist.parallel.optim import MOMENTS
+from llamagen_dist.parallel.topology import Topology
+from tests.image_shards import write_images
+from tokenizer_training.codebook import CodebookHealth, kmeans
+from tokenizer_training.task import TokenizerTask
+
+CODES = 32
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 9, 16)
+
+
+def settings(folder: Path, codebook: dict[str, Any], **parts: Any) -> TokenizerConfigFile:
+    return build(TokenizerConfigFile,
+        {"kind": "tokenizer", "run_dir": folder / "run",
+         "model": {"channels": 8, "channel_multipliers": [1, 2], "res_blocks": 1, "z_channels": 8,
+                   "codebook_size": CODES, "codebook_dim": 4, **parts.pop("model", {})},
+         "data": {"train": folder, "validation": folder, "image_size": 16},
+         "loss": {"perceptual": "none", "discriminator": {"kind": "none"}}, "optim": {"lr": 1e-3, "weight_decay": 0},
+         "train": {"images": 400, "global_batch": 4, **parts.pop("train", {})}, "log": {"every_steps": 3},
+         "codebook": codebook, **parts}, "test")  # fmt: skip
+
+
+def task(folder: Path, codebook: dict[str, Any], **parts: Any) -> TokenizerTask:
+    torch.manual_seed(0)
+    config = settings(folder, codebook, **parts)
+    return TokenizerTask(build_vq(config.model), config, Topology(), open_shards(folder))
+
+
+def batch(step: int) -> ImageBatch:
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
+    return ImageBatch(images, torch.arange(4))
+
+
+def train(one: TokenizerTask, steps: int) -> list[dict[str, Tensor]]:
+    return [dict(one.step(batch(step), 4 * step)) for step in range(steps)]
+
+
+# --- where codes start ---
+
+
+def plain_lloyd(rows: Tensor, codes: Tensor, unit: bool) -> np.ndarray[Any, Any]:
+    points, centres = rows.double().numpy(), codes.double().numpy().copy()
+    for _ in range(10):
+        nearest = ((points[:, None] - centres[None]) ** 2).sum(-1).argmin(1)
+        for code in range(len(centres)):
+            if (nearest == code).any():
+                centres[code] = points[nearest == code].mean(0)
+                if unit:
+                    centres[code] /= np.linalg.norm(centres[code])
+    return centres
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_kmeans_is_lloyds(unit):
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(400, 3, generator=generator)
+    rows = F.normalize(rows, dim=-1) if unit else rows
+    found = []
+    for order in (torch.arange(400), torch.randperm(400, generator=generator)):
+        quantizer = VectorQuantizer(12, 3, unit)
+        with torch.no_grad():
+            quantizer.embedding.weight.copy_(rows[:12])
+            quantizer.embedding.weight[11] = 90.0 if not unit else rows[0]  # which nothing chooses
+        start = quantizer.codes_as_vectors().detach().clone()
+        kmeans(quantizer, rows[order])
+        found.append(quantizer.embedding.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert np.allclose(found[0].numpy(), plain_lloyd(rows, start, unit), atol=1e-5)
+    assert unit or torch.equal(found[0][11], start[11])
+    assert not np.allclose(found[0].numpy(), start.numpy(), atol=1e-2)
+
+
+def test_kmeans_starts_codes_nearer_to_the_latents(shards):
+    def error(how: str) -> float:
+        one = task(shards, {}, model={"codebook_init": how})
+        with torch.no_grad():
+            one._start_codebook(batch(0).images)
+            return float(one.model(batch(0).images)[1].commit)
+
+    assert error("kmeans") < 0.9 * error("first_batch") < error("random")
+
+
+# --- usage ---
+
+
+def test_usage_is_exact_over_all_steps_of_a_window(shards):
+    one = task(shards, {"statistics": True}, train={"micro_batch": 1})
+    seen: list[Tensor] = []
+    count = one.codebook.count
+    one.codebook.count = lambda codes: (seen.append(codes.clone()), count(codes))  # type: ignore[assignment]
+    one.rehearse(batch(0), 0)
+    seen.clear()
+    lines = train(one, 6)
+    assert [("train_usage" in line) for line in lines] == [True, False, True, False, False, True]
+    steps = [torch.cat([codes.flatten() for codes in seen[4 * n : 4 * n + 4]]) for n in range(6)]
+    for at, window in ((0, steps[:1]), (2, steps[1:3]), (5, steps[3:6])):
+        share = np.bincount(torch.cat(window).numpy(), minlength=CODES) / sum(map(len, window))
+        assert float(lines[at]["train_usage"]) == (share > 0).mean()
+        entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+        assert float(lines[at]["train_perplexity"]) == pytest.approx(np.exp(entropy))
+
+
+def test_statistics_change_no_number(shards):
+    plain, counted = task(shards, {}), task(shards, {"statistics": True})
+    for one, other in zip(train(plain, 4), train(counted, 4), strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert not [name for name in one if name.startswith("train_")]
+    assert not [entry for entry in plain.entries() if entry.group == "codebook"]
+    assert len([entry for entry in counted.entries() if entry.group == "codebook"]) == 3
+
+
+# --- revival ---
+
+
+def test_codes_that_no_step_used_move_to_latents_of_the_batch(shards):
+    one = task(shards, {"statistics": True, "revive_after_steps": 3}, model={"codebook_init": "first_batch"})
+    train(one, 3)
+    weight = one.model.quantize.embedding.weight
+    state = one.generator.optimizer.state[weight]
+    with torch.no_grad():  # eight codes on the far side of the sphere
+        far = -F.normalize(one._global_rows(batch(0).images).mean(0), dim=0)
+        weight[:8] = F.normalize(far + 0.01 * torch.randn(8, 4), dim=-1)
+        for moment in MOMENTS:
+            state[moment][:8] = 0.0
+    used: set[int] = set()
+    count = one.codebook.count
+    one.codebook.count = lambda codes: (used.update(codes.flatten().tolist()), count(codes))  # type: ignore[assignment]
+    for step in (3, 4):
+        one.step(batch(step), 4 * step)
+    added, mine = one.codebook.since_line.sum(), one.codebook.mine.sum()
+    assert (int(added), int(mine)) == (0, 2 * 4 * 64), "nothing is added up over the ranks where nobody looks"
+    kept = weight.detach().clone()
+    state["exp_avg"][:8] = 1.0
+    line = one.step(batch(5), 20)
+    dead = sorted(set(range(CODES)) - used)
+    assert set(range(8)) <= set(dead) < set(range(CODES))
+    assert float(line["revived"]) == len(dead)
+    rows = one._global_rows(batch(5).images)
+    assert torch.cdist(weight[dead].detach(), rows).min(1).values.max() < 1e-5
+    assert torch.cdist(kept[:8], rows).min(1).values.min() > 0.1, "where they were, nothing is near"
+    assert all(not state[moment][dead].any() and state[moment].any() for moment in MOMENTS)
+    assert len(torch.unique(weight[dead], dim=0)) == len(dead)
+
+
+def test_revival_chooses_by_seed_step_and_position(shards):
+    def moved(seed: int, step: int) -> Tensor:
+        config = settings(shards, {"revive_after_steps": 1}, train={"seed": seed})
+        quantizer = VectorQuantizer(CODES, 4, True)
+        rows = F.normalize(torch.randn(100, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
+        assert CodebookHealth(config, Topology(), quantizer, print).revive(step, lambda: rows) is not None
+        return quantizer.embedding.weight.detach()
+
+    assert torch.equal(moved(0, 5), moved(0, 5))
+    assert not torch.equal(moved(0, 5), moved(0, 6))
+    assert not torch.equal(moved(0, 5), moved(1, 5))
+
+
+# --- the warning ---
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [({"warn_below_usage": 0.5}, "used 25.0% of 32 codes"), ({"warn_below_perplexity": 0.5}, "as evenly as 8 would")],
+)
+def test_a_collapse_is_said_once_until_it_is_over(shards, limits, text):
+    said: list[str] = []
+    config = settings(shards, {"statistics": True, **limits})
+    health = CodebookHealth(config, Topology(), VectorQuantizer(CODES, 4, True), said.append)
+    for step, codes in enumerate((CODES, 8, 8, CODES, 8)):
+        health.count(torch.arange(codes).repeat(64 // codes * 4))
+        health.line(step)
+    assert [line.split(":")[1] for line in said] == [" step 1", " step 4"]
+    assert text in said[0]
+    health = CodebookHealth(config, Topology(), VectorQuantizer(CODES, 4, True), said.append)
+    health.count(torch.arange(8))
+    health.line(9)
+    assert len(said) == 2, "eight tokens cannot use more than eight codes"
