@@ -18,11 +18,10 @@ from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, StageSect
 from llamagen_dist.config.loader import KINDS, difference, dump, load
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import Section, shrink
+from llamagen_dist.config.tokenizer import TokenizerConfigFile, TokenizerLossSection
 from llamagen_dist.config.training import (
     GPTConfigFile,
     OptimSection,
-    TokenizerConfigFile,
-    TokenizerLossSection,
     TrainingConfig,
     TrainSection,
     rungs,

@@ -15,7 +15,8 @@ from llamagen_dist.config.evaluate import (
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
 from llamagen_dist.config.section import Section, build, nearest
-from llamagen_dist.config.training import GPTConfigFile, TokenizerConfigFile
+from llamagen_dist.config.tokenizer import TokenizerConfigFile
+from llamagen_dist.config.training import GPTConfigFile
 from llamagen_dist.config.yaml_text import merge, parse, read, text_of
 from llamagen_dist.errors import UserError
 

