@@ -285,7 +285,7 @@ BUDGETS = {
     "tracking": 1280,
     "planning": 1260,
     "training": 1880,
-    "sampling": 1830,
+    "sampling": 1840,
     "evaluation": 3750,
     "scaling": 3690,
     "report": 2210,
