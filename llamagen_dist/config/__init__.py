@@ -17,6 +17,7 @@ from llamagen_dist.config.evaluate import (
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, StageSection, SweepConfig
 from llamagen_dist.config.loader import KINDS, difference, dump, load
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
+from llamagen_dist.config.search import SearchConfig
 from llamagen_dist.config.section import Section, shrink
 from llamagen_dist.config.tokenizer import TokenizerConfigFile, TokenizerLossSection
 from llamagen_dist.config.training import (

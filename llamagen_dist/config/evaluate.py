@@ -22,6 +22,7 @@ Metric = Literal[
 ]
 Manifold = Literal["exact", "adm", "torch-fidelity", "dgm-eval"]
 Resize = Literal["tf1", "pytorch-fid", "clean-fid"]
+Guidance = Literal["constant", "linear", "power-cosine", "step"]
 InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
 Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "duplicates", "ssim_range"]
 """What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
@@ -53,7 +54,7 @@ class DrawSection(Section):
     """Classifier-free guidance: null + scale x (conditional - null); 1 switches it off."""
     cfg_interval: Annotated[int, Field(ge=-1)] = -1
     """-1 guides every token; k >= 0 the first k + 2, as LlamaGen counts. Of ``guidance: constant`` only."""
-    guidance: Literal["constant", "linear", "power-cosine", "step"] = "constant"
+    guidance: Guidance = "constant"
     """How guidance changes along the image, up to ``cfg_scale``: ``linear`` and ``power-cosine`` begin without any,
     ``step`` begins after a share of the tokens."""
     guidance_power: PositiveFloat = 2.75

@@ -14,6 +14,7 @@ from llamagen_dist.config.evaluate import (
 )
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
+from llamagen_dist.config.search import SearchConfig
 from llamagen_dist.config.section import Section, build, nearest
 from llamagen_dist.config.tokenizer import TokenizerConfigFile
 from llamagen_dist.config.training import GPTConfigFile
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "neighbours": NeighboursConfig,
     "reference": ReferenceConfig,
+    "search": SearchConfig,
     "cluster": ClusterConfig,
     "sweep": SweepConfig,
     "pack": PackConfig,

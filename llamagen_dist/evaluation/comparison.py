@@ -1,7 +1,8 @@
 """Which images are compared with which, which of them must be looked at, and the numbers that come out."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,23 @@ class Comparison:
         counts = {len(self.selections[side.selection]) for side, _ in self.sets.values() if side.selection is not None}
         self.n = counts.pop() if len(counts) == 1 else None
         """Images of every scored set; None where they differ."""
+
+    def redrawn(self, images: ImageSet) -> "Comparison":
+        """The same comparison of other images, as many and of the same size, where there is one set; what has been
+        computed of its reference stays known."""
+        ((name, (generated, reference)),) = self.sets.items()
+        other = copy.copy(self)
+        other.selections = [replace(self.selections[0], images=images), *self.selections[1:]]
+        other.sets = {name: (replace(generated, images=images), reference)}
+        other._known_radii = {number: radii for number, radii in self._known_radii.items() if number}
+        other._distances, other.absent = None, {metric: self.absent[metric] for metric in self._left_out}
+        return other
+
+    def reference_gaussian(self, name: str, measured: Sequence[SetFeatures], topology: Topology) -> Gaussian | None:
+        """What the FID of a set is a distance to; None where that is not known."""
+        reference = self.sets[name][1]
+        theirs = None if reference.selection is None else measured[reference.selection]
+        return self._gaussian(reference, "fid", theirs, topology)
 
     @property
     def needs_features(self) -> bool:

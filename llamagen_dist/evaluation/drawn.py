@@ -7,10 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llamagen_dist.config import EvaluateConfig
 from llamagen_dist.evaluation.image_sets import ImageSet, scaled_down
 from llamagen_dist.files import as_json
-from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.numbered import NumberedPictures
 from llamagen_dist.tracking.provenance import versions
 
@@ -35,13 +33,8 @@ class DrawnPictures:
         return pixels
 
 
-def drawn_images(config: EvaluateConfig, topology: Topology) -> ImageSet:
-    """The set of ``config.sample`` (collective). Raises UserError where the GPT and its tokenizer cannot be loaded."""
-    section = config.sample
-    assert section is not None
-    count = section.images or config.limit
-    assert count is not None
-    numbered = NumberedPictures(section, topology)
+def drawn_images(numbered: NumberedPictures, count: int, resize_to: int | None = None) -> ImageSet:
+    """The first ``count`` pictures, by the path of their GPT; ``resize_to`` as ``open_images`` takes it."""
     record = {
         "program": "eval.sample",
         "set": "model",
@@ -51,7 +44,7 @@ def drawn_images(config: EvaluateConfig, topology: Topology) -> ImageSet:
     }
     side = numbered.gpt.image_size
     images = ImageSet(
-        section.checkpoint,
+        numbered.config.checkpoint,
         count,
         side,
         side,
@@ -61,6 +54,6 @@ def drawn_images(config: EvaluateConfig, topology: Topology) -> ImageSet:
         statistics={},
         stored_size=(side, side),
         drawn=record,
-        together=section.batch,
+        together=numbered.config.batch,
     )
-    return scaled_down(images, config.resize_to)
+    return scaled_down(images, resize_to)

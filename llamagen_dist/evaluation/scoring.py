@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, inception, inception_weights, passport, record
 from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.drawn import drawn_images
-from llamagen_dist.evaluation.features import Extraction
+from llamagen_dist.evaluation.features import Extraction, SetFeatures
 from llamagen_dist.evaluation.image_sets import ImageSet, balanced, open_images
+from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.files import write_bytes
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.sampling.numbered import NumberedPictures
 from llamagen_dist.tracking.provenance import versions
 
 
@@ -36,7 +38,10 @@ def evaluate(
     began = time.monotonic()
     known = dict(opened or {})
     if config.sample is not None:
-        known[config.sample.checkpoint] = drawn_images(config, topology)
+        count = config.sample.images or config.limit
+        assert count is not None
+        numbered = NumberedPictures(config.sample, topology)
+        known[config.sample.checkpoint] = drawn_images(numbered, count, config.resize_to)
     comparison = Comparison(config, known)
     if comparison.limit != config.limit:
         topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
@@ -64,6 +69,29 @@ def evaluate(
     with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
         measured = extraction.run(progress.advance if progress else lambda count, text: None)
     found += comparison.mistakes_of_features(measured)
+    result = scored(comparison, measured, found, topology, described, judge, as_shipped)
+    result["record"] |= {
+        "device": str(topology.device.type),
+        "ranks": topology.world,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return result
+
+
+def scored(
+    comparison: Comparison,
+    measured: Sequence[SetFeatures],
+    found: Sequence[Found],
+    topology: Topology,
+    extractor: dict[str, object] | None,
+    judge: "Judge | None" = None,
+    as_shipped: EvaluateConfig | None = None,
+) -> dict[str, Any]:
+    """What ``evaluate`` gives, save what the record says of the process (collective).
+
+    measured: features of ``comparison.selections``. found: mistakes. extractor: its record.
+    """
+    config = comparison.config
     result: dict[str, Any] = {"n": comparison.n, "sets": {}}
     described_sets = {}
     for name in comparison.sets:
@@ -75,7 +103,7 @@ def evaluate(
         "format": record.FORMAT,
         "protocol": passport.protocol(config, as_shipped),
         "bias": record.bias(comparison.n, inception.POOL_FEATURES, comparison.rough(measured, topology)),
-        "metrics": comparison.protocol(described, None if judge is None else judge.record),
+        "metrics": comparison.protocol(extractor, None if judge is None else judge.record),
         "choice": {
             "limit": config.limit,
             "fewer": config.fewer,
@@ -83,13 +111,10 @@ def evaluate(
             "seed": config.seed,
             "policy": "class by class in turn, by hash",
         },
-        "extractor": described,
+        "extractor": extractor,
         "sets": described_sets,
         "mistakes": [one.record() for one in found],
         "batch": config.batch,
-        "device": str(topology.device.type),
-        "ranks": topology.world,
-        "seconds": round(time.monotonic() - began, 1),
         "versions": versions("torch", "numpy"),
     }
     result["absent"] = comparison.absent

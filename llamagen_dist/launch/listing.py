@@ -10,6 +10,7 @@ from llamagen_dist.config import (
     GPTConfigFile,
     ReconstructConfig,
     SampleConfig,
+    SearchConfig,
     TokenizerConfigFile,
     rungs,
 )
@@ -61,6 +62,11 @@ def size(stage: Node) -> str:
     if isinstance(config, EvaluateConfig):
         sets = {path for pair in config.pairs().values() for path in (pair.images, pair.reference)}
         return f"{len(sets)} sets of {'all' if config.limit is None else f'{config.limit:,}'} images"
+    if isinstance(config, SearchConfig):
+        from llamagen_dist.evaluation.search import grid  # loads scipy
+
+        more = f" and up to {config.finer} finer" if config.finer else ""
+        return f"{len(grid(config))} points{more}, {config.images * len(config.noises):,} pictures each"
     if stage.arguments[:1] == ("pack",):
         images = _pictures(stage.arguments[1])
     crops = ""

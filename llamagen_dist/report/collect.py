@@ -171,11 +171,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Found:
-    """kind: ``pipeline``, ``sweep``, ``run``, ``evaluation``, ``pictures`` or ``scaling``.
+    """kind: ``pipeline``, ``sweep``, ``run``, ``evaluation``, ``search``, ``pictures`` or ``scaling``.
 
     groups: the runs by the folder that they stand in (empty: the folder itself), those of a group from small to large.
     missing: points of a sweep that were never started, where something says what was planned.
     evaluations: results of eval.evaluate by file name.
+    search: what eval.search found.
     scaling, left_out: what llamagen scaling fit wrote, left_out of a fit that another one to all runs followed;
         isoflop, advice: what llamagen scaling isoflop and advise wrote. Empty where there is none.
     """
@@ -192,6 +193,7 @@ class Found:
     """Image shards that the reconstructions are of."""
     vocab_size: int | None = None
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
     scaling: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, Any] = field(default_factory=dict)
     isoflop: Mapping[str, Any] = field(default_factory=dict)
@@ -234,19 +236,21 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         content = read_json(path)
         if "sets" in content:
             return Found(path, "evaluation", evaluations={path.name: content})
+        if {"curves", "best", "metric"} <= content.keys():
+            return Found(path, "search", search=content)
         for name, keys in _STUDIES.items():
             if all(any(key in content for key in names) for names in keys):
                 study: dict[str, Any] = {name: content}
                 return Found(path, "scaling", **study)
         raise UserError(
-            f"{path}: neither a result of eval.evaluate (sets) nor of llamagen scaling fit (form, params), isoflop "
-            "(budgets, exponents) or advise (configs, optimum)"
+            f"{path}: neither a result of eval.evaluate (sets) or eval.search (best) nor of llamagen scaling fit "
+            "(form, params), isoflop (budgets, exponents) or advise (configs, optimum)"
         )
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a sweep, a pipeline's --out or an evaluation")
     config = _yaml(path / "config.yaml")
     groups = {"": (read_run(path),)} if (path / "metrics.jsonl").exists() else _groups(path)
-    evaluations, pictures = _evaluations(path), _pictures(path)
+    evaluations, pictures, search = _evaluations(path), _pictures(path), _object(path / "search.json")
     # of a study in configs/pipeline/scaling.yaml's names
     law, left_out, isoflop, advice = (
         _object(path / f"{name}.json") for name in ("scaling", "held-out", "isoflop", "advice")
@@ -258,12 +262,13 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
     elif groups or config.get("kind") == "sweep":
         kind = "sweep"
     else:
-        kind = "evaluation" if evaluations else "pictures" if any(pictures) else ""
+        kind = "evaluation" if evaluations else "search" if search else "pictures" if any(pictures) else ""
         kind = kind or ("scaling" if any((law, left_out, isoflop, advice)) else "")
     if not kind:
         raise UserError(
             f"{path}: nothing to report on: no run (metrics.jsonl or config.yaml), no folders of runs, no pipeline "
-            "(stages/), no evaluation (JSON with sets), no samples (model.npz) and no scaling.json in it"
+            "(stages/), no evaluation (JSON with sets), no search.json, no samples (model.npz) and no scaling.json in "
+            "it"
         )
     return Found(
         path,
@@ -275,6 +280,7 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         *pictures,
         vocab_size=(json_if_there(path / "tokens/train/manifest.json") or {}).get("vocab_size"),
         evaluations=evaluations,
+        search=search,
         scaling=law or left_out,  # until the fit to all runs has followed
         left_out=left_out,
         isoflop=isoflop,
@@ -340,11 +346,20 @@ def read_run(folder: Path) -> Run:
         settings=settings,
         config=config,
         note=note,
-        evaluation=_object(folder / "evaluation.json"),
+        evaluation=_object(folder / "evaluation.json") or _best_of(_object(folder / "out/search.json")),
         scored=evaluations.lines(folder),
         finished=any((folder / name).exists() for name in ends),
         failed=str(failed.get("reason", "no reason is recorded")) if failed else "",
     )
+
+
+def _best_of(search: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a search's best point, as an evaluation would have them."""
+    if not search:
+        return {}
+    name = search["best"][search["metric"]]["name"]
+    (scores,) = (point["scores"] for point in search["points"] if point["name"] == name)
+    return {"n": search["n"], "sets": {"best": {metric: values["mean"] for metric, values in scores.items()}}}
 
 
 def _object(path: Path) -> dict[str, Any]:

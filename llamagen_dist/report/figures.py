@@ -81,7 +81,7 @@ def thin(x: Floats, y: Floats, log: bool = True) -> tuple[Floats, Floats]:
     return np.add.reduceat(x, edges) / sizes, np.add.reduceat(y, edges) / sizes
 
 
-def _share(number: int, of: int) -> float:
+def share(number: int, of: int) -> float:
     """The colour of a member of an ordered family."""
     return number / (of - 1) if of > 1 else 1.0
 
@@ -98,7 +98,7 @@ def _settled(curves: Sequence[Curve]) -> tuple[float, float] | None:
 def learning(runs: Sequence[Run], per_image: Mapping[str, float], counted: str) -> Figure:
     """Training and held-out losses of runs from small to large."""
     curves = [Curve.of(run, per_image[run.name]) for run in runs]
-    series = [one for n, curve in enumerate(curves) for one in curve.series(_share(n, len(curves)))]
+    series = [one for n, curve in enumerate(curves) for one in curve.series(share(n, len(curves)))]
     panel = Panel(LOSS, tuple(series), y_range=_settled(curves))
     alt = f"Loss against {counted} seen for " + ", ".join(run.name for run in runs)
     of = ", of the moving average of the weights" if any(run.averaged for run in runs) else ""
@@ -114,7 +114,7 @@ def held_out(best_first: Sequence[Run], per_image: Mapping[str, float], x: str, 
         curves = [replace(curve, marks_x=curve.x, marks_y=curve.smooth) for curve in curves]
     series = []
     for number, curve in reversed(list(enumerate(curves))):
-        colour = 1 - _share(number, len(curves)) if len(curves) > 1 else 1.0
+        colour = 1 - share(number, len(curves)) if len(curves) > 1 else 1.0
         label = curve.name if len(curves) <= 8 or number < 3 else ""
         points = thin(curve.marks_x, curve.marks_y)
         series.append(Series(curve.name, *points, "dotted line" if len(points[0]) < 40 else "line", colour, label))
@@ -130,7 +130,7 @@ def against_size(lines: Mapping[float, list[tuple[int, float]]], counted: str, c
     for number, (budget, points) in enumerate(sorted(lines.items())):
         x, y = np.array(sorted(points), float).T
         name = f"{q.count(budget)} {counted}"
-        series.append(Series(name, x, y, "dotted line", _share(number, len(lines)), name))
+        series.append(Series(name, x, y, "dotted line", share(number, len(lines)), name))
     why = ": the learning rate is constant, so every validation point is the end of a shorter run" if constant else ""
     alt = f"Validation loss against parameters, one line for each of {len(lines)} training budgets"
     panel = Panel("validation loss (nats per token)", tuple(series))
@@ -195,7 +195,7 @@ def law(points: Sequence[Mapping[str, Any]], curves: Sequence[Mapping[str, Any]]
     """Fitted loss over N, one line per token budget; full dots were fitted, rings were not."""
     series = []
     for number, curve in enumerate(curves):
-        colour, name = _share(number, len(curves)), f"{q.count(curve['tokens'])} tokens"
+        colour, name = share(number, len(curves)), f"{q.count(curve['tokens'])} tokens"
         series.append(Series(name, np.array(curve["params_fit"]), np.array(curve["loss"]), "thin", colour, name))
         for left_out, style, what in ((False, "dots", "measured"), (True, "rings", "left out")):
             here = [p for p in points if p["tokens"] == curve["tokens"] and p["held_out"] == left_out]
@@ -271,7 +271,7 @@ def isoflop(budgets: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, 
         one = valley(np.log([p["params_fit"] for p in spent]), np.array([p["loss"] for p in spent]))
         if not np.isclose(np.exp(one.bottom), budget["params"], rtol=1e-6):
             continue
-        colour, name = _share(number, len(budgets)), f"{q.power(budget['flops'])} FLOPs"
+        colour, name = share(number, len(budgets)), f"{q.power(budget['flops'])} FLOPs"
         x = np.linspace(one.x[0], one.x[-1], 60)
         parabola = one.floor + one.curvature * (x - one.bottom) ** 2
         series += [

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import checkpoints, figures, pictures, sweep
+from llamagen_dist.report import checkpoints, figures, pictures, search, sweep
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -19,6 +19,7 @@ _TITLES = {
     "sweep": "Sweep {}",
     "run": "Run {}",
     "evaluation": "Evaluation {}",
+    "search": "Search {}",
     "pictures": "Pictures {}",
     "scaling": "Scaling law {}",
 }
@@ -135,6 +136,10 @@ def _scores(s: Found) -> Part:
     return {"rows": rows, "records": records, "one": one, "fid": fid, "alike": []}, {"fid": bars if fid else None}
 
 
+def _search(s: Found) -> Part:
+    return (search.facts(s.search), {"curves": search.figure(s.search)}) if s.search else ({}, {})
+
+
 def _not_alike(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(which file, what differs from the first) of results whose scores are not comparable."""
     (_, first), *others = measured.items()
@@ -247,6 +252,7 @@ _SECTIONS = {
     "ladder": _ladder,
     "samples": _samples,
     "scores": _scores,
+    "search": _search,
     "scaling": _scaling,
     "isoflop": _isoflop,
     "advice": None,

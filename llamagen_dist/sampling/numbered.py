@@ -4,6 +4,7 @@ Picture i has class (or caption) i modulo their number and noise of its own. It 
 ``batch`` of a batch that is full, so its bytes depend on nothing else: neither on how many are drawn nor on the ranks.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -43,7 +44,14 @@ class NumberedPictures:
         self.conditions = conditions(self.gpt, self.tokenizer, config.captions, config.text_encoder, topology.device)
         tensor_parallel.apply(self.gpt.model, topology).to(topology.device, DTYPES[config.precision])
         self.tokenizer.model.to(topology.device)
-        self.settings = pictures.Settings(**{one.name: getattr(config, one.name) for one in fields(pictures.Settings)})
+        self.settings = _settings(config)
+
+    def redrawn(self, **changes: Any) -> "NumberedPictures":
+        """The same GPT drawing with other settings or another seed: keys of its config and their values."""
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update=changes)
+        other.settings = _settings(other.config)
+        return other
 
     def labels(self, numbers: Tensor) -> Tensor:
         """int64 [n]: which class or caption each picture has."""
@@ -86,3 +94,7 @@ class NumberedPictures:
             "conditions": f"sample i has {self.conditions.kind} i modulo {self.conditions.count}",
             "noise": "Gumbel noise hashed from (seed, sample, token position, code)",
         }
+
+
+def _settings(config: DrawSection) -> pictures.Settings:
+    return pictures.Settings(**{one.name: getattr(config, one.name) for one in fields(pictures.Settings)})

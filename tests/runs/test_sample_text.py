@@ -13,12 +13,17 @@ import yaml
 from PIL import Image
 
 import eval.sample as program
+from eval import search
 from llamagen_dist import cli
 from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.config.section import build
 from llamagen_dist.data.manifest import CaptionEncoding, read_manifest, write_manifest
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation import inception_weights
+from llamagen_dist.evaluation.features import Extraction, Selection
+from llamagen_dist.evaluation.image_sets import open_images
+from llamagen_dist.evaluation.inception_weights import Extractor
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.parallel.entries import replicated
 from llamagen_dist.parallel.topology import Topology
@@ -30,6 +35,7 @@ from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.sampling_work import SIZES, tokenizer_run
+from tests.runs.test_search import RECORD, Quick
 from tests.runs.token_shards import VOCABULARY
 from tests.tiny_t5 import write_t5
 
@@ -190,3 +196,22 @@ def test_wrong_captions_are_refused(work, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         program.main([str(work / "sample.yaml"), f"out={tmp_path / 'out'}", *said])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_draws_from_captions(work, once, tmp_path, monkeypatch):
+    """The pixels of a point are eval.sample's; the twin has other settings."""
+    extractor = Extractor(Quick(), RECORD)
+    monkeypatch.setattr(inception_weights, "open_extractor", lambda *arguments, **options: extractor)
+    np.savez(tmp_path / "real.npz", arr_0=255 - pictures(once))
+    given = yaml.safe_load((work / "sample.yaml").read_text())
+    grid = {"cfg_scale": [2, 3]}
+    given |= {"kind": "search", "grid": grid, "finer": 0, "reference": str(tmp_path / "real.npz"), "bootstrap": 2}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(given))
+    search.main([str(tmp_path / "search.yaml"), f"out={tmp_path / 'out'}"])
+    results = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "points").iterdir())]
+    found = [result["record"]["sets"]["generated"]["images"]["sha256"] for result in results]
+    np.savez(tmp_path / "drawn.npz", arr_0=pictures(once))
+    images = open_images(tmp_path / "drawn.npz")
+    every = np.arange(COUNT)
+    (expected,) = Extraction([Selection(images, every, every)], None, None, Topology(), BATCH).run()
+    assert found[0] == expected.sha256 != found[1]
