@@ -112,7 +112,9 @@ class Reconstruction:
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
         if (missing := self.output.missing()) is not None:
-            self.output.make(missing, "reconstructions", self._arrays)
+            self.output.make(
+                missing, "reconstructions", lambda chunks: ((chunk, self._arrays(chunk)) for chunk in chunks)
+            )
             averages = self.topology.broadcast_from_rank0(self._finish)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in averages.items())
             self.topology.log0(f"{self.config.out}: {self.count:,} images, {shown}")

@@ -10,6 +10,8 @@ position of the same batch shape, so the files' bytes do not depend on the numbe
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from llamagen_dist.config import SampleConfig, load
 from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import write_text
+from llamagen_dist.files import json_if_there, write_text
 from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling import pictures
@@ -28,6 +30,7 @@ from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.grid import class_grid, save, shown_classes
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT
 from llamagen_dist.sampling.numbered import NumberedPictures
+from llamagen_dist.sampling.stages import Stages
 from llamagen_dist.tracking.provenance import versions
 
 PER_CLASS = 10
@@ -48,8 +51,20 @@ def main(argv: list[str]) -> None:
     topology = start(config.tensor, threads=config.threads)
     full_fp32()  # pictures are decoded as tokens were encoded
     numbered = NumberedPictures(config, topology)
+    if config.batch == "auto":
+        batch = topology.broadcast_from_rank0(lambda: begun(config.out))
+        numbered.together = batch or numbered.fitting_batch(config.images, topology)
     tokens = training_tokens(config, numbered.gpt, numbered.tokenizer) if "unigram" in config.sets else None
     Sampling(config, topology, numbered, tokens).run()
+
+
+def begun(out: Path) -> int | None:
+    """The batch of the pictures that a folder holds already, finished or not; None: it holds none."""
+    for file in (out / "record.json", out / ".parts" / "job.json"):
+        batch = (json_if_there(file) or {}).get("batch")
+        if isinstance(batch, int) and batch > 0:
+            return batch
+    return None
 
 
 def training_tokens(config: SampleConfig, gpt: TrainedGPT, tokenizer: Tokenizer) -> Shards:
@@ -78,7 +93,9 @@ class Sampling:
         results = [*(f"{name}.npz" for name in config.sets), "grid.png"]
         if numbered.conditions.kind == "caption":
             results.append("captions.json")
-        self.output = ChunkFolder(config.out, made_from, results, topology, config.sets, config.images, config.batch)
+        self.output = ChunkFolder(
+            config.out, made_from, results, topology, config.sets, config.images, numbered.together
+        )
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
@@ -87,9 +104,10 @@ class Sampling:
             return
         if self.tokens is not None and any(chunk.set == "unigram" for chunk in missing):
             self.histogram = self._count(self.tokens)
-        self.output.make(missing, "samples", lambda chunk: {"images": self._images(chunk)})
-        seconds = time.monotonic() - began
-        self.topology.broadcast_from_rank0(lambda: self._finish(seconds))
+        stages = Stages(self._codes, partial(pictures.decoded, self.numbered.tokenizer.model), self.topology.device)
+        self.output.make(missing, "samples", stages.run)
+        seconds, rates = time.monotonic() - began, self._rates(stages)
+        self.topology.broadcast_from_rank0(lambda: self._finish(seconds, rates))
         self.topology.log0(f"{self.config.out}: {self.config.images:,} pictures each of {', '.join(self.config.sets)}")
 
     def _count(self, tokens: Shards) -> Tensor:
@@ -97,23 +115,28 @@ class Sampling:
         counts = pictures.code_counts(TokenReader(tokens), shards)
         return self.topology.sum(counts.to(self.topology.device)).cpu()
 
-    def _images(self, chunk: Chunk) -> NDArray[np.uint8]:
-        """uint8 [n, S, S, 3]. Always a whole batch is computed; the last chunk is then cut."""
-        numbers = torch.arange(chunk.samples.start, chunk.samples.start + self.config.batch)
+    def _rates(self, stages: Stages) -> dict[str, float] | None:
+        """images/s of the GPT and of the tokenizer's decoder, all ranks together (collective); None: none were made."""
+        mine = stages.spent.get("model") if self.topology.tp_rank == 0 else None
+        spent = [one for one in self.topology.gather(mine) if one is not None]
+        if not spent:
+            return None
+        rates = {stage: sum(one.images / getattr(one, stage) for one in spent) for stage in ("sampling", "decoding")}
+        self.topology.log0(", ".join(f"{stage} {rate:.4g} images/s" for stage, rate in rates.items()))
+        return {stage: round(rate, 3) for stage, rate in rates.items()}
+
+    def _codes(self, chunk: Chunk) -> Tensor:
+        """(batch, N) int64: always a whole batch, also where the last chunk has fewer samples."""
+        numbers = torch.arange(chunk.samples.start, chunk.samples.start + self.numbered.together)
         if chunk.set == "model":
-            return self.numbered.batch(numbers)[: len(chunk.samples)]
+            return self.numbered.tokens(numbers)
         seeds, gpt = self.numbered.seeds(numbers), self.numbered.gpt.config
         if chunk.set == "untrained":
-            tokens = pictures.untrained_tokens(gpt.vocab_size, gpt.image_tokens, seeds)
-        else:
-            assert self.histogram is not None
-            tokens = pictures.unigram_tokens(self.histogram, gpt.image_tokens, seeds)
-        return self._decoded(tokens)[: len(chunk.samples)]
+            return pictures.untrained_tokens(gpt.vocab_size, gpt.image_tokens, seeds)
+        assert self.histogram is not None
+        return pictures.unigram_tokens(self.histogram, gpt.image_tokens, seeds)
 
-    def _decoded(self, tokens: Tensor) -> NDArray[np.uint8]:
-        return pictures.decode_tokens(self.numbered.tokenizer.model, tokens)
-
-    def _finish(self, seconds: float) -> None:
+    def _finish(self, seconds: float, rates: dict[str, float] | None) -> None:
         """The .npz files, the grid of the first set, the captions, the record. Rank 0 only."""
         labels = self.numbered.labels(torch.arange(self.config.images)).numpy()
         conditions = self.numbered.conditions
@@ -139,6 +162,7 @@ class Sampling:
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,
                 "seconds_of_the_last_start": round(seconds, 2),
+                **({"images_per_s_of_the_last_start": rates} if rates else {}),
                 "versions": versions("torch", "numpy"),
             }
         )
@@ -146,7 +170,8 @@ class Sampling:
     def _originals(self, numbers: list[int]) -> NDArray[np.uint8] | None:
         """The images that held-out captions belong to, as the tokenizer shows them."""
         tokens = self.numbered.conditions.originals(numbers)
-        return None if tokens is None else self._decoded(torch.from_numpy(tokens))
+        vq = self.numbered.tokenizer.model
+        return None if tokens is None else pictures.decode_tokens(vq, torch.from_numpy(tokens))
 
     def _blocks(
         self, name: str, wanted: NDArray[np.bool_], kept: list[NDArray[np.uint8]]

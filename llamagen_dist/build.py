@@ -60,14 +60,19 @@ def fresh_weights(config: GPTConfig, seed: int) -> "Callable[[str, tuple[int, ..
 
 
 def compile_blocks(model: "GPT", device: "torch.device") -> None:
-    """``model.compile_blocks()``; UserError where the first step would fail for want of a C++ compiler."""
+    """``model.compile_blocks()``. Raises UserError, see ``check_compiler``."""
+    check_compiler(device, "compute.compile")
+    model.compile_blocks()
+
+
+def check_compiler(device: "torch.device", key: str) -> None:
+    """Raises UserError where torch.compile would fail at the first step for want of a C++ compiler. key: that asks."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(
-            f"compute.compile: on a CPU torch.compile needs a C++ compiler and {compiler} is not found; "
-            "install g++, name another in the environment variable CXX, or set compute.compile=false"
+            f"{key}: on a CPU torch.compile needs a C++ compiler and {compiler} is not found; "
+            f"install g++, name another in the environment variable CXX, or set {key}=false"
         )
-    model.compile_blocks()
 
 
 def build_vq(section: TokenizerModelSection) -> "VQModel":

@@ -81,6 +81,19 @@ def peak_rss_gb(children: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def memory_gb() -> float:
+    """Memory that is free for new processes, in GB; 0 where that is unknown (no Linux).
+
+    A job's control group may allow less than the machine has, and SLURM kills what exceeds it.
+    """
+    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return round(free / 1e9, 3)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:

@@ -29,7 +29,7 @@ VARIED = ("cfg", "temperature", "top-k", "top-p")  # by --grid-over
 SETTINGS = {name.replace("-", "_"): name.replace("-", "_") for name in (*LIMITS, "guidance")} | {"cfg": "cfg_scale"}
 """What was given -> the field of ``pictures.Settings``, whose defaults are the options'."""
 OF_SCHEDULE = {"cfg_interval": "constant", "guidance_power": "power-cosine", "guidance_start": "step"}
-DECISIVE = (*SETTINGS, "per_class", "seed", "weights", "seeds", "film", "grid_over")
+DECISIVE = (*SETTINGS, "per_class", "seed", "weights", "quantize", "seeds", "film", "grid_over")
 """Options that decide what is drawn: ``--again`` takes that from the picture. None where they were not given."""
 MOST_SEED = (1 << 31) - 1
 MOST_PICTURES = 1 << 16  # in a row
@@ -90,6 +90,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     options.add_weights(weights)
     weights.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
+    parser.add_argument("--quantize", choices=("int8",), help="round linear layers to 8 bits (default: fp32)")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--seed", type=int, metavar="N", help="of all pictures (default: 0)")
     noise.add_argument("--seeds", metavar="0-7|1,5,9", help="one for each picture of a row, instead of --per-class")
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     given = [name.replace("_", "-") for name in DECISIVE if getattr(args, name) is not None]
     if given and args.again is not None:
         raise UserError(f"--{given[0]}: --again takes that from {args.again}; leave it out")
-    if args.interactive and (set_there := [name for name in given if name != "weights"]):
+    if args.interactive and (set_there := [name for name in given if name not in ("weights", "quantize")]):
         raise UserError(f"--{set_there[0]}: is set on the page; leave it out")
     if args.port is not None and not args.interactive:
         raise UserError("--port: belongs to --interactive; leave it out")
@@ -145,7 +146,9 @@ def draw_on_a_page(args: argparse.Namespace) -> None:
     demo.gradio()  # what is missing is said before anything is loaded
     demo.check_port(port)
     weights = options.which_weights(args)
-    opened = drawing.open_source(args.checkpoint, weights, args.tokenizer, None, args.text_encoder, either=True)
+    opened = drawing.open_source(
+        args.checkpoint, weights, args.tokenizer, None, args.text_encoder, either=True, quantized=args.quantize
+    )
     demo.run(opened, weights, args.text_encoder, port)
 
 
@@ -204,7 +207,9 @@ def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictu
     for path in filter(None, (args.out, args.film)):
         grid.picture_format(path)
     weights = options.which_weights(args)
-    source = drawing.open_source(args.checkpoint, weights, args.tokenizer, args.captions, args.text_encoder)
+    source = drawing.open_source(
+        args.checkpoint, weights, args.tokenizer, args.captions, args.text_encoder, quantized=args.quantize
+    )
     rows = list(chosen_rows(args, source))
     if axes and len(rows) != 1:
         raise UserError(f"--grid-over: shows one class or caption, and {len(rows)} are given")

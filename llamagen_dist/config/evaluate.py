@@ -1,10 +1,10 @@
 """The kinds that make pictures and score them: sample, reconstruct and evaluate."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, WrapValidator
 
 from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, PositiveInt, Section, Threads
@@ -26,6 +26,13 @@ Guidance = Literal["constant", "linear", "power-cosine", "step"]
 InceptionScoreSplits = Literal["whole", "torch-fidelity", "adm"]
 Mistake = Literal["wrong_reference", "uncropped_originals", "class_order", "duplicates", "ssim_range"]
 """What makes numbers that nobody can reproduce; see evaluation/mistakes.py."""
+
+
+def _number_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:  # which would be a sentence for each of the two
+        raise ValueError("give a whole number above 0, or auto") from None
 
 
 class DrawSection(Section):
@@ -77,12 +84,20 @@ class DrawSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the GPT computes in. Logits, guidance and the draw are in fp32 or better in any case, and so is the
     tokenizer."""
+    quantize: Literal["int8"] | None = None
+    """``int8``: the GPT's linear layers in eight bits with a scale for each output channel, a quarter of fp32's memory.
+    Some codes change: ``tests/bench/int8.py`` measures how many. Empty: ``precision`` alone."""
+    compile: bool = False
+    """torch.compile the decoding step (needs a C++ compiler on CPU), on a GPU with CUDA graphs. Last digits may change,
+    as with another ``batch``."""
     tensor: PositiveInt = 1
     """Ranks that share one copy of the GPT, for one that is too large for a GPU (Megatron-core tensor parallelism)."""
 
     def rules(self) -> Iterator[str]:
         if self.cfg_interval >= 0 and self.guidance != "constant":
             yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {self.guidance}"
+        if self.compile and self.tensor > 1:
+            yield "compile: ranks that share a GPT (tensor) communicate within a step; set compile=false or tensor=1"
         if self.tokenizer_model is not None:
             yield from self.tokenizer_model.cannot_cut(self.image_size)
 
@@ -93,6 +108,10 @@ class SampleConfig(DrawSection):
     kind: Literal["sample"]
     out: Path
     """Folder for NAME.npz of every set, grid.png and record.json."""
+    batch: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto)] = 64  # type: ignore[assignment]
+    """Pictures per forward pass and rank. The last digits of a picture may depend on it; they do not depend on the
+    number of ranks. ``auto``: as many as there is memory for, up to 1024 on a GPU and 64 on a CPU; the record says how
+    many, and a resume continues with that number."""
     images: Pictures = 50000
     """Pictures in every set."""
     sets: Annotated[tuple[SampleSet, ...], Field(min_length=1)] = ("model",)

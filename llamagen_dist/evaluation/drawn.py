@@ -22,7 +22,7 @@ class DrawnPictures:
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, S, S, 3]."""
-        side, batch = self.numbered.gpt.image_size, self.numbered.config.batch
+        side, batch = self.numbered.gpt.image_size, self.numbered.together
         pixels = np.empty((len(indices), side, side, 3), np.uint8)
         firsts = indices // batch * batch
         for first in np.unique(firsts).tolist():
@@ -54,6 +54,6 @@ def drawn_images(numbered: NumberedPictures, count: int, resize_to: int | None =
         statistics={},
         stored_size=(side, side),
         drawn=record,
-        together=numbered.config.batch,
+        together=numbered.together,
     )
     return scaled_down(images, resize_to)

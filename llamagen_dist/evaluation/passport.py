@@ -22,6 +22,7 @@ EXTRACTOR = ("network", "weights_sha256", "arithmetic", "resize")
 """What of an extractor decides the features."""
 _OF_THE_PROCESS = (  # what a record.json says that decides no picture, or that is a path
     *("checkpoint", "tokenizer", "sets", "meaning", "device", "ranks", "seconds_of_the_last_start", "image_shards"),
+    "images_per_s_of_the_last_start",
     *("definitions", "region", "n"),
 )
 _PUBLISHED = {256: ("VIRTUAL_imagenet256_labeled.npz", 10000), 512: ("VIRTUAL_imagenet512.npz", 1000)}

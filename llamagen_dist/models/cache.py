@@ -36,19 +36,21 @@ class LayerCache:
     """One layer's keys and values, (B, heads, capacity, head_dim), of which the first ``filled`` positions are set.
 
     The memory is allocated once, at the first ``extend``, in the type that the layer computes in; the number of heads
-    is read off there too (a tensor-parallel rank has its own share of them).
+    is read off there too (a tensor-parallel rank has its own share of them). An earlier cache's is taken if it fits.
 
     capacity: positions in all.
     slots: (B, S) int64, where each sample's next S positions are written, all below ``filled``; None: behind what is
         filled, for all samples alike.
     share: (B, T) fp32 or None; with it the first T positions, which come in one ``extend``, are kept as one: their
         mean weighted by ``share``.
+    memory: of an earlier cache.
     """
 
-    def __init__(self, capacity: int, share: Tensor | None = None) -> None:
+    def __init__(self, capacity: int, share: Tensor | None = None, memory: tuple[Tensor, Tensor] | None = None) -> None:
         self.capacity, self.filled = capacity, 0
         self.slots: Tensor | None = None
         self._share = share
+        self.memory = memory
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -72,12 +74,18 @@ class LayerCache:
             raise ValueError(f"position {end} of a cache for {self.capacity}")
         if self._keys is None or self._values is None:
             shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            # zeros, since a hidden slot weighs 0 in a window's attention, and 0 x NaN would be NaN
-            self._keys, self._values = keys.new_zeros(shape), values.new_zeros(shape)
+            if self.memory is None or (self.memory[0].shape, self.memory[0].dtype) != (shape, keys.dtype):
+                # zeros, since a hidden slot weighs 0 in a window's attention, and 0 x NaN would be NaN
+                self.memory = keys.new_zeros(shape), values.new_zeros(shape)
+            self._keys, self._values = self.memory
         self._keys[:, :, self.filled : end] = keys
         self._values[:, :, self.filled : end] = values
         self.filled = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Keys and values of all slots, once there are any."""
+        return () if self._keys is None or self._values is None else (self._keys, self._values)
 
     def keep(self, rows: int) -> None:
         """Forget all but the first ``rows`` samples."""
@@ -92,9 +100,18 @@ class Cache:
     tokens: image positions to come.
     present: (B, T) bool, which prefix positions hold a caption token; None: all.
     fold: keep the prefix as one slot (see the module's text).
+    earlier: a cache that is not needed any more, whose memory is taken where it fits.
     """
 
-    def __init__(self, layers: int, prefix: int, tokens: int, present: Tensor | None = None, fold: bool = False):
+    def __init__(
+        self,
+        layers: int,
+        prefix: int,
+        tokens: int,
+        present: Tensor | None = None,
+        fold: bool = False,
+        earlier: "Cache | None" = None,
+    ) -> None:
         self._hidden: Tensor | None = None  # what the prefix slots add to a logit: (B, slots) fp32 or bool
         share = None
         if present is not None:
@@ -103,7 +120,9 @@ class Cache:
             self._hidden = count.log() if fold else present
             share = present / count if fold else None
         self._folded = prefix - 1 if share is not None else 0
-        self.layers = [LayerCache(prefix - self._folded + tokens, share) for _ in range(layers)]
+        self.layers: list[LayerCache]
+        memories = [None] * layers if earlier is None else [layer.memory for layer in earlier.layers]
+        self.layers = [LayerCache(prefix - self._folded + tokens, share, memory) for memory in memories]
 
     @property
     def position(self) -> int:

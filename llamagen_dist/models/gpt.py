@@ -381,10 +381,11 @@ class GPT(nn.Module):
             return null.to(features.dtype).expand_as(features), present
         return torch.full_like(condition, self.config.num_classes)
 
-    def prefill(self, condition: Condition, spare: int = 0) -> tuple[Tensor, Cache]:
+    def prefill(self, condition: Condition, spare: int = 0, earlier: Cache | None = None) -> tuple[Tensor, Cache]:
         """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout.
 
         spare: positions that the cache holds behind the image's.
+        earlier: the cache of a batch that has ended, whose memory this one takes where it has the same shape.
         """
         x, present = self._prefix(condition)
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
@@ -393,7 +394,7 @@ class GPT(nn.Module):
             order = sequence_order(present, 0)
             x, table, present = rows_of(x, order), table[order], present.gather(1, order)
             last = present.sum(dim=1, keepdim=True) - 1
-        cache = Cache(len(self.layers), x.shape[1], self.config.image_tokens - 1 + spare, present, fold)
+        cache = Cache(len(self.layers), x.shape[1], self.config.image_tokens - 1 + spare, present, fold, earlier)
         return self._advance(x, table, last, None, cache)[:, 0], cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -406,19 +407,22 @@ class GPT(nn.Module):
         table = self.rotary[cache.position : cache.position + 1]
         return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)[:, 0]
 
-    def decode_window(self, tokens: Tensor, first: Tensor, end: int, cache: Cache) -> Tensor:
+    def decode_window(
+        self, tokens: Tensor, first: Tensor, end: int, cache: Cache, advance: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """Logits (B, W, V) of the tokens behind each of W, the last of which may be guesses.
 
         tokens: (B, W) int64; their keys and values enter the cache, over those of an earlier window.
         first: (B,) int64, the number of tokens[:, 0] in its image.
         end: the largest ``first`` + W.
         cache: of ``prefill`` with ``spare`` = W or more; no ``decode`` may follow.
+        advance: the layers, compiled; None: as they are.
         """
         prefix = self.config.prefix
         positions, mask = cache.window(prefix + first, tokens.shape[1], prefix + end)
         table = self.rotary[positions.clamp(max=len(self.rotary) - 1)]  # behind the image nothing is read
         every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self._advance(self.tok_embeddings(tokens), table, every, mask, cache)
+        return (advance or self._advance)(self.tok_embeddings(tokens), table, every, mask, cache)
 
     def _advance(self, x: Tensor, table: Tensor, last: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         for layer, past in zip(self.layers, cache.layers, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamagen_dist.models.cost import LOSS_CHUNK, parameters, total_parameters
-from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.models.sizes import GPTConfig, VQConfig
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET, LARGEST_SUM
 
 FP32 = 4
@@ -245,3 +245,29 @@ def validation_bytes(config: GPTConfig, layout: Layout, batch: int) -> int:
     block = length * (4 * config.ffn_dim // layout.tensor + 3 * config.dim)
     logits = config.image_tokens * (config.vocab_size // layout.tensor + config.dim)
     return max(block, logits) * layout.bytes * batch
+
+
+def drawn_picture(
+    config: GPTConfig, layout: Layout, vq: VQConfig, image_size: int, guided: bool, window: int
+) -> dict[str, int]:
+    """Bytes that one more picture in a batch of samples takes on a rank, by part, beside weights.
+
+    An estimate (tests/unit/test_batch.py: at most a few per cent above real peaks on CPU) but for the cache.
+    vq: the tokenizer that decodes, in fp32, to image_size pixels along a side.
+    guided: each picture with its null half.
+    window: tokens per pass.
+    """
+    b, t, rows = layout.bytes, layout.tensor, 2 if guided else 1
+    prefix = config.prefix if config.condition == "text" and config.prefix_rotation != "zero" else 1  # models/cache.py
+    slots = prefix + config.image_tokens - 1 + window - 1
+    # logits, their fp32 copy; guided, scaled and chosen scores; noise in int64 and float64 (sampling/draw.py)
+    step = window * config.vocab_size * (rows * (b + FP32) + 3 * FP32 + 5 * 2 * FP32)
+    first = rows * config.prefix * (b * (7 * config.dim + 3 * config.ffn_dim // t) + FP32 * config.caption_dim)
+    # a residual block holds five tensors of its own width, or three of the width that comes in, at its resolution
+    levels = enumerate(zip(vq.channel_multipliers, (*vq.channel_multipliers[1:], 1), strict=True))
+    decoder = max(vq.channels * max(5 * own, 3 * before) * (image_size >> n) ** 2 for n, (own, before) in levels)
+    return {
+        "cache": rows * config.n_layer * 2 * slots * config.kv_dim // t * b,
+        "logits and noise": max(step, first),
+        "decoder": FP32 * decoder,
+    }

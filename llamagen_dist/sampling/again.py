@@ -35,6 +35,7 @@ def draw_again(
         tokenizer or Path(wanted.tokenizer),
         wanted.captions,
         text_encoder or (Path(wanted.text_encoder) if wanted.text_encoder else None),
+        quantized=wanted.quantize,
     )
     check_source(wanted, source, str(picture))
     try:

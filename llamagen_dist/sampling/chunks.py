@@ -74,17 +74,19 @@ class ChunkFolder(OutputFolder):
         self.begin(self._results, refuse_empty=True)
         return [chunk for chunk in self._chunks if self._intact(chunk) is None]
 
-    def make(self, chunks: Sequence[Chunk], label: str, arrays_of: Callable[[Chunk], Arrays]) -> None:
+    def make(
+        self, chunks: Sequence[Chunk], label: str, made: Callable[[Sequence[Chunk]], Iterable[tuple[Chunk, Arrays]]]
+    ) -> None:
         """Compute and keep these chunks; returns when all are done (collective).
 
+        made: chunks -> each with its arrays, which are kept before the next is asked for.
         They are shared out over the data-parallel ranks: those that share a model compute the same chunks together.
         """
         topology = self._topology
         mine = chunks[topology.dp_rank :: topology.dp]
         total = sum(len(chunk.samples) for chunk in mine)
         with main_rank_progress(label, total, topology.rank, topology.world) as progress:
-            for chunk in mine:
-                arrays = arrays_of(chunk)
+            for chunk, arrays in made(mine):
                 if topology.tp_rank == 0:
                     content = io.BytesIO()
                     np.savez(content, **arrays)  # type: ignore[arg-type]

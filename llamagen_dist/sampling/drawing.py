@@ -18,7 +18,7 @@ from llamagen_dist.config.section import PositiveInt
 from llamagen_dist.console import Progress
 from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
-from llamagen_dist.sampling import grid
+from llamagen_dist.sampling import grid, int8
 from llamagen_dist.sampling.conditions import Conditions, classes, encoded_captions, encoder_of
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
 from llamagen_dist.sampling.pictures import BATCH, Settings, decode_tokens, model_tokens, sample_seeds
@@ -39,6 +39,8 @@ class Source:
     conditions: Conditions
     encoder: CaptionEncoder | None = None
     """Of captions."""
+    quantized: Literal["int8"] | None = None
+    """What the GPT's linear layers were rounded to."""
 
 
 class Drawing(Section):
@@ -64,6 +66,7 @@ class Drawing(Section):
     """Captions whose end the GPT does not see, by number, with how many tokens they have."""
     pictures: tuple[tuple[int, int], ...]
     """(seed, number) of each picture in a row; its noise also depends on the row's class or caption number."""
+    quantize: Literal["int8"] | None = None
     settings: dict[str, Any]
     """The fields of ``pictures.Settings``."""
     axes: dict[str, tuple[float, ...]] = Field(default_factory=dict)
@@ -105,6 +108,7 @@ def open_source(
     captions: Sequence[str] | None,
     text_encoder: Path | None,
     either: bool = False,
+    quantized: Literal["int8"] | None = None,
 ) -> Source:
     """Load a GPT and its tokenizer, onto the GPU where there is one, and encode the captions.
 
@@ -112,6 +116,7 @@ def open_source(
     tokenizer, text_encoder: None takes the ones that the checkpoint names.
     captions: None for a class-conditional GPT.
     either: whether a GPT may also be text-conditional without captions, which then come later.
+    quantized: round its linear layers to int8.
     Raises UserError: not there, of other kinds, or not made for each other.
     """
     torch.backends.cudnn.allow_tf32 = False  # pictures are decoded as tokens were encoded: in full fp32
@@ -127,9 +132,11 @@ def open_source(
         raise UserError(f"--class: {checkpoint} is conditioned on text; use --caption TEXT")
     encoder = None if by_class else encoder_of(gpt, text_encoder, device, "--text-encoder")
     found = classes(gpt) if encoder is None else encoded_captions(captions or [""], gpt, encoder)
+    if quantized is not None:
+        int8.quantize(gpt.model)
     gpt.model.to(device)
     named.model.to(device)
-    return Source(gpt, named, found, encoder)
+    return Source(gpt, named, found, encoder, quantized)
 
 
 def drawing(
@@ -158,6 +165,7 @@ def drawing(
         captions=None if captions is None else tuple(captions),
         cut=dict(source.conditions.cut),
         pictures=tuple(pictures),
+        quantize=source.quantized,
         settings=asdict(settings),
         axes=axes,
         batch=tuple(min(BATCH, count - start) for start in range(0, count, BATCH)),

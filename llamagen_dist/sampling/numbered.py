@@ -18,8 +18,12 @@ from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.planning.memory import Layout, drawn_picture
 from llamagen_dist.sampling import pictures
+from llamagen_dist.sampling.batch import largest_batch
+from llamagen_dist.sampling.compiled import CompiledSteps
 from llamagen_dist.sampling.conditions import conditions
+from llamagen_dist.sampling.int8 import quantize
 from llamagen_dist.sampling.load import load_gpt, load_tokenizer, open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,7 +32,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class NumberedPictures:
     """The GPT and the tokenizer of a config, loaded (collective) and on their device.
 
-    Raises UserError: not there, not of each other, or the GPT cannot be split over ``tensor`` ranks.
+    together: pictures in a batch; where the config says ``auto``, of ``fitting_batch``, before anything is drawn.
+    Raises UserError: not there, not of each other, the GPT cannot be split over ``tensor`` ranks, no compiler.
     """
 
     def __init__(self, config: DrawSection, topology: Topology) -> None:
@@ -42,8 +47,13 @@ class NumberedPictures:
         if (why := self.gpt.config.unsplittable(config.tensor)) is not None:
             raise UserError(f"tensor: {why}")
         self.conditions = conditions(self.gpt, self.tokenizer, config.captions, config.text_encoder, topology.device)
-        tensor_parallel.apply(self.gpt.model, topology).to(topology.device, DTYPES[config.precision])
+        model = tensor_parallel.apply(self.gpt.model, topology)
+        if config.quantize is not None:
+            quantize(model, topology)
+        model.to(topology.device, DTYPES[config.precision])
         self.tokenizer.model.to(topology.device)
+        self._steps = CompiledSteps(model) if config.compile else None
+        self.together = config.batch
         self.settings = _settings(config)
 
     def redrawn(self, **changes: Any) -> "NumberedPictures":
@@ -61,11 +71,21 @@ class NumberedPictures:
         """int64 [n]: whose noise each picture is drawn from."""
         return pictures.sample_seeds(self.config.seed, numbers)
 
-    def batch(self, numbers: Tensor) -> NDArray[Any]:
-        """uint8 [n, S, S, 3]. numbers: int64 [n], a whole batch of consecutive ones."""
+    def fitting_batch(self, count: int, topology: Topology) -> int:
+        """How many of ``count`` pictures memory has room for at once (collective). Raises UserError where not one."""
+        layout = Layout(tensor=self.config.tensor, precision=self.config.precision)
+        shape = self.gpt.config, layout, self.tokenizer.model.config, self.gpt.image_size
+        parts = drawn_picture(*shape, guided=self.settings.cfg_scale > 1, window=self.settings.window)
+        return largest_batch(parts, count, topology)
+
+    def tokens(self, numbers: Tensor) -> Tensor:
+        """int64 [n, N]. numbers: int64 [n], a whole batch of consecutive ones."""
         condition = self.conditions.at(self.labels(numbers))
-        tokens = pictures.model_tokens(self.gpt.model, condition, self.seeds(numbers), self.settings)
-        return pictures.decode_tokens(self.tokenizer.model, tokens)
+        return pictures.model_tokens(self.gpt.model, condition, self.seeds(numbers), self.settings, self._steps)
+
+    def batch(self, numbers: Tensor) -> NDArray[Any]:
+        """uint8 [n, S, S, 3]; see ``tokens``."""
+        return pictures.decode_tokens(self.tokenizer.model, self.tokens(numbers))
 
     def identity(self, count: int, sets: Sequence[str], tokens: Shards | None = None) -> dict[str, Any]:
         """Everything that decides the bytes of ``count`` pictures in each of ``sets``, as JSON can hold it.
@@ -83,9 +103,11 @@ class NumberedPictures:
             "sets": sets,
             **asdict(self.settings),
             "seed": config.seed,
-            "batch": config.batch,
+            "batch": self.together,
             "precision": config.precision,
             "tensor": config.tensor,
+            "quantize": config.quantize,  # None, as records of earlier versions read, which do not have these two
+            "compile": config.compile or None,
         }
 
     def describe(self) -> dict[str, str]:

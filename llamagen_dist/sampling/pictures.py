@@ -14,7 +14,7 @@ from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.sampling.draw import draw, noise_streams
 from llamagen_dist.sampling.guidance import Schedule, guidance_scales
-from llamagen_dist.sampling.sampler import generate
+from llamagen_dist.sampling.sampler import Steps, generate
 
 BATCH = 32  # pictures at once where no config says it
 _BLOCK = 4096  # samples of a token shard counted at once
@@ -47,11 +47,13 @@ def sample_seeds(seed: int | Tensor, numbers: Tensor) -> Tensor:
     return (seed << 32) + numbers
 
 
-def model_tokens(model: GPT, condition: Condition, seeds: Tensor, settings: Settings) -> Tensor:
-    """(B, N) int64 from the GPT. seeds: (B,) int64."""
+def model_tokens(
+    model: GPT, condition: Condition, seeds: Tensor, settings: Settings, steps: Steps | None = None
+) -> Tensor:
+    """(B, N) int64 from the GPT. seeds: (B,) int64. steps: see ``generate``."""
     device = model.rotary.device
     moved = (condition[0].to(device), condition[1].to(device)) if isinstance(condition, tuple) else condition.to(device)
-    return generate(model, moved, seeds=seeds, **asdict(settings))
+    return generate(model, moved, seeds=seeds, steps=steps, **asdict(settings))
 
 
 def untrained_tokens(vocab_size: int, image_tokens: int, seeds: Tensor) -> Tensor:
@@ -93,10 +95,20 @@ def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
 
     Raises UserError where the tokenizer gives NaN or infinity, which would look like a black or a white pixel.
     """
+    return checked_pixels(*decoded(tokenizer, tokens))
+
+
+def decoded(tokenizer: VQModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``decode_tokens``, on the tokenizer's device and without waiting for it: (pixels, all finite: 0-d bool)."""
     side = int(tokens.shape[1] ** 0.5)
     codes = tokens.view(-1, side, side).to(tokenizer.device)
-    decoded = tokenizer.decode(codes)
-    if not bool(torch.isfinite(decoded).all()):
+    images = tokenizer.decode(codes)
+    return to_uint8(images).permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all()
+
+
+def checked_pixels(pixels: Tensor, finite: Tensor) -> NDArray[np.uint8]:
+    """The pixels of ``decoded`` on the host. Raises UserError, see ``decode_tokens``."""
+    if not bool(finite):
         raise UserError("the tokenizer decodes to values that are NaN or infinite: its training diverged")
-    pixels: NDArray[np.uint8] = to_uint8(decoded).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return pixels
+    found: NDArray[np.uint8] = pixels.cpu().numpy()
+    return found

@@ -16,6 +16,7 @@ and a picture depends on its seed and the shape of its batch alone.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from llamagen_dist.models.cache import Cache
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.sampling.draw import draw, noise_streams
 from llamagen_dist.sampling.guidance import guidance_scales
+
+
+class Steps(Protocol):
+    """A GPT's forward passes; see ``GPT``, and ``compiled.CompiledSteps``."""
+
+    def prefill(self, condition: Condition, spare: int = 0) -> tuple[Tensor, Cache]: ...
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor: ...
+    def decode_window(self, tokens: Tensor, first: Tensor, end: int, cache: Cache) -> Tensor: ...
+
 
 Draw = Callable[[Tensor, Tensor, int | Tensor], Tensor]  # (logits (B, V), streams (B,), position) -> codes (B,)
 
@@ -43,6 +53,7 @@ def generate(
     top_p: float = 1.0,
     window: int = 1,
     seeds: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> Tensor:
     """Draw (B, N) int64 image tokens in raster order.
 
@@ -55,6 +66,7 @@ def generate(
     top_p: 1 keeps all codes.
     window: tokens per forward pass at most; above 1, speculative decoding.
     seeds: (B,) int64, one per sample (default 0 … B-1).
+    steps: how the model computes; None: eagerly, by itself.
 
     Raises ValueError for numbers outside these ranges.
     """
@@ -69,14 +81,15 @@ def generate(
         return draw(logits, streams, position, temperature, top_k, top_p)
 
     guided = any(scale > 1 for scale in scales)
-    logits, cache = model.prefill(_with_null(model, condition) if guided else condition, spare=window - 1)
+    steps = model if steps is None else steps
+    logits, cache = steps.prefill(_with_null(model, condition) if guided else condition, spare=window - 1)
     first = drawn(_guide(logits, batch, scales[0]), streams, 0)
     loop = _one_by_one if window == 1 else _in_windows
-    return loop(model, cache, first, scales, streams, drawn, window)
+    return loop(steps, cache, first, scales, streams, drawn, window)
 
 
 def _one_by_one(
-    model: GPT, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
+    model: Steps, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
 ) -> Tensor:
     """The plain loop. first: (B,), the first tokens."""
     batch, guided_until = len(first), _guided_until(scales)
@@ -92,7 +105,7 @@ def _one_by_one(
 
 
 def _in_windows(
-    model: GPT, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
+    model: Steps, cache: Cache, first: Tensor, scales: list[float], streams: Tensor, drawn: Draw, window: int
 ) -> Tensor:
     """Speculative decoding. first: (B,), the first tokens."""
     batch, count, guided_until = len(first), len(scales), _guided_until(scales)

@@ -85,7 +85,7 @@ def test_a_film_and_a_grid_over_settings_can_be_drawn_again(work, drawn, tmp_pat
     assert SAME in again(tmp_path / "grid.png", capsys)
 
 
-def test_every_way_of_guidance_is_recorded_and_drawn_again(work, tmp_path, capsys):
+def test_every_way_of_drawing_is_recorded_and_drawn_again(work, tmp_path, capsys):
     seen = set()
     for words, setting in (
         (["--guidance", "linear"], ("guidance", "linear")),
@@ -103,6 +103,18 @@ def test_every_way_of_guidance_is_recorded_and_drawn_again(work, tmp_path, capsy
         assert SAME in again(out, capsys)
         seen.add(digest)
     assert len(seen) == 5, "the twin: each draws other pictures than the others"
+
+
+def test_int8_weights_are_recorded_and_drawn_again(work, tmp_path, capsys):
+    out = tmp_path / "int8.png"
+    words = ["--class", "1", "--seeds", "0-63", "--quantize", "int8"]
+    cli.main(["generate", str(work / "gpt"), *words, "--out", str(out)])
+    assert png_record.read_record(out)[0]["quantize"] == "int8"
+    assert SAME in again(out, capsys)
+    with pytest.raises(UserError, match="--quantize: --again takes that from"):
+        cli.main(["generate", "--again", str(out), "--quantize", "int8"])
+    twin = rewritten(out, tmp_path / "plain.png", quantize=None)
+    assert "not the same as" in again(twin, capsys)
 
 
 def test_pictures_that_do_not_say_how_they_were_made_are_refused(work, drawn, tmp_path):

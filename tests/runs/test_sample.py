@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.vq import to_uint8
 from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.sampling import batch, pictures
 from llamagen_dist.sampling.pictures import code_counts
 from llamagen_dist.sampling.sampler import generate
+from llamagen_dist.sampling.stages import Stages
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.runs.sampling_work import BATCH, COUNT, SIZE, SIZES, contents, make_work, quietly, read_tokenizer, words
@@ -101,6 +104,10 @@ def test_bf16_draws_other_pictures_and_says_so(work, alone, tmp_path):
         (["top_p=1.5"], "top_p: "),
         (["guidance=linear", "cfg_interval=3"], "cfg_interval: 3 belongs to guidance: constant, not to linear"),
         (["window=0"], "window: "),
+        (["quantize=int4"], "quantize: "),
+        (["batch=some"], "batch: give a whole number above 0, or auto (given: 'some')"),
+        (["batch=0"], "batch: give a whole number above 0, or auto (given: 0)"),
+        (["compile=true", "tensor=2"], "compile: ranks that share a GPT (tensor) communicate within a step"),
     ],
 )
 def test_a_drawing_that_makes_no_sense_is_refused(work, tmp_path, settings, message):
@@ -124,7 +131,16 @@ def test_more_pictures_begin_with_the_same_ones(work, alone, tmp_path):
 
 @pytest.mark.parametrize(
     "setting",
-    ["seed=1", "cfg_scale=3", "temperature=0.9", "top_k=3", "cfg_interval=2", "weights=ema", "guidance=linear"],
+    [
+        "seed=1",
+        "cfg_scale=3",
+        "temperature=0.9",
+        "top_k=3",
+        "cfg_interval=2",
+        "weights=ema",
+        "guidance=linear",
+        "quantize=int8",
+    ],
 )
 def test_every_option_reaches_the_pictures(work, alone, tmp_path, setting):
     """Sabotage twin of the equalities: the comparison sees one changed number."""
@@ -135,11 +151,11 @@ def test_every_option_reaches_the_pictures(work, alone, tmp_path, setting):
 SLOWLY = """
 import runpy, sys, time
 import llamagen_dist.sampling.pictures as pictures
-decode = pictures.decode_tokens
+decode = pictures.decoded
 def slow(*arguments):
     time.sleep(0.15)
     return decode(*arguments)
-pictures.decode_tokens = slow
+pictures.decoded = slow
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """
@@ -183,6 +199,60 @@ def test_cut_off_while_the_results_were_being_written(work, alone, tmp_path, mon
     assert len(stamps) == 12
     assert "0/0" in quietly(program.main, words(work, tmp_path / "out")), "no chunk is computed again"
     assert contents(tmp_path / "out") == contents(alone)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_chunk_that_cannot_be_decoded_is_named_and_those_before_it_are_kept(
+    work, alone, tmp_path, monkeypatch, beside
+):
+    """beside: as on a GPU, where a chunk is decoded while the next one is sampled; the bytes are the same."""
+    monkeypatch.setattr(program, "Stages", partial(Stages, beside=beside))
+    with monkeypatch.context() as patch:
+        decoded, calls = pictures.decoded, []
+
+        def diverged(tokenizer, tokens):
+            pixels, finite = decoded(tokenizer, tokens)
+            calls.append(len(tokens))
+            return pixels, finite & (len(calls) < 3)
+
+        patch.setattr(pictures, "decoded", diverged)
+        with pytest.raises(UserError, match=r"^model, samples 12 to 17: the tokenizer decodes to values that are NaN"):
+            quietly(program.main, words(work, tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.glob("out/.parts/*.npz")) == ["model-000000.npz", "model-000001.npz"]
+    quietly(program.main, words(work, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(alone)
+    rates = json.loads((tmp_path / "out" / "record.json").read_text())["images_per_s_of_the_last_start"]
+    assert rates.keys() == {"sampling", "decoding"}
+    assert min(rates.values()) > 0
+
+
+def test_a_batch_chosen_by_memory_is_recorded_and_resumed_with(work, tmp_path, monkeypatch):
+    """All 22 pictures fit, on one rank and on two; with less memory later the batch stays, and what does not fit is
+    refused before anything is written."""
+    arguments = ["sets=[model]", "batch=auto"]
+    said = quietly(program.main, words(work, tmp_path / "auto", *arguments))
+    mb = r"[\d.]+ MB"
+    assert re.search(rf"batch: 22 pictures of {mb} each \(cache {mb}, .*decoder {mb}\); {mb} are free", said)
+    assert json.loads((tmp_path / "auto" / "record.json").read_text())["batch"] == 22
+    quietly(program.main, words(work, tmp_path / "twenty-two", "sets=[model]", "batch=22"))
+    run_ranks(program.main, 2, words(work, tmp_path / "ranks", *arguments))
+    assert contents(tmp_path / "auto") == contents(tmp_path / "twenty-two") == contents(tmp_path / "ranks")
+    monkeypatch.setattr(batch, "memory_gb", lambda: 1e-6)
+    (tmp_path / "auto" / "model.npz").unlink()
+    quietly(program.main, words(work, tmp_path / "auto", *arguments))
+    assert contents(tmp_path / "auto") == contents(tmp_path / "twenty-two")
+    with pytest.raises(UserError, match=r"^batch: not even one picture fits: it takes .* MB \(cache .* on cpu 80% may"):
+        quietly(program.main, words(work, tmp_path / "none", *arguments))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.long  # the compiler takes seconds
+def test_compiled_steps_draw_the_same_pictures_and_say_so(work, alone, tmp_path):
+    quietly(program.main, words(work, tmp_path / "out", "sets=[model]", "compile=true"))
+    assert contents(tmp_path / "out")["model.npz"] == contents(alone)["model.npz"]
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["compile"] is True
+    with pytest.raises(UserError, match=r"made in another way \(compile: true -> null\)"):
+        quietly(program.main, words(work, tmp_path / "out", "sets=[model]"))
 
 
 def test_finished_results_are_left_alone_and_another_config_refused(work, alone):

@@ -5,11 +5,10 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from llamagen_dist.process import cores
+from llamagen_dist.process import cores, memory_gb
 from llamagen_dist.tracking.provenance import PACKAGES, versions
 
 
@@ -33,19 +32,6 @@ def facts(shared: Path) -> dict[str, Any]:
         "space": {what: space(path) for what, path in folders.items()},
         **devices(),
     }
-
-
-def memory_gb() -> float:
-    """Memory that is free for new processes, in GB.
-
-    A job's control group may allow less than the machine has, and SLURM kills what exceeds it.
-    """
-    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()))
-    return round(free / 1e9, 3)
 
 
 def space(path: Path) -> dict[str, Any]:
