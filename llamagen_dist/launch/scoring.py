@@ -83,9 +83,9 @@ class Scoring:
         """Whether it was stopped, or took too long."""
         while child.poll() is None:
             late = deadline is not None and time.monotonic() > deadline
-            if late:
-                LOG.warning(f"llamagen evaluate {self._run_dir} takes too long; start it by hand")
             if stopped() or late:
+                why = ", which takes too long" if late else ""
+                LOG.warning(f"scoring is stopped{why}; llamagen evaluate {self._run_dir} takes it up")
                 self.stop()
                 return True
             time.sleep(0.1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamagen_dist.cli import main
@@ -111,7 +112,7 @@ def test_killed_and_taken_up_again_each_step_is_scored_once_and_the_training_is_
 
 
 @pytest.mark.long
-def test_an_evaluation_that_fails_is_named_and_harms_nothing(work):
+def test_an_evaluation_that_fails_is_named_and_harms_nothing(work, capfd):
     broken = work / "broken"
     (work / "grey.npz").write_bytes(b"no zip")
     once = f"evaluation.every_images={40 * BATCH}"
@@ -122,7 +123,12 @@ def test_an_evaluation_that_fails_is_named_and_harms_nothing(work):
     before = len(JobFolder.of(broken / "evaluations/step-00000040/stages/evaluate").events())
     with pytest.raises(SystemExit):
         main(["evaluate", str(broken)])
+    assert "its evaluation failed earlier" in capfd.readouterr().out
     assert len(JobFolder.of(broken / "evaluations/step-00000040/stages/evaluate").events()) == before
+    np.savez(work / "grey.npz", arr_0=np.random.RandomState(0).randint(0, 255, (4, 16, 16, 3)).astype(np.uint8))
+    main(["evaluate", str(broken), "--retry-failed"])
+    assert ended(broken, 40) == dict.fromkeys(STAGES, 1), "the pictures were there already"
+    assert [line["step"] for line in evaluations.lines(broken)] == [40]
 
 
 def test_a_tokenizer_that_is_not_the_tokens_own_is_refused_before_the_training(work):

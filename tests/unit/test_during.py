@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from llamagen_dist.config import EvaluationSection, dump, load
 from llamagen_dist.config.resume import Change, between
 from llamagen_dist.config.training import TrackioSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.launch.status.survey import look
+from llamagen_dist.launch.scoring import Scoring
+from llamagen_dist.launch.status import survey
 from llamagen_dist.report.checkpoints import images_to
 from llamagen_dist.tracking import evaluations
 from llamagen_dist.tracking.sinks import Mirror, open_sink, tracking_of
@@ -138,6 +140,56 @@ def test_an_evaluation_that_no_checkpoint_could_have_is_refused_before_the_train
     evaluations.check(good)
     with pytest.raises(UserError, match=problem):
         evaluations.check(load(tracked_run(tmp_path / "bad", *words) / "config.yaml"))
+
+
+def test_one_evaluator_runs_beside_a_training_and_another_when_there_is_more_to_score(tmp_path):
+    """A stand-in for the command: it says that it was started, and ends once ``go`` is there."""
+    (tmp_path / "code/llamagen_dist").mkdir(parents=True)
+    (tmp_path / "code/llamagen_dist/cli.py").write_text(
+        "import os, sys, time\n"
+        "open('../calls', 'a').write(' '.join(sys.argv[1:]) + f' {os.nice(0)}\\n')\n"
+        "while not os.path.exists('../go'): time.sleep(0.02)\n"
+    )
+    run, calls, go = tmp_path / "run", tmp_path / "calls", tmp_path / "go"
+
+    def made(**more: object) -> Scoring:
+        return Scoring(run, tmp_path / "code", "here", log=tmp_path / "log", **more)
+
+    def look(scoring: Scoring, then: int) -> list[str]:
+        """Until so many have been started in all."""
+        deadline = time.monotonic() + 30
+        while len(said := calls.read_text().splitlines() if calls.exists() else []) < then:
+            scoring._looked = 0.0
+            scoring.look()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return said
+
+    beside = made()
+    beside.look()
+    assert beside._child is None, "there is nothing to score"
+    save(run, 2)
+    assert look(beside, 1) == [f"evaluate {run} --launcher here 19"], "at the lowest priority"
+    save(run, 4)
+    beside._looked = 0.0
+    beside.look()
+    assert len(look(beside, 1)) == 1, "one at a time"
+    go.touch()
+    assert len(look(beside, 2)) == 2
+    go.unlink()
+    beside.finish(lambda: True)
+    assert beside._child is not None
+    assert beside._child.poll() is not None, "a stop of the launcher ends it"
+    after = made(beside=False)
+    after.look()
+    assert after._child is None
+    go.touch()
+    after.finish(lambda: False)
+    assert after._child is not None
+    assert after._child.returncode == 0
+    none = Scoring(None, tmp_path / "code", "here")
+    none.look(), none.finish(lambda: False), none.stop()
+    assert none._child is None, "of a run without the section nothing is started"
 
 
 # --- EP_FID ---
@@ -266,7 +318,7 @@ def test_the_report_shows_fid_over_images_ep_fid_and_what_failed(tmp_path):
     assert "stages/sample/log" in page.replace("\\", "")
     assert "number of images: 5000 -&gt; 4000" in page
     assert "cfg_scale: 2.0 -&gt; 1.5" in page.replace("\\", "")
-    (row,) = look([run]).rows
+    (row,) = survey.look([run]).rows
     assert "evaluation step-00000008 failed: rank 0 died without a message (log: " in row.note
 
 
