@@ -1,7 +1,8 @@
 """Released LlamaGen weight files: reading them, which model they are, and what they lack of it.
 
-A file is a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict``. ``Weights.notes`` names what
-was taken where a file leaves a choice, and which wrapper's prefix its names carried.
+A file is a bare state dict, or one under ``ema``, ``model``, ``module`` or ``state_dict`` (a tokenizer of GEAR: under
+``vq_ema`` or ``vq``). ``Weights.notes`` names what was taken where a file leaves a choice, and which wrapper's prefix
+its names carried. Tokenizers of other projects are read under LlamaGen's names (foreign.py).
 """
 
 import argparse
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamagen_dist.checkpoint import foreign
+from llamagen_dist.config import TokenizerModelSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import cut_short
 from llamagen_dist.models.gpt import GPT, GPTConfig
@@ -27,7 +30,9 @@ STATISTIC = "quantize.codebook_used"  # a tokenizer's usage counter, absent from
 SIZES = (*GPT_SIZES, *VQ_SIZES)
 CLASSES, _CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
 TRAINED = ("model", "module", "state_dict")
-CONTAINERS = ("ema", *TRAINED)  # first match wins; the average is what upstream evaluates
+AVERAGES = ("vq_ema", "ema")
+# First match wins; the average is what upstream evaluates. GEAR's files hold a GPT's average beside their tokenizer.
+CONTAINERS = ("vq_ema", "vq", "ema", *TRAINED)
 
 # torch.compile, FSDP and activation checkpointing put a segment of their own before whatever they wrap, at any depth;
 # DDP (module.) and training modules that hold the model (model.) only stand in front.
@@ -68,13 +73,24 @@ def load(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        zipped = zipfile.is_zipfile(path)
         # LlamaGen's own training checkpoints carry their argparse.Namespace: plain values, nothing that runs
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace, *(_lightning(path) if zipped else ())]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except MemoryError:
         raise
     except Exception as error:  # bytes that are no such file make the readers stumble over anything
         raise UserError(unreadable(path, error)) from None
+
+
+def _lightning(path: Path) -> list[tuple[type, str]]:
+    """PyTorch Lightning's classes that a checkpoint of its names beside the weights (its callbacks), each with an empty
+    class to stand for it: Lightning need not be installed, and nothing of it runs. Raises ValueError for other code."""
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    ours = [name for name in named if name.startswith(("pytorch_lightning.", "lightning."))]
+    if others := set(named) - {*ours, "argparse.Namespace"}:
+        raise ValueError(f"it names {min(others)}, which is code and no data")
+    return [(type(name.rpartition(".")[2], (), {}), name) for name in ours]
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -115,7 +131,7 @@ def unwrap(content: Any, path: Path, group: str | None = None) -> Weights:
     notes = []
     if isinstance(content, dict):
         there = [key for key in CONTAINERS if isinstance(content.get(key), dict)]
-        wanted = [key for key in there if group is None or (key == "ema") == (group == "ema")]
+        wanted = [key for key in there if group is None or (key in AVERAGES) == (group == "ema")]
         if group == "ema" and not wanted:
             raise UserError(f"{path}: one file of weights has no ema in it; give a run directory, or take the weights")
         if there and not wanted:
@@ -134,7 +150,14 @@ def unwrap(content: Any, path: Path, group: str | None = None) -> Weights:
         raise UserError(f"{path}: {error}") from None
     if prefixes:
         notes.append(f"its tensors' names carry {', '.join(f'`{p}`' for p in prefixes)}, which was left out")
-    return Weights({k: tensors[name] for k, name in plain.items() if k != "freqs_cis"}, tuple(notes))
+    named = {k: tensors[name] for k, name in plain.items() if k != "freqs_cis"}
+    if foreign.is_taming(named):
+        try:
+            named, note = foreign.from_taming(named)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        notes.append(note)
+    return Weights(named, tuple(notes))
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -151,7 +174,7 @@ def describe(weights: Mapping[str, Tensor]) -> Described:
     kind = kind_of(weights)
     sizes = VQ_SIZES if kind == "tokenizer" else GPT_SIZES
     size = next((name for name in sizes if difference(weights, name) is None), None)
-    buffers = (STATISTIC, _CAPTION)
+    buffers = (STATISTIC, _CAPTION, foreign.PLAIN_CODES)
     return Described(kind, size, sum(t.numel() for name, t in weights.items() if name not in buffers))
 
 
@@ -167,6 +190,8 @@ def kind_of(weights: Collection[str]) -> str:
         raise UserError(f"a GPT that lacks {', '.join(missing) or f'{CLASSES} or {_CAPTION}'}")
     if SIGNATURE in weights:
         raise UserError(f"a tokenizer with a quantizer that LlamaGen has not ({SIGNATURE}); use its run directory")
+    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in weights):
+        raise UserError("an autoencoder by diffusers' names; give the original VQGAN checkpoint (encoder.down.0.…)")
     parts = {"encoder.", "decoder."} & {name.split(".")[0] + "." for name in weights}
     if "quantize.embedding.weight" in weights or len(parts) == 2:
         missing = [part for part in ("encoder.", "decoder.") if part not in parts]
@@ -184,6 +209,8 @@ def difference(weights: Mapping[str, Tensor], size: str) -> str | None:
     kind = kind_of(weights)
     if (kind == "tokenizer") != (size in VQ_SIZES):
         return f"it is a {kind}, and {size} is a {'tokenizer' if size in VQ_SIZES else 'GPT'}"
+    if foreign.PLAIN_CODES in weights:
+        return f"its codes are compared as they are, and {size} normalises them"
     own = VQ_SIZES[size] if kind == "tokenizer" else GPT_SIZES[size]
     return first_difference(_shapes_in(weights), _expected(weights, kind, own), size)
 
@@ -229,7 +256,26 @@ def first_difference(
 
 
 def _shapes_in(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return {name: tuple(tensor.shape) for name, tensor in weights.items() if name != foreign.PLAIN_CODES}
+
+
+def tokenizer_section(weights: Mapping[str, Tensor]) -> TokenizerModelSection | None:
+    """``model`` of a tokenizer that is known by its weights: a released size, or another project's; None for others.
+
+    Raises UserError for another project's that no config describes.
+    """
+    if kind_of(weights) != "tokenizer":
+        return None
+    codes, dim = weights["quantize.embedding.weight"].shape
+    if foreign.PLAIN_CODES not in weights:
+        size = describe(weights).size if (codes, dim) == (VQConfig.codebook_size, VQConfig.codebook_dim) else None
+        return None if size is None else TokenizerModelSection(size=size)
+    if lacks := incomplete(weights):
+        raise UserError(f"not a whole VQGAN of a size that can be loaded: {lacks}")
+    own = _vq_sizes(_shapes_in(weights)) or {}
+    if own.pop("image_channels", 3) != 3:
+        raise UserError("a tokenizer of pictures with other than 3 channels; it cannot be loaded")
+    return TokenizerModelSection(**own, codebook_size=codes, codebook_dim=dim, l2_norm=False)
 
 
 def _vq_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:

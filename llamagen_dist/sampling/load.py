@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from llamagen_dist.build import build_vq, gpt_config
+from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.checkpoint.checkpoint import ALONE, Checkpoint
+from llamagen_dist.checkpoint.foreign import PLAIN_CODES
 from llamagen_dist.checkpoint.llamagen import CLASSES, STATISTIC
 from llamagen_dist.config import GPTConfigFile, GPTModelSection, TokenizerConfigFile, TokenizerModelSection, is_remote
 from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
@@ -85,7 +87,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer at ``path`` (collective over ``topology``).
 
-    path: a run directory, a step folder, or (with ``section``, its sizes) a weights file.
+    path: a run directory, a step folder, or a weights file; with ``section``, its sizes, unless it is known by its
+        weights (``llamagen.tokenizer_section``).
     key, sizes: the config keys that messages name.
     check: may refuse the model before its weights are put in.
 
@@ -97,12 +100,14 @@ def load_tokenizer(
         if not isinstance(trained, TokenizerConfigFile):
             raise UserError(f"{key}: {path} is not a tokenizer's run")
         section, image_size = trained.model, trained.data.image_size
+    weights = checkpoint.read_all()
+    if trained is None:
+        section = _section_of_file(weights, section, f"{key}: {path}", sizes)
     if section is None:
         raise UserError(f"{key}: {path} is a bare weights file; say what it is, as in {sizes}.size=VQ-16")
     model = build_vq(section)
     if check is not None:
         check(model)
-    weights = checkpoint.read_all()
     known = {name: value for name, value in model.state_dict().items() if name == STATISTIC}
     of_file, of_model = quantizer_of(weights), quantizer_of(model.state_dict())
     if of_file != of_model:
@@ -110,8 +115,25 @@ def load_tokenizer(
             f"{key}: {path} was trained with the quantizer {of_file}, and {sizes}.quantizer says {of_model}; give "
             f"{sizes}.quantizer and its options as they were"
         )
+    weights.pop(PLAIN_CODES, None)
     _fill(model, known | weights, key, path)
     return Tokenizer(path, model.eval(), checkpoint.identity, image_size)
+
+
+def _section_of_file(
+    weights: Mapping[str, Tensor], given: TokenizerModelSection | None, where: str, sizes: str
+) -> TokenizerModelSection | None:
+    """The sizes of a bare file: those that are given, or those that its weights tell."""
+    try:
+        known = llamagen.tokenizer_section(weights) if given is None else None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if given is not None and given.l2_norm and PLAIN_CODES in weights:
+        raise UserError(
+            f"{where} compares its codes as they are, and {sizes} says that they are normalised; leave {sizes} out, or "
+            f"set {sizes}.l2_norm=false"
+        )
+    return known if given is None else given
 
 
 def load_gpt(
