@@ -8,6 +8,7 @@ also plain ``python -m`` for one rank, or ``srun``. The same command again resum
 import torch
 
 from llamagen_dist.build import build_vq
+from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import TokenizerConfigFile, load
 from llamagen_dist.data.images import ImageStream
 from llamagen_dist.data.shards import open_shards
@@ -15,7 +16,9 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.training.fit import fit
+from llamagen_dist.training.initial import note_source
 from llamagen_dist.training.run import open_run
+from tokenizer_training.initial import start_from
 from tokenizer_training.task import TokenizerTask
 
 
@@ -38,7 +41,10 @@ def main(argv: list[str]) -> None:
         window_shards=config.data.window_shards,
     )
     torch.manual_seed(config.train.seed)  # for the initial weights only; nothing after them draws from it
-    task = TokenizerTask(build_vq(config.model), config, topology, held_out)
+    model, source = build_vq(config.model), None
+    if not topology.broadcast_from_rank0(lambda: complete(config.run_dir)):
+        source = start_from(model, config, topology)  # before DDP, which sends rank 0's weights to all
+    task = TokenizerTask(model, config, topology, held_out)
     prints = {"fingerprint": images.manifest.fingerprint(), "held_out": held_out.manifest.fingerprint()}
     with open_run(config, topology, label="tokenizer", **prints) as run:
         run.say(
@@ -47,6 +53,9 @@ def main(argv: list[str]) -> None:
         )
         run.say(task.loss.describe())
         run.say(task.describe_quantizer())
+        if source is None and run.newest is None:  # all its checkpoints are damaged: it begins again
+            source = start_from(model, config, topology)
+        note_source(run, source)
         fit(task, stream, config, run)
 
 

@@ -87,8 +87,14 @@ class TokenizerConfigFile(TrainingConfig):
     optim: OptimSection = OptimSection(weight_decay=0.0)
     loss: TokenizerLossSection
     codebook: CodebookSection = CodebookSection()
+    init_from: Path | None = None
+    """Start a new run from another tokenizer's weights: a run directory, a step_… folder, or a weights file (released
+    ones too, which have no optimizer and no discriminator). Only the weights are taken over; images are counted from
+    0, and ``loss.discriminator.start_images`` with them."""
 
     def rules(self) -> Iterator[str]:
+        if self.init_from is not None and self.model.codebook_init != "random":
+            yield "init_from: brings its codes along, which model.codebook_init would replace; set that to random"
         yield from misfits(self.model.quantizer, self.loss.entropy_weight, self.codebook)
 
     @field_validator("data")

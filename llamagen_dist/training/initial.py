@@ -213,12 +213,17 @@ def note_origin(run: Run, initial: Initial | None, manifest: Manifest) -> None:
     run.origin["grid"] = None if manifest.grid is None else list(manifest.grid)
     if manifest.captions is not None:
         run.origin["captions"] = asdict(manifest.captions)
+    note_source(run, None if initial is None else initial.record)
+
+
+def note_source(run: Run, source: dict[str, Any] | None) -> None:
+    """What ``init_from`` named, where this start used it, into record.json, and from there into every checkpoint."""
     if run.topology.rank != 0:
         return
     path = run.directory / "record.json"
     record = read_json(path)
-    if initial is not None:
-        record["init_from"] = initial.record
+    if source is not None:
+        record["init_from"] = source
         write_text(path, json.dumps(record, indent=1))
     if "init_from" in record:  # a resume repeats it
         run.origin["init_from"] = record["init_from"]

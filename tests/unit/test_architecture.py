@@ -277,7 +277,7 @@ BUDGETS = {
     "console": 230,
     "prng": 110,
     "models": 2115,
-    "config": 2165,
+    "config": 2180,
     "parallel": 1800,
     "build": 120,
     "data": 4710,
@@ -295,7 +295,7 @@ BUDGETS = {
     "cli": 90,
     "train_gpt": 170,
     "preflight": 140,
-    "tokenizer_training": 1260,
+    "tokenizer_training": 1350,
     "eval": 1100,
     "examples": 370,
 }
