@@ -208,23 +208,29 @@ def folders(images: int) -> None:
         torch.save(as_others_want(load_file(next((root / "cache").iterdir()))), root / "w.pth")
         sides, python = [str(root / "made"), str(root / "real")], sys.executable
         asked = ["configs/eval/plain.yaml", f"generated={sides[0]}", f"reference={sides[1]}", "metrics=[fid]"]
-        asked += ["limit=null", "batch=20", "threads=1", f"inception.cache={root / 'cache'}", f"out={root / 'o.json'}"]
-        two = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "eval.evaluate", *asked]
-        others = {"ours": ["-m", "eval.evaluate", *asked], "ours, 2 ranks": two}
-        others["ours, pytorch-fid's resize"] = [*others["ours"], "inception.resize=pytorch-fid"]
+        asked += ["threads=1", f"inception.cache={root / 'cache'}", f"out={root / 'o.json'}"]
+        one, every = ["-m", "eval.evaluate", *asked], ["limit=null", "batch=20"]
+        two = ["-m", "torch.distributed.run", "--nproc-per-node=2", *one]
+        others = {
+            "ours": [*one, *every],
+            "ours, 2 ranks": [*two, *every],
+            "ours, pytorch-fid's resize": [*one, *every, "inception.resize=pytorch-fid"],
+        }
         if torch_fidelity is not None:
             others["torch-fidelity"] = ["-c", FIDELITY, *sides, str(root / "w.pth")]
             others["pytorch-fid"] = ["-c", PYTORCH_FID, *sides, str(root / "w.pth")]
         print(f"FID of two folders of {images} pictures, from the command on, CPU seconds with start-up:", flush=True)
-        own = 0.0
+        spent: dict[str, float] = {}
         for what, words in others.items():
-            seconds, said = cpu_seconds([python, *words])
-            own = own or seconds
+            spent[what], said = cpu_seconds([python, *words])
             if words[-1].endswith(".pth"):
                 fid = float(said.split()[-1])
             else:
                 fid = json.loads((root / "o.json").read_text())["sets"]["generated"]["fid"]
-            print(f"  {what}: {seconds:.1f} s = {seconds / own:.2f} x  FID {fid:.5f}", flush=True)
+            print(f"  {what}: {spent[what]:.1f} s = {spent[what] / spent['ours']:.2f} x  FID {fid:.5f}", flush=True)
+        start_up = [cpu_seconds([python, *words, "limit=2", "batch=2"])[0] for words in (one, two)]
+        work = [spent["ours"] - start_up[0], spent["ours, 2 ranks"] - start_up[1]]
+        print(f"  without start-up (the same of 2 pictures): 1 rank {work[0]:.1f} s, 2 ranks {work[1]:.1f} s in all")
 
 
 MOMENTS = """
