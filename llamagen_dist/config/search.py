@@ -123,6 +123,8 @@ class SearchConfig(DrawSection):
             yield f"metric: {self.metric} is not measured; add {needed} to metrics"
         if "class_agreement" in self.metrics:
             yield "metrics: class_agreement needs a classifier, which a search does not train; leave it out"
+        if self.bootstrap == 1:
+            yield "bootstrap: 1 replicate has no deviation; give more, or 0 for no band"
         if self.images < 2:
             yield f"images: {self.images} is no distribution; give at least two"
         if self.tensor > 1:

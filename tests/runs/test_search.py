@@ -20,10 +20,11 @@ from eval import compare, evaluate, sample
 from llamagen_dist import cli
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import inception, inception_weights, scoring
+from llamagen_dist.models.vq import to_uint8
 from tests.image_shards import write_images
 from tests.ranks.forked import end_ranks, run_ranks
-from tests.runs.sampling_work import SIZE, make_work, quietly
-from tests.runs.token_shards import CLASSES
+from tests.runs.sampling_work import SIZE, make_work, quietly, read_tokenizer
+from tests.runs.token_shards import CLASSES, VOCABULARY
 
 COUNT, BATCH, POINTS = 22, 11, 7
 BEST = "fid"
@@ -59,8 +60,8 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = make_work(tmp_path_factory.mktemp("search"))
-    r = np.random.RandomState(0)
-    real = np.kron(r.randint(0, 255, (COUNT + 5, 4, 4, 3)), np.ones((1, SIZE // 4, SIZE // 4, 1))).astype(np.uint8)
+    codes = torch.randint(VOCABULARY, (COUNT + 5, 4, 4), generator=torch.Generator().manual_seed(0))
+    real = to_uint8(read_tokenizer(folder).decode(codes)).permute(0, 2, 3, 1).numpy()
     np.savez(folder / "real.npz", arr_0=real, labels=np.arange(len(real)) % CLASSES)
     np.savez(folder / "few.npz", arr_0=real[: COUNT - 1])
     np.savez(folder / "large.npz", arr_0=np.kron(real, np.ones((1, 2, 2, 1), np.uint8)))
@@ -113,6 +114,7 @@ def test_every_point_is_what_sampling_and_evaluating_give(work, alone, tmp_path)
     best = found["best"][BEST]
     assert best["mean"] == min(values["fid"] for values in scores(alone).values())
     assert best["sd"] > 0
+    assert 0 < min(values["precision"] for values in scores(alone).values()) < 1
     assert {"fid", "sfid", "precision", "recall", "inception_score"} == set(found["best"])
     assert Image.open(alone / "search.png").width > 500
     assert "| linear |" in (alone / "search.md").read_text()

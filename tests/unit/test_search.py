@@ -180,6 +180,7 @@ def test_replicates_are_the_distances_of_the_pictures_that_were_drawn(n, referen
         ({"grid": {"cfg_scales": [2]}}, "grid.cfg_scales: unknown key; did you mean grid.cfg_scale?"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 stands there twice"),
         ({"seeds": []}, "seeds: [] leaves nothing to try"),
+        ({"bootstrap": 1}, "bootstrap: 1 replicate has no deviation; give more, or 0"),
         ({"images": 1}, "images: 1 is no distribution"),
         ({"metric": "kid_mean"}, "metric: kid_mean is not measured; add kid to metrics"),
         ({"metrics": ["fid", "class_agreement"]}, "metrics: class_agreement needs a classifier"),
