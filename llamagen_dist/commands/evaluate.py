@@ -57,8 +57,8 @@ def _score(folder: Path, config: GPTConfigFile, args: argparse.Namespace) -> int
     if profile is None:
         raise UserError(f"{folder}: evaluation.cluster is empty; name the profile of the jobs that score checkpoints")
     target = None if profile == "local" else Target(load(profile, kind="cluster"))
-    images, wait = config.train.images, bool(args.launcher)
-    failures = evaluations.score(folder, section, images, target, args.retry_failed, wait)
+    how = {"retry_failed": args.retry_failed, "follow": args.follow, "wait": bool(args.launcher)}
+    failures = evaluations.score(folder, section, config.train.images, target, **how)
     if not scores.recorded(folder):  # an earlier one was killed between its result and this
         _record(folder, section.keep_pictures)
     return failures

@@ -58,13 +58,16 @@ def score(
     section: EvaluationSection,
     last: int,
     target: Target | None = None,
+    *,
     retry_failed: bool = False,
+    follow: bool = False,
     wait: bool = False,
 ) -> int:
-    """Evaluate every checkpoint of ``run`` that is due and has no scores; on a cluster submit that and return.
+    """Evaluate every checkpoint of ``run`` that is due and has no scores; on a cluster submit that.
 
-    last: images of the whole run. target: None is this machine. wait: for another launcher that is at it, instead of
-    refusing.
+    last: images of the whole run. target: None is this machine.
+    follow: on a cluster, stay until each has ended.
+    wait: for another launcher that is at it, instead of refusing.
     Returns how many have failed, each of which is said in a line. Raises UserError; SystemExit(130) after a stop.
     """
     run, screen, failures = run.absolute(), Screen(), 0
@@ -85,7 +88,7 @@ def score(
                 continue
             screen.say(f"step {step}: {checkpoint}")
             try:
-                _begin(run, section, checkpoint, target)
+                _begin(run, section, checkpoint, target, follow)
             except UserError as error:
                 known = scores.failed(folder)
                 screen.say(f"step {step}: not evaluated: {error if known is None else _named(known)}")
@@ -116,7 +119,7 @@ def _after_others(lock: Path, screen: Screen) -> Iterator[None]:
             os.close(handle)
 
 
-def _begin(run: Path, section: EvaluationSection, checkpoint: Path, target: Target | None) -> None:
+def _begin(run: Path, section: EvaluationSection, checkpoint: Path, target: Target | None, follow: bool) -> None:
     graph = graph_of(run, section, checkpoint, None if target is None else target.profile.nodes)
     state = read_json(checkpoint / "state.json")
     drawn = scores.sampling(section)
@@ -136,7 +139,7 @@ def _begin(run: Path, section: EvaluationSection, checkpoint: Path, target: Targ
     if target is None:
         here.run(graph)
     else:
-        launch.run(graph, target)
+        launch.run(graph, target, follow=follow)
 
 
 def _named(failure: tuple[str, Path] | None) -> str:

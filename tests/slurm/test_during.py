@@ -67,7 +67,8 @@ def test_every_due_checkpoint_is_scored_once_by_jobs_of_its_own_through_a_requeu
     assert submitted(run) == 2 * len(STAGES), "nothing is left to do"
 
     (run / f"evaluations/step-{LONG:08d}/result.json").unlink()
-    twice = llamagen(ROOT, "evaluate", run, "--cluster", tmp_path / "small.yaml")
+    twice = llamagen(ROOT, "evaluate", run, "--cluster", tmp_path / "small.yaml", "--follow")
     assert twice.returncode == 0, twice.stderr
     assert submitted(run) == 3 * len(STAGES), "sabotage twin: without its mark it is submitted again"
-    wait_for(lambda: ended(run, LONG)["record"] == 2, 120)
+    assert "all 3 stages are finished" in twice.stdout
+    assert ended(run, LONG)["record"] == 2
