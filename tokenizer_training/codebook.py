@@ -31,6 +31,30 @@ def kmeans(quantizer: VectorQuantizer, rows: Tensor) -> None:
         quantizer.replace(every, torch.where(counts[:, None] > 0, centres, quantizer.codes_as_vectors()))
 
 
+def perturbation(config: TokenizerConfigFile, quantizer: Quantizer, first: int) -> Callable[[Tensor], Tensor] | None:
+    """Codes int64 (B, h, w) -> those with near ones in the place of some; None where that is off.
+
+    first: position of the batch's first image in the run. What is exchanged, and for which neighbour, follows from the
+    seed and the positions of image and token alone.
+    """
+    section, seed = config.codebook, config.train.seed
+    if not section.perturb_images:
+        return None
+
+    def exchange(codes: Tensor) -> Tensor:
+        image, token = torch.arange(first, first + len(codes))[:, None], torch.arange(codes[0].numel())
+        chosen = prng.uniform(seed, "perturbed token", image, token) < section.perturb_tokens
+        chosen &= prng.uniform(seed, "perturbed image", image) < section.perturb_images
+        which = prng.integers(seed, "perturbation", image, section.perturb_neighbours, token)[chosen]
+        where = chosen.flatten().nonzero().flatten().to(codes.device)  # on the host, which need not wait for a GPU
+        flat = codes.flatten().clone()
+        near = quantizer.neighbours(flat[where], section.perturb_neighbours)
+        flat[where] = near.gather(1, which[:, None].to(codes.device)).squeeze(1)
+        return flat.view_as(codes)
+
+    return exchange
+
+
 class CodebookHealth:
     """Exact counts of the codes that all ranks used, with an all-reduce only where they are looked at.
 

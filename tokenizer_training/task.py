@@ -29,7 +29,7 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.fit import line_due
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import engine_memory
-from tokenizer_training.codebook import CodebookHealth, kmeans
+from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
 
@@ -118,7 +118,8 @@ class TokenizerTask:
             with ExitStack() as micro_step:  # both networks average their gradients with the last one only
                 for engine in engines.values():
                     micro_step.enter_context(engine.micro_step(last=number == len(micro_batches)))
-                losses, reconstruction = self._generator_pass(images, against)
+                first = images_seen + self.topology.dp_rank * len(pixels) + (number - 1) * self.micro
+                losses, reconstruction = self._generator_pass(images, against, first)
                 self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
                 terms = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
                 if against is not None:
@@ -142,8 +143,12 @@ class TokenizerTask:
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
         return sums
 
-    def _generator_pass(self, images: Tensor, against: TorchEngine | None) -> tuple[GeneratorLosses, Tensor]:
-        reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy)
+    def _generator_pass(
+        self, images: Tensor, against: TorchEngine | None, first: int = 0
+    ) -> tuple[GeneratorLosses, Tensor]:
+        """first: position of the first image in the run."""
+        exchange = perturbation(self.config, self.model.quantize, first)
+        reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy, exchange=exchange)
         self.codebook.count(codes)
         logits = None
         if against is not None:

@@ -63,6 +63,13 @@ class CodebookSection(Section):
     """One sentence in the log when less than this share of the codes is in use; 0: never."""
     warn_below_perplexity: Probability = 0.0
     """The same of the perplexity, as a share of ``codebook_size``."""
+    perturb_images: Probability = 0.0
+    """Latent perturbation (arXiv 2503.08354): in this share of the images some codes are exchanged for near ones before
+    they are decoded, so that the decoder learns what a GPT's mistakes look like; 0: never."""
+    perturb_tokens: Probability = 0.5
+    """The share of an image's codes that are exchanged, where ``perturb_images`` chooses it."""
+    perturb_neighbours: PositiveInt = 100
+    """Each for one of its so many nearest codes."""
 
     def rules(self) -> Iterator[str]:
         for key in ("warn_below_usage", "warn_below_perplexity"):
@@ -70,12 +77,14 @@ class CodebookSection(Section):
                 yield f"{key}: needs the counts; set statistics: true beside it"
 
 
-def misfits(quantizer: str, entropy_weight: float, codebook: CodebookSection) -> Iterator[str]:
+def misfits(quantizer: str, codes: int, entropy_weight: float, codebook: CodebookSection) -> Iterator[str]:
     """What is asked of a quantizer that cannot do it, a sentence each."""
     if entropy_weight and quantizer in ("fsq", "ifsq"):
         yield f"loss.entropy_weight: {quantizer} has no entropy loss; set it to 0"
     if codebook.revive_after_steps and quantizer in ("fsq", "ifsq", "lfq"):
         yield f"codebook.revive_after_steps: {quantizer} has no table of codes to move; set it to 0"
+    if codebook.perturb_images and codebook.perturb_neighbours >= codes:
+        yield f"codebook.perturb_neighbours: no code of {codes} has {codebook.perturb_neighbours} others; lower it"
 
 
 class TokenizerConfigFile(TrainingConfig):
@@ -95,7 +104,7 @@ class TokenizerConfigFile(TrainingConfig):
     def rules(self) -> Iterator[str]:
         if self.init_from is not None and self.model.codebook_init != "random":
             yield "init_from: brings its codes along, which model.codebook_init would replace; set that to random"
-        yield from misfits(self.model.quantizer, self.loss.entropy_weight, self.codebook)
+        yield from misfits(self.model.quantizer, self.model.codebook_size, self.loss.entropy_weight, self.codebook)
 
     @field_validator("data")
     @classmethod

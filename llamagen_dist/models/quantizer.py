@@ -95,6 +95,17 @@ class Quantizer(nn.Module):
         """(B, C, h, w) -> (quantised fp32 (B, C, h, w), losses, codes int64 (B, h, w))."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def neighbours(self, codes: Tensor, count: int) -> Tensor:
+        """The ``count`` nearest other codes of each, by distance of the decoder's vectors: int64 (n,) -> (n, count)."""
+        every = torch.arange(self.codebook_size, device=codes.device)
+        table = self.lookup(every.view(1, -1, 1))[0, :, :, 0].t().contiguous()
+        bias, found = -0.5 * table.square().sum(-1), [codes.new_empty(0, count)]
+        for part in codes.split(max(1, SEARCH_ELEMENTS // self.codebook_size)):
+            near = F.linear(table[part], table, bias).scatter_(1, part[:, None], -math.inf)
+            found.append(near.topk(count, dim=-1).indices)
+        return torch.cat(found)
+
     def absorb(self, total: Tensor) -> None:
         """End of a step: use the sum over all ranks of their ``pending``, which the caller then sets to zero."""
 

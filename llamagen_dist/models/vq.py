@@ -4,6 +4,8 @@ Module and parameter names are LlamaGen's, so its released weights load strictly
 ranks, losses on pixels or runs.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -192,9 +194,18 @@ class VQModel(nn.Module):
         """codes int64 (B, h, w) -> images (B, 3, f h, f w), nominally in [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
 
-    def forward(self, images: Tensor, entropy: bool = False) -> tuple[Tensor, VQLosses, Tensor]:
-        """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)). entropy: that loss too."""
+    def forward(
+        self, images: Tensor, entropy: bool = False, exchange: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, VQLosses, Tensor]:
+        """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)).
+
+        entropy: that loss too.
+        exchange: the codes that the decoder gets in place of the encoder's; gradients pass as if they were those.
+        """
         quantised, losses, codes = self.quantize(self.latents(images), entropy=entropy)
+        if exchange is not None:
+            moved = self.quantize.lookup(exchange(codes)) - self.quantize.lookup(codes)
+            quantised = quantised + moved.detach()
         return self.decoder(self.post_quant_conv(quantised)), losses, codes
 
 

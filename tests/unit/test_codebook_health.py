@@ -14,11 +14,12 @@ from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.config.section import build
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.models.quantizer import VectorQuantizer
 from llamagen_dist.parallel.optim import MOMENTS
 from llamagen_dist.parallel.topology import Topology
 from tests.image_shards import write_images
-from tokenizer_training.codebook import CodebookHealth, kmeans
+from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
 from tokenizer_training.task import TokenizerTask
 
 CODES = 32
@@ -195,3 +196,54 @@ def test_a_collapse_is_said_once_until_it_is_over(shards, limits, text):
     health.count(torch.arange(8))
     health.line(9)
     assert len(said) == 2, "eight tokens cannot use more than eight codes"
+
+
+# --- latent perturbation ---
+
+
+@pytest.mark.parametrize("kind", [{}, {"quantizer": "fsq", "levels": [4, 8], "codebook_dim": 8}])
+def test_perturbed_codes_are_near_ones_in_some_places_of_some_images(shards, kind):
+    section = {"perturb_images": 0.3, "perturb_tokens": 0.4, "perturb_neighbours": 5}
+    one = task(shards, section, model=kind)
+    codes = torch.randint(CODES, (400, 8, 8), generator=torch.Generator().manual_seed(2))
+    exchange = perturbation(one.config, one.model.quantize, 1000)
+    assert exchange is not None
+    found = exchange(codes)
+    changed = (found != codes).flatten(1)
+    images = changed.any(1)
+    assert float(images.double().mean()) == pytest.approx(0.3, abs=0.07)
+    assert float(changed[images].double().mean()) == pytest.approx(0.4, abs=0.02)
+    table = one.model.quantize.lookup(torch.arange(CODES).view(1, -1, 1)).detach()[0, :, :, 0].t().double()
+    distance = torch.cdist(table, table, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    fifth = distance.sort(1).values[:, 4]  # levels of FSQ have many equal distances
+    moved = distance[codes[found != codes], found[found != codes]]
+    assert bool((moved <= fifth[codes[found != codes]] + 1e-6).all())
+    assert float(moved.max()) > 1.5 * float(moved.min()), "not always the nearest"
+    part = perturbation(one.config, one.model.quantize, 1100)
+    assert part is not None
+    assert torch.equal(part(codes[100:150]), found[100:150]), "neither the batch nor the ranks matter"
+    assert not torch.equal(part(codes[:50]), found[:50]), "sabotage twin: other positions do"
+
+
+def test_the_decoder_learns_on_perturbed_codes_and_the_encoder_as_before(shards):
+    one = task(shards, {"perturb_images": 0.9, "perturb_tokens": 0.9, "perturb_neighbours": 3})
+    exchange = perturbation(one.config, one.model.quantize, 0)
+    assert exchange is not None
+    images = batch(0).images
+    shown, losses, codes = one.model(images, exchange=exchange)
+    plain, as_before, same = one.model(images)
+    assert torch.equal(codes, same)
+    assert torch.equal(losses.commit, as_before.commit)
+    assert torch.allclose(shown, one.model.decode(exchange(codes)), atol=1e-5)
+    assert not torch.allclose(shown, plain, atol=1e-3)
+    (gradient,) = torch.autograd.grad(shown.sum(), one.model.quant_conv.weight)
+    assert bool(gradient.any())
+    whole, pieces = train(one, 2), train(task(shards, one.config.codebook.model_dump(), train={"micro_batch": 1}), 2)
+    other = train(task(shards, {}), 2)
+    assert float(whole[0]["reconstruction"]) == pytest.approx(float(pieces[0]["reconstruction"]), rel=1e-5)
+    assert float(whole[0]["reconstruction"]) != pytest.approx(float(other[0]["reconstruction"]), rel=1e-3)
+
+
+def test_more_neighbours_than_codes_are_refused(shards):
+    with pytest.raises(UserError, match=r"codebook.perturb_neighbours: no code of 32 has 32 others"):
+        settings(shards, {"perturb_images": 0.1, "perturb_neighbours": 32})
