@@ -5,6 +5,7 @@
 floor:     what a step cannot do without: the linear layers at 2 x 16 rows, one read of the keys and values that are
            filled, and the top-k.
 ours:      a step of llamagen_dist.sampling.
+compiled:  (--compiled) ours through compile: true; that attends to all slots under a mask.
 llamagen:  a step as LlamaGen's released sampler takes it, written here from its description: attention over all 264
            slots under a mask that is gathered anew, keys and values copied for every use, unfused attention, and the
            probabilities of every step kept.
@@ -33,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llamagen_dist.models import ops
 from llamagen_dist.models.gpt import GPT, Attention, Block, GPTConfig
 from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.sampling.compiled import CompiledSteps
 from llamagen_dist.sampling.draw import draw, noise_streams
 from llamagen_dist.sampling.sampler import generate
 
@@ -84,12 +86,28 @@ class Ours:
         labels = torch.cat([torch.arange(images), torch.full((images,), model.config.num_classes)])
         _, self.cache = model.prefill(labels)
 
-    def step(self, position: int) -> None:
+    def logits(self, position: int) -> Tensor:
         for layer in self.cache.layers:
             layer.filled = position
-        scores = self.model.decode(torch.cat([self.tokens, self.tokens]), self.cache).float()
-        conditional, null = scores.chunk(2)
+        return self.model.decode(torch.cat([self.tokens, self.tokens]), self.cache)
+
+    def step(self, position: int) -> None:
+        conditional, null = self.logits(position).float().chunk(2)
         self.tokens = draw(null + SCALE * (conditional - null), self.streams, position, 1.0, TOP_K, 1.0)
+
+
+class Compiled(Ours):
+    """The same step through ``compile: true``."""
+
+    def __init__(self, model: GPT, images: int) -> None:
+        super().__init__(model, images)
+        self.steps = CompiledSteps(model)
+        labels = torch.cat([torch.arange(images), torch.full((images,), model.config.num_classes)])
+        _, self.cache = self.steps.prefill(labels)
+
+    def logits(self, position: int) -> Tensor:
+        first = torch.full((len(self.tokens) * 2,), position - 1)
+        return self.steps.decode_window(torch.cat([self.tokens, self.tokens])[:, None], first, 0, self.cache)[:, 0]
 
 
 class LlamaGensWay:
@@ -162,7 +180,7 @@ def linear_share(model: GPT) -> float:
     return float(torch.stack(shares[1:]).median())
 
 
-def compare(precision: str, images: int, every: int, reference: float) -> None:
+def compare(precision: str, images: int, every: int, reference: float, compiled: bool) -> None:
     model = gpt_b(DTYPES[precision])
     reproduced = True
     if reference:
@@ -174,6 +192,8 @@ def compare(precision: str, images: int, every: int, reference: float) -> None:
         "ours": Ours(model, images),
         "llamagen": LlamaGensWay(model, images),
     }
+    if compiled:
+        sides["compiled"] = Compiled(model, images)
     spent = {name: torch.zeros(2) for name in sides}
     positions = range(every, model.config.image_tokens, every)
     for side in sides.values():
@@ -187,7 +207,7 @@ def compare(precision: str, images: int, every: int, reference: float) -> None:
     print(f"{precision}: GPT-B, {images} images, {len(positions)} of {model.config.image_tokens - 1} steps")
     for name, (wall, cpu) in spent.items():
         print(f"  {name:9} {wall:8.2f} s wall {cpu:8.2f} CPU-s {tokens / wall:8.1f} tokens/s")
-    rows = [("floor / ours", "floor")]
+    rows = [("floor / ours", "floor"), *([("compiled / ours", "compiled")] if compiled else [])]
     if reproduced:
         rows.append(("llamagen / ours", "llamagen"))
     else:
@@ -227,6 +247,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--reference", type=float, default=0.41, metavar="SHARE")
+    parser.add_argument("--compiled", action="store_true", help="beside them, the step of compile: true")
     parser.add_argument("--memory", type=int, default=0, metavar="BATCHES")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -234,7 +255,7 @@ def main() -> None:
         if options.memory:
             memory(precision, options.images, options.memory)
             continue
-        compare(precision, options.images, options.every, options.reference)
+        compare(precision, options.images, options.every, options.reference, options.compiled)
 
 
 if __name__ == "__main__":

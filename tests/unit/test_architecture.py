@@ -285,7 +285,7 @@ BUDGETS = {
     "tracking": 1280,
     "planning": 1260,
     "training": 1880,
-    "sampling": 2230,
+    "sampling": 2235,
     "evaluation": 3845,
     "scaling": 3690,
     "report": 2355,
