@@ -13,6 +13,7 @@ from llamagen_dist.config.evaluate import (
     ReconstructConfig,
     ReferenceConfig,
     SampleConfig,
+    TokenLossConfig,
 )
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, StageSection, SweepConfig
 from llamagen_dist.config.loader import KINDS, difference, dump, load

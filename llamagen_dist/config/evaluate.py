@@ -19,6 +19,8 @@ Metric = Literal[
     "density_coverage",
     "inception_score",
     "class_agreement",
+    "fd_dinov2",
+    "clip_score",
 ]
 Manifold = Literal["exact", "adm", "torch-fidelity", "dgm-eval"]
 Resize = Literal["tf1", "pytorch-fid", "clean-fid"]
@@ -307,6 +309,10 @@ class EvaluateConfig(Section):
     ``adm`` (5000 consecutive images each; LlamaGen's figures)."""
     inception: InceptionSection = InceptionSection()
     classifier: ClassifierSection | None = None
+    dinov2: Path | None = None
+    """For ``fd_dinov2``: the folder of a DINOv2 as transformers saves it (published: facebook/dinov2-large)."""
+    clip: Path | None = None
+    """For ``clip_score``: the folder of a CLIP, with tokenizer and image processor (openai/clip-vit-base-patch32)."""
     threads: Threads = None
 
     def rules(self) -> Iterator[str]:
@@ -326,6 +332,9 @@ class EvaluateConfig(Section):
             yield f"subsample ({self.subsample}) is larger than keep ({self.keep})"
         if "class_agreement" in self.metrics and self.classifier is None:
             yield "class_agreement needs the classifier section (train, validation: real labelled images)"
+        for metric, key in (("fd_dinov2", "dinov2"), ("clip_score", "clip")):
+            if metric in self.metrics and getattr(self, key) is None:
+                yield f"{metric} needs {key}: PATH, a local folder as transformers saves it"
 
     def _one(self) -> Path | None:
         return self.sample.checkpoint if self.sample is not None else self.generated
@@ -387,4 +396,25 @@ class NeighboursConfig(Section):
     seed: CountInt = 0
     batch: PositiveInt = 64
     """Images per forward pass and rank."""
+    threads: Threads = None
+
+
+class TokenLossConfig(Section):
+    """``kind: token_loss``, read by ``eval.token_loss``."""
+
+    kind: Literal["token_loss"]
+    checkpoint: Path
+    """The GPT: a run directory (its newest checkpoint), a step_… folder, or a weights file."""
+    weights: Literal["trained", "ema"] | None = None
+    """``ema``: the moving average, from a run that was trained with one."""
+    model: GPTModelSection | None = None
+    """The GPT's sizes, for a bare weights file (a checkpoint knows them itself)."""
+    data: Path
+    """Held-out token shards."""
+    out: Path
+    """The .json file to write; a picture of the same name lies beside it."""
+    limit: Pictures | None = None
+    """Only the first so many samples; empty: all of them."""
+    batch: PositiveInt = 32
+    """Samples per forward pass and rank; the same on any number of ranks."""
     threads: Threads = None

@@ -11,6 +11,7 @@ from llamagen_dist.config.evaluate import (
     ReconstructConfig,
     ReferenceConfig,
     SampleConfig,
+    TokenLossConfig,
 )
 from llamagen_dist.config.launch import ClusterConfig, PipelineConfig, SweepConfig
 from llamagen_dist.config.pack import PackConfig
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Section]] = {
     "reconstruct": ReconstructConfig,
     "evaluate": EvaluateConfig,
     "neighbours": NeighboursConfig,
+    "token_loss": TokenLossConfig,
     "reference": ReferenceConfig,
     "search": SearchConfig,
     "cluster": ClusterConfig,

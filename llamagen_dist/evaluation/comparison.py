@@ -23,17 +23,19 @@ from llamagen_dist.evaluation import (
     passport,
     record,
 )
+from llamagen_dist.evaluation.clip_score import CAPTIONS, CLIPScore, captions_of
 from llamagen_dist.evaluation.features import Selection, SetFeatures
 from llamagen_dist.evaluation.frechet import Gaussian, frechet_distance, is_rough
 from llamagen_dist.evaluation.image_sets import RESIZED, STATISTICS, ImageSet, balanced, choose, open_images
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.parallel.topology import Topology
 
-DISTANCES = ("fid", "sfid")
+DISTANCES = ("fid", "sfid", "fd_dinov2")
 KEPT_METRICS = ("kid", "precision_recall", "density_coverage")
 """They need the features themselves of both sides."""
 REFERENCE_METRICS = (*DISTANCES, "fid_infinity", *KEPT_METRICS)
 FEATURE_METRICS = (*REFERENCE_METRICS, "inception_score")
+INCEPTION_METRICS = tuple(metric for metric in FEATURE_METRICS if metric != "fd_dinov2")
 MANIFOLD_METRICS = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
 
 
@@ -106,7 +108,8 @@ class Comparison:
 
     @property
     def needs_features(self) -> bool:
-        return any(metric in FEATURE_METRICS and metric not in self._left_out for metric in self.config.metrics)
+        """Inception's."""
+        return any(metric in INCEPTION_METRICS and metric not in self._left_out for metric in self.config.metrics)
 
     def _open(self, path: Path, reference: bool = False) -> ImageSet:
         """Once for each path; statistics without images are opened again, and refused, where images are needed."""
@@ -128,9 +131,9 @@ class Comparison:
         if images.pixels is None or wanted <= images.statistics.keys():
             return Side(images, None)
         # stored statistics belong to all images: the pictures beside them are only a sample, of whatever length
-        return Side(images, self._select(images, None if images.statistics else self.limit))
+        return Side(images, self._select(images, None if images.statistics else self.limit, reference=True))
 
-    def _select(self, images: ImageSet, limit: int | None) -> int:
+    def _select(self, images: ImageSet, limit: int | None, reference: bool = False) -> int:
         config = self.config
         indices = choose(images, limit, config.seed)
         labels = None if images.labels is None else images.labels[indices]
@@ -139,11 +142,14 @@ class Comparison:
             kept = kept[:0]
         elif len(indices) > config.keep:
             kept = balanced(labels, len(indices), config.subsample or 0, config.seed)
-        selection = Selection(images, indices, kept)
-        if selection.key() not in self._numbers:
-            self._numbers[selection.key()] = len(self.selections)
+        scored = "clip_score" in config.metrics and not reference
+        selection = Selection(images, indices, kept, captions_of(images, indices) if scored else None)
+        number = self._numbers.setdefault(selection.key(), len(self.selections))
+        if number == len(self.selections):
             self.selections.append(selection)
-        return self._numbers[selection.key()]
+        elif selection.captions is not None:  # it was only a reference so far
+            self.selections[number] = selection
+        return number
 
     def _looks_at_features(self, count: int, labels: NDArray[np.int64] | None) -> bool:
         """Whether moments do not say all that the metrics (and the search for mistakes) need of so many images."""
@@ -207,7 +213,7 @@ class Comparison:
     def without_features(self, reason: str) -> None:
         """Record why the metrics that need the extractor are absent."""
         for metric in self.config.metrics:
-            if metric in FEATURE_METRICS and metric not in self._left_out:
+            if metric in INCEPTION_METRICS and metric not in self._left_out:
                 self.leave_out(metric, reason)
 
     def leave_out(self, metric: str, reason: str) -> None:
@@ -258,6 +264,11 @@ class Comparison:
             values["inception_score"], deviation = mine.score
             if self.config.inception_score != "whole":
                 values["inception_score_std"] = deviation
+        if "clip_score" in wanted:
+            if mine.clip is not None:
+                values["clip_score"] = float(mine.clip.mean())
+            else:
+                self.absent["clip_score"] = f"{name}: no captions of {generated.images.path} ({CAPTIONS} beside it)"
         labels = generated.images.labels
         if "class_agreement" in wanted and mine.classes is not None and labels is not None:
             truth = labels[self.selections[generated.selection].indices]
@@ -384,7 +395,7 @@ class Comparison:
                 found += mistakes.order_of_classes(name, None, mine.pool)
         return found
 
-    def describe(self, name: str, measured: Sequence[SetFeatures]) -> dict[str, Any]:
+    def describe(self, name: str, measured: Sequence[SetFeatures], clip: CLIPScore | None = None) -> dict[str, Any]:
         """Where the two sides of a set come from and what their pixels hash to."""
 
         def side(part: Side) -> dict[str, Any]:
@@ -405,6 +416,8 @@ class Comparison:
             }
             if images.stored_size != (images.height, images.width):
                 about["resized"] = f"from {images.stored_size[1]} x {images.stored_size[0]}: {RESIZED}"
+            if clip is not None and selection.captions is not None:
+                about["captions"] = clip.describe(selection.captions)
             if images.statistics:
                 about |= {
                     "statistics": sorted(images.statistics),
@@ -418,7 +431,12 @@ class Comparison:
             "reference": {**side(reference), "provenance": passport.provenance(reference.images)},
         }
 
-    def protocol(self, extractor: dict[str, object] | None, classifier: dict[str, Any] | None) -> dict[str, Any]:
+    def protocol(
+        self,
+        extractor: dict[str, object] | None,
+        classifier: dict[str, Any] | None,
+        encoders: dict[str, dict[str, Any]],
+    ) -> dict[str, Any]:
         """Metric -> everything besides the images that decides its value; equal for comparable results."""
         network: dict[str, Any] = {}
         if extractor is not None:
@@ -445,5 +463,6 @@ class Comparison:
             },
             "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": splits},
             "class_agreement": classifier or {},
+            **encoders,
         }
         return {metric: details[metric] for metric in record.VALUES if metric in self.config.metrics}

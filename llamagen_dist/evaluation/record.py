@@ -18,6 +18,8 @@ VALUES = {
     "density_coverage": ("density", "coverage"),
     "inception_score": ("inception_score",),
     "class_agreement": ("class_agreement",),
+    "fd_dinov2": ("fd_dinov2",),
+    "clip_score": ("clip_score",),
 }
 """Metric -> the keys it has in a result."""
 
@@ -82,12 +84,16 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], shared: Mapping[str,
     for name, known in shared.items():
         pairs.append((f"{name}: number of images", a["sets"][name]["n"], b["sets"][name]["n"]))
         looked_at: dict[str, tuple[str, ...]] = {"images": ("size", "resized")}
-        if known != ["class_agreement"] and known != ["inception_score"]:
+        if set(known) - {"class_agreement", "inception_score", "clip_score"}:
             looked_at["reference"] = ("n", "sha256", "sha256_of_statistics", "resized")
+        if "clip_score" in known:
+            looked_at["images"] += ("captions",)
         for side, keys in looked_at.items():
             left, right = (result["record"]["sets"][name].get(side, {}) for result in (a, b))
             what = "reference images" if side == "reference" else "images"
             pairs += [(f"{name}: {what}, {key}", left.get(key), right.get(key)) for key in keys]
+        made = [result["record"]["sets"][name].get("images", {}).get("made_by") or {} for result in (a, b)]
+        pairs.append((f"{name}: perturbed codes", made[0].get("perturbed"), made[1].get("perturbed")))
         pairs.append((f"{name}: mistakes", _mistakes(a, name), _mistakes(b, name)))
     lines = [f"{what}: {left} -> {right}" for what, left, right in pairs if left != right]
     return list(dict.fromkeys(lines))

@@ -12,9 +12,11 @@ from llamagen_dist.config import ClassifierSection, EvaluateConfig
 from llamagen_dist.console import LOG, main_rank_progress
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import classifier, inception, inception_weights, passport, record
+from llamagen_dist.evaluation.clip_score import CLIPScore
 from llamagen_dist.evaluation.comparison import Comparison
+from llamagen_dist.evaluation.dinov2 import DINOv2
 from llamagen_dist.evaluation.drawn import drawn_images
-from llamagen_dist.evaluation.features import Extraction, SetFeatures
+from llamagen_dist.evaluation.features import Encoders, Extraction, SetFeatures
 from llamagen_dist.evaluation.image_sets import ImageSet, balanced, open_images
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.files import write_bytes
@@ -57,6 +59,10 @@ def evaluate(
             comparison.leave_out("inception_score", inception_weights.NO_LOGITS)
     judge = Judge(config.classifier, config, topology) if config.classifier is not None else None
     comparison.check_labels(None if judge is None else judge.classes)
+    encoders = Encoders(
+        DINOv2(config.dinov2, topology.device) if "fd_dinov2" in config.metrics and config.dinov2 else None,
+        CLIPScore(config.clip, topology.device) if "clip_score" in config.metrics and config.clip else None,
+    )
     extraction = Extraction(
         comparison.selections,
         network,
@@ -64,12 +70,13 @@ def evaluate(
         topology,
         config.batch,
         config.inception_score,
+        encoders,
     )
     label = "features" if network else "images"
     with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
         measured = extraction.run(progress.advance if progress else lambda count, text: None)
     found += comparison.mistakes_of_features(measured)
-    result = scored(comparison, measured, found, topology, described, judge, as_shipped)
+    result = scored(comparison, measured, found, topology, described, judge, as_shipped, encoders)
     result["record"] |= {
         "device": str(topology.device.type),
         "ranks": topology.world,
@@ -86,6 +93,7 @@ def scored(
     extractor: dict[str, object] | None,
     judge: "Judge | None" = None,
     as_shipped: EvaluateConfig | None = None,
+    encoders: Encoders = Encoders(),
 ) -> dict[str, Any]:
     """What ``evaluate`` gives, save what the record says of the process (collective).
 
@@ -96,14 +104,14 @@ def scored(
     described_sets = {}
     for name in comparison.sets:
         result["sets"][name] = comparison.score(name, measured, topology)
-        described_sets[name] = comparison.describe(name, measured)
+        described_sets[name] = comparison.describe(name, measured, encoders.clip)
     if judge is not None:
         result["class_agreement_real"] = judge.real
     result["record"] = {
         "format": record.FORMAT,
         "protocol": passport.protocol(config, as_shipped),
         "bias": record.bias(comparison.n, inception.POOL_FEATURES, comparison.rough(measured, topology)),
-        "metrics": comparison.protocol(extractor, None if judge is None else judge.record),
+        "metrics": comparison.protocol(extractor, None if judge is None else judge.record, encoders.records()),
         "choice": {
             "limit": config.limit,
             "fewer": config.fewer,
@@ -168,6 +176,10 @@ def show(result: Mapping[str, Any]) -> None:
         LOG.info(f"{name}: " + "  ".join(f"{key} {value:.5g}" for key, value in values.items()))
     for mistake in result["record"]["mistakes"]:
         LOG.warning(f"MISTAKE in {mistake['set']}: {mistake['mistake']}: {mistake['what']}")
+    for name, sides in result["record"]["sets"].items():
+        for what, count in sides["images"].get("captions", {}).items():
+            if what.startswith("longer_than") and count:
+                LOG.warning(f"{name}: {count} captions are {what.replace('_', ' ')}: CLIP does not see their end")
     for metric, reason in result["absent"].items():
         LOG.info(f"{metric} is absent: {reason}")
     LOG.info(result["record"]["bias"])

@@ -124,6 +124,18 @@ def held_out(best_first: Sequence[Run], per_image: Mapping[str, float], x: str, 
     return Figure((Panel(title, tuple(series), y_range=_settled(late)),), alt, x, log_x=True, caption=more)
 
 
+def by_position(loss: Floats, null: Floats, grid: Sequence[int] | None) -> Figure:
+    """Held-out loss at each token of the picture, float64 [N] each: with its condition, and without (null)."""
+    x = np.arange(len(loss), dtype=np.float64)
+    series = (
+        Series("without condition", x, null, "thin", "orange", "without condition"),
+        Series("held out", x, loss, "line", "blue", "held out"),
+    )
+    rows = f" ({grid[0]} rows of {grid[1]})" if grid else ""
+    alt = f"Held-out loss at each of {len(loss)} token positions, with and without the condition"
+    return Figure((Panel(LOSS, series),), alt, f"token position{rows}")
+
+
 def against_size(lines: Mapping[float, list[tuple[int, float]]], counted: str, constant: bool) -> Figure:
     """lines: budget -> (parameters, held-out loss) of runs. constant: whether the learning rate was, up to there."""
     series = []

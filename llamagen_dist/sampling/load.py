@@ -116,7 +116,7 @@ def load_tokenizer(
             f"{sizes}.quantizer and its options as they were"
         )
     weights.pop(PLAIN_CODES, None)
-    _fill(model, known | weights, key, path)
+    fill(model, known | weights, key, path)
     return Tokenizer(path, model.eval(), checkpoint.identity, image_size)
 
 
@@ -190,7 +190,7 @@ def load_gpt(
         num_classes=num_classes,
     )
     model = GPT(config)
-    _fill(model, checkpoint.read_all(), "checkpoint", path)
+    fill(model, checkpoint.read_all(), "checkpoint", path)
     classes = checkpoint.classes or (manifest.classes if manifest else None)
     if classes is None or len(classes) != num_classes:
         classes = [str(number) for number in range(num_classes)]
@@ -219,7 +219,8 @@ def _check_pair(checkpoint: Checkpoint, vocabulary: int, tokenizer: Tokenizer, m
         )
 
 
-def _fill(model: torch.nn.Module, weights: Mapping[str, Tensor], key: str, path: Path) -> None:
+def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], key: str, path: Path) -> None:
+    """Put ``weights`` into ``model``. Raises UserError, naming the config key, where they do not fit."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -166,6 +166,10 @@ def test_any_number_of_results_stands_side_by_side_with_what_differs(tmp_path):
             lambda r: r["record"]["sets"]["generated"]["reference"].update(sha256_of_statistics="s"),
             "reference images, sha256_of_statistics: None -> s",
         ),
+        (
+            lambda r: r["record"]["sets"]["generated"]["images"].update(made_by={"perturbed": {"share": 0.5}}),
+            "perturbed codes: None -> {",
+        ),
         (lambda r: r["record"]["metrics"]["fid"].update(arithmetic="bfloat16"), "fid.arithmetic: float32 -> bfloat16"),
         (
             lambda r: r["record"].update(mistakes=[{"set": "generated", "mistake": "duplicates", "what": "x"}]),

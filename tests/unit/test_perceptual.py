@@ -186,7 +186,7 @@ def shift(pixels: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 # (change, mean distance of the 24 crops as measured here), from hardly visible to bad
 WORSE = {
-    "noise": ((noise(4), 0.0039), (noise(16), 0.0506), (noise(64), 0.3145)),
+    "noise": ((noise(4), 0.0039), (noise(16), 0.0506), (noise(64), 0.325)),
     "blur": ((blur(0.5), 0.0042), (blur(1), 0.0352), (blur(2), 0.0965), (blur(4), 0.1712)),
     "jpeg": ((jpeg(90), 0.0025), (jpeg(50), 0.0171), (jpeg(5), 0.1489)),
     "shift": ((shift(1), 0.0497), (shift(2), 0.0981), (shift(8), 0.2597), (lambda images: images.roll(1, 0), 0.4227)),

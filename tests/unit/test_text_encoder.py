@@ -135,7 +135,7 @@ def without(folder: Path, what: str) -> None:
     elif what == "T5":
         (folder / "config.json").write_text('{"model_type": "bert"}')
     elif what == "the tokenizer":
-        for name in text_encoder._TOKENIZER_FILES:
+        for name in text_encoder.TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)
     elif what == "bytes":
         data = (folder / "model.safetensors").read_bytes()
