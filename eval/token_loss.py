@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     shape = (model.config.prefix, model.config.caption_dim) if model.config.condition == "text" else None
     batches = TokenStream(shards, topology, topology.dp, 0, 0.0, shape).validation_batches(count, config.batch)
     loss, null = loss_by_position(model, batches, count, config.batch, topology)
-    topology.broadcast_from_rank0(lambda: finish(config, checkpoint, shards, count, loss, null))
+    identity = checkpoint.identity  # collective
+    topology.broadcast_from_rank0(lambda: finish(config, identity, shards, count, loss, null))
 
 
 def load_model(config: TokenLossConfig, checkpoint: Checkpoint, shards: Shards) -> GPT:
@@ -111,9 +112,7 @@ def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([token_nll(part, targets) for part, targets in pairs]).view(tokens.shape)
 
 
-def finish(
-    config: TokenLossConfig, checkpoint: Checkpoint, shards: Shards, count: int, loss: Tensor, null: Tensor
-) -> None:
+def finish(config: TokenLossConfig, identity: str, shards: Shards, count: int, loss: Tensor, null: Tensor) -> None:
     """Write the numbers and the picture. Rank 0 only."""
     result: dict[str, Any] = {
         "val_loss": float(loss.mean()),
@@ -121,8 +120,8 @@ def finish(
         "loss_by_position": loss.tolist(),
         "null_loss_by_position": null.tolist(),
         "record": {
-            "checkpoint": str(checkpoint.path),
-            "checkpoint_sha256": checkpoint.identity,
+            "checkpoint": str(config.checkpoint),
+            "checkpoint_sha256": identity,
             "data": str(shards.location),
             "data_sha256": shards.manifest.fingerprint(),
             "n": count,

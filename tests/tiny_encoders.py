@@ -28,7 +28,8 @@ def write_dinov2(folder: Path, seed: int = 0, width: int = 8) -> Path:
     return folder
 
 
-def write_clip(folder: Path, seed: int = 0) -> Path:
+def write_clip(folder: Path, seed: int = 0, sign: int = -1) -> Path:
+    """sign: with 1 and seed 0 no picture fits any caption, with -1 all do."""
     torch.manual_seed(seed)
     letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
     vocabulary = {piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
@@ -40,6 +41,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=1.0)
+        model.text_projection.weight.mul_(sign)
     model.save_pretrained(folder)
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)

@@ -112,6 +112,11 @@ def test_scores_are_those_of_transformers_on_one_rank_and_on_two(work, tmp_path)
         compare.main([str(one), str(two)])
 
 
+def test_what_does_not_fit_at_all_scores_zero_and_not_less(tmp_path):
+    against = CLIPScore(write_clip(tmp_path / "clip", sign=1), CPU)
+    assert against(pictures(3, 0), CAPTIONS).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_more_images_than_dimensions_are_summed_as_moments(work):
     from llamagen_dist.evaluation.features import _Distribution
     from llamagen_dist.parallel.topology import Topology
