@@ -125,6 +125,8 @@ class SearchConfig(DrawSection):
             yield "metrics: class_agreement needs a classifier, which a search does not train; leave it out"
         if self.bootstrap == 1:
             yield "bootstrap: 1 replicate has no deviation; give more, or 0 for no band"
+        for metric in sorted({"fd_dinov2", "clip_score"} & set(self.metrics)):
+            yield f"metrics: {metric} is measured by eval.evaluate alone; leave it out"
         if self.images < 2:
             yield f"images: {self.images} is no distribution; give at least two"
         if self.tensor > 1:

@@ -16,12 +16,10 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation import (
     extrapolation,
     inception,
-    inception_score,
     kid,
     manifold,
     mistakes,
     passport,
-    record,
 )
 from llamagen_dist.evaluation.clip_score import CAPTIONS, CLIPScore, captions_of
 from llamagen_dist.evaluation.features import Selection, SetFeatures
@@ -430,39 +428,3 @@ class Comparison:
             "images": {**side(generated), "made_by": passport.made_by(generated.images)},
             "reference": {**side(reference), "provenance": passport.provenance(reference.images)},
         }
-
-    def protocol(
-        self,
-        extractor: dict[str, object] | None,
-        classifier: dict[str, Any] | None,
-        encoders: dict[str, dict[str, Any]],
-    ) -> dict[str, Any]:
-        """Metric -> everything besides the images that decides its value; equal for comparable results."""
-        network: dict[str, Any] = {}
-        if extractor is not None:
-            network = {key: extractor[key] for key in passport.EXTRACTOR}
-        pool = {**network, "features": inception.TAPS["fid"]}
-        subsets = {"subsets": self.config.kid.subsets, "subset_size": self.kid_subset}
-        hashed = self.config.kid.draw == "hashed"
-        drawn = {"seed": self.config.seed} if hashed else {"seed": kid.TORCH_FIDELITY_SEED, "draw": "torch-fidelity"}
-        kid_section = {**subsets, **drawn, "kernel": "(x.y / d + 1)^3, unbiased"}
-        splits = 1 if self.config.inception_score == "whole" else inception_score.MEANING[self.config.inception_score]
-        large = {"keep": self.config.keep, "subsample": self.config.subsample}
-        details: dict[str, dict[str, Any]] = {
-            "fid": {**pool, "covariance": "n - 1"},
-            "sfid": {**network, "features": inception.TAPS["sfid"], "covariance": "n - 1"},
-            "kid": {**pool, **kid_section, **large},
-            "precision_recall": {**pool, **self.manifold.describe(), **large},
-            "density_coverage": {**pool, **self.manifold.describe(), **large},
-            "fid_infinity": {
-                **pool,
-                "points": self.config.fid_infinity_points,
-                "smallest": extrapolation.SMALLEST,
-                "seed": self.config.seed,
-                **large,
-            },
-            "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": splits},
-            "class_agreement": classifier or {},
-            **encoders,
-        }
-        return {metric: details[metric] for metric in record.VALUES if metric in self.config.metrics}

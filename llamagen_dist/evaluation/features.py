@@ -92,6 +92,9 @@ class Encoders(NamedTuple):
         return {metric: {} if encoder is None else encoder.record() for metric, encoder in encoders.items()}
 
 
+NO_ENCODERS = Encoders()
+
+
 class Extraction:
     """Goes once through all selections, this rank's share of their batches."""
 
@@ -103,7 +106,7 @@ class Extraction:
         topology: Topology,
         batch: int,
         splits: str = "whole",
-        encoders: Encoders = Encoders(),
+        encoders: Encoders = NO_ENCODERS,
     ) -> None:
         """splits: of the Inception Score, a name in SPLITS."""
         self.selections, self.network, self.classify, self.topology = selections, network, classify, topology

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from llamagen_dist.config import EvaluateConfig, difference
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
+from llamagen_dist.evaluation import extrapolation, inception, inception_score, kid, record
 from llamagen_dist.evaluation.image_sets import ImageSet
+from llamagen_dist.evaluation.manifold import Convention
 from llamagen_dist.evaluation.picture_files import PictureFiles
 from llamagen_dist.files import json_if_there
 
@@ -37,6 +39,48 @@ def protocol(config: EvaluateConfig, as_shipped: EvaluateConfig | None) -> dict[
     ignored = ("generated", "sample", "reference", "sets", "out", "threads", "batch", "classifier", "inception.cache")
     changed = [] if as_shipped is None else difference(as_shipped, config, ignored)
     return {"name": config.protocol or "unnamed", "changed": changed}
+
+
+def metrics(
+    config: EvaluateConfig,
+    kid_subset: int,
+    convention: Convention,
+    extractor: Mapping[str, Any] | None,
+    classifier: dict[str, Any] | None,
+    encoders: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Metric -> everything besides the images that decides its value; equal for comparable results.
+
+    extractor, classifier, encoders: their records.
+    """
+    network: dict[str, Any] = {}
+    if extractor is not None:
+        network = {key: extractor[key] for key in EXTRACTOR}
+    pool = {**network, "features": inception.TAPS["fid"]}
+    subsets = {"subsets": config.kid.subsets, "subset_size": kid_subset}
+    hashed = config.kid.draw == "hashed"
+    drawn = {"seed": config.seed} if hashed else {"seed": kid.TORCH_FIDELITY_SEED, "draw": "torch-fidelity"}
+    kid_section = {**subsets, **drawn, "kernel": "(x.y / d + 1)^3, unbiased"}
+    splits = 1 if config.inception_score == "whole" else inception_score.MEANING[config.inception_score]
+    large = {"keep": config.keep, "subsample": config.subsample}
+    details: dict[str, dict[str, Any]] = {
+        "fid": {**pool, "covariance": "n - 1"},
+        "sfid": {**network, "features": inception.TAPS["sfid"], "covariance": "n - 1"},
+        "kid": {**pool, **kid_section, **large},
+        "precision_recall": {**pool, **convention.describe(), **large},
+        "density_coverage": {**pool, **convention.describe(), **large},
+        "fid_infinity": {
+            **pool,
+            "points": config.fid_infinity_points,
+            "smallest": extrapolation.SMALLEST,
+            "seed": config.seed,
+            **large,
+        },
+        "inception_score": {**network, "logits_sha256": (extractor or {}).get("logits_sha256"), "splits": splits},
+        "class_agreement": classifier or {},
+        **encoders,
+    }
+    return {metric: details[metric] for metric in record.VALUES if metric in config.metrics}
 
 
 def made_by(images: ImageSet) -> dict[str, Any] | None:

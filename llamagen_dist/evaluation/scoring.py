@@ -16,7 +16,7 @@ from llamagen_dist.evaluation.clip_score import CLIPScore
 from llamagen_dist.evaluation.comparison import Comparison
 from llamagen_dist.evaluation.dinov2 import DINOv2
 from llamagen_dist.evaluation.drawn import drawn_images
-from llamagen_dist.evaluation.features import Encoders, Extraction, SetFeatures
+from llamagen_dist.evaluation.features import NO_ENCODERS, Encoders, Extraction, SetFeatures
 from llamagen_dist.evaluation.image_sets import ImageSet, balanced, open_images
 from llamagen_dist.evaluation.mistakes import Found
 from llamagen_dist.files import write_bytes
@@ -93,7 +93,7 @@ def scored(
     extractor: dict[str, object] | None,
     judge: "Judge | None" = None,
     as_shipped: EvaluateConfig | None = None,
-    encoders: Encoders = Encoders(),
+    encoders: Encoders = NO_ENCODERS,
 ) -> dict[str, Any]:
     """What ``evaluate`` gives, save what the record says of the process (collective).
 
@@ -111,7 +111,14 @@ def scored(
         "format": record.FORMAT,
         "protocol": passport.protocol(config, as_shipped),
         "bias": record.bias(comparison.n, inception.POOL_FEATURES, comparison.rough(measured, topology)),
-        "metrics": comparison.protocol(extractor, None if judge is None else judge.record, encoders.records()),
+        "metrics": passport.metrics(
+            config,
+            comparison.kid_subset,
+            comparison.manifold,
+            extractor,
+            None if judge is None else judge.record,
+            encoders.records(),
+        ),
         "choice": {
             "limit": config.limit,
             "fewer": config.fewer,
