@@ -53,10 +53,8 @@ def test_without_the_extractor_the_rest_is_measured(work, tmp_path):
 def statistics(path: Path, **about: object) -> Path:
     """Of some images, which ``about`` describes."""
     known = {"name": "some", "count": 50, "extractor": {}, "size": [SIZE, SIZE], **about}
-    r = np.random.RandomState(0)
-    features = {"mu": r.rand(60, 2048), "mu_s": r.rand(60, 2023)}
-    arrays = {name: x.mean(0) for name, x in features.items()}
-    arrays |= {name.replace("mu", "sigma"): np.cov(x, rowvar=False) for name, x in features.items()}
+    features = np.random.RandomState(0).rand(60, 2048)
+    arrays = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
     np.savez(path, **arrays, **{PROVENANCE: np.frombuffer(json.dumps(known).encode(), np.uint8)})
     return path
 
