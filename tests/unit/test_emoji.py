@@ -1,5 +1,6 @@
 """The captioned set from the emoji-datasource package, on a package of the same shape drawn here."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -216,3 +217,54 @@ def test_a_jobs_copy_of_the_code_holds_the_programs_of_the_recipe(tmp_path):
     modules = {stage.module for stage in made.nodes}
     assert {"examples.emoji", "examples.text_encoder"} < modules
     assert not [module for module in modules if not (copy / f"{module.replace('.', '/')}.py").is_file()]
+
+
+def test_all_pictures_have_classes_and_every_emoji_is_on_one_side(tmp_path):
+    files = package()
+    same = [entry(0x1F1E6 + number, f"Flag {number}", False) | {"category": "Flags"} for number in range(60)]
+    entries = json.loads(files["emoji.json"]) + same
+    files["emoji.json"] = json.dumps(entries).encode()
+    for number, made in enumerate(entries):
+        for tone, drawn in enumerate((made, *made.get("skin_variations", {}).values())):
+            # the last two flags are one picture, byte for byte
+            files[f"img/google/64/{drawn['image']}"] = png(0) + f"{min(number, 63)} {tone}".encode()
+    source = as_folder(files, tmp_path / "package")
+    train, held = prepare_emoji(source, tmp_path / "out", every=True)
+    both = [lines(tmp_path / "out" / name) for name in ("train.jsonl", "validation.jsonl")]
+    assert [len(both[0]), len(both[1])] == [train, held]
+    assert train + held == 23 + 3 + 1 + 60 - 1, "tones, the one without, flags less the repeated one"
+    sides = [{Path(line["image_path"]).name.split("-")[0].split(".")[0] for line in side} for side in both]
+    assert not sides[0] & sides[1], "the tones of an emoji are on one side"
+    for name in sides[1]:  # by the hash of the file's name, whatever else is in the package
+        assert hashlib.sha256(f"{name}.png".encode()).digest()[0] < 26
+    assert held > 0
+    assert all(line["class"] == ("Flags" if line["short"].startswith("flag ") else "People & Body") for line in both[0])
+    with pytest.raises(UserError, match="made in another way"):
+        prepare_emoji(source, tmp_path / "out")
+    main(["pack", str(tmp_path / "out/train.jsonl"), "--size", "64", "--out", str(tmp_path / "shards"), "--jobs", "1"])
+    shards = open_shards(tmp_path / "shards", "images")
+    assert (len(shards), shards.manifest.classes) == (train, ["Flags", "People & Body"])
+    assert shards.manifest.image_size == 64
+
+
+def test_pictures_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    bomb = io.BytesIO()
+    Image.new("L", (1100, 1000)).save(bomb, "PNG")  # small in the file
+    files = package() | {"img/google/64/0001.png": bomb.getvalue()}
+    with pytest.raises(UserError, match=r"0001\.png cannot be decoded \(1100 x 1000 pixels, more than the limit"):
+        prepare_emoji(as_folder(files, tmp_path / "package"), tmp_path / "out")
+    monkeypatch.setattr(emoji, "_LIMIT_OF_ALL", 2000)
+    with pytest.raises(UserError, match="its small pictures hold more than"):
+        prepare_emoji(tmp_path / "package", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_stages_of_the_colour_recipe_fit_together(tmp_path):
+    stages = {s.name: s for s in plan(CONFIGS / "pipeline/colour.yaml", tmp_path, {"package": "/a.tgz"}).nodes}
+    tokenizer, back = stages["tokenizer"].config, stages["reconstruct"].config
+    assert back.tokenizer == tokenizer.run_dir
+    assert str(back.images) == str(tokenizer.data.validation)
+    for name, folder in (("pack", tokenizer.data.train), ("pack-held-out", tokenizer.data.validation)):
+        words = stages[name].arguments
+        assert words[words.index("--out") + 1] == str(folder)
+        assert int(words[words.index("--size") + 1]) == tokenizer.data.image_size
