@@ -1,11 +1,12 @@
 """PROGRAM: forward + backward of every quantizer against a full distance matrix under autograd.
 
-    python -m tests.bench.quantizer [--images 8] [--codes 16384] [--repeats 5]
+    OMP_NUM_THREADS=1 python -m tests.bench.quantizer [--images 8] [--codes 16384] [--repeats 5]
 
 The full matrix is the usual way: the distances of N latents to K codes as one differentiable expression, argmin, the
-two losses, straight through. LlamaGen's way also takes the entropy loss of it, whatever its weight. Of each quantizer:
-the median time, the two ratios, and its matrix products' share of this machine's measured fp32 matmul rate (a product
-with 8 columns is bound by memory, not by multiplications: the matrix is written and read once). The ways take turns.
+two losses, straight through. LlamaGen's way also takes the entropy loss of it, whatever its weight. ibq's own full
+matrix is the one-hot over all codes. Of each quantizer: the median CPU time of the process (on a busy machine the clock
+says little), the ratios, and its matrix products' share of this machine's fp32 matmul rate, measured alike. A product
+with 8 columns is bound by memory, not by multiplications: the matrix is written and read once. The ways take turns.
 """
 
 import argparse
@@ -39,14 +40,25 @@ def full_matrix(latents: Tensor, weight: Tensor, entropy: bool) -> Tensor:
     return loss + (z + (quantised - z).detach()).sum()
 
 
+def full_one_hot(latents: Tensor, weight: Tensor) -> Tensor:
+    """IBQ's loss with the straight-through one-hot over all codes in the graph."""
+    flat = F.normalize(latents.permute(0, 2, 3, 1), dim=-1).reshape(-1, latents.shape[1])
+    codes = F.normalize(weight, dim=-1)
+    soft = (flat @ codes.t()).softmax(-1)
+    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(-1, keepdim=True), 1.0)
+    quantised, chosen = (hard + soft - soft.detach()) @ codes, hard @ codes
+    vq = F.mse_loss(quantised, flat) + 0.25 * F.mse_loss(chosen, flat.detach())
+    return quantised.sum() + vq + F.mse_loss(chosen.detach(), flat)
+
+
 def seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    begun = time.process_time()
     work()
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def matmul_rate() -> float:
-    """FLOP/s of a large square fp32 product: the best of five."""
+    """FLOP per CPU second of a large square fp32 product: the best of five."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
@@ -88,6 +100,7 @@ def main() -> None:
 
     ways: dict[str, Callable[[], object]] = {
         "full matrix": lambda: full_matrix(latents["vq"], weight, False).backward(),
+        "full one-hot": lambda: full_one_hot(latents["ibq"], weight).backward(),
         "LlamaGen": lambda: full_matrix(latents["vq"], weight, True).backward(),
         **{name: (lambda name=name: step(name)) for name in quantizers},
     }
@@ -107,7 +120,8 @@ def main() -> None:
         flops = products.get(name, 0) * 2 * rows * args.codes * 8
         share = f", {flops / took / peak:.1%} of the matmul rate" if flops else ""
         ratios = f"{median['full matrix'] / took:7.2f} x, {median['LlamaGen'] / took:7.2f} x"
-        print(f"{name:12} {took * 1e3:9.2f} ms   full matrix / it, LlamaGen's way / it: {ratios}{share}")
+        print(f"{name:12} {took * 1e3:9.2f} CPU ms   full matrix / it, LlamaGen's way / it: {ratios}{share}")
+    print(f"full one-hot / ibq: {median['full one-hot'] / median['ibq']:.2f} x")
 
 
 if __name__ == "__main__":

@@ -130,14 +130,14 @@ def far(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(abs(x - y) / max(0.1, abs(x)) for x, y in pairs)
 
 
-def same_on_two_ranks(kind: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert far(one[kind], two[0][kind]) < 1e-5
+def same_on_more_ranks(kind: str, one: dict[str, Any], more: list[dict[str, Any]]) -> None:
+    assert far(one[kind], more[0][kind]) < 1e-5
     lines = [line for line in one[kind][0] if "train_usage" in line]
     assert len(lines) == 3  # steps 1, 4 and 8
-    for mine, theirs in zip(lines, (line for line in two[0][kind][0] if "train_usage" in line), strict=True):
+    for mine, theirs in zip(lines, (line for line in more[0][kind][0] if "train_usage" in line), strict=True):
         assert mine["train_usage"] == theirs["train_usage"]
-    ends = [run[kind][1] for run in two]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    ends = [run[kind][1] for run in more]
+    assert all(torch.equal(value, ends[-1][name]) for name, value in ends[0].items())
     assert "train_narrowest" in lines[0] or kind in TABLES
     assert ("revived" in lines[0]) == (kind in TABLES)
 
@@ -150,19 +150,27 @@ def bit_equal_after_a_resume(kind: str, two: list[dict[str, Any]]) -> None:
         assert not any(equal.values()), "sabotage twin: a spoilt part of its state is seen"
 
 
-def test_moving_averages_are_the_same_on_two_ranks_and_after_a_resume(config):
+def test_moving_averages_are_the_same_on_more_ranks_and_after_a_resume(config):
     """The quantizer with most state; the others' tests are long."""
     (one,) = run_ranks(learn, 1, config, ["ema"], False)
     two = run_ranks(learn, 2, config, ["ema"], False)
-    same_on_two_ranks("ema", one, two)
+    same_on_more_ranks("ema", one, two)
     bit_equal_after_a_resume("ema", two)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_learn_what_one_learns(kind, one, two):
-    same_on_two_ranks(kind, one, two)
+    same_on_more_ranks(kind, one, two)
     assert kind != "ibq" or sum(line.get("revived", 0) for line in one[kind][0]) > 0
+
+
+@pytest.mark.long
+def test_four_ranks_learn_what_one_learns(config, one):
+    four = run_ranks(learn, 4, config, ["vq", "lfq"], False)
+    for kind in four[0]:
+        same_on_more_ranks(kind, one, four)
+        bit_equal_after_a_resume(kind, four)
 
 
 @pytest.mark.long

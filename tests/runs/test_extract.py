@@ -29,6 +29,8 @@ from llamagen_dist.data.pack import PackOptions, pack
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.data.tokens import TokenReader
 from llamagen_dist.errors import UserError
+from llamagen_dist.sampling.load import load_tokenizer
+from llamagen_dist.sampling.pictures import decode_tokens
 from tests import checkpoints as store
 from tests.ranks.forked import run_ranks
 from tests.tokenizer_run import TINY, save_tokenizer
@@ -105,6 +107,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 def alone(work):
     extract(work, work / "alone")
     return work / "alone"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"quantizer": "fsq", "levels": [4, 4, 6], "codebook_dim": 8}, "fsq 4,4,6"),
+        ({"quantizer": "ema"}, "ema, l2_norm"),
+    ],
+)
+def test_token_shards_name_any_quantizer_and_hold_its_codes(work, tmp_path, options, named):
+    torch.manual_seed(1)
+    sizes = {**TINY, **options}
+    save_tokenizer(tmp_path / "run", build_vq(TokenizerModelSection(**sizes)), sizes)
+    extract(work, tmp_path / "out", f"tokenizer={tmp_path / 'run'}")
+    shards = open_shards(tmp_path / "out" / "train", "tokens")
+    assert (shards.manifest.quantizer, shards.manifest.vocab_size) == (named, 96)
+    model = load_tokenizer(tmp_path / "run").model
+    pictures = images.load_images(open_shards(work / "small" / "train"), range(4), SIZE)
+    codes = TokenReader(shards).codes(np.arange(4), np.zeros(4, np.int64))
+    assert np.array_equal(codes, model.encode(images.to_floats(pictures)).flatten(1).numpy())
+    assert np.isfinite(decode_tokens(model, torch.from_numpy(codes).long())).all()
 
 
 def test_codes_are_the_tokenizers_own(work, alone):
