@@ -1,25 +1,54 @@
-"""The network that tells real images from reconstructions, patch by patch."""
+"""The network that tells real images from reconstructions: patch by patch, or (stylegan.py) as a whole."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from llamagen_dist.config.discriminator import DiscriminatorSection
+from tokenizer_training.batch_norm import SynchronisedBatchNorm2d
+from tokenizer_training.stylegan import StyleGANDiscriminator
+
+
+def build_discriminator(
+    section: DiscriminatorSection, image_channels: int, image_size: int, group: dist.ProcessGroup | None
+) -> nn.Module:
+    """With its initial weights. group: the ranks that share batch statistics; None: there is one.
+
+    With LeCAM it has a buffer ``lecam_means``, fp32 (2,): the moving averages of the logits, real and fake.
+    """
+    network: nn.Module
+    if section.kind == "stylegan":
+        network = StyleGANDiscriminator(image_channels, image_size, section.channels, section.minibatch_stddev)
+    else:
+        network = PatchGAN(image_channels, section.channels, section.layers, section.norm, group)
+    if section.lecam_weight > 0:  # a buffer, so that checkpoints hold it and a rehearsal puts it back
+        network.register_buffer("lecam_means", torch.zeros(2))
+    return network
 
 
 class PatchGAN(nn.Module):
     """LlamaGen's PatchGAN: ``layers`` strided 4x4 convolutions, one of stride 1, one logit per patch.
 
     With 64 channels and 3 layers it has 2,765,633 parameters and gives 30 x 30 logits for 256 x 256 pixels;
-    its parameter names (``main.0``, ``main.2``, ``main.3`` …) are LlamaGen's. norm: ``batch`` (LlamaGen's) or
-    ``group``, whose result for an image does not depend on the other images or on the number of ranks.
+    its parameter names (``main.0``, ``main.2``, ``main.3`` …) are LlamaGen's. norm: ``batch`` (LlamaGen's, over all
+    ranks of ``group``) or ``group``, whose result for an image does not depend on the other images.
     """
 
-    def __init__(self, image_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        image_channels: int = 3,
+        channels: int = 64,
+        layers: int = 3,
+        norm: str = "batch",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         main: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels
         for number in range(1, layers + 1):
             before, width = width, channels * min(2**number, 8)
             stride = 2 if number < layers else 1
-            normalise = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(1, width)
+            normalise = SynchronisedBatchNorm2d(width, group) if norm == "batch" else nn.GroupNorm(1, width)
             main += [nn.Conv2d(before, width, 4, stride, 1, bias=False), normalise, nn.LeakyReLU(0.2)]
         main.append(nn.Conv2d(width, 1, 4, 1, 1))
         self.main = nn.Sequential(*main)

@@ -7,23 +7,10 @@ from typing import Literal
 from pydantic import ValidationInfo, field_validator
 
 from llamagen_dist.config.data import ImageDataSection
+from llamagen_dist.config.discriminator import DiscriminatorSection
 from llamagen_dist.config.model import TokenizerModelSection
-from llamagen_dist.config.section import CountFloat, CountInt, Images, PositiveFloat, PositiveInt, Probability, Section
+from llamagen_dist.config.section import CountFloat, CountInt, PositiveFloat, Probability, Section
 from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig
-
-
-class DiscriminatorSection(Section):
-    kind: Literal["patchgan", "none"] = "patchgan"
-    start_images: Images = 20000 * 128
-    """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
-    weight: CountFloat = 0.5
-    channels: PositiveInt = 64
-    layers: PositiveInt = 3
-    norm: Literal["batch", "group"] = "batch"
-    """``batch`` is LlamaGen's and averages over one rank's micro-batch; ``group`` looks at one image at a time, so
-    the result does not depend on the number of ranks."""
-    lr: PositiveFloat | None = None
-    """Empty: the tokenizer's own learning rate."""
 
 
 class TokenizerLossSection(Section):
@@ -116,15 +103,8 @@ class TokenizerConfigFile(TrainingConfig):
     @field_validator("loss")
     @classmethod
     def _discriminator_has_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
-        takes_part = loss.discriminator.kind != "none" and loss.discriminator.weight > 0
-        layers = loss.discriminator.layers
-        # every layer halves the image, and two more convolutions take one pixel each
-        smallest = 3 * 2 ** min(layers, 62)
-        if takes_part and "data" in info.data and info.data["data"].image_size < smallest:
-            raise ValueError(
-                f"discriminator.layers: {layers} layers need at least {smallest} pixels, and data.image_size is "
-                f"{info.data['data'].image_size}; use fewer layers"
-            )
+        if "data" in info.data and (problems := list(loss.discriminator.misfits(info.data["data"].image_size))):
+            raise ValueError("\n".join(problems))
         return loss
 
     @field_validator("parallel")
