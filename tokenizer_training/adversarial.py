@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST_WEIGHT = 1e4
+LARGEST_RATIO = 1e4
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
@@ -42,24 +42,34 @@ def ramp(images_seen: int, start: int, length: int) -> float:
     return 1.0 if length == 0 else min(1.0, max(0.0, (images_seen - start) / length))
 
 
-def adaptive_weight(
-    reconstruction: Tensor, last_layer: Tensor, gradients: tuple[Tensor, Tensor], mean: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """|gradient of the other losses| / (|gradient of the adversarial loss| + 1e-4) at the decoder's last layer.
+def balance(
+    looks: Tensor,
+    adversarial: Tensor,
+    weight: float,
+    images: Tensor,
+    last_layer: Tensor,
+    mean: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """``looks + weight x ratio x adversarial``; ratio: |gradient of looks| / (|gradient of adversarial| + 1e-4).
 
-    reconstruction: (B, C, H, W), with its graph, which stays.
-    last_layer: its weight.
-    gradients: of reconstruction and perceptual loss together, and of the adversarial loss, by ``reconstruction``.
-    mean: over all ranks (collective), as DDP takes it of gradients: so the ratio is that of the whole micro-batch.
+    The norms are those at the decoder's last layer (arXiv 2012.09841, equation 7); the ratio is a constant in 0..1e4.
 
-    Returns 0-d, without gradient, in 0..1e4 (arXiv 2012.09841, equation 7).
+    looks: reconstruction and perceptual loss, weighted, 0-d; its graph is used up, as that of ``adversarial`` is.
+    adversarial: 0-d.
+    weight: of the adversarial loss.
+    images: reconstructions (B, C, H, W); their graph stays.
+    last_layer: the weight that made them.
+    mean: over all ranks (collective), as DDP takes it of gradients, so the ratio is that of all ranks' micro-batch.
     """
-    at_last = [torch.autograd.grad(reconstruction, last_layer, g, retain_graph=True)[0] for g in gradients]
-    others, adversarial = mean(torch.stack(at_last).float()).flatten(1).norm(dim=1)
-    return (others / (adversarial + 1e-4)).clamp(0.0, LARGEST_WEIGHT)
+    by_images = [torch.autograd.grad(loss, images)[0] for loss in (looks, adversarial)]
+    at_last = [torch.autograd.grad(images, last_layer, g, retain_graph=True)[0] for g in by_images]
+    norms = mean(torch.stack(at_last).float()).flatten(1).norm(dim=1)
+    ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, LARGEST_RATIO)
+    value = looks.detach() + weight * ratio * adversarial.detach()
+    return _KnownGradient.apply(images, by_images[0] + weight * ratio * by_images[1], value), ratio
 
 
-class KnownGradient(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient by ``images`` is known already: the networks behind it are not gone through again."""
 
     @staticmethod

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamagen_dist.config.discriminator import DiscriminatorSection
+from llamagen_dist.errors import UserError
 from tokenizer_training.batch_norm import SynchronisedBatchNorm2d
 from tokenizer_training.stylegan import StyleGANDiscriminator
 
@@ -24,6 +25,22 @@ def build_discriminator(
     if section.lecam_weight > 0:  # a buffer, so that checkpoints hold it and a rehearsal puts it back
         network.register_buffer("lecam_means", torch.zeros(2))
     return network
+
+
+def check_groups(section: DiscriminatorSection, share: int, micro: int) -> None:
+    """That every micro-batch is whole groups of ``minibatch_stddev``. Raises UserError.
+
+    share, micro: images of one rank in a step and in a micro-batch.
+    """
+    group = section.minibatch_stddev if section.kind == "stylegan" else 0
+    if group and (share % group or min(micro, share) % group):
+        what = (
+            f"{min(micro, share)} images of a rank's micro-batch" if share % group == 0 else f"{share} images of a rank"
+        )
+        raise UserError(
+            f"loss.discriminator.minibatch_stddev: {group} does not divide the {what}; change train.global_batch, "
+            "train.micro_batch or the number of ranks, choose another group size, or 0 for none"
+        )
 
 
 class PatchGAN(nn.Module):

@@ -1,5 +1,6 @@
 """The tokenizer's objective (paper section 2.2): reconstruction, perceptual, adversarial, codebook."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,21 +10,12 @@ from torch import Tensor
 from llamagen_dist.config import TokenizerLossSection
 from llamagen_dist.evaluation.perceptual import LPIPS
 from llamagen_dist.models.vq import VQLosses
+from tokenizer_training import adversarial as play
 
 
 def reconstruction_loss(kind: str, reconstruction: Tensor, images: Tensor) -> Tensor:
     """``l2``: mean squared error; ``l1``: mean absolute error; over pixels in [-1, 1], fp32."""
     return (F.mse_loss if kind == "l2" else F.l1_loss)(reconstruction.float(), images.float())
-
-
-def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """0.5 (mean max(0, 1 - real) + mean max(0, 1 + fake)) of the logits; 0 once both are right by 1."""
-    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
-
-
-def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """-mean of the logits of the reconstructions."""
-    return -fake.float().mean()
 
 
 class GeneratorLosses(NamedTuple):
@@ -36,13 +28,26 @@ class GeneratorLosses(NamedTuple):
     entropy: Tensor | None
     perceptual: Tensor | None
     adversarial: Tensor | None
+    adaptive_weight: Tensor | None = None
 
 
 class TokenizerLoss:
-    """The weighted sum that ``section`` describes; holds the perceptual network, if there is one."""
+    """The weighted sum that ``section`` describes; holds the perceptual network, if there is one.
 
-    def __init__(self, section: TokenizerLossSection, device: torch.device) -> None:
-        self.section = section
+    section: terms and weights.
+    device: of the perceptual network.
+    last_layer: the decoder's last weight, which an adaptive weight needs.
+    mean: over all ranks (collective).
+    """
+
+    def __init__(
+        self,
+        section: TokenizerLossSection,
+        device: torch.device,
+        last_layer: Tensor | None = None,
+        mean: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> None:
+        self.section, self.last_layer, self.mean = section, last_layer, mean
         self.perceptual: LPIPS | None = None
         without = "set loss.perceptual=none"
         if section.perceptual == "lpips":
@@ -53,28 +58,65 @@ class TokenizerLoss:
     def adversarial_from(self) -> int | None:
         """The image count at which the discriminator enters; None if it never does."""
         d = self.section.discriminator
-        return None if d.kind == "none" or d.weight == 0 else d.start_images
+        return d.start_images if d.takes_part else None
 
     def generator(
-        self, images: Tensor, reconstruction: Tensor, codebook: VQLosses, fake_logits: Tensor | None
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        codebook: VQLosses,
+        fake_logits: Tensor | None,
+        images_seen: int | None = None,
     ) -> GeneratorLosses:
-        """fake_logits: the discriminator's view of ``reconstruction``; None before it takes part."""
-        s = self.section
+        """fake_logits: the discriminator's view of ``reconstruction``; None before it takes part.
+
+        images_seen: position in the run, for a weight that grows; None: it has grown. Collective with an adaptive
+        weight.
+        """
+        s, d = self.section, self.section.discriminator
         reconstructed = reconstruction_loss(s.reconstruction, reconstruction, images)
-        total = s.reconstruction_weight * reconstructed
-        for weight, term in zip((s.codebook_weight, s.commitment_weight, s.entropy_weight), codebook, strict=True):
-            if term is not None:
-                total = total + weight * term
-        perceptual = adversarial = None
+        looks = s.reconstruction_weight * reconstructed
+        weights = (s.codebook_weight, s.commitment_weight, s.entropy_weight)
+        codes = [weight * term for weight, term in zip(weights, codebook, strict=True) if term is not None]
+        total = sum(codes, looks)
+        perceptual = adversarial = ratio = None
         if self.perceptual is not None:
             perceptual = self.perceptual(reconstruction, images)
+            looks = looks + s.perceptual_weight * perceptual
             total = total + s.perceptual_weight * perceptual
         if fake_logits is not None:
-            adversarial = hinge_generator_loss(fake_logits)
-            total = total + s.discriminator.weight * adversarial
+            adversarial = play.generator_loss(d.generator_loss or d.loss, fake_logits)
+            grown = 1.0 if images_seen is None else play.ramp(images_seen, d.start_images, d.ramp_images)
+            weight = d.weight * grown
+            if d.adaptive_weight:
+                assert self.last_layer is not None
+                balanced, ratio = play.balance(looks, adversarial, weight, reconstruction, self.last_layer, self.mean)
+                total = sum(codes, balanced)
+            else:
+                total = total + weight * adversarial
         return GeneratorLosses(
-            total, reconstructed, codebook.vq, codebook.commit, codebook.entropy, perceptual, adversarial
+            total, reconstructed, codebook.vq, codebook.commit, codebook.entropy, perceptual, adversarial, ratio
         )
+
+    def discriminator(
+        self, real: Tensor, fake: Tensor, images: Tensor | None, means: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the discriminator minimises, and its unweighted terms.
+
+        real, fake: logits of the images and of their reconstructions.
+        images: the real ones, requiring a gradient, in a step with the R1 penalty; None in others.
+        means: of LeCAM, if it is on.
+        """
+        d = self.section.discriminator
+        total = play.discriminator_loss(d.loss, real, fake)
+        terms = {"discriminator": total}
+        if images is not None:
+            terms["r1"] = play.r1_penalty(real, images)
+            total = total + 0.5 * d.r1_weight * d.r1_every * terms["r1"]
+        if means is not None:
+            terms["lecam"] = play.lecam_penalty(real, fake, means)
+            total = total + d.lecam_weight * terms["lecam"]
+        return total, terms
 
     def describe(self) -> str:
         """One line that names every term, its weight, and what is switched off."""
@@ -92,5 +134,11 @@ class TokenizerLoss:
             off = "kind: none" if d.kind == "none" else "weight: 0"
             parts.append(f"adversarial loss off (loss.discriminator.{off})")
         else:
-            parts.append(f"{d.weight:g} x PatchGAN hinge from image {d.start_images:,}")
+            name = "PatchGAN" if d.kind == "patchgan" else "StyleGAN2 discriminator"
+            game = d.loss if d.generator_loss in (None, d.loss) else f"{d.loss} against {d.generator_loss}"
+            adapted = " x adaptive weight" if d.adaptive_weight else ""
+            grows = f", growing over {d.ramp_images:,} images" if d.ramp_images else ""
+            parts.append(f"{d.weight:g}{adapted} x {name} {game} from image {d.start_images:,}{grows}")
+            parts += [f"{d.r1_weight:g} x R1 every {d.r1_every} steps"] if d.r1_weight > 0 else []
+            parts += [f"{d.lecam_weight:g} x LeCAM"] if d.lecam_weight > 0 else []
         return "loss: " + ", ".join(parts)

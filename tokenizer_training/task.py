@@ -30,8 +30,8 @@ from llamagen_dist.training.fit import line_due
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import engine_memory
 from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
-from tokenizer_training.discriminators import PatchGAN
-from tokenizer_training.losses import GeneratorLosses, TokenizerLoss, hinge_discriminator_loss
+from tokenizer_training.discriminators import build_discriminator, check_groups
+from tokenizer_training.losses import GeneratorLosses, TokenizerLoss
 
 
 class TokenizerTask:
@@ -49,7 +49,7 @@ class TokenizerTask:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.share = topology.per_rank_batch(config.train.global_batch)
         self.micro = config.train.micro_batch or self.share
-        self.loss = TokenizerLoss(config.loss, topology.device)
+        self.loss = TokenizerLoss(config.loss, topology.device, model.decoder.conv_out.weight, topology.mean)
         self.entropy = config.loss.entropy_weight > 0
         # no buffer of the generator is a batch statistic: what quantizers keep is summed over the ranks once a step
         self.generator = TorchEngine(model, config.optim, topology, clock=self.clock, sync_buffers=False)
@@ -63,9 +63,10 @@ class TokenizerTask:
         if self.adversarial_from is not None:
             d = config.loss.discriminator
             optim = config.optim if d.lr is None else config.optim.model_copy(update={"lr": d.lr})
-            network = PatchGAN(model.config.image_channels, d.channels, d.layers, d.norm)
+            check_groups(d, self.share, self.micro)
+            size = config.data.image_size
             self.discriminator = TorchEngine(
-                network,
+                build_discriminator(d, model.config.image_channels, size, topology.dp_group),
                 optim,
                 topology,
                 group="discriminator",
@@ -84,9 +85,10 @@ class TokenizerTask:
         if images_seen == 0 and self.config.model.codebook_init != "random":
             self._start_codebook(batch.images.to(self.topology.device))
         started = self.adversarial_from is not None and images_seen >= self.adversarial_from
-        metrics = self._step(batch, images_seen, self.discriminator if started else None)
         after = images_seen + self.config.train.global_batch
         step = after // self.config.train.global_batch
+        lazy = step % self.config.loss.discriminator.r1_every == 0
+        metrics = self._step(batch, images_seen, self.discriminator if started else None, lazy)
         moved = self.codebook.revive(step, lambda: self._global_rows(batch.images.to(self.topology.device)))
         if moved is not None:  # what Adam knows of those codes is of others
             for parameter in self.model.quantize.parameters():
@@ -100,12 +102,14 @@ class TokenizerTask:
         buffers = [(b, b.clone()) for engine in self.engines for b in engine.plain.buffers()]
         buffers += [(b, b.clone()) for b in self.codebook.tensors()]
         with self.guard.rehearsal():
-            self._step(batch, images_seen, self.discriminator)
+            self._step(batch, images_seen, self.discriminator, lazy=True)
         for buffer, before in buffers:
             buffer.copy_(before)
 
-    def _step(self, batch: ImageBatch, images_seen: int, against: TorchEngine | None) -> Mapping[str, Tensor]:
-        """against: the discriminator, where it takes part."""
+    def _step(
+        self, batch: ImageBatch, images_seen: int, against: TorchEngine | None, lazy: bool
+    ) -> Mapping[str, Tensor]:
+        """against: the discriminator, where it takes part; lazy: whether penalties of some steps only are due."""
         pixels = batch.images.to(self.topology.device)
         self.model.train()
         engines = {"grad_norm": self.generator}
@@ -119,11 +123,11 @@ class TokenizerTask:
                 for engine in engines.values():
                     micro_step.enter_context(engine.micro_step(last=number == len(micro_batches)))
                 first = images_seen + self.topology.dp_rank * len(pixels) + (number - 1) * self.micro
-                losses, reconstruction = self._generator_pass(images, against, first)
+                losses, reconstruction = self._generator_pass(images, against, images_seen, first)
                 self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
                 terms = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
                 if against is not None:
-                    terms |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples)
+                    terms |= self._discriminator_pass(against, images, reconstruction.detach(), share, samples, lazy)
             for name, value in terms.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + value.detach() * share
@@ -139,14 +143,17 @@ class TokenizerTask:
                 if passed:
                     self.model.quantize.absorb(self.topology.sum(pending))
                 pending.zero_()
+            if against is not None and passed and self.config.loss.discriminator.lecam_weight > 0:
+                logits = self.topology.mean(torch.stack([sums["logits_real"], sums["logits_fake"]]))
+                against.plain.lecam_means.lerp_(logits, 1.0 - self.config.loss.discriminator.lecam_decay)
         sums |= {name: norm.detach() for name, norm in norms.items()}
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
         return sums
 
     def _generator_pass(
-        self, images: Tensor, against: TorchEngine | None, first: int = 0
+        self, images: Tensor, against: TorchEngine | None, images_seen: int, first: int = 0
     ) -> tuple[GeneratorLosses, Tensor]:
-        """first: position of the first image in the run."""
+        """images_seen, first: positions in the run, of the global batch and of the first image."""
         exchange = perturbation(self.config, self.model.quantize, first)
         reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy, exchange=exchange)
         self.codebook.count(codes)
@@ -156,15 +163,22 @@ class TokenizerTask:
             against.plain.requires_grad_(False)
             (logits,) = against.plain(reconstruction)
             against.plain.requires_grad_(True)
-        return self.loss.generator(images, reconstruction, codebook, logits), reconstruction
+        return self.loss.generator(images, reconstruction, codebook, logits, images_seen), reconstruction
 
     def _discriminator_pass(
-        self, engine: TorchEngine, images: Tensor, reconstruction: Tensor, share: float, samples: Tensor
+        self,
+        engine: TorchEngine,
+        images: Tensor,
+        reconstruction: Tensor,
+        share: float,
+        samples: Tensor,
+        lazy: bool = False,
     ) -> dict[str, Tensor]:
-        real, fake = engine.module(images, reconstruction)
-        loss = hinge_discriminator_loss(real, fake)
+        penalised = images.detach().requires_grad_() if lazy and self.config.loss.discriminator.r1_weight > 0 else None
+        real, fake = engine.module(images if penalised is None else penalised, reconstruction)
+        loss, terms = self.loss.discriminator(real, fake, penalised, getattr(engine.plain, "lecam_means", None))
         engine.backward(self.guard.track_loss(loss, samples) * share)
-        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return terms | {"logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def _rank_mean(self, mean: Tensor) -> Tensor:
         """Mean over the ranks. The gradient stays this rank's own: DDP averages it with the others' afterwards."""

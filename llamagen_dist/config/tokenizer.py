@@ -9,7 +9,7 @@ from pydantic import ValidationInfo, field_validator
 from llamagen_dist.config.data import ImageDataSection
 from llamagen_dist.config.discriminator import DiscriminatorSection
 from llamagen_dist.config.model import TokenizerModelSection
-from llamagen_dist.config.section import CountFloat, CountInt, PositiveFloat, Probability, Section
+from llamagen_dist.config.section import CountFloat, CountInt, PositiveFloat, PositiveInt, Probability, Section
 from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig
 
 

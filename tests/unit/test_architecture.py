@@ -277,7 +277,7 @@ BUDGETS = {
     "console": 230,
     "prng": 110,
     "models": 2145,
-    "config": 2225,
+    "config": 2285,
     "parallel": 1800,
     "build": 120,
     "data": 4710,
@@ -295,7 +295,7 @@ BUDGETS = {
     "cli": 90,
     "train_gpt": 170,
     "preflight": 140,
-    "tokenizer_training": 1350,
+    "tokenizer_training": 1600,
     "eval": 1165,
     "examples": 370,
 }
