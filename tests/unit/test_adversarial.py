@@ -105,8 +105,8 @@ def balanced(scale: float = 1.0) -> tuple[list[Tensor], list[Tensor], Tensor, Te
     apart = [torch.autograd.grad(part, last.weight, retain_graph=True)[0].norm() for part in (looks, play)]
     ratio = (apart[0] / (apart[1] + 1e-4)).clamp(0, 1e4)
     total = looks + 0.25 * commit + 0.3 * ratio * play
-    assert float(terms.total) == pytest.approx(float(total), rel=1e-5)
-    assert float(terms.adversarial) == pytest.approx(float(play), rel=1e-5)
+    assert float(terms.total.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    assert float(terms.adversarial.detach()) == pytest.approx(float(play.detach()), rel=1e-5)
     return computed, list(torch.autograd.grad(total, weights)), terms.adaptive_weight, ratio
 
 
