@@ -38,11 +38,12 @@ def main(argv: list[str]) -> None:
     print(results[0]["record"]["bias"])
     for line in sorted({line for result in results for line in _known_mistakes(result, shared)}):
         print(line)
-    known = [settings(result) for result in results]
-    apart = [key for key in dict.fromkeys(key for one in known for key in one) if len({o.get(key) for o in known}) > 1]
+    chosen = [settings(result) for result in results]
+    keys = dict.fromkeys(key for one in chosen for key in one)
+    apart = [key for key in keys if len({one.get(key) for one in chosen}) > 1]
     if apart:
         print("what differs:")
-        _table([(key, *(one.get(key, "-") for one in known)) for key in apart], left=1 + len(argv))
+        _table([(key, *(one.get(key, "-") for one in chosen)) for key in apart], left=1 + len(argv))
     two = len(argv) == 2
     rows = [("set", "metric", *letters, *(["B - A"] if two else []))]
     for name, metrics in shared.items():

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     if not topology.broadcast_from_rank0(lambda: complete(config.run_dir)):
         source = start_from(model, config, topology)  # before DDP, which sends rank 0's weights to all
     task = TokenizerTask(model, config, topology, held_out)
-    prints = {"fingerprint": images.manifest.fingerprint(), "held_out": held_out.manifest.fingerprint()}
-    with open_run(config, topology, label="tokenizer", **prints) as run:
+    trained_on, measured_on = images.manifest.fingerprint(), held_out.manifest.fingerprint()
+    with open_run(config, topology, fingerprint=trained_on, held_out=measured_on, label="tokenizer") as run:
         run.say(
             f"tokenizer: {task.parameters:,} parameters, {topology.world} ranks, "
             f"{config.train.images:,} images of {config.data.image_size} x {config.data.image_size} pixels"
