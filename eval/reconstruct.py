@@ -24,7 +24,7 @@ from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, psnr_poole
 from llamagen_dist.evaluation.image_sets import first_of, open_images
 from llamagen_dist.evaluation.mistakes import range_of_ssim
 from llamagen_dist.evaluation.perceptual import LPIPS, SMALLEST_SIDE, large_enough
-from llamagen_dist.evaluation.perturbed import nearest_codes, perturb
+from llamagen_dist.evaluation.perturbed import perturb
 from llamagen_dist.files import read_json
 from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
@@ -103,11 +103,11 @@ class Reconstruction:
         return LPIPS(section.trunk, section.weights, "lpips.weights", "leave lpips out").to(self.topology.device)
 
     def _neighbours(self, count: int) -> Tensor:
-        quantizer, codes = self.tokenizer.model.quantize, self.tokenizer.model.config.codebook_size
+        codes = self.tokenizer.model.config.codebook_size
         if count >= codes:
             raise UserError(f"perturb.neighbours: {count} needs a codebook of more than {codes} codes; lower it")
-        numbers = torch.arange(codes, device=self.topology.device).view(1, 1, codes)
-        return nearest_codes(quantizer.lookup(numbers).flatten(2)[0].T, count)
+        every = torch.arange(codes, device=self.topology.device)
+        return self.tokenizer.model.quantize.neighbours(every, count).cpu()
 
     def run(self) -> None:
         """Compute what is missing, then write the results (collective; UserErrors on every rank)."""
@@ -194,19 +194,29 @@ class Reconstruction:
         return averages
 
     def _measure_rfid(self) -> None:
-        """rfid.json, and ``rfid`` in the record (collective), unless they are there. Raises UserError for a reference
-        that is not of these images. Without the extractor ``absent`` says what is missing."""
+        """rfid.json, and ``rfid`` (with ``perturb``, ``pfid`` too) in the record (collective), unless they are there.
+
+        Raises UserError for a reference that is not of these images. Without the extractor ``absent`` says what is
+        missing.
+        """
         config = self.config
         asked = config.model_dump(mode="json", include={"reference", "resize_to", "inception"})
         if self.topology.broadcast_from_rank0(
             lambda: read_json(self.output.record).get("rfid_of") == asked and (config.out / RFID).exists()
         ):
             return
+        scores, reference = {"rfid": "generated"}, config.reference or config.images
+        compared: dict[str, Any] = {"generated": config.out / RESULT, "reference": reference}
+        if config.perturb is not None:  # both at once: the features of the originals are computed once
+            scores["pfid"] = "perturbed"
+            files = {"generated": RESULT, "perturbed": PERTURBED}
+            compared = {
+                "sets": {name: {"images": config.out / file, "reference": reference} for name, file in files.items()}
+            }
         comparison = EvaluateConfig(
             kind="evaluate",
             protocol="reconstruction",
-            generated=config.out / RESULT,
-            reference=config.reference or config.images,
+            **compared,
             out=config.out / RFID,
             metrics=("fid", "sfid"),
             scores="reconstructions",
@@ -218,13 +228,15 @@ class Reconstruction:
         )
         originals = first_of(open_images(config.images, self.size, resize_to=config.resize_to), self.count)
         result = scoring.evaluate(comparison, self.topology, opened={config.images: originals})
-        score = result["sets"]["generated"].get("fid")
-        added = {"absent": {"rfid": result["absent"]["fid"]}} if score is None else {"rfid": score, "rfid_of": asked}
+        if "fid" in result["sets"]["generated"]:
+            added = {key: result["sets"][name]["fid"] for key, name in scores.items()} | {"rfid_of": asked}
+        else:
+            added = {"absent": dict.fromkeys(scores, result["absent"]["fid"])}
 
         def write() -> None:
             scoring.write(comparison.out, result)
             known = read_json(self.output.record).items()
-            self.output.finish({key: value for key, value in known if key not in ("absent", "rfid")} | added)
+            self.output.finish({key: value for key, value in known if key not in ("absent", *scores)} | added)
             scoring.show(result)
 
         self.topology.broadcast_from_rank0(write)

@@ -50,6 +50,33 @@ def test_without_the_extractor_the_rest_is_measured(work, tmp_path):
     assert sides["images"]["sha256"] != sides["reference"]["sha256"]
 
 
+def test_pfid_is_absent_for_the_same_reason(work, tmp_path):
+    perturbed = [f"limit={N}", "perturb.neighbours=4"]
+    quietly(reconstruct.main, asked(work, tmp_path / "out", *perturbed, weights=False))
+    record = read(tmp_path / "out" / "record.json")
+    assert record["absent"]["pfid"] == record["absent"]["rfid"]
+    sets = read(tmp_path / "out" / "rfid.json")["record"]["sets"]
+    assert sets["perturbed"]["images"]["made_by"]["perturbed"]["neighbours"] == 4
+    assert sets["perturbed"]["images"]["sha256"] != sets["generated"]["images"]["sha256"]
+    assert sets["perturbed"]["reference"]["sha256"] == sets["generated"]["reference"]["sha256"]
+
+
+@pytest.mark.long
+def test_pfid_is_the_distance_of_perturbed_codes(work, tmp_path):
+    out, settings = tmp_path / "out", [f"limit={N}", "perturb.neighbours=4"]
+    quietly(reconstruct.main, asked(work, tmp_path / "plain", f"limit={N}"))
+    quietly(reconstruct.main, asked(work, out, *settings))
+    record = read(out / "record.json")
+    assert record["rfid"] == read(tmp_path / "plain" / "record.json")["rfid"], "pFID beside it changes no rFID"
+    config = tmp_path / "files.yaml"
+    config.write_text(f"kind: evaluate\ngenerated: {out}/perturbed.npz\nreference: {work}/same.npz\n")
+    np.savez(work / "same.npz", arr_0=load_images(open_shards(work / "images"), range(N), SIZE))
+    files = [str(config), "limit=null", "metrics=[fid]", "batch=6", f"out={tmp_path}/p.json", "scores=samples"]
+    quietly(evaluate.main, [*files, f"inception.cache={work / 'cache'}"])
+    assert record["pfid"] == pytest.approx(read(tmp_path / "p.json")["sets"]["generated"]["fid"], rel=1e-9)
+    assert record["pfid"] != pytest.approx(record["rfid"], rel=1e-3)
+
+
 def statistics(path: Path, **about: object) -> Path:
     """Of some images, which ``about`` describes."""
     known = {"name": "some", "count": 50, "extractor": {}, "size": [SIZE, SIZE], **about}

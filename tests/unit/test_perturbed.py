@@ -1,27 +1,18 @@
-"""Perturbed codes: a share of the positions, near neighbours only, the same wherever they are computed."""
+"""Perturbed codes: a share of the positions, given neighbours only, the same wherever they are computed."""
 
 import pytest
 import torch
 
-from llamagen_dist.evaluation.perturbed import nearest_codes, perturb
+from llamagen_dist.evaluation.perturbed import perturb
 
 
-def codebook(codes: int = 50) -> torch.Tensor:
-    return torch.randn(codes, 4, generator=torch.Generator().manual_seed(0))
-
-
-def test_neighbours_are_the_nearest_other_codes():
-    book = codebook(1100)  # more than are looked at at once
-    found = nearest_codes(book, 5)
-    distances = torch.cdist(book.double(), book.double())
-    distances.fill_diagonal_(torch.inf)
-    assert torch.equal(found, distances.argsort(1)[:, :5])
-    with pytest.raises(ValueError, match="50 neighbours of each of 50 codes"):
-        nearest_codes(codebook(), 50)
+def some_neighbours() -> torch.Tensor:
+    """int64 [50, 3]: other codes, near or not."""
+    return (torch.arange(50)[:, None] + torch.tensor([1, 7, 20])) % 50
 
 
 def test_exactly_the_share_is_replaced_by_neighbours_alone():
-    neighbours = nearest_codes(codebook(), 3)
+    neighbours = some_neighbours()
     codes = torch.randint(0, 50, (64, 16), generator=torch.Generator().manual_seed(1))
     changed = perturb(codes, neighbours, 0.3, 0, torch.arange(64))
     moved = changed != codes
@@ -34,7 +25,7 @@ def test_exactly_the_share_is_replaced_by_neighbours_alone():
 
 
 def test_noise_belongs_to_seed_and_sample_not_to_the_batch():
-    neighbours = nearest_codes(codebook(), 3)
+    neighbours = some_neighbours()
     codes = torch.randint(0, 50, (10, 16), generator=torch.Generator().manual_seed(1))
     whole = perturb(codes, neighbours, 0.5, 7, torch.arange(10))
     parts = [perturb(codes[i : i + 4], neighbours, 0.5, 7, torch.arange(i, min(i + 4, 10))) for i in (0, 4, 8)]
