@@ -296,7 +296,7 @@ BUDGETS = {
     "train_gpt": 170,
     "preflight": 140,
     "tokenizer_training": 1600,
-    "eval": 1165,
+    "eval": 1180,
     "examples": 370,
 }
 
