@@ -151,7 +151,7 @@ def launch(graph: Graph, target: Target, *, dry_run: bool = False, follow: bool 
 
 def fixed_micro_batch(config: Section | None, ranks: int) -> Section | None:
     """The config with the micro-batch of the full size written down: with fewer ranks a share is larger, and must be
-    accumulated in pieces that fit into memory as before (and, for a discriminator, are normalised as before).
+    accumulated in pieces that fit into memory as before.
 
     Raises UserError where the ranks cannot share the batch.
     """
