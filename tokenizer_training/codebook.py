@@ -38,13 +38,13 @@ def perturbation(config: TokenizerConfigFile, quantizer: Quantizer, first: int) 
     seed and the positions of image and token alone.
     """
     section, seed = config.codebook, config.train.seed
-    if not section.perturb_images:
+    if not section.perturb_share:
         return None
 
     def exchange(codes: Tensor) -> Tensor:
         image, token = torch.arange(first, first + len(codes))[:, None], torch.arange(codes[0].numel())
         chosen = prng.uniform(seed, "perturbed token", image, token) < section.perturb_tokens
-        chosen &= prng.uniform(seed, "perturbed image", image) < section.perturb_images
+        chosen &= prng.uniform(seed, "perturbed image", image) < section.perturb_share
         which = prng.integers(seed, "perturbation", image, section.perturb_neighbours, token)[chosen]
         where = chosen.flatten().nonzero().flatten().to(codes.device)  # on the host, which need not wait for a GPU
         flat = codes.flatten().clone()

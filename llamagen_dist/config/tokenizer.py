@@ -50,11 +50,11 @@ class CodebookSection(Section):
     """One sentence in the log when less than this share of the codes is in use; 0: never."""
     warn_below_perplexity: Probability = 0.0
     """The same of the perplexity, as a share of ``codebook_size``."""
-    perturb_images: Probability = 0.0
+    perturb_share: Probability = 0.0
     """Latent perturbation (arXiv 2503.08354): in this share of the images some codes are exchanged for near ones before
     they are decoded, so that the decoder learns what a GPT's mistakes look like; 0: never."""
     perturb_tokens: Probability = 0.5
-    """The share of an image's codes that are exchanged, where ``perturb_images`` chooses it."""
+    """The share of an image's codes that are exchanged, where ``perturb_share`` chooses it."""
     perturb_neighbours: PositiveInt = 100
     """Each for one of its so many nearest codes."""
 
@@ -70,7 +70,7 @@ def misfits(quantizer: str, codes: int, entropy_weight: float, codebook: Codeboo
         yield f"loss.entropy_weight: {quantizer} has no entropy loss; set it to 0"
     if codebook.revive_after_steps and quantizer in ("fsq", "ifsq", "lfq"):
         yield f"codebook.revive_after_steps: {quantizer} has no table of codes to move; set it to 0"
-    if codebook.perturb_images and codebook.perturb_neighbours >= codes:
+    if codebook.perturb_share and codebook.perturb_neighbours >= codes:
         yield f"codebook.perturb_neighbours: no code of {codes} has {codebook.perturb_neighbours} others; lower it"
 
 

@@ -203,7 +203,7 @@ def test_a_collapse_is_said_once_until_it_is_over(shards, limits, text):
 
 @pytest.mark.parametrize("kind", [{}, {"quantizer": "fsq", "levels": [4, 8], "codebook_dim": 8}])
 def test_perturbed_codes_are_near_ones_in_some_places_of_some_images(shards, kind):
-    section = {"perturb_images": 0.3, "perturb_tokens": 0.4, "perturb_neighbours": 5}
+    section = {"perturb_share": 0.3, "perturb_tokens": 0.4, "perturb_neighbours": 5}
     one = task(shards, section, model=kind)
     codes = torch.randint(CODES, (400, 8, 8), generator=torch.Generator().manual_seed(2))
     exchange = perturbation(one.config, one.model.quantize, 1000)
@@ -226,7 +226,7 @@ def test_perturbed_codes_are_near_ones_in_some_places_of_some_images(shards, kin
 
 
 def test_the_decoder_learns_on_perturbed_codes_and_the_encoder_as_before(shards):
-    one = task(shards, {"perturb_images": 0.9, "perturb_tokens": 0.9, "perturb_neighbours": 3})
+    one = task(shards, {"perturb_share": 0.9, "perturb_tokens": 0.9, "perturb_neighbours": 3})
     exchange = perturbation(one.config, one.model.quantize, 0)
     assert exchange is not None
     images = batch(0).images
@@ -246,4 +246,4 @@ def test_the_decoder_learns_on_perturbed_codes_and_the_encoder_as_before(shards)
 
 def test_more_neighbours_than_codes_are_refused(shards):
     with pytest.raises(UserError, match=r"codebook.perturb_neighbours: no code of 32 has 32 others"):
-        settings(shards, {"perturb_images": 0.1, "perturb_neighbours": 32})
+        settings(shards, {"perturb_share": 0.1, "perturb_neighbours": 32})
