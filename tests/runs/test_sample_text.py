@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+import eval.evaluate as evaluate
 import eval.sample as program
 from eval import search
 from llamagen_dist import cli
@@ -37,6 +38,7 @@ from tests.runs.caption_shards import DIM, PLACES, write_captions
 from tests.runs.sampling_work import SIZES, tokenizer_run
 from tests.runs.test_search import RECORD, Quick
 from tests.runs.token_shards import VOCABULARY
+from tests.tiny_encoders import write_clip
 from tests.tiny_t5 import write_t5
 
 COUNT, BATCH, HELD_OUT = 14, 4, 5
@@ -126,6 +128,25 @@ def test_what_is_drawn_follows_from_the_caption(work, once):
     assert np.array_equal(other[1], one[0])
     assert np.array_equal(other[0], one[1])
     assert not np.array_equal(other[2], one[0])
+
+
+def test_pictures_are_scored_by_their_captions_from_files_and_while_they_are_drawn(work, once, tmp_path):
+    """The held-out captions stand in captions.json, and the sampler knows them itself."""
+    np.savez(tmp_path / "real.npz", arr_0=pictures(once)[::-1])
+    drawn = {key: str(work / name) for key, name in (("checkpoint", "gpt"), ("tokenizer", "tokenizer"))}
+    drawn |= {"captions": str(work / "held_out"), "images": COUNT, "batch": BATCH}
+    scores = []
+    for source in ({"generated": str(work / "once" / "model.npz")}, {"sample": drawn}):
+        common = {"kind": "evaluate", "metrics": ["clip_score"], "limit": None, "batch": BATCH}
+        paths = {"reference": str(tmp_path / "real.npz"), "clip": str(write_clip(tmp_path / "clip"))}
+        (tmp_path / "e.yaml").write_text(yaml.safe_dump({**common, **paths, **source}))
+        evaluate.main([str(tmp_path / "e.yaml"), f"out={tmp_path / 'e.json'}"])
+        result = json.loads((tmp_path / "e.json").read_text())
+        captions = result["record"]["sets"]["generated"]["images"]["captions"]
+        scores.append((result["sets"]["generated"]["clip_score"], captions["sha256"], captions["n"]))
+    assert scores[0] == scores[1]
+    assert scores[0][0] > 0
+    assert scores[0][2] == COUNT
 
 
 def test_the_grid_shows_each_caption_beside_its_original(work, once):

@@ -12,12 +12,14 @@ from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerConfigFile, TokenizerLossSection
 from llamagen_dist.config.section import build
 from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.vq import VQLosses
+from llamagen_dist.models.vq import VQLosses, to_uint8
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.guards import NonFiniteError
 from tests.image_shards import write_images
+from tests.random_vgg16 import write_vgg16
 from tokenizer_training.adversarial import discriminator_loss, generator_loss
 from tokenizer_training.discriminators import PatchGAN
 from tokenizer_training.losses import (
@@ -254,3 +256,22 @@ def test_bad_sizes_are_refused_in_one_sentence(shards):
         make_task(shards, data={"train": shards, "validation": shards, "image_size": 17})
     with pytest.raises(UserError, match=r"loss.discriminator.layers: 3 layers need at least 24 pixels"):
         make_task(shards, loss={"discriminator": {"layers": 3, "start_images": 8}})
+
+
+@pytest.mark.long
+def test_held_out_images_have_the_lpips_that_the_loss_has(tmp_path):
+    """The mean over images of the part that is not padding, under the name of its VGG16; none without the loss."""
+    write_images(tmp_path / "images", count=5, size=24, padding=(4, 4, 4, 4))
+    looks = {"perceptual": "lpips", "vgg16_weights": write_vgg16(tmp_path / "vgg16.pth")}
+    data = {"train": tmp_path / "images", "validation": tmp_path / "images", "image_size": 24}
+    task = make_task(tmp_path / "images", data=data, loss=looks, validation={"batch": 3})
+    found = task.validate()
+    pixels = load_images(open_shards(tmp_path / "images"), range(5), 24)
+    with torch.no_grad():
+        shown = to_uint8(task.model.eval()(to_floats(pixels))[0])
+    truth = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    expected = task.loss.perceptual.distances(shown, truth, (4, 4, 20, 20)).mean().item()
+    assert found["lpips-custom"] == pytest.approx(expected, rel=1e-4)
+    assert found["lpips-custom"] != pytest.approx(task.loss.perceptual.distances(shown, truth).mean().item(), rel=1e-2)
+    assert "lpips" not in found
+    assert not [key for key in make_task(tmp_path / "images", data=data).validate() if key.startswith("lpips")]
