@@ -287,7 +287,11 @@ def lead(line: dict) -> float:
 
 @pytest.mark.parametrize(
     ("layout", "slow", "where"),
-    [(Layout(3, 1, 0), 1, "compute"), (Layout(3, 1, 0), 2, "read"), (Layout(2, 1, 2), 0, "read")],
+    [
+        (Layout(3, 1, 0), 1, "compute"),
+        pytest.param(Layout(3, 1, 0), 2, "read", marks=pytest.mark.long),
+        (Layout(2, 1, 2), 0, "read"),
+    ],
     ids=str,
 )
 def test_the_slowed_rank_is_the_one_that_is_named(tmp_path, layout, slow, where):

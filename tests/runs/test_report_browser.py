@@ -77,6 +77,7 @@ def test_a_page_that_is_not_whole_is_noticed(
     assert any(fault.startswith(said) for fault in faults(chromium, page, 1280, "light"))
 
 
+@pytest.mark.long
 def test_a_style_without_scrolling_tables_overflows_on_a_telephone(
     chromium: Any, pages: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def killed_at(event: int, folder: Path, seed: int, discard: bool) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-@pytest.mark.parametrize("earlier", [None, 1])
+@pytest.mark.parametrize("earlier", [pytest.param(None, marks=pytest.mark.long), 1])
 def test_a_folder_of_results_survives_a_kill_at_every_step(tmp_path: Path, earlier: int | None) -> None:
     """Alone, and where it first throws away what another identity left unfinished."""
     event, killed = 0, True
