@@ -200,9 +200,9 @@ class Reconstruction:
         missing.
         """
         config = self.config
-        asked = config.model_dump(mode="json", include={"reference", "resize_to", "inception"})
+        described = config.model_dump(mode="json", include={"reference", "resize_to", "inception"})
         if self.topology.broadcast_from_rank0(
-            lambda: read_json(self.output.record).get("rfid_of") == asked and (config.out / RFID).exists()
+            lambda: read_json(self.output.record).get("rfid_of") == described and (config.out / RFID).exists()
         ):
             return
         scores, reference = {"rfid": "generated"}, config.reference or config.images
@@ -229,7 +229,7 @@ class Reconstruction:
         originals = first_of(open_images(config.images, self.size, resize_to=config.resize_to), self.count)
         result = scoring.evaluate(comparison, self.topology, opened={config.images: originals})
         if "fid" in result["sets"]["generated"]:
-            added = {key: result["sets"][name]["fid"] for key, name in scores.items()} | {"rfid_of": asked}
+            added = {key: result["sets"][name]["fid"] for key, name in scores.items()} | {"rfid_of": described}
         else:
             added = {"absent": dict.fromkeys(scores, result["absent"]["fid"])}
 

@@ -123,11 +123,11 @@ class Search:
 
     def _finish(self, measured: list[Measured], seconds: float) -> None:
         """search.json, the table, the picture, the record. Rank 0 only."""
-        found = summary(self.config, measured)
-        write_text(self.results[0], json.dumps(found, indent=1, allow_nan=False) + "\n")
-        text = "\n\n".join(files.markdown(shown.section(found), lambda _: "![search.png](search.png)"))
+        content = summary(self.config, measured)
+        write_text(self.results[0], json.dumps(content, indent=1, allow_nan=False) + "\n")
+        text = "\n\n".join(files.markdown(shown.section(content), lambda _: "![search.png](search.png)"))
         write_text(self.results[1], text + "\n")
-        write_bytes(self.results[2], plots.draw(shown.figure(found), "png"))
+        write_bytes(self.results[2], plots.draw(shown.figure(content), "png"))
         self.output.finish(
             {
                 "checkpoint": str(self.config.checkpoint),
@@ -138,7 +138,7 @@ class Search:
                 "versions": versions("torch", "numpy"),
             }
         )
-        self.topology.log0(shown.verdict(found))
+        self.topology.log0(shown.verdict(content))
 
 
 def _reference(config: SearchConfig) -> ImageSet:

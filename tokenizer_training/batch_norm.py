@@ -46,10 +46,14 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         parts = [x.sum((0, 2, 3), dtype=torch.float64) for x in (images.float(), images.float().square())]
         mean, square = _SumOverRanks.apply(torch.stack(parts), self.group) / count
         variance = (square - mean.square()).clamp(min=0.0)
+        unbiased = variance * (count / max(1, count - 1))
+        momentum = self.momentum
+        assert momentum is not None  # None would be a cumulative average, which __init__ does not offer
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((variance * (count / max(1, count - 1))).to(self.running_var), self.momentum)
+            self.get_buffer("num_batches_tracked").add_(1)
+            for name, now in (("running_mean", mean), ("running_var", unbiased)):
+                running = self.get_buffer(name)
+                running.lerp_(now.to(running), momentum)
         scale = (variance + self.eps).rsqrt() * self.weight
         shift = self.bias - mean * scale
         return images * scale.to(images)[:, None, None] + shift.to(images)[:, None, None]

@@ -145,7 +145,7 @@ class TokenizerTask:
                 pending.zero_()
             if against is not None and passed and self.config.loss.discriminator.lecam_weight > 0:
                 logits = self.topology.mean(torch.stack([sums["logits_real"], sums["logits_fake"]]))
-                against.plain.lecam_means.lerp_(logits, 1.0 - self.config.loss.discriminator.lecam_decay)
+                against.plain.get_buffer("lecam_means").lerp_(logits, 1.0 - self.config.loss.discriminator.lecam_decay)
         sums |= {name: norm.detach() for name, norm in norms.items()}
         sums["lr"] = torch.tensor(optimizers.learning_rate(self.config.optim, images_seen))
         return sums

@@ -38,10 +38,10 @@ def model_files(path: Path, called: str, kind: str, hint: str, parts: Mapping[st
     if len(files) == 1:
         raise UserError(f"{called}: no weights in it (*.safetensors or pytorch_model*.bin); {hint}")
     for part, names in parts.items():
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
+        present = [path / name for name in names if (path / name).is_file()]
+        if not present:
             raise UserError(f"{called}: no {part} in it ({' or '.join(names[:2])}); {hint}")
-        files += found
+        files += present
     return files
 
 

@@ -71,12 +71,12 @@ class CLIPScore:
         words = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        found = self.model(
+        embedded = self.model(
             pixel_values=shown.to(self.device),
             input_ids=words.input_ids.to(self.device),
             attention_mask=words.attention_mask.to(self.device),
         )
-        cosine = F.cosine_similarity(found.image_embeds.double(), found.text_embeds.double())
+        cosine = F.cosine_similarity(embedded.image_embeds.double(), embedded.text_embeds.double())
         return 100 * cosine.clamp_min(0)
 
     def record(self) -> dict[str, Any]:

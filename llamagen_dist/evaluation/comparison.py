@@ -299,7 +299,7 @@ class Comparison:
 
     def rough(self, measured: Sequence[SetFeatures], topology: Topology) -> list[str]:
         """Paths of the sides of whose singular covariance moments alone are known, see ``frechet.is_rough``."""
-        found: dict[str, None] = {}
+        paths: dict[str, None] = {}
         for name, (generated, reference) in self.sets.items():
             if not any((name, metric) in (self._distances or {}) for metric in DISTANCES):
                 continue
@@ -309,8 +309,8 @@ class Comparison:
             behind = [self._gaussian(reference, metric, theirs, topology) for metric in DISTANCES]
             for side, known in ((generated, [mine.fid, mine.sfid]), (reference, behind)):
                 if any(gaussian is not None and is_rough(gaussian) for gaussian in known):
-                    found[str(side.images.path)] = None
-        return list(found)
+                    paths[str(side.images.path)] = None
+        return list(paths)
 
     def _statistics_only(self, name: str, metric: str) -> None:
         """Say why a set has no value of ``metric``; the other sets may have one."""

@@ -110,11 +110,11 @@ class LPIPS(nn.Module):
         if min(pictures.shape[-2:]) < SMALLEST_SIDE:
             raise ValueError(f"LPIPS needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels")
         device = next(self.parameters()).device
-        found = []
+        distances = []
         for a, b in zip(pictures.split(_PIECE), originals.split(_PIECE), strict=True):
             x, y = (part.to(device).float() / 127.5 - 1 for part in (a, b))
-            found.append(self.network(y, x).flatten().double().cpu())
-        return torch.cat(found)
+            distances.append(self.network(y, x).flatten().double().cpu())
+        return torch.cat(distances)
 
     def record(self) -> dict[str, Any]:
         """What decides the numbers: the trunk and the heads."""

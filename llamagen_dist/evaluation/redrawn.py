@@ -32,7 +32,7 @@ class RedrawnScores:
             raise UserError(f"no search without the extractor: {extractor}")
         self.network, self.about = extractor.network.to(topology.device), extractor.record
         shared = ("metrics", "batch", "keep", "resize_to", "manifold", "inception_score", "inception")
-        asked = EvaluateConfig(
+        evaluation = EvaluateConfig(
             kind="evaluate",
             protocol="search",
             generated=config.checkpoint,
@@ -44,7 +44,7 @@ class RedrawnScores:
             **{key: getattr(config, key) for key in shared},
         )
         first = drawn_images(numbered, config.images, config.resize_to)
-        self.comparison = Comparison(asked, {config.checkpoint: first, config.reference: reference})
+        self.comparison = Comparison(evaluation, {config.checkpoint: first, config.reference: reference})
         self.comparison.check_statistics(self.about)
         if self.network.fc is None and "inception_score" in config.metrics:
             self.comparison.leave_out("inception_score", inception_weights.NO_LOGITS)
@@ -70,8 +70,8 @@ class RedrawnScores:
             drawn = Selection(drawn.images, drawn.indices, np.arange(len(drawn)))
         (mine,) = self._features([drawn], f"{point.name}, seed {seed}")
         measured = [mine, *self.reference]
-        found = self.comparison.mistakes_of_features(measured)
-        result = scoring.scored(self.comparison, measured, found, self.topology, self.about)
+        mistakes = self.comparison.mistakes_of_features(measured)
+        result = scoring.scored(self.comparison, measured, mistakes, self.topology, self.about)
         if config.metric not in result["sets"][SET]:
             why = "; ".join(f"{metric}: {reason}" for metric, reason in result["absent"].items())
             raise UserError(f"metric: {config.metric} cannot be measured here ({why})")

@@ -47,7 +47,7 @@ def evaluate(
     comparison = Comparison(config, known)
     if comparison.limit != config.limit:
         topology.log0(f"the smallest set has {comparison.limit} images: every set gives so many")
-    found = topology.broadcast_from_rank0(comparison.mistakes_of_pairs)
+    mistakes = topology.broadcast_from_rank0(comparison.mistakes_of_pairs)
     extractor = inception_weights.open_extractor(config.inception) if comparison.needs_features else "not asked for"
     if isinstance(extractor, str):
         comparison.without_features(extractor)
@@ -75,8 +75,8 @@ def evaluate(
     label = "features" if network else "images"
     with main_rank_progress(label, extraction.images_of_rank(), topology.rank, topology.world) as progress:
         measured = extraction.run(progress.advance if progress else lambda count, text: None)
-    found += comparison.mistakes_of_features(measured)
-    result = scored(comparison, measured, found, topology, described, judge, as_shipped, encoders)
+    mistakes += comparison.mistakes_of_features(measured)
+    result = scored(comparison, measured, mistakes, topology, described, judge, as_shipped, encoders)
     result["record"] |= {
         "device": str(topology.device.type),
         "ranks": topology.world,
@@ -88,7 +88,7 @@ def evaluate(
 def scored(
     comparison: Comparison,
     measured: Sequence[SetFeatures],
-    found: Sequence[Found],
+    mistakes: Sequence[Found],
     topology: Topology,
     extractor: dict[str, object] | None,
     judge: "Judge | None" = None,
@@ -97,7 +97,7 @@ def scored(
 ) -> dict[str, Any]:
     """What ``evaluate`` gives, save what the record says of the process (collective).
 
-    measured: features of ``comparison.selections``. found: mistakes. extractor: its record.
+    measured: features of ``comparison.selections``. mistakes: in the data. extractor: its record.
     """
     config = comparison.config
     result: dict[str, Any] = {"n": comparison.n, "sets": {}}
@@ -128,7 +128,7 @@ def scored(
         },
         "extractor": extractor,
         "sets": described_sets,
-        "mistakes": [one.record() for one in found],
+        "mistakes": [one.record() for one in mistakes],
         "batch": config.batch,
         "versions": versions("torch", "numpy"),
     }

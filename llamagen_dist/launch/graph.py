@@ -200,8 +200,8 @@ class Graph:
         may: the stages after it have used them.
         """
         root = snapshot.code_root()
-        asked = {(getattr(p.config, "evaluation", None), getattr(p.config, "ema", None)): p for p in self.programs()}
-        for program in asked.values():
+        programs = {(getattr(p.config, "evaluation", None), getattr(p.config, "ema", None)): p for p in self.programs()}
+        for program in programs.values():
             evaluations.check(program.config)
         if self.kind == "sweep":
             program_exists(self.module, root)

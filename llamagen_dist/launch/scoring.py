@@ -44,10 +44,10 @@ class Scoring:
     def on_cluster(cls, spec: JobSpec) -> "Scoring":
         """Of a job, if the config that it was launched with asks for that; reads text, no YAML."""
         try:
-            asked = _SECTION.search(spec.job.config.read_text(encoding="utf-8")) is not None
+            scores = _SECTION.search(spec.job.config.read_text(encoding="utf-8")) is not None
         except OSError:
-            asked = False
-        return cls(Path(spec.run_dir) if asked and spec.run_dir else None, Path(spec.code), "cluster")
+            scores = False
+        return cls(Path(spec.run_dir) if scores and spec.run_dir else None, Path(spec.code), "cluster")
 
     def look(self) -> None:
         """Start it where a checkpoint is there that it has not seen; returns at once."""

@@ -100,11 +100,11 @@ class Quantizer(nn.Module):
         """The ``count`` nearest other codes of each, by distance of the decoder's vectors: int64 (n,) -> (n, count)."""
         every = torch.arange(self.codebook_size, device=codes.device)
         table = self.lookup(every.view(1, -1, 1))[0, :, :, 0].t().contiguous()
-        bias, found = -0.5 * table.square().sum(-1), [codes.new_empty(0, count)]
+        bias, nearest = -0.5 * table.square().sum(-1), [codes.new_empty(0, count)]
         for part in codes.split(max(1, SEARCH_ELEMENTS // self.codebook_size)):
             near = F.linear(table[part], table, bias).scatter_(1, part[:, None], -math.inf)
-            found.append(near.topk(count, dim=-1).indices)
-        return torch.cat(found)
+            nearest.append(near.topk(count, dim=-1).indices)
+        return torch.cat(nearest)
 
     def absorb(self, total: Tensor) -> None:
         """End of a step: use the sum over all ranks of their ``pending``, which the caller then sets to zero."""

@@ -37,9 +37,9 @@ def epochs_to(run: Run, level: float) -> str:
 
 def levels(runs: Sequence[Run]) -> list[float]:
     """The k that the configs of runs with scores name, the largest first."""
-    asked = [run.config.evaluation for run in runs if _points(run) and run.kind == "gpt" and run.config is not None]
-    named = {level for section in asked if section is not None for level in section.ep_fid}
-    return sorted(named or ({10.0, 5.0, 2.0} if asked else set()), reverse=True)
+    sections = [run.config.evaluation for run in runs if _points(run) and run.kind == "gpt" and run.config is not None]
+    named = {level for section in sections if section is not None for level in section.ep_fid}
+    return sorted(named or ({10.0, 5.0, 2.0} if sections else set()), reverse=True)
 
 
 def part(s: Found) -> tuple[dict[str, Any], dict[str, Block | None]]:
@@ -48,12 +48,12 @@ def part(s: Found) -> tuple[dict[str, Any], dict[str, Block | None]]:
     runs = [run for run in s.runs if run.scored]
     if not runs and not broken:
         return {}, {}
-    asked = levels(runs)
+    thresholds = levels(runs)
     facts = {
         "runs_scored": runs,
         "columns": [key for key in _COLUMNS if any(key in line for run in runs for line in run.scored)],
-        "levels": asked,
-        "reached": [(run, [epochs_to(run, level) for level in asked]) for run in runs if _points(run)],
+        "levels": thresholds,
+        "reached": [(run, [epochs_to(run, level) for level in thresholds]) for run in runs if _points(run)],
         "broken": broken,
         "unlike": [note for run in runs for note in unlike(run)],
     }

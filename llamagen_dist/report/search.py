@@ -1,4 +1,4 @@
-"""What eval.search found: a figure like LlamaGen's table 8, the table itself, and what the best point is worth."""
+"""What eval.search measured: a figure like LlamaGen's table 8, the table itself, and what the best point is worth."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -26,21 +26,21 @@ _MOST_NAMED = 3
 _PAIRS = {"precision": "recall", "density": "coverage"}  # drawn into one panel
 
 
-def section(found: Mapping[str, Any]) -> Section:
-    """found: the content of search.json."""
+def section(content: Mapping[str, Any]) -> Section:
+    """content: of search.json."""
     made = from_template(
-        "search", {"curves": figure(found)}, SimpleNamespace(search=found), SimpleNamespace(**facts(found))
+        "search", {"curves": figure(content)}, SimpleNamespace(search=content), SimpleNamespace(**facts(content))
     )
     assert made is not None
     return made
 
 
-def facts(found: Mapping[str, Any]) -> dict[str, Any]:
+def facts(content: Mapping[str, Any]) -> dict[str, Any]:
     """What the template says: heads and rows of the table, the number of settings among the heads, the verdict."""
-    points = sorted(found["points"], key=lambda p: [p[key] for key in ("guidance", *_varying(found), "cfg_scale")])
-    shown = [key for key in _SETTINGS if key in ("guidance", "cfg_scale") or key in _varying(found)]
+    points = sorted(content["points"], key=lambda p: [p[key] for key in ("guidance", *_varying(content), "cfg_scale")])
+    shown = [key for key in _SETTINGS if key in ("guidance", "cfg_scale") or key in _varying(content)]
     metrics = list(points[0]["scores"])
-    best = {metric: found["best"][metric]["name"] for metric in metrics}
+    best = {metric: content["best"][metric]["name"] for metric in metrics}
     rows = []
     for point in points:
         settings = [literal(point[key] if isinstance(point[key], str) else f"{point[key]:g}") for key in shown]
@@ -48,19 +48,19 @@ def facts(found: Mapping[str, Any]) -> dict[str, Any]:
         marked = [f"**{w}**" if best[m] == point["name"] else w for m, w in zip(metrics, words, strict=True)]
         rows.append([*settings, *marked])
     return {
-        "metric": _NAMES[found["metric"]][0],
+        "metric": _NAMES[content["metric"]][0],
         "heads": [_SETTINGS[key] for key in shown] + [_NAMES[metric][0] for metric in metrics],
         "settings": len(shown),
         "rows": rows,
         "finer": sum(point["stage"] == "finer" for point in points),
-        "verdict": verdict(found),
+        "verdict": verdict(content),
     }
 
 
-def verdict(found: Mapping[str, Any]) -> str:
+def verdict(content: Mapping[str, Any]) -> str:
     """The best point in a sentence, and which others may be as good."""
-    metric = found["metric"]
-    best = found["best"][metric]
+    metric = content["metric"]
+    best = content["best"][metric]
     settings = ", ".join(f"{name} {best[key]}" for key, name in _SETTINGS.items())
     text = f"Best {_NAMES[metric][0]} {_words(metric, best)}: {settings}."
     if best["indistinct"] is None:
@@ -72,38 +72,42 @@ def verdict(found: Mapping[str, Any]) -> str:
     return f"{text} Not distinguishable from it (95 %, on shared noise): {others}."
 
 
-def figure(found: Mapping[str, Any]) -> Figure:
+def figure(content: Mapping[str, Any]) -> Figure:
     """Panels of the metrics over the scale of guidance, a curve for each schedule, temperature, top-k and top-p."""
-    metrics = [m for m in found["points"][0]["scores"] if m not in _PAIRS.values() or m not in _partners(found)]
-    panels = [_panel(found, metric) for metric in metrics if metric != "sfid" or found["metric"] == "sfid"]
+    metrics = [m for m in content["points"][0]["scores"] if m not in _PAIRS.values() or m not in _partners(content)]
+    panels = [_panel(content, metric) for metric in metrics if metric != "sfid" or content["metric"] == "sfid"]
     names = ", ".join(panel.title for panel in panels)
-    caption = "Diamond: the best point." + (f" Bars: one standard deviation {found['sd']}." if found["sd"] else "")
+    caption = "Diamond: the best point." + (f" Bars: one standard deviation {content['sd']}." if content["sd"] else "")
     return Figure(tuple(panels), f"{names} against the scale of guidance", "scale of guidance", caption=caption)
 
 
-def _partners(found: Mapping[str, Any]) -> set[str]:
-    return {second for first, second in _PAIRS.items() if first in found["points"][0]["scores"]}
+def _partners(content: Mapping[str, Any]) -> set[str]:
+    return {second for first, second in _PAIRS.items() if first in content["points"][0]["scores"]}
 
 
-def _panel(found: Mapping[str, Any], metric: str) -> Panel:
+def _panel(content: Mapping[str, Any], metric: str) -> Panel:
     second = _PAIRS.get(metric)
     title = _NAMES[metric][0] if second is None else f"{_NAMES[metric][0]} (line), {_NAMES[second][0]} (dashed)"
-    series = [one for number in range(len(found["curves"])) for one in _series(found, number, metric, "dotted line")]
+    series = [
+        one for number in range(len(content["curves"])) for one in _series(content, number, metric, "dotted line")
+    ]
     if second is not None:
-        series += [one for number in range(len(found["curves"])) for one in _series(found, number, second, "dashed")]
-    if metric == found["metric"]:
-        best = found["best"][metric]
+        series += [
+            one for number in range(len(content["curves"])) for one in _series(content, number, second, "dashed")
+        ]
+    if metric == content["metric"]:
+        best = content["best"][metric]
         series.append(Series("best", np.array([best["cfg_scale"]]), np.array([best["mean"]]), "diamonds", "orange"))
     return Panel(title, tuple(series))
 
 
-def _series(found: Mapping[str, Any], number: int, metric: str, style: Any) -> Sequence[Series]:
-    curve, colour = found["curves"][number], share(number, len(found["curves"]))
-    by_name = {point["name"]: point for point in found["points"]}
+def _series(content: Mapping[str, Any], number: int, metric: str, style: Any) -> Sequence[Series]:
+    curve, colour = content["curves"][number], share(number, len(content["curves"]))
+    by_name = {point["name"]: point for point in content["points"]}
     points = sorted((by_name[name] for name in curve["points"]), key=lambda point: point["cfg_scale"])
     scores = [point["scores"][metric] for point in points]
     x, y = np.array([p["cfg_scale"] for p in points], float), np.array([s["mean"] for s in scores], float)
-    keys = [key for key in _varying(found, with_guidance=True) if key in curve]
+    keys = [key for key in _varying(content, with_guidance=True) if key in curve]
     label = ", ".join(str(curve[key]) if key == "guidance" else f"{_SETTINGS[key]} {curve[key]:g}" for key in keys)
     name = f"{_NAMES[metric][0]}{', ' if label else ''}{label}"
     lines = [Series(name, x, y, style, colour, label if style == "dotted line" else "")]
@@ -113,10 +117,10 @@ def _series(found: Mapping[str, Any], number: int, metric: str, style: Any) -> S
     return lines
 
 
-def _varying(found: Mapping[str, Any], with_guidance: bool = False) -> list[str]:
+def _varying(content: Mapping[str, Any], with_guidance: bool = False) -> list[str]:
     """The axes besides the scale that have several values."""
     keys = [key for key in _SETTINGS if key != "cfg_scale" and (with_guidance or key != "guidance")]
-    return [key for key in keys if len({curve[key] for curve in found["curves"]}) > 1]
+    return [key for key in keys if len({curve[key] for curve in content["curves"]}) > 1]
 
 
 def _words(metric: str, score: Mapping[str, Any]) -> str:
