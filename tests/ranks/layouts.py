@@ -41,7 +41,7 @@ SERIAL = Layout()
 def mostly_long(*cases: Any, quick: Sequence[Any]) -> list[Any]:
     """Parameters of a test of many layouts: the ``quick`` ones stay in ``make test``, the others are long.
 
-    A case is a layout or a tuple of arguments that begins with one.
+    A case is a layout, a word, or a tuple of arguments.
     """
     arguments = [case if isinstance(case, tuple) and not isinstance(case, Layout) else (case,) for case in cases]
     marks = [() if case in quick else pytest.mark.long for case in cases]

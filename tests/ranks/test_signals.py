@@ -14,7 +14,7 @@ from llamagen_dist.training.gpt_task import GPTTask
 from tests import checkpoints as store
 from tests.ranks.fit_run import lines, nothing, run
 from tests.ranks.forked import end_ranks, run_ranks
-from tests.ranks.layouts import BATCH, STEPS, Layout
+from tests.ranks.layouts import BATCH, STEPS, Layout, mostly_long
 
 LAYOUT = Layout(2)
 SETTINGS = (
@@ -106,7 +106,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("when", MOMENTS)
+@pytest.mark.parametrize("when", mostly_long(*MOMENTS, quick=["in a validation", "in a background save"]))
 def test_a_signal_is_saved_within_one_step_and_nothing_is_lost(tmp_path, reference, when):
     ends = end_ranks(interrupted, 2, tmp_path, when, signal.SIGUSR2)
     if when != "in the last step":

@@ -22,7 +22,7 @@ from llamagen_dist.tracking.sinks import sending
 from tests.image_shards import write_images
 from tests.ranks.fit_run import lines, run
 from tests.ranks.forked import end_ranks, run_ranks
-from tests.ranks.layouts import BATCH, STEPS, Layout
+from tests.ranks.layouts import BATCH, STEPS, Layout, mostly_long
 from tests.unit.tracked_run import records, rows, steps
 from tokenizer_training.train import main as train_tokenizer
 
@@ -90,7 +90,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("how", mostly_long(*BROKEN, quick=["blocks", "dead network"]))
 def test_a_broken_tracker_changes_nothing_but_a_line_of_the_log(how, tmp_path, plain, monkeypatch, capfd):
     folder = tmp_path / "run"
     mode = "offline"
