@@ -223,17 +223,13 @@ def only_launcher(lock: Path) -> Iterator[None]:
 
     Raises UserError, naming the pid, while another launcher has it. On a disk without locks nobody is kept out.
     """
-    with ExitStack() as stack:
-        try:
-            handle = take_lock(lock, wait=False)
-            if handle is None:
-                holder = json_if_there(lock)
-                who = f"process {holder['pid']}" if holder else "another process"
-                raise UserError(f"{lock.parent} is in use by another launcher ({who}); wait until it ends, or stop it")
-            stack.callback(os.close, handle)
-        except OSError as error:
-            if error.errno not in UNLOCKABLE:
-                raise
+
+    def refuse() -> None:
+        holder = json_if_there(lock)
+        who = f"process {holder['pid']}" if holder else "another process"
+        raise UserError(f"{lock.parent} is in use by another launcher ({who}); wait until it ends, or stop it")
+
+    with locked_where_possible(lock, refuse):
         me = identify()
         lock.write_text(json.dumps({"pid": me.pid, "started": me.started}))
         yield
@@ -274,6 +270,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_where_possible(path: Path, taken: Callable[[], None]) -> Iterator[None]:
+    """Lock ``path`` for the length of a block; on a disk without locks nobody is kept out.
+
+    taken: called while another process has the lock, before each further attempt: it waits, or raises.
+    """
+    with ExitStack() as stack:
+        try:
+            while (handle := take_lock(path, wait=False)) is None:
+                taken()
+            stack.callback(os.close, handle)
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+        yield
 
 
 class OutputFolder:

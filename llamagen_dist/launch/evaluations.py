@@ -5,15 +5,14 @@ never run again, and an unfinished one is continued.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from llamagen_dist.config import EvaluationSection, PipelineConfig, StageSection, dump
 from llamagen_dist.console import Screen
 from llamagen_dist.errors import EXIT_INTERRUPTED, UserError
-from llamagen_dist.files import UNLOCKABLE, only_launcher, own_folder, read_json, take_lock, write_text
+from llamagen_dist.files import locked_where_possible, only_launcher, own_folder, read_json, write_text
 from llamagen_dist.launch import here
 from llamagen_dist.launch.graph import Graph
 from llamagen_dist.launch.slurm import launch
@@ -101,22 +100,18 @@ def score(
     return failures
 
 
-@contextmanager
-def _after_others(lock: Path, screen: Screen) -> Iterator[None]:
+def _after_others(lock: Path, screen: Screen) -> AbstractContextManager[None]:
     """Hold the lock, once no other evaluation of the run does; on a disk without locks at once."""
-    handle = None
-    try:
-        if (handle := take_lock(lock, wait=False)) is None:
+    said = False
+
+    def wait() -> None:
+        nonlocal said
+        if not said:
             screen.say(f"waiting for another llamagen evaluate, which has {lock}")
-            handle = take_lock(lock)
-    except OSError as error:
-        if error.errno not in UNLOCKABLE:
-            raise
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+        said = True
+        time.sleep(0.5)
+
+    return locked_where_possible(lock, wait)
 
 
 def _begin(run: Path, section: EvaluationSection, checkpoint: Path, target: Target | None, follow: bool) -> None:

@@ -11,7 +11,6 @@ its own (follow.py), afterwards by ``llamagen wandb-sync``. Both do the same, an
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import load
 from llamagen_dist.config.training import TrackioSection, TrainingConfig, WandbSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.files import UNLOCKABLE, read_json, take_lock
+from llamagen_dist.files import locked_where_possible, read_json
 from llamagen_dist.tracking.evaluations import Lines
 from llamagen_dist.tracking.trackio_sink import TrackioSink
 from llamagen_dist.tracking.wandb_sink import WandbSink
@@ -174,20 +173,15 @@ def sending(folder: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
     Raises UserError where another one is for longer than ``patience_s``. On a disk without locks nobody is kept out.
     """
     (folder / "log").mkdir(exist_ok=True)
-    descriptor, deadline = None, time.monotonic() + patience_s
-    try:
-        while (descriptor := take_lock(folder / "log" / f"{name}.lock", wait=False)) is None:
-            if time.monotonic() >= deadline:
-                raise UserError(f"{folder}: another process is sending it to {name} (see {folder}/log/{name}.log)")
-            time.sleep(0.5)
-    except OSError as error:
-        if error.errno not in UNLOCKABLE:
-            raise
-    try:
+    deadline = time.monotonic() + patience_s
+
+    def wait() -> None:
+        if time.monotonic() >= deadline:
+            raise UserError(f"{folder}: another process is sending it to {name} (see {folder}/log/{name}.log)")
+        time.sleep(0.5)
+
+    with locked_where_possible(folder / "log" / f"{name}.lock", wait):
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def runs_in(folder: Path) -> list[Path]:
