@@ -7,6 +7,8 @@ LOST_PEER = re.compile(
     r"|pair closure"  # gloo's second wait after a time-out; its message names neither gloo nor the time
 )
 """What gloo, NCCL and torch's store say when another rank has gone: such an error has its cause elsewhere."""
+TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+"""In such a message: it came after a collective's whole time-out, not at once from a broken connection."""
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED = 130

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from llamagen_dist.console import LOG
-from llamagen_dist.errors import EXIT_STOPPED, LOST_PEER, Stopped
+from llamagen_dist.errors import EXIT_STOPPED, LOST_PEER, TIMED_OUT, Stopped
 from llamagen_dist.files import remove_asides
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
@@ -183,7 +183,7 @@ class Watchdog:
     def _cause(self, error: BaseException) -> str:
         """Who caused an error of a collective; waits until a rank on another machine would have gone stale."""
         # a time-out has been long enough for any heartbeat to go stale; the others' next ones say what they do
-        waits = self._tick + 0.5 if "imed out" in str(error) else self._stale + self._tick
+        waits = self._tick + 0.5 if TIMED_OUT.search(str(error)) else self._stale + self._tick
         deadline = time.monotonic() + waits
         while True:
             self._write(part=heartbeat.WAITING)

@@ -10,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 LINGER_S = 2.0
+# Autograd starts its threads at a process's first backward pass, one per device. Where torch.compile has run before,
+# it counts one, and no forked rank can go backward any more; started here, before any test runs, it counts none.
+torch.zeros(1, requires_grad=True).backward()
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:

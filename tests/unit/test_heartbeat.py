@@ -3,10 +3,13 @@
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from llamagen_dist.training import heartbeat
+from llamagen_dist.parallel.clock import Clock
+from llamagen_dist.parallel.topology import Topology
+from llamagen_dist.training import heartbeat, watchdog
 
 STALE_S = 31.0
 
@@ -36,3 +39,30 @@ def test_a_silent_rank_is_named_although_its_clock_runs_ahead(tmp_path, clock_of
     os.utime(heartbeat.path(tmp_path, 0), (past, past))
     (clause,) = heartbeat.gone(heartbeat.read(tmp_path, 1), STALE_S)
     assert "gives no sign of life for 60 s" in clause
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:133] Timed out waiting 1000ms for recv operation", True),
+        ("Application timeout caused pair closure", True),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", False),  # twin: who broke it must first go stale
+    ],
+)
+def test_after_a_time_out_the_late_rank_is_named_while_it_is_late(tmp_path, monkeypatch, message, named):
+    """Rank 1 is late by 8 s and then waits like everybody: who looks only after that cannot tell whose fault it was."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        late = replace(heartbeat.first(1), phase="train", part="data" if now < 8 else heartbeat.WAITING)
+        heartbeat.write(tmp_path, late)
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    topology = Topology(world=2)
+    watch = watchdog.Watchdog(tmp_path, topology, Clock(topology.device), hang_s=60, start_s=60)
+    sleep(0)
+    cause = watch._cause(RuntimeError(message))
+    assert ("is in step 1, data for" in cause) is named
+    assert ("all ranks live" in cause) is not named
