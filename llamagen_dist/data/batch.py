@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llamagen_dist.models.gpt import Caption, Condition
+from llamagen_dist.models.condition import Caption, Condition
 
 
 def left_padded(features: Sequence[Tensor], length: int) -> Caption:

@@ -1,6 +1,6 @@
 """LlamaGen's Llama: image tokens in raster order after a class or caption prefix (paper section 2.3).
 
-It reads from the parts to the whole: condition, rotary table, attention, feed-forward network, block, GPT.
+It reads from the parts to the whole: rotary table, attention, feed-forward network, block, GPT.
 Plain torch that knows nothing of ranks: tensor parallelism replaces layers from outside (parallel/tensor_parallel.py),
 by the names of the attributes here, and head counts are read off the activations, since a tensor-parallel rank has its
 own share of the heads. Parameter names are those of the released weights. Three properties that those weights depend
@@ -38,56 +38,16 @@ from torch.utils.checkpoint import checkpoint
 from llamagen_dist import prng
 from llamagen_dist.models import ops
 from llamagen_dist.models.cache import Cache, LayerCache, attend_in_fp32
+from llamagen_dist.models.condition import CaptionEmbedder, ClassEmbedder, Condition
 from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
 from llamagen_dist.models.sizes import GPTConfig
 
-Caption = tuple[Tensor, Tensor]  # features (B, T, caption_dim) left-padded, present (B, T) bool
-Condition = Tensor | Caption  # or labels (B,) int64
-
 # The dropout sites of one layer: outputs of attention and feed-forward network, the attention probabilities, and the
 # two paths. Numbers, because the masks of every run made so far are functions of them.
 ATTENTION_SITE, FFN_SITE, PROBABILITIES_SITE, ATTENTION_PATH_SITE, FFN_PATH_SITE = 0, 1, 2, 3, 4
-
-
-# --- the condition, as the first positions of the sequence ---
-
-
-class ClassEmbedder(nn.Module):
-    """labels (B,) int64, ``num_classes`` being the null class -> (B, 1, dim)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.embedding_table = Embedding(config.num_classes + 1, config.dim)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels).unsqueeze(1)
-
-
-class CaptionProjection(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.fc1 = Linear(config.caption_dim, config.dim)
-        self.fc2 = Linear(config.dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class CaptionEmbedder(nn.Module):
-    """Text-encoder features (B, T, caption_dim) of any floating type -> (B, T, dim)."""
-
-    uncond_embedding: Tensor
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.cap_proj = CaptionProjection(config)
-        self.register_buffer("uncond_embedding", torch.zeros(config.prefix, config.caption_dim))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
 
 
 # --- attention ---
