@@ -69,8 +69,9 @@ class Checkpoint:
 
         path: a run directory, a step_… folder, or a .safetensors, .pt or .pth file.
         topology: the ranks that call it.
-        which: ``weights`` or ``ema``, the moving average; ``all`` also verifies what only a resume reads. None: a run's
-            trained weights; of a file that holds an average, that, as LlamaGen itself evaluates it.
+        which: ``weights``, ``ema``, the moving average, or another average's key; ``all`` also verifies what only a
+            resume reads. None: a run's trained weights; of a file that holds an average, that, as LlamaGen itself
+            evaluates it.
 
         Raises UserError on all ranks: nothing there, damaged, no such group.
         """
@@ -279,6 +280,6 @@ def _problem(path: Path, expected: str | None) -> str | None:
 def _file_of(tensors: Mapping[str, str], group: str) -> dict[str, str]:
     """key -> file of one group, from ``group:key`` -> file."""
     of = {full.split(":", 1)[1]: name for full, name in sorted(tensors.items()) if full.startswith(f"{group}:")}
-    if group == "ema" and of:  # buffers are not trained and have no average: the model's own belong to it
+    if group.startswith("ema") and of:  # buffers are not trained and have no average: the model's own belong to it
         of = _file_of(tensors, "weights") | of
     return of

@@ -3,11 +3,15 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamagen_dist.commands import options
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import written_aside
 from llamagen_dist.models.sizes import GPT_SIZES, VQ_SIZES
+
+if TYPE_CHECKING:
+    from llamagen_dist.checkpoint.averages import Average
 
 FORMATS = ("llamagen", "safetensors")
 
@@ -21,11 +25,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=(*GPT_SIZES, *VQ_SIZES), help="refuse anything but this size (default: find out which it is)"
     )
     options.add_weights(parser)
+    made = parser.add_mutually_exclusive_group()
+    made.add_argument(
+        "--width",
+        type=float,
+        metavar="W",
+        help="of a run trained with ema.widths: the power-function average of this relative width, up to the newest "
+        "checkpoint or the step_… folder",
+    )
+    made.add_argument(
+        "--half-life",
+        type=float,
+        metavar="IMAGES",
+        help="the same, an exponential average that halves in so many images",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from llamagen_dist.checkpoint import llamagen
-    from llamagen_dist.checkpoint.checkpoint import Checkpoint
+    from llamagen_dist.checkpoint.checkpoint import Checkpoint, identity_of
 
     if args.origin is not None and args.source.is_file() and args.origin != format_of(args.source):
         raise UserError(f"--from {args.origin}: {args.source} is a {format_of(args.source)} file by its suffix")
@@ -34,10 +52,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: {args.out} must end in {'.safetensors' if to == 'safetensors' else '.pt or .pth'}")
     if args.out.exists():
         raise UserError(f"{args.out} is there already; remove it or choose another OUT")
-    source = Checkpoint.open(args.source, which=options.which_weights(args))
-    weights = source.read_all()
-    for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
-        weights[name] = tensor.contiguous().clone()
+    average = _average(args)
+    if average is not None:
+        weights, identity = average.weights, identity_of(average.weights)
+    else:
+        source = Checkpoint.open(args.source, which=options.which_weights(args))
+        weights, identity = source.read_all(), source.identity
+        for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
+            weights[name] = tensor.contiguous().clone()
     try:
         found = llamagen.describe(weights)
         differs = llamagen.difference(weights, args.size) if args.size else None
@@ -59,9 +81,27 @@ def run(args: argparse.Namespace) -> None:
 
             torch.save({"model": weights}, path)
 
-    written = write_checked(args.out, save, source.identity)
+    written = write_checked(args.out, save, identity)
     print(f"{args.out}: {found.kind}, {found.size or 'a size of its own'}, {found.parameters:,} parameters")
+    if average is not None:
+        print(
+            f"an average of steps 1 to {average.step:,}, made of {average.sources} kept ones; "
+            f"its profile is {100 * average.residual:.2g} % off the true one's"
+        )
     print(f"identity (names, shapes and bytes of the weights, the same in both formats): {written}")
+
+
+def _average(args: argparse.Namespace) -> "Average | None":
+    """The one that --width or --half-life asks for. Raises UserError."""
+    if args.width is None and args.half_life is None:
+        return None
+    from llamagen_dist.checkpoint.averages import put_together
+
+    if args.weights is not None:
+        raise UserError("--weights names weights that a run has saved, and --width and --half-life others; give one")
+    options.within(args, "width", 0, 0.28, above=True)
+    options.within(args, "half-life", 0, above=True)
+    return put_together(args.source, args.width, args.half_life)
 
 
 def format_of(path: Path) -> str:

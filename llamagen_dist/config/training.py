@@ -133,11 +133,28 @@ class ComputeSection(Section):
     """torch.compile the blocks (needs a C++ compiler on CPU)."""
 
 
+Width = Annotated[float, Field(gt=0.0, le=0.25)]
+
+
 class EMASection(Section):
-    """A moving average of the fp32 weights, kept beside them and saved as ``ema-*.safetensors``."""
+    """Moving averages of the fp32 weights, kept beside them; that of ``decay`` is saved as ``ema-*.safetensors``."""
 
     decay: Probability = 0.0
     """Per optimizer step; 0 switches it off (LlamaGen: 0.9999 where it is on)."""
+    widths: tuple[Width, ...] = ()
+    """Of two power-function averages, such as [0.05, 0.1], kept as ``ema-WIDTH-*.safetensors``: after training
+    ``llamagen convert RUN OUT --width …`` (or ``--half-life``) makes an average of any length from those of all
+    checkpoints that are still there (Karras et al., arXiv 2312.02696). A width is the spread of an average's weights
+    as a share of the training so far. Empty: none."""
+
+    @property
+    def averages(self) -> int:
+        """How many there are."""
+        return (self.decay > 0) + len(self.widths)
+
+    def rules(self) -> Iterator[str]:
+        if self.widths and len({f"{width:g}" for width in self.widths}) != 2:
+            yield "widths: give two that differ, such as [0.05, 0.1], or none"
 
 
 class ValidationSection(Section):
@@ -314,6 +331,12 @@ class GPTConfigFile(TrainingConfig):
         validation = info.data.get("validation")
         if validation is not None and validation.weights == "ema" and ema.decay == 0:
             raise ValueError("decay: validation.weights asks for the moving average: set one (such as 0.999)")
+        checkpoint = info.data.get("checkpoint")
+        if ema.widths and checkpoint is not None and not (checkpoint.every_images and checkpoint.keep_every_images):
+            raise ValueError(
+                "widths: other averages are made from those of many checkpoints: set checkpoint.every_images and "
+                "checkpoint.keep_every_images to a sixteenth of train.images or less"
+            )
         return ema
 
     @field_validator("compute")

@@ -110,6 +110,7 @@ class DeepSpeedEngine:
     called: a module around ``module`` whose forward is run instead.
     precision: ``bf16``: bfloat16 weights and activations, fp32 masters, gradient sums and reductions.
     ema_decay: 0 keeps no average.
+    powers: further averages.
     query_group: query heads per key-value head.
     exact: gives the fp32 weights again, by name and full shape, once the module's have been rounded; None: a copy of
         them is kept until then.
@@ -127,11 +128,13 @@ class DeepSpeedEngine:
         called: nn.Module | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         ema_decay: float = 0.0,
+        powers: ema.Powers = ema.NONE,
         query_group: int = 1,
         exact: Source | None = None,
     ) -> None:
         deepspeed = _join(topology)
         self.optim, self.topology, self.stage, self.ema_decay = optim, topology, stage, ema_decay
+        self.powers, self.averages = powers, ema.kept(ema_decay, powers)
         self.query_group = query_group
         self.plain = module.to(topology.device)
         self.shapes = {name: tuple(p.shape) for name, p in self.plain.named_parameters()}
@@ -146,7 +149,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.module: nn.Module = self._engine
-        self.state = ZeroState(self._engine.optimizer, self.plain, stage, topology, ema=ema_decay > 0)
+        self.state = ZeroState(self._engine.optimizer, self.plain, stage, topology, self.averages)
         if precision == "bf16":
             self._unround(copies, exact)
 
@@ -162,7 +165,7 @@ class DeepSpeedEngine:
             else:
                 whole = exact(name, full_shape(name, self.shapes[name], t.tensor))
                 part = cut(name, whole, t.tensor, t.tp_rank, self.query_group)
-            for kind in (None, ema.KEY) if self.ema_decay > 0 else (None,):
+            for kind in (None, *self.averages):
                 self.state.set(p, kind, part.to(t.device, torch.float32))
         self.state.publish()
 
@@ -221,6 +224,7 @@ class DeepSpeedEngine:
         norm = torch.as_tensor(self._engine.get_global_grad_norm()).detach().to(torch.float32, copy=True)
         if check_finite(norm):
             ema.update(self.state.states, self.ema_decay)
+            self.powers.update(self.state.states, images_seen)
         return norm
 
     @contextmanager
@@ -236,8 +240,8 @@ class DeepSpeedEngine:
         self.state.publish()  # rounds the masters to the weights as the end of a step does
 
     def entries(self) -> list[TensorEntry]:
-        """fp32 masters, their average and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
-        return all_entries(self.plain, self._entry, self.ema_decay > 0)
+        """fp32 masters, averages and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
+        return all_entries(self.plain, self._entry, self.averages)
 
     def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t = self.topology

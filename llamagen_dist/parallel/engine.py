@@ -80,6 +80,7 @@ class TorchEngine:
     called: a module around ``module`` whose forward is to be run instead.
     group, optimizer_group: file families in the checkpoint.
     ema_decay: 0 keeps no average.
+    powers: further averages.
     query_group: query heads per key-value head, for weights split by tensor parallelism.
     sync_buffers: rank 0's buffers are sent to all before every forward pass (batch statistics).
     clock: charged with what DDP waits for its all-reduces.
@@ -95,6 +96,7 @@ class TorchEngine:
         group: str = "weights",
         optimizer_group: str = "optimizer",
         ema_decay: float = 0.0,
+        powers: ema.Powers = ema.NONE,
         query_group: int = 1,
         sync_buffers: bool = True,
         clock: Clock | None = None,
@@ -102,6 +104,7 @@ class TorchEngine:
         self.clock = clock or Clock(topology.device)
         self.plain = module.to(topology.device)
         self.optim, self.topology, self.ema_decay, self.query_group = optim, topology, ema_decay, query_group
+        self.powers, self.averages = powers, ema.kept(ema_decay, powers)
         self.group, self.optimizer_group = group, optimizer_group
         self.module: nn.Module = called if called is not None else self.plain
         if topology.dp > 1:
@@ -120,8 +123,7 @@ class TorchEngine:
         for p in self.plain.parameters():
             if p.requires_grad:
                 self.optimizer.state[p] = optimizers.fresh_state(p)
-                if ema_decay > 0:
-                    self.optimizer.state[p][ema.KEY] = p.detach().clone()
+                self.optimizer.state[p] |= {key: p.detach().clone() for key in self.averages}
 
     def micro_step(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, DistributedDataParallel) and not last:
@@ -158,6 +160,7 @@ class TorchEngine:
         self.optimizer.step()
         self.discard()
         ema.update(self.optimizer.state, self.ema_decay)
+        self.powers.update(self.optimizer.state, images_seen)
 
     def gradient_norm(self) -> Tensor:
         """Over the whole model: parts of split weights add up over the tensor-parallel ranks, copies count once."""
@@ -179,8 +182,8 @@ class TorchEngine:
             ema.exchange(self.optimizer.state)
 
     def entries(self) -> list[TensorEntry]:
-        """Weights, buffers, Adam moments and the moving average, merged over the tensor-parallel ranks."""
-        return all_entries(self.plain, self._entry, self.ema_decay > 0, self.group, self.optimizer_group)
+        """Weights, buffers, Adam moments and moving averages, merged over the tensor-parallel ranks."""
+        return all_entries(self.plain, self._entry, self.averages, self.group, self.optimizer_group)
 
     def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t, tensor = self.topology, p if kind is None else self.optimizer.state[p][kind]
@@ -218,5 +221,5 @@ class TorchEngine:
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "masters": 0,
             "moments": sum(state[m].nbytes for state in states for m in optimizers.MOMENTS),
-            "ema": sum(state[ema.KEY].nbytes for state in states if ema.KEY in state),
+            "ema": sum(state[key].nbytes for state in states for key in self.averages),
         }

@@ -1,6 +1,6 @@
 """One tensor of a checkpoint, whatever engine owns it: how to get it whole, how to put it back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.parallel import ema as averages
 from llamagen_dist.parallel.optim import MOMENTS
 
 
@@ -96,25 +95,24 @@ def replicated(group: str, key: str, tensor: Tensor) -> TensorEntry:
 def all_entries(
     module: nn.Module,
     entry: Callable[[str, str, str, Tensor, str | None], TensorEntry],
-    ema: bool,
+    averaged: Sequence[str],
     group: str = "weights",
     optimizer_group: str = "optimizer",
 ) -> list[TensorEntry]:
     """What a checkpoint holds of a module and its optimizer, in the order of its parameters, the same on all ranks.
 
     entry(group, key, name, parameter, kind): of one tensor; kind: None for the weight, else a key of Adam's state.
-    ema: whether there is a moving average.
+    averaged: keys of the moving averages, which are also their file families.
     group, optimizer_group: file families.
     """
     entries: list[TensorEntry] = []
     for name, p in module.named_parameters():
         entries.append(entry(group, name, name, p, None))
         if p.requires_grad:
-            if ema:
-                entries.append(entry("ema", name, name, p, averages.KEY))
+            entries += [entry(key, name, name, p, key) for key in averaged]
             entries += [entry(optimizer_group, f"{moment}/{name}", name, p, moment) for moment in MOMENTS]
-    # buffers are not trained and have no average; a copy stands with it, so that the average is a whole model
-    return entries + buffers(group, module) + (buffers("ema", module) if ema else [])
+    # buffers are not trained and have no average; a copy stands with each, so that the average is a whole model
+    return entries + [one for family in (group, *averaged) for one in buffers(family, module)]
 
 
 def buffers(group: str, module: nn.Module) -> list[TensorEntry]:

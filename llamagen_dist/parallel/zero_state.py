@@ -1,4 +1,4 @@
-"""The fp32 state DeepSpeed holds for a parameter (master, moments, average): whole out, whole in, at any ZeRO stage.
+"""The fp32 state DeepSpeed holds for a parameter (master, moments, averages): whole out, whole in, at any ZeRO stage.
 
 DeepSpeed flattens its masters and shares them out over the data-parallel ranks. Its public ``safe_*`` calls find a
 parameter's piece again; what they do not cover (state before the first step, publishing masters that were written) uses
@@ -12,23 +12,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.parallel import ema as averages
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.topology import Topology
 
 
 class ZeroState:
-    """One rank's partition of masters, moments and average, addressed by parameter.
+    """One rank's partition of masters, moments and averages, addressed by parameter.
 
     optimizer: DeepSpeed's, of an engine for ``module``.
     module: whose parameters the state belongs to.
     stage: of ZeRO, 1, 2 or 3.
     topology: the ranks that share the state.
-    ema: also keep a moving average.
+    averages: keys of the moving averages to keep as well.
     """
 
-    def __init__(self, optimizer: Any, module: nn.Module, stage: int, topology: Topology, ema: bool) -> None:
-        self._zero, self._stage, self._topology = optimizer, stage, topology
+    def __init__(
+        self, optimizer: Any, module: nn.Module, stage: int, topology: Topology, averages: Sequence[str]
+    ) -> None:
+        self._zero, self._stage, self._topology, self._averages = optimizer, stage, topology, averages
         self._inner: torch.optim.Optimizer = optimizer.optimizer
         if stage == 3:
             self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
@@ -37,8 +38,7 @@ class ZeroState:
         # torch's Adam makes its state in the first step; a resume writes into it before that
         for flat in self.flats:
             self._inner.state[flat] = optimizers.fresh_state(flat)
-            if ema:
-                self._inner.state[flat][averages.KEY] = flat.detach().clone()
+            self._inner.state[flat] |= {key: flat.detach().clone() for key in averages}
         if stage < 3:  # links every parameter to its span of the state just made, which DeepSpeed does once
             optimizer._lazy_init_hp_params_optimizer_state()
         self._spans = self._find_spans(list(module.parameters()))
@@ -144,7 +144,7 @@ class ZeroState:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def held_bytes(self, module: nn.Module) -> dict[str, int]:
-        """Bytes of weights, gradients, masters, moments and average on this rank; shared storage is counted once."""
+        """Bytes of weights, gradients, masters, moments and averages on this rank; shared storage is counted once."""
         weights = {}  # storage -> bytes: parameters are views of one flat buffer, and in fp32 of the masters
         for p in module.parameters():
             for tensor in (p, getattr(p, "ds_tensor", None)):
@@ -158,5 +158,5 @@ class ZeroState:
             "gradients": sum(p.grad.nbytes for p in module.parameters() if p.grad is not None),
             "masters": sum(flat.untyped_storage().nbytes() for flat in self.flats),
             "moments": sum(state[m].nbytes for state in states for m in optimizers.MOMENTS),
-            "ema": sum(state[averages.KEY].nbytes for state in states if averages.KEY in state),
+            "ema": sum(state[key].nbytes for state in states for key in self._averages),
         }

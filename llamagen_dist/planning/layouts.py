@@ -53,7 +53,7 @@ def at(config: GPTConfigFile, zero: int, tensor: int, data: int, micro: int) -> 
         micro=micro,
         recompute_every=config.compute.recompute_every,
         sequence=config.parallel.sequence and tensor > 1,  # there is nothing to share out otherwise
-        ema=config.ema.decay > 0,
+        ema=config.ema.averages,
     )
 
 

@@ -31,7 +31,7 @@ class Layout:
     micro: int = 1
     recompute_every: int = 0
     sequence: bool = False
-    ema: bool = False
+    ema: int = 0
 
     @property
     def bytes(self) -> int:
@@ -68,7 +68,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
         "gradients": gradients,
         "masters": 0 if layout.zero == 0 else share * FP32,
         "moments": 2 * optimizer * FP32,
-        "ema": optimizer * FP32 if layout.ema else 0,
+        "ema": optimizer * FP32 * layout.ema,
     }
 
 
@@ -233,9 +233,9 @@ def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
     return {**state(config, layout), "buckets": buffers["lasting"] + passing, **computing}
 
 
-def checkpoint_bytes(config: GPTConfig, ema: bool) -> int:
-    """On disk: fp32 masters, two Adam moments and, with it, the EMA, whole, whatever the layout."""
-    return total_parameters(config) * FP32 * (4 if ema else 3)
+def checkpoint_bytes(config: GPTConfig, ema: int) -> int:
+    """On disk: fp32 masters, two Adam moments and so many moving averages, whole, whatever the layout."""
+    return total_parameters(config) * FP32 * (3 + ema)
 
 
 def validation_bytes(config: GPTConfig, layout: Layout, batch: int) -> int:

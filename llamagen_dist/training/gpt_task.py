@@ -17,6 +17,7 @@ from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from llamagen_dist.parallel.division import divide_batch
+from llamagen_dist.parallel.ema import Powers
 from llamagen_dist.parallel.engine import Engine, TorchEngine
 from llamagen_dist.parallel.entries import TensorEntry
 from llamagen_dist.parallel.topology import Topology
@@ -78,6 +79,7 @@ def build_engine(
     common: dict[str, Any] = {
         "called": Objective(model),
         "ema_decay": config.ema.decay,
+        "powers": Powers(config.ema.widths, config.train.global_batch),
         "query_group": tensor_parallel.query_group(model.config),
     }
     if config.parallel.zero == 0:  # no buffer of a GPT ever changes: none is sent before a forward pass

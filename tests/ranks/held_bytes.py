@@ -58,7 +58,7 @@ def memory_layout(task_config: Any, layout: layouts.Layout) -> MemoryLayout:
         data=layout.ranks // layout.tensor,
         precision=task_config.compute.precision,
         sequence=layout.sequence,
-        ema=task_config.ema.decay > 0,
+        ema=task_config.ema.averages,
     )
 
 

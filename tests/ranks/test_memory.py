@@ -61,8 +61,12 @@ def test_activations_of_a_split_model_are_what_autograd_keeps(tensor, sequence):
         assert parts["blocks"] + parts["ends"] + parts["logits"] == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.99])
+POWERS = ("ema.widths=[0.05,0.1]", "checkpoint.every_images=12", "checkpoint.keep_every_images=12")
+
+
+@pytest.mark.parametrize("ema", [(), ("ema.decay=0.99",), ("ema.decay=0.99", *POWERS)], ids=["0", "1", "3"])
 def test_a_checkpoint_is_as_large_as_planned(tmp_path, ema):
-    layout, settings = Layout(2, 1, 3), (*LARGE, f"ema.decay={ema}")
-    planned = memory.checkpoint_bytes(model_of(config(layout, *settings)), ema > 0)
+    layout, settings = Layout(2, 1, 3), (*LARGE, *ema)
+    chosen = config(layout, *settings)
+    planned = memory.checkpoint_bytes(model_of(chosen), chosen.ema.averages)
     assert run_ranks(saved_bytes, 2, layout, tmp_path, *settings)[0] == pytest.approx(planned, rel=0.01)
