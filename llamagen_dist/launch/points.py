@@ -17,7 +17,9 @@ from llamagen_dist.launch.graph import Graph, Node, absolute
 
 MOST = 10_000
 LONGEST_NAME = 120
-_OUR_FILES = frozenset(["code", "lock", "config.yaml", "log", "report"])
+_OUR_FILES = frozenset(
+    ["code", "lock", "config.yaml", "log", "report", "stages", "checkpoints"]
+)  # the last two by reports
 _TARGETS = {"run_dir": "", "out": "out"}  # the key that says where a program writes -> below the point's folder
 _FIELD = re.compile(r"\{([A-Za-z0-9_.]+)\}")
 _ODD = re.compile(r"[^A-Za-z0-9.+]+")

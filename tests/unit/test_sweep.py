@@ -114,7 +114,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     assert "two points would be called 'train-a-b'" in refusal(tmp_path, grid={"data.train": ["a/b", "a b"]})
     assert "{optim.eps} is not set" in refusal(tmp_path, grid={"optim.lr": [1e-4, 2e-4]}, name="{optim.eps}")
     assert "two points would be called 'x'" in refusal(tmp_path, grid={"optim.lr": [1e-4, 2e-4]}, name="x")
-    assert "cannot be called 'code'" in refusal(tmp_path, list={"code": {"train.seed": 1}})
+    for name in ("code", "stages", "checkpoints"):  # a report would take the last two for a pipeline's, a run's folder
+        assert f"cannot be called {name!r}" in refusal(tmp_path, list={name: {"train.seed": 1}})
     assert "grid sets model and zip sets model.dim" in refusal(
         tmp_path, grid={"model": [{"size": "GPT-B"}]}, zip={"model.dim": [64]}
     )
