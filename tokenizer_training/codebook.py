@@ -1,13 +1,18 @@
 """The codebook while it is trained: where its codes start, which are in use, what becomes of those that are not."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist import prng
 from llamagen_dist.config import TokenizerConfigFile
+from llamagen_dist.models.fixed_codebooks import Digits
 from llamagen_dist.models.learned_codebooks import fixed_sums
 from llamagen_dist.models.quantizer import Quantizer, VectorQuantizer, code_histogram
 from llamagen_dist.parallel.entries import TensorEntry, replicated
@@ -55,6 +60,23 @@ def perturbation(config: TokenizerConfigFile, quantizer: Quantizer, first: int) 
     return exchange
 
 
+def flat_map(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The two directions in which vectors [K, C] vary most: positions [K, 2], and the share of the variance of each.
+
+    ValueError for vectors that are not finite.
+    """
+    if not np.isfinite(vectors).all():
+        raise ValueError("vectors are not finite")
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    variances, axes = np.linalg.eigh(centred.T @ centred / len(vectors))
+    axes, variances = axes[:, ::-1][:, :2], variances[::-1].clip(0)
+    # an axis and its opposite are the same one: its largest number is positive
+    axes = axes * np.where(np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0) < 0, -1.0, 1.0)
+    flat, shares = centred @ axes, variances[:2] / max(variances.sum(), np.finfo(np.float64).tiny)
+    missing = 2 - flat.shape[1]  # of a codebook of one channel
+    return np.pad(flat, ((0, 0), (0, missing))).astype(np.float32), np.pad(shares, (0, missing))
+
+
 class CodebookHealth:
     """Exact counts of the codes that all ranks used, with an all-reduce only where they are looked at.
 
@@ -71,6 +93,10 @@ class CodebookHealth:
         self.quantizer, self.say = quantizer, say
         self.on = self.section.statistics or self.section.revive_after_steps > 0
         self.warned = False
+        self.looked: dict[str, NDArray[Any]] = {}
+        """For the report, of the last validation, on rank 0: ``counts`` int64 [K] of the held-out images' codes. Of a
+        table of codes ``map`` float32 [K, 2] and ``explained`` float64 [2], see ``flat_map``; of others ``levels``
+        int64 [C], how many each channel has (code = sum_c digit_c x the product of the levels before c)."""
         zeros = torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=topology.device)
         self.mine = zeros  # this rank's since they were last added up; the others are equal on all ranks
         self.since_line, self.since_revival = zeros.clone(), zeros.clone()
@@ -131,6 +157,18 @@ class CodebookHealth:
         self.since_line.zero_()
         self.revived.zero_()
         return line
+
+    def look(self, counts: Tensor) -> None:
+        """Fill ``looked``. counts: int64 (K,), of all ranks."""
+        if self.topology.rank:
+            return
+        self.looked = {"counts": counts.cpu().numpy()}
+        if isinstance(self.quantizer, Digits):
+            self.looked["levels"] = self.quantizer.levels.cpu().numpy()
+        elif isinstance(self.quantizer, VectorQuantizer):
+            vectors = self.quantizer.codes_as_vectors().detach().cpu().numpy()
+            with suppress(ValueError):  # validation has said more of such weights
+                self.looked["map"], self.looked["explained"] = flat_map(vectors)
 
     def _warn(self, step: int, usage: float, perplexity: float, tokens: int) -> None:
         """Once per collapse: not again before both are above their limits."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist import prng
@@ -248,8 +249,9 @@ class TokenizerTask:
             distance = torch.zeros(1) if perceptual is None else perceptual.distances(shown, original, region)
             sums += torch.stack([*measured, distance.sum().double(), torch.tensor(float(len(pixels))).double()])
             histogram += code_histogram(codes, len(histogram)).cpu()
-        self.model.train()
         sums, histogram = self._total(sums), self._total(histogram)
+        self.codebook.look(histogram)
+        self.model.train()
         scores = dict(zip(("val_loss", "psnr", "ssim", "lpips"), (sums[:4] / sums[4]).tolist(), strict=True))
         if not math.isfinite(scores["val_loss"]):  # as bytes a NaN is a black pixel, which would have a score
             scores |= dict.fromkeys(("psnr", "ssim", "lpips"), math.nan)
@@ -269,6 +271,10 @@ class TokenizerTask:
         self.model.train()
         rows = (torch.from_numpy(pixels).permute(0, 3, 1, 2), to_uint8(reconstruction).cpu())
         return {"reconstructions": torch.cat([torch.cat([*images], dim=2) for images in rows], dim=1)}
+
+    def arrays(self) -> Mapping[str, Mapping[str, NDArray[Any]]]:
+        """``codebook``: how often the held-out images used each code, and where the codes lie."""
+        return {"codebook": self.codebook.looked} if self.codebook.looked else {}
 
     def _total(self, values: Tensor) -> Tensor:
         return self.topology.sum(values.to(self.topology.device)).cpu()

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Style = Literal["line", "thin", "wide", "faint", "dashed", "dots", "rings", "diamonds", "dotted line", "band"]
+Style = (
+    Literal["line", "thin", "wide", "faint", "dashed", "dotted line", "band"]
+    | Literal["dots", "points", "crosses", "rings", "diamonds"]
+)
 Colour = str | float
 """A name of plots.THEME, or a share from 0 (pale) to 1 (strong) for the members of an ordered family."""
 

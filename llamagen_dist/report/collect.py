@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class Run:
         why) or there is none.
     evaluation: evaluation.json, of a point that is one.
     scored: the lines of its checkpoints' evaluations, by step.
+    codebook: the arrays of a tokenizer's codebook.npz (tokenizer_training/codebook.py says which); empty without one.
     finished: as summary.json, the launcher's DONE.json or the evaluation say.
     failed: why nobody resumes it by itself; empty where that is not so.
     """
@@ -67,6 +69,7 @@ class Run:
     note: str = ""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     scored: Sequence[Mapping[str, Any]] = ()
+    codebook: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     finished: bool = False
     failed: str = ""
 
@@ -348,6 +351,7 @@ def read_run(folder: Path) -> Run:
         note=note,
         evaluation=_object(folder / "evaluation.json") or _best_of(_object(folder / "out/search.json")),
         scored=evaluations.lines(folder),
+        codebook=_arrays(folder / "codebook.npz"),
         finished=any((folder / name).exists() for name in ends),
         failed=str(failed.get("reason", "no reason is recorded")) if failed else "",
     )
@@ -364,6 +368,16 @@ def _best_of(search: Mapping[str, Any]) -> dict[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and the next validation writes it") from None
 
 
 def _stages(out: Path, config: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -15,6 +15,8 @@ _STYLES: dict[str, dict[str, Any]] = {  # beside the lines that all styles have 
     "faint": {"line_width": 1, "opacity": 0.35, "showlegend": False},
     "dashed": {"line_dash": "dash"},
     "dots": {"mode": "markers"},
+    "points": {"mode": "markers", "marker_size": 3},
+    "crosses": {"mode": "markers", "marker_symbol": "x-thin-open", "marker_size": 4},
     "rings": {"mode": "markers", "marker_symbol": "circle-open"},
     "diamonds": {"mode": "markers", "marker_symbol": "diamond"},
     "dotted line": {"mode": "lines+markers"},

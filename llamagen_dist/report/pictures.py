@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.shards import open_shards
+from llamagen_dist.errors import UserError
 from llamagen_dist.report.blocks import ImageGrid
-from llamagen_dist.report.collect import Pictures
+from llamagen_dist.report.collect import Pictures, Run
 from llamagen_dist.sampling.grid import mosaic, shown_classes
 
 ROWS, COLUMNS = 2, 4
@@ -58,6 +60,20 @@ def reconstructions(rebuilt: Pictures, held_out: Path | None) -> ImageGrid:
     )
     caption = f"The first held-out images of {every}, {_size(rebuilt, 2 * _LARGEST)}. {order}"
     return ImageGrid(np.stack(tiles), _names(rebuilt, groups, "class"), width=176, caption=caption)
+
+
+def validated(run: Run) -> ImageGrid | None:
+    """The reconstructions that a tokenizer's run drew last (it draws some where it is tracked); None without any."""
+    drawn = sorted(run.folder.glob("pictures/step_*/reconstructions.png"))
+    if not drawn:
+        return None
+    try:
+        pixels = np.asarray(Image.open(drawn[-1]).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{drawn[-1]}: cannot be read ({error}); delete it") from None
+    step = int(drawn[-1].parent.name.removeprefix("step_"))
+    caption = f"Held-out images (upper row) and their reconstructions (lower row) after step {step:,}."
+    return ImageGrid(pixels[None], width=1024, caption=caption)
 
 
 def _groups(pictures: Pictures, each: int) -> tuple[list[tuple[int, NDArray[np.int64]]], int]:

@@ -41,6 +41,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "faint": {"linewidth": 0.6, "alpha": 0.28},
     "dashed": {"linewidth": 1.8, "linestyle": (0, (3, 2))},
     "dots": {**_MARKS, "markeredgecolor": PAPER},
+    "points": {**_MARKS, "markersize": 2.6, "markeredgewidth": 0},
+    "crosses": {**_MARKS, "marker": "x", "markersize": 3, "markeredgewidth": 0.7, "zorder": 4},
     "rings": {**_MARKS, "markerfacecolor": "none"},
     "diamonds": {**_MARKS, "marker": "D", "markeredgecolor": PAPER},
     "dotted line": {**_MARKS, "linestyle": "-", "linewidth": 1.8, "markeredgecolor": PAPER},

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import checkpoints, figures, pictures, search, sweep
+from llamagen_dist.report import checkpoints, codebook, figures, pictures, search, sweep
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -82,8 +82,11 @@ def _training(s: Found) -> Part:
 
 def _tokenizer(s: Found) -> Part:
     grid = pictures.reconstructions(s.reconstructions, s.held_out) if s.reconstructions else None
+    if grid is None and s.tokenizer:
+        grid = pictures.validated(s.tokenizer)
     curves = figures.tokenizer(s.tokenizer) if s.tokenizer and s.tokenizer.training else None
-    return {}, {"reconstructions": grid, "curves": curves}
+    facts, blocks = codebook.part(s.tokenizer)
+    return {"pictures": grid, **facts}, {"reconstructions": grid, "curves": curves, **blocks}
 
 
 def _ladder(s: Found) -> Part:

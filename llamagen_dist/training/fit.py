@@ -155,6 +155,8 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
                     scores = task.validate()
                     if topology.rank == 0 and config.tracking.named():
                         run.pictures(step, task.pictures(config.tracking.pictures))
+                    if topology.rank == 0:
+                        run.arrays(step, images_seen, task.arrays())
                     stopping = stop.on_any_rank(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **scores)
                 run.say(f"{run.label}: image {images_seen}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))

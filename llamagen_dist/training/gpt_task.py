@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llamagen_dist.build import compile_blocks
@@ -203,6 +204,9 @@ class GPTTask:
 
     def pictures(self, count: int) -> Mapping[str, Tensor]:
         """None: a GPT's run knows codes, and no tokenizer that would draw them."""
+        return {}
+
+    def arrays(self) -> Mapping[str, Mapping[str, NDArray[Any]]]:
         return {}
 
     def entries(self) -> list[TensorEntry]:

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist import __version__
@@ -70,10 +72,7 @@ class Run:
                 if self._metrics.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                raise UserError(
-                    f"{path}: cannot be written ({error.strerror}); once it can, the same command resumes from the "
-                    "last checkpoint"
-                ) from None
+                raise _unwritable(path, error) from None
             if self._followers is not None:
                 self._followers.look()
 
@@ -86,6 +85,17 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             with written_aside(folder / f"{name}.png") as aside:
                 Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(aside)
+
+    def arrays(self, step: int, images_seen: int, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+        """Replace NAME.npz by the arrays of each name, and the position that they are of (rank 0)."""
+        for name, content in arrays.items():
+            self.fence.check()
+            path = self.directory / f"{name}.npz"
+            try:
+                with written_aside(path) as aside:
+                    np.savez(aside, step=step, images_seen=images_seen, **content)  # type: ignore[arg-type]
+            except OSError as error:
+                raise _unwritable(path, error) from None
 
     def track(self, section: TrackingSection) -> None:
         """Show the run, from now to its end, in the trackers that the config names (rank 0). metrics.jsonl has been cut
@@ -123,6 +133,12 @@ class Run:
 
     def finished(self) -> bool:
         return (self.directory / "summary.json").exists()
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror}); once it can, the same command resumes from the last checkpoint"
+    )
 
 
 def _lock(directory: Path, fence: Fence, say: Callable[[str], None]) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile
@@ -56,6 +57,11 @@ class Task(Protocol):
 
         count: images to show at most.
         """
+        ...
+
+    def arrays(self) -> Mapping[str, Mapping[str, NDArray[Any]]]:
+        """What a report draws of the state that was just validated and no scalar holds: by name of the file. On rank 0
+        alone."""
         ...
 
     def entries(self) -> Sequence[TensorEntry]:

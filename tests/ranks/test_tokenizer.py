@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,6 +103,11 @@ def test_metrics_say_when_the_discriminator_came_in_and_what_validation_found(tw
     found = [line for line in lines(folder) if "val_loss" in line]
     assert [line["images_seen"] for line in found] == [48, 96]
     assert all({"psnr", "ssim", "codebook_usage"} <= line.keys() for line in found)
+    with np.load(folder / "codebook.npz") as looked:
+        assert (int(looked["step"]), int(looked["images_seen"])) == (IMAGES // BATCH, IMAGES)
+        assert (looked["counts"] > 0).mean() == found[-1]["codebook_usage"]
+        assert looked["counts"].sum() == 9 * 8 * 8, "every held-out image once; a tenth would be the two ranks' padding"
+        assert looked["map"].shape == (32, 2)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["params"] == sum(
         v.numel() for k, v in store.read_weights(folder).items() if "codebook_used" not in k

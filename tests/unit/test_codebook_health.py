@@ -13,13 +13,14 @@ from llamagen_dist.build import build_vq
 from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.config.section import build
 from llamagen_dist.data.batch import ImageBatch
+from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.quantizer import VectorQuantizer
 from llamagen_dist.parallel.optim import MOMENTS
 from llamagen_dist.parallel.topology import Topology
 from tests.image_shards import write_images
-from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
+from tokenizer_training.codebook import CodebookHealth, flat_map, kmeans, perturbation
 from tokenizer_training.task import TokenizerTask
 
 CODES = 32
@@ -128,6 +129,49 @@ def test_statistics_change_no_number(shards):
         assert not [name for name in one if name.startswith("train_")]
     assert not [entry for entry in plain.entries() if entry.group == "codebook"]
     assert len([entry for entry in counted.entries() if entry.group == "codebook"]) == 3
+
+
+# --- what a report shows ---
+
+
+def test_the_map_is_of_the_two_widest_directions():
+    generator = np.random.RandomState(0)
+    vectors = (generator.randn(300, 5) * [0.1, 3.0, 0.2, 1.0, 0.3] + 7.0) @ np.linalg.qr(generator.randn(5, 5))[0]
+    flat, shares = flat_map(vectors.astype(np.float32))
+    left, scales, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    assert np.allclose(np.abs(flat), np.abs(left[:, :2] * scales[:2]), atol=1e-4)  # fp32 vectors; an axis has no sign
+    assert np.allclose(shares, scales[:2] ** 2 / (scales**2).sum(), atol=1e-6)
+    assert not np.allclose(np.abs(flat), np.abs(left[:, 1:3] * scales[1:3]), atol=0.1), (
+        "sabotage twin: other directions"
+    )
+    again, _ = flat_map(-vectors.astype(np.float32))
+    assert np.allclose(np.abs(again), np.abs(flat), atol=1e-4)
+    line, share = flat_map(np.array([[1.0], [3.0]], np.float32))
+    assert (line.tolist(), share.tolist()) == ([[-1.0, 0.0], [1.0, 0.0]], [1.0, 0.0])
+    assert not flat_map(np.ones((4, 3), np.float32))[0].any(), "codes that are all the same"
+    with pytest.raises(ValueError, match="not finite"):
+        flat_map(np.array([[np.nan, 0.0]], np.float32))
+
+
+@pytest.mark.parametrize("kind", [{}, {"quantizer": "fsq", "levels": [4, 8], "codebook_dim": 8}])
+def test_a_validation_leaves_exact_counts_and_where_the_codes_lie(shards, kind):
+    one = task(shards, {}, model=kind, validation={"images": 5, "batch": 2})
+    assert not one.arrays(), "before any validation"
+    usage = one.validate()["codebook_usage"]
+    arrays = one.arrays()["codebook"]
+    images = to_floats(load_images(open_shards(shards), range(5), 16))
+    expected = np.bincount(one.model.eval().encode(images).flatten().numpy(), minlength=CODES)
+    assert np.array_equal(arrays["counts"], expected)
+    assert (arrays["counts"] > 0).mean() == usage
+    if kind:
+        assert arrays["levels"].tolist() == [4, 8]
+        assert "map" not in arrays
+    else:
+        assert np.array_equal(arrays["map"], flat_map(one.model.quantize.codes_as_vectors().detach().numpy())[0])
+        with torch.no_grad():
+            one.model.quantize.embedding.weight.fill_(torch.nan)
+        one.validate()
+        assert set(one.arrays()["codebook"]) == {"counts"}, "codes that lie nowhere have no map"
 
 
 # --- revival ---
