@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval.reconstruct as reconstruct
+from examples import side_by_side
 from llamagen_dist.data import images
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
@@ -17,6 +19,7 @@ from llamagen_dist.evaluation.passport import made_by
 from llamagen_dist.evaluation.perceptual import LPIPS
 from llamagen_dist.evaluation.perturbed import perturb
 from llamagen_dist.models.vq import to_uint8
+from llamagen_dist.sampling.grid import tile_side
 from tests.image_shards import write_images
 from tests.random_vgg16 import write_vgg16
 from tests.ranks.forked import run_ranks
@@ -126,3 +129,42 @@ def test_lpips_is_the_mean_over_images_on_any_number_of_ranks(work, tmp_path):
         quietly(reconstruct.main, words(work, tmp_path / "small", *with_lpips, kind="reconstruct"))
     with pytest.raises(UserError, match=r"lpips.trunk: vgg16 needs weights: PATH|trunk: vgg16 needs weights"):
         quietly(reconstruct.main, larger(work, tmp_path / "none", "lpips.trunk=vgg16"))
+
+
+def test_reconstructions_side_by_side(work, tmp_path):
+    """Every row is a folder's own pictures, enlarged by a whole factor. Twin: a folder of other images is refused."""
+    for name, more in (("one", ()), ("two", (f"tokenizer={work / 'tokenizer2'}",)), ("few", ("limit=7",))):
+        quietly(reconstruct.main, words(work, tmp_path / name, *more, kind="reconstruct"))
+    picture = tmp_path / "rows.png"
+    folders = [f"the {name}={tmp_path / name}" for name in ("one", "two")]
+    side_by_side.main([*folders, "--out", str(picture), "--columns", "3", "--box", "4"])
+    with Image.open(picture) as image:
+        page = np.asarray(image)
+    originals = images.load_images(open_shards(work / "images"), [0, 6, 13], SIZE)
+    filtered = side_by_side.box_filtered(originals, 4)
+    assert np.array_equal(filtered[0, :4, :4], np.broadcast_to(filtered[0, 0, 0], (4, 4, 3)))
+    assert np.abs(filtered[:, 0, 0] - originals[:, :4, :4].mean((1, 2))).max() <= 0.5
+    made = [np.load(tmp_path / name / "reconstruction.npz")["arr_0"][[0, 6, 13]] for name in ("one", "two")]
+    factor = tile_side(SIZE) // SIZE
+    for row in (originals, filtered, *made):
+        for tile in row:
+            assert contains(page, tile.repeat(factor, 0).repeat(factor, 1))
+    assert not contains(
+        page, np.load(tmp_path / "one" / "reconstruction.npz")["arr_0"][1].repeat(factor, 0).repeat(factor, 1)
+    )
+    for wrong, sentence in (
+        ([folders[0], f"few={tmp_path / 'few'}"], "few: .* has other n than"),
+        (["one"], "'one': give LABEL=FOLDER"),
+        ([folders[0], "--box", "3"], "--box: 3 does not divide the images' side, 16 pixels"),
+        ([folders[0], "--columns", "21"], "--columns: 21; there are 20 images"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            side_by_side.main([*wrong, "--out", str(tmp_path / "wrong.png")])
+    assert not (tmp_path / "wrong.png").exists()
+
+
+def contains(page: np.ndarray, tile: np.ndarray) -> bool:
+    """Whether the picture stands somewhere on the page, pixel by pixel."""
+    side = len(tile)
+    corners = np.argwhere((page[: 1 - side, : 1 - side] == tile[0, 0]).all(-1))
+    return any(np.array_equal(page[y : y + side, x : x + side], tile) for y, x in corners)

@@ -297,7 +297,7 @@ BUDGETS = {
     "preflight": 140,
     "tokenizer_training": 1640,
     "eval": 1180,
-    "examples": 370,
+    "examples": 410,
 }
 
 
