@@ -7,6 +7,7 @@ computed at the same position of the same batch shape on any number of ranks, so
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from llamagen_dist.console import LOG
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import LABEL_MEMBER, Shards, open_shards
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation import scoring
+from llamagen_dist.evaluation import passport, scoring
 from llamagen_dist.evaluation.image_quality import SSIM_WINDOW, psnr, psnr_pooled, ssim, ssim_llamagen, unpadded
 from llamagen_dist.evaluation.image_sets import first_of, open_images
-from llamagen_dist.evaluation.mistakes import range_of_ssim
+from llamagen_dist.evaluation.mistakes import of_statistics, range_of_ssim
 from llamagen_dist.evaluation.perceptual import LPIPS, SMALLEST_SIDE, large_enough
 from llamagen_dist.evaluation.perturbed import perturb
 from llamagen_dist.files import read_json
@@ -45,10 +46,12 @@ def main(argv: list[str]) -> None:
     topology = start(threads=config.threads)
     full_fp32()  # codes are chosen so
     tokenizer = load_tokenizer(config.tokenizer, config.model, topology=topology)
-    images = open_shards(config.images, "images")
+    images, size = open_shards(config.images, "images"), picture_size(config, tokenizer)
     if config.reference is not None:
-        open_images(config.reference, reference=True)  # hours before it is needed
-    Reconstruction(config, topology, tokenizer, images, picture_size(config, tokenizer)).run()
+        check_reference(config, config.reference, images, size)  # hours before it is needed
+    if (stored := images.manifest.image_size) is not None and stored < size:
+        topology.log0(f"image_size: {config.images} holds {stored} x {stored} pixels, which are enlarged to {size}")
+    Reconstruction(config, topology, tokenizer, images, size).run()
 
 
 def picture_size(config: ReconstructConfig, tokenizer: Tokenizer) -> int:
@@ -64,6 +67,23 @@ def picture_size(config: ReconstructConfig, tokenizer: Tokenizer) -> int:
             f"least {SSIM_WINDOW} for SSIM"
         )
     return size
+
+
+def check_reference(config: ReconstructConfig, path: Path, images: Shards, size: int) -> None:
+    """Raises UserError where the reference of the rFID is not of these images, cropped and scaled alike, as far as it
+    says what it is of; pictures are looked at later."""
+    reference, compared = open_images(path, size, True, config.resize_to), min(size, config.resize_to or size)
+    known = passport.provenance(reference)
+    has = known.get("size") if reference.statistics else [reference.width, reference.height]
+    if has is not None and has != [compared, compared]:
+        raise UserError(
+            f"reference: {path} is of {has[0]} x {has[1]} pixels, but reconstructions of {size} x {size} are compared "
+            f"at {compared} x {compared}; crop and scale both alike (image_size, resize_to)"
+        )
+    if reference.statistics:
+        for one in of_statistics("reference", reference, images.manifest.fingerprint(), (size, size), known):
+            if one.certain:
+                raise UserError(f"reference: {one.mistake}: {one.what}")
 
 
 class Reconstruction:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     config = _config(argv)
     topology = start(threads=config.threads)
     full_fp32()
-    images = open_images(config.images, config.image_size)
+    images = open_images(config.images, config.image_size, resize_to=config.resize_to)
     indices = choose(images, config.limit, config.seed)
     if len(indices) < 2:
         raise UserError(f"{config.images}: gives {len(indices)} images; a covariance needs at least two")
@@ -83,6 +83,7 @@ def _provenance(
         "split": config.split or known["split"],
         "crop": known["crop"],
         "size": [images.width, images.height],
+        "cropped": [*images.stored_size[::-1]],
         "fingerprint": known.get("fingerprint"),
         "classes": passport.class_policy(None if images.labels is None else images.labels[indices]),
         "pictures": min(config.pictures, len(indices)),

@@ -209,6 +209,8 @@ class ReconstructConfig(Section):
     def rules(self) -> Iterator[str]:
         if self.model is not None:
             yield from self.model.cannot_cut(self.image_size)
+        if self.reference is not None and not self.rfid:
+            yield "reference: is what the rFID compares with; set rfid=true beside it, or leave it out"
         if self.reference is not None and self.limit is not None:
             yield "reference holds statistics of all images, and limit takes the first few; leave one of them out"
 
@@ -361,6 +363,8 @@ class ReferenceConfig(Section):
     """What the images are. Empty: for image shards in a folder called train or validation, that; else unknown."""
     image_size: PositiveInt | None = None
     """Images are centre-cropped to this, as ADM does; empty: they have one size, which is kept."""
+    resize_to: PositiveInt | None = None
+    """They are scaled down to this afterwards, as evaluations with a ``resize_to`` of their own scale both sides."""
     limit: Pictures | None = None
     """Only so many images, class by class in turn, chosen by a hash of the seed. Empty: all."""
     pictures: CountInt = 10000

@@ -60,29 +60,14 @@ def of_reconstructions(
     """
     if declared is False:
         return
-    source, fingerprint = (made_by or {}).get("images"), provenance.get("fingerprint")
-    if source is not None and source == fingerprint:
-        return  # the very shards that were reconstructed
-    where, candidates = reference
+    source, (where, candidates) = (made_by or {}).get("images"), reference
     if candidates is None or where.statistics:
-        if not declared:
-            return
-        behind = f"{where.path} holds statistics of {provenance.get('name')}"
-        if provenance.get("split") == "train":
-            yield Found(
-                name,
-                "wrong_reference",
-                f"rFID compares reconstructions with their own originals, but {behind}, which are training images "
-                "(LlamaGen's VQ-16 reads 4.28 there instead of 2.19); give the originals, or statistics that "
-                "eval.reference makes of them",
-                certain=True,
-            )
-        else:
-            why = (
-                "of other image shards" if source and fingerprint else "and nothing shows that these are the originals"
-            )
-            yield Found(name, "wrong_reference", f"{behind}, {why} of the reconstructions", certain=False)
+        if declared:
+            height, width = images[0].stored_size
+            yield from of_statistics(name, where, source, (width, height), provenance)
         return
+    if source is not None and source == provenance.get("fingerprint"):
+        return  # the very shards that were reconstructed
     verdict, numbers = originals.compare(*images, where, candidates) if declared else _only_pairs(images, reference)
     training = provenance.get("split") == "train"
     if verdict == "other images" or (verdict == "unclear" and declared and training):
@@ -102,6 +87,42 @@ def of_reconstructions(
             "both alike (image_size=, eval.reference and eval.reconstruct crop the centre as ADM does)",
             certain=True,
         )
+
+
+def of_statistics(
+    name: str, where: ImageSet, source: str | None, cropped: tuple[int, int], provenance: Mapping[str, Any]
+) -> Iterator[Found]:
+    """The same of stored statistics, which shows before there are reconstructions.
+
+    source: fingerprint of the image shards that are reconstructed; None: nobody says.
+    cropped: (width, height) of what is reconstructed, before it is scaled down.
+    """
+    behind = f"{where.path} holds statistics of {provenance.get('name')}"
+    known = provenance.get("cropped") or provenance.get("size")  # files of before did not scale
+    if known is not None and tuple(known) != cropped:
+        theirs, ours = (" x ".join(map(str, sides)) for sides in (known, cropped))
+        yield Found(
+            name,
+            "uncropped_originals",
+            f"{behind} cropped to {theirs} pixels, but {ours} are reconstructed; crop both alike (eval.reference "
+            f"image_size={cropped[0]}, with the resize_to of this evaluation)",
+            certain=True,
+        )
+    fingerprint = provenance.get("fingerprint")
+    if source is not None and source == fingerprint:
+        return  # of the very shards that are reconstructed
+    if provenance.get("split") == "train":
+        yield Found(
+            name,
+            "wrong_reference",
+            f"rFID compares reconstructions with their own originals, but {behind}, which are training images "
+            "(LlamaGen's VQ-16 reads 4.28 there instead of 2.19); give the originals, or statistics that "
+            "eval.reference makes of them",
+            certain=True,
+        )
+    else:
+        why = "of other image shards" if source and fingerprint else "and nothing shows that these are the originals"
+        yield Found(name, "wrong_reference", f"{behind}, {why} of the reconstructions", certain=False)
 
 
 def _only_pairs(

@@ -58,11 +58,17 @@ def test_reconstructions_and_their_scores(work, tmp_path):
     assert claimed.pop("claimed_ssim").startswith("ssim_range: ")
     assert claimed == record, "nothing else has changed"
     (out / "record.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    run_ranks(reconstruct.main, 3, words(work, tmp_path / "three", kind="reconstruct"))
-    assert contents(tmp_path / "three") == contents(out)
     scores = ("psnr", "ssim", "ssim_llamagen", "codebook_usage")
-    again = json.loads((tmp_path / "three" / "record.json").read_text())
-    assert [again[key] for key in scores] == [record[key] for key in scores]
+    for ranks in (2, 3):  # of 20 images in batches of 6: neither divides them
+        run_ranks(reconstruct.main, ranks, words(work, tmp_path / str(ranks), kind="reconstruct"))
+        assert contents(tmp_path / str(ranks)) == contents(out)
+        again = json.loads((tmp_path / str(ranks) / "record.json").read_text())
+        assert [again[key] for key in scores] == [record[key] for key in scores]
+    assert record["n"] == len(found) == 20
+    each = psnr(torch.from_numpy(found).permute(0, 3, 1, 2), truth, (2, 2, 14, 14))
+    assert record["psnr"] == pytest.approx(float(each.mean()), abs=1e-12)
+    padded = float(torch.cat([each, each[:1]]).mean())  # three ranks, seven images each: the sampler's way
+    assert record["psnr"] != pytest.approx(padded, abs=1e-6), "sabotage twin: a duplicate would be noticed"
     with pytest.raises(UserError, match=r"made in another way \(tokenizer_sha256"):
         quietly(reconstruct.main, words(work, out, f"tokenizer={work / 'tokenizer2'}", kind="reconstruct"))
     with pytest.raises(UserError, match="image_size: 6 must be a multiple of 4"):

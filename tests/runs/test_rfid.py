@@ -8,12 +8,14 @@ import pytest
 
 import eval.evaluate as evaluate
 import eval.reconstruct as reconstruct
+import eval.reference as reference
 from llamagen_dist.data.images import load_images
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation.image_sets import PROVENANCE
+from llamagen_dist.evaluation.image_sets import PROVENANCE, resized
+from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
-from tests.runs.sampling_work import SIZE, make_work, quietly, words
+from tests.runs.sampling_work import SIZE, make_work, quietly, tokenizer_run, words
 
 N = 11
 """No multiple of the batch of 6, nor of the ranks."""
@@ -79,7 +81,7 @@ def test_pfid_is_the_distance_of_perturbed_codes(work, tmp_path):
 
 def statistics(path: Path, **about: object) -> Path:
     """Of some images, which ``about`` describes."""
-    known = {"name": "some", "count": 50, "extractor": {}, "size": [SIZE, SIZE], **about}
+    known = {"name": "some", "count": 50, "extractor": {}, "size": [SIZE, SIZE], "cropped": [SIZE, SIZE], **about}
     features = np.random.RandomState(0).rand(60, 2048)
     arrays = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
     np.savez(path, **arrays, **{PROVENANCE: np.frombuffer(json.dumps(known).encode(), np.uint8)})
@@ -89,12 +91,12 @@ def statistics(path: Path, **about: object) -> Path:
 def test_statistics_of_training_images_are_refused(work, tmp_path):
     out = tmp_path / "out"
     train = statistics(tmp_path / "train.npz", split="train", fingerprint="other")
-    with pytest.raises(UserError, match=r"wrong_reference: rFID compares .* own originals, but .*train\.npz"):
+    with pytest.raises(
+        UserError, match=r"reference: wrong_reference: rFID compares .* own originals, .*train\.npz"
+    ) as no:
         quietly(reconstruct.main, asked(work, out, f"reference={train}", weights=False))
-    record = read(out / "record.json")
-    assert "psnr" in record
-    assert "rfid" not in record
-    assert not (out / "rfid.json").exists()
+    assert "accept=" not in str(no.value), "which this program does not have"
+    assert not out.exists(), "before anything is computed"
     # the twin: statistics of these very images pass; without the extractor nothing is measured from them
     own = statistics(
         tmp_path / "own.npz", split="train", fingerprint=open_shards(work / "images").manifest.fingerprint()
@@ -106,6 +108,45 @@ def test_statistics_of_training_images_are_refused(work, tmp_path):
     with pytest.raises(UserError, match="/nowhere: no such images"):
         quietly(reconstruct.main, asked(work, tmp_path / "new", "reference=/nowhere"))
     assert not (tmp_path / "new").exists(), "which is said before anything is computed"
+
+
+@pytest.mark.parametrize(
+    ("about", "settings", "message"),
+    [
+        ({"size": [12, 12], "cropped": [12, 12]}, [], r"is of 12 x 12 pixels, .* of 16 x 16 are compared at 16 x 16"),
+        ({}, ["image_size=12"], r"is of 16 x 16 pixels, .* of 12 x 12 are compared at 12 x 12"),
+        ({}, ["resize_to=8"], r"is of 16 x 16 pixels, .* of 16 x 16 are compared at 8 x 8"),
+        (
+            {"size": [8, 8], "cropped": [8, 8]},
+            ["resize_to=8"],
+            r"uncropped_originals: .* cropped to 8 x 8 pixels, but 16 x 16 are reconstructed; .*image_size=16",
+        ),
+    ],
+)
+def test_statistics_of_another_crop_or_size_are_refused(work, tmp_path, about, settings, message):
+    """Also where both sides have as many pixels in the end: 8 out of 16 is another picture than a crop to 8."""
+    known = {"split": "validation", "fingerprint": open_shards(work / "images").manifest.fingerprint()}
+    bad = statistics(tmp_path / "bad.npz", **known, **about)
+    with pytest.raises(UserError, match=message):
+        quietly(reconstruct.main, asked(work, tmp_path / "out", f"reference={bad}", *settings, weights=False))
+    assert not (tmp_path / "out").exists(), "before anything is computed"
+
+
+def test_statistics_of_the_same_crop_scaled_alike_pass(work, tmp_path):
+    """The twin of the above."""
+    known = {"split": "validation", "fingerprint": open_shards(work / "images").manifest.fingerprint()}
+    good = statistics(tmp_path / "good.npz", **known, size=[8, 8], cropped=[SIZE, SIZE])
+    out = tmp_path / "out"
+    quietly(reconstruct.main, asked(work, out, f"reference={good}", "resize_to=8", "batch=20", weights=False))
+    assert "rfid" in read(out / "record.json")["absent"], "nothing but the extractor is missing"
+
+
+def test_pictures_of_another_size_and_a_reference_without_rfid_are_refused(work, tmp_path):
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"reference: .*small.npz is of 8 x 8 pixels, .* are compared at 16 x 16"):
+        quietly(reconstruct.main, asked(work, tmp_path / "x", f"reference={tmp_path / 'small.npz'}", weights=False))
+    with pytest.raises(UserError, match="reference: is what the rFID compares with; set rfid=true"):
+        quietly(reconstruct.main, words(work, tmp_path / "x", "reference=a.npz", kind="reconstruct"))
 
 
 @pytest.mark.long
@@ -136,3 +177,57 @@ def test_rfid_is_the_distance_from_the_same_crops_on_any_number_of_ranks(work, t
         assert smaller[side]["size"] == [8, 8]
         assert smaller[side]["resized"].startswith("from 12 x 12: bicubic")
     assert read(one / "record.json")["rfid"] != pytest.approx(rfid, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [256, 384, 512])
+def test_published_sizes_are_compared_at_256_pixels(work, tmp_path, size):
+    """LlamaGen's protocol of table 3: cropped and reconstructed at ``size``, both sides scaled to 256."""
+    tokenizer = tokenizer_run(tmp_path / "tokenizer", 0, channel_multipliers=[1, 1, 1, 1, 1])
+    shards = open_shards(write_images(tmp_path / "images", 5, 520))
+    out, more = tmp_path / "out", [f"tokenizer={tokenizer}", f"images={tmp_path / 'images'}", "batch=2"]
+    more += [f"image_size={size}", "resize_to=256"]
+    assert "enlarged" not in quietly(reconstruct.main, asked(work, out, *more))
+    record, sides = read(out / "record.json"), read(out / "rfid.json")["record"]["sets"]["generated"]
+    rebuilt = np.load(out / "reconstruction.npz")["arr_0"]
+    assert rebuilt.shape == (5, size, size, 3)
+    assert [sides[side]["size"] for side in ("images", "reference")] == [[256, 256]] * 2
+    truth = load_images(shards, range(5), size)
+    assert record["psnr"] == pytest.approx(
+        np.mean([psnr(*pair) for pair in zip(rebuilt, truth, strict=True)]), abs=1e-9
+    )
+
+    def fid(originals: np.ndarray) -> float:
+        np.savez(tmp_path / "rebuilt.npz", arr_0=resized(rebuilt, 256))
+        np.savez(tmp_path / "originals.npz", arr_0=originals)
+        config = tmp_path / "files.yaml"
+        config.write_text(f"kind: evaluate\ngenerated: {tmp_path}/rebuilt.npz\nreference: {tmp_path}/originals.npz\n")
+        files = [str(config), "limit=null", "metrics=[fid]", "batch=2", f"out={tmp_path}/f.json", "scores=samples"]
+        quietly(evaluate.main, [*files, f"inception.cache={work / 'cache'}"])
+        return read(tmp_path / "f.json")["sets"]["generated"]["fid"]
+
+    assert record["rfid"] == pytest.approx(fid(resized(truth, 256)), rel=1e-9)
+    if size > 256:
+        assert record["rfid"] != pytest.approx(fid(load_images(shards, range(5), 256)), rel=1e-6), (
+            "the twin: other crops"
+        )
+    made = [f"images={tmp_path / 'images'}", f"inception.cache={work / 'cache'}", "batch=2", "pictures=0"]
+    for crop, name in ((size, "alike"), (256, "otherwise")):
+        statistics_of = [f"image_size={crop}", "resize_to=256", f"out={tmp_path / name}.npz"]
+        quietly(reference.main, [*made, *statistics_of])
+    again = [*more, f"reference={tmp_path / 'alike.npz'}"]
+    quietly(reconstruct.main, asked(work, out, *again))
+    # half the digits of a singular covariance's distance are lost where only its moments are known
+    assert read(out / "record.json")["rfid"] == pytest.approx(record["rfid"], rel=1e-2)
+    if size > 256:
+        with pytest.raises(UserError, match=f"cropped to 256 x 256 pixels, but {size} x {size} are reconstructed"):
+            quietly(reconstruct.main, asked(work, out, *more, f"reference={tmp_path / 'otherwise.npz'}"))
+
+
+def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+    return float(-10 * np.log10(np.square((image.astype(np.float64) - truth) / 255).mean()))
+
+
+def test_images_that_are_stored_smaller_are_said_to_be_enlarged(work, tmp_path):
+    said = quietly(reconstruct.main, words(work, tmp_path / "out", "image_size=32", "limit=2", kind="reconstruct"))
+    assert "holds 16 x 16 pixels, which are enlarged to 32" in said

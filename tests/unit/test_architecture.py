@@ -296,7 +296,7 @@ BUDGETS = {
     "train_gpt": 170,
     "preflight": 140,
     "tokenizer_training": 1640,
-    "eval": 1180,
+    "eval": 1200,
     "examples": 410,
 }
 

@@ -120,6 +120,24 @@ def test_published_statistics_of_training_images_as_the_reference(tmp_path, vali
     assert found(images, reference, made=made, fingerprint="g") != []
 
 
+def test_statistics_of_another_crop_as_the_reference(tmp_path, validation):
+    """As eval.reference describes them: of 32 pixels, where 64 were reconstructed (and scaled to 32, perhaps)."""
+    images, reference = opened(tmp_path, "rebuilt", rebuilt(cropped(validation))), statistics(tmp_path)
+    made = {"program": "eval.reconstruct", "images": "f"}
+
+    def of(**known: object) -> list[Found]:
+        about = {"name": "R", "split": "validation", "fingerprint": "f", **known}
+        return list(mistakes.of_reconstructions("r", (images, ALL), (reference, None), True, made, about))
+
+    side = images.height
+    (one,) = of(size=[32, 32])
+    assert (one.mistake, one.certain) == ("uncropped_originals", True)
+    assert f"cropped to 32 x 32 pixels, but {side} x {side} are reconstructed" in one.what
+    assert of(size=[32, 32], cropped=[side, side]) == [], "the twin: cropped alike, then scaled"
+    assert of(size=[side, side]) == []
+    assert of() == [], "statistics of others do not say how they were cropped"
+
+
 def test_what_is_certain_is_refused_unless_it_is_accepted():
     certain = Found("r", "wrong_reference", "because", certain=True)
     with pytest.raises(UserError, match=r"r: wrong_reference: because \(accept=\[wrong_reference\] measures it"):
