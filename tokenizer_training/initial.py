@@ -38,8 +38,8 @@ def start_from(model: VQModel, config: TokenizerConfigFile, topology: Topology) 
                 tensor.copy_(source.read(name))
     parameters = sum(p.numel() for p in model.parameters())
     d = config.loss.discriminator
-    plays = d.kind != "none" and d.weight > 0
-    joins = f"discriminator (from image {d.start_images:,} of this run)" if plays else "no discriminator"
+    alone = f", alone for {d.warmup_images:,} images" if d.warmup_images else ""
+    joins = f"discriminator (from image {d.start_images:,} of this run{alone})" if d.takes_part else "no discriminator"
     topology.log0(
         f"init_from: all {parameters:,} parameters of {source.folder or source.path} (sha256 "
         f"{source.identity[:12]}…); fresh: optimizer, image count, code usage, {joins}"

@@ -56,7 +56,7 @@ class TokenizerLoss:
             self.perceptual = LPIPS("hed", section.hed_weights, "loss.hed_weights", without).to(device)
 
     def adversarial_from(self) -> int | None:
-        """The image count at which the discriminator enters; None if it never does."""
+        """The image count at which the discriminator begins to learn; None if it never does."""
         d = self.section.discriminator
         return d.start_images if d.takes_part else None
 
@@ -86,7 +86,7 @@ class TokenizerLoss:
             total = total + s.perceptual_weight * perceptual
         if fake_logits is not None:
             adversarial = play.generator_loss(d.generator_loss or d.loss, fake_logits)
-            grown = 1.0 if images_seen is None else play.ramp(images_seen, d.start_images, d.ramp_images)
+            grown = 1.0 if images_seen is None else play.ramp(images_seen, d.joins_at, d.ramp_images)
             weight = d.weight * grown
             if d.adaptive_weight:
                 assert self.last_layer is not None
@@ -137,8 +137,9 @@ class TokenizerLoss:
             name = "PatchGAN" if d.kind == "patchgan" else "StyleGAN2 discriminator"
             game = d.loss if d.generator_loss in (None, d.loss) else f"{d.loss} against {d.generator_loss}"
             adapted = " x adaptive weight" if d.adaptive_weight else ""
+            alone = f", alone for {d.warmup_images:,} images" if d.warmup_images else ""
             grows = f", growing over {d.ramp_images:,} images" if d.ramp_images else ""
-            parts.append(f"{d.weight:g}{adapted} x {name} {game} from image {d.start_images:,}{grows}")
+            parts.append(f"{d.weight:g}{adapted} x {name} {game} from image {d.start_images:,}{alone}{grows}")
             parts += [f"{d.r1_weight:g} x R1 every {d.r1_every} steps"] if d.r1_weight > 0 else []
             parts += [f"{d.lecam_weight:g} x LeCAM"] if d.lecam_weight > 0 else []
         return "loss: " + ", ".join(parts)

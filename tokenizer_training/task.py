@@ -1,13 +1,11 @@
 """The tokenizer as a Task: the autoencoder and, from some image on, its discriminator."""
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,11 +15,9 @@ from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.images import load_images, to_floats
 from llamagen_dist.data.shards import Shards
 from llamagen_dist.errors import UserError
-from llamagen_dist.evaluation.image_quality import psnr, ssim, unpadded
-from llamagen_dist.evaluation.perceptual import large_enough
 from llamagen_dist.models.quantizer import VectorQuantizer
 from llamagen_dist.models.quantizers import quantizer_of
-from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
+from llamagen_dist.models.vq import VQModel, to_uint8
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import TorchEngine
@@ -33,12 +29,14 @@ from llamagen_dist.training.out_of_memory import engine_memory
 from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
 from tokenizer_training.discriminators import build_discriminator, check_groups
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss
+from tokenizer_training.validation import Validation
 
 
 class TokenizerTask:
     """model: with its initial weights; held_out: image shards to validate on.
 
-    Before ``loss.discriminator.start_images`` the discriminator neither runs nor learns.
+    Before ``loss.discriminator.start_images`` the discriminator neither runs nor learns; over ``warmup_images`` from
+    there on it learns alone.
     """
 
     zero = 0
@@ -56,6 +54,7 @@ class TokenizerTask:
         self.generator = TorchEngine(model, config.optim, topology, clock=self.clock, sync_buffers=False)
         if topology.dp > 1:
             model.quantize.rank_mean = self._rank_mean
+        self.validation = Validation(config, topology, held_out, self.loss.perceptual)
         self.codebook = CodebookHealth(config, topology, model.quantize, topology.log0)
         self.discriminator: TorchEngine | None = None
         self.engines = [self.generator]
@@ -89,7 +88,8 @@ class TokenizerTask:
         after = images_seen + self.config.train.global_batch
         step = after // self.config.train.global_batch
         lazy = step % self.config.loss.discriminator.r1_every == 0
-        metrics = self._step(batch, images_seen, self.discriminator if started else None, lazy)
+        judged = images_seen >= self.config.loss.discriminator.joins_at
+        metrics = self._step(batch, images_seen, self.discriminator if started else None, lazy, judged)
         moved = self.codebook.revive(step, lambda: self._global_rows(batch.images.to(self.topology.device)))
         if moved is not None:  # what Adam knows of those codes is of others
             for parameter in self.model.quantize.parameters():
@@ -108,9 +108,10 @@ class TokenizerTask:
             buffer.copy_(before)
 
     def _step(
-        self, batch: ImageBatch, images_seen: int, against: TorchEngine | None, lazy: bool
+        self, batch: ImageBatch, images_seen: int, against: TorchEngine | None, lazy: bool, judged: bool = True
     ) -> Mapping[str, Tensor]:
-        """against: the discriminator, where it takes part; lazy: whether penalties of some steps only are due."""
+        """against: the discriminator, where it learns; lazy: whether penalties of some steps only are due; judged:
+        whether the generator is trained against it yet."""
         pixels = batch.images.to(self.topology.device)
         self.model.train()
         engines = {"grad_norm": self.generator}
@@ -124,7 +125,7 @@ class TokenizerTask:
                 for engine in engines.values():
                     micro_step.enter_context(engine.micro_step(last=number == len(micro_batches)))
                 first = images_seen + self.topology.dp_rank * len(pixels) + (number - 1) * self.micro
-                losses, reconstruction = self._generator_pass(images, against, images_seen, first)
+                losses, reconstruction = self._generator_pass(images, against if judged else None, images_seen, first)
                 self.generator.backward(self.guard.track_loss(losses.total, samples) * share)
                 terms = {"loss" if name == "total" else name: value for name, value in losses._asdict().items()}
                 if against is not None:
@@ -220,44 +221,11 @@ class TokenizerTask:
             rows = torch.cat(parts)
         return rows
 
-    @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """Over the held-out images, each counted once on whatever number of ranks.
-
-        val_loss: mean squared error of pixels in [-1, 1]. psnr (dB) and ssim: means of per-image values of
-        the 8-bit pictures, on the part that is not padding; so is lpips (under the name of its VGG16), where the
-        loss has it. codebook_usage: share of all codes that occur at all.
-        """
-        self.model.eval()
-        section, size = self.config.validation, self.config.data.image_size
-        count = min(section.images or len(self.held_out), len(self.held_out))
-        mine = range(self.topology.dp_rank, count, self.topology.dp)
-        manifest = self.held_out.manifest
-        region = unpadded(manifest.padding, size, manifest.image_size)
-        perceptual = self.loss.perceptual if large_enough(size, region) else None
-        sums = torch.zeros(5, dtype=torch.float64)
-        histogram = torch.zeros(self.model.config.codebook_size, dtype=torch.int64)
-        for start in range(0, len(mine), section.batch):
-            pixels = load_images(self.held_out, mine[start : start + section.batch], size)
-            images = to_floats(pixels).to(self.topology.device)
-            with self.clock.part("compute"):  # a sign of life for the watchdog
-                reconstruction, _, codes = self.model(images)
-            original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            shown = to_uint8(reconstruction).cpu()
-            error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3)).sum()
-            measured = (error.cpu(), psnr(shown, original, region).sum(), ssim(shown, original, region).sum())
-            distance = torch.zeros(1) if perceptual is None else perceptual.distances(shown, original, region)
-            sums += torch.stack([*measured, distance.sum().double(), torch.tensor(float(len(pixels))).double()])
-            histogram += code_histogram(codes, len(histogram)).cpu()
-        sums, histogram = self._total(sums), self._total(histogram)
+        """Over the held-out images, each counted once on whatever number of ranks (see validation.py)."""
+        scores, histogram = self.validation.measure(self.model, self.clock)
         self.codebook.look(histogram)
-        self.model.train()
-        scores = dict(zip(("val_loss", "psnr", "ssim", "lpips"), (sums[:4] / sums[4]).tolist(), strict=True))
-        if not math.isfinite(scores["val_loss"]):  # as bytes a NaN is a black pixel, which would have a score
-            scores |= dict.fromkeys(("psnr", "ssim", "lpips"), math.nan)
-        distance = scores.pop("lpips")
-        named = {} if perceptual is None else {perceptual.name: distance}
-        return {**scores, **named, "codebook_usage": float((histogram > 0).double().mean())}
+        return scores
 
     @torch.no_grad()
     def pictures(self, count: int) -> Mapping[str, Tensor]:
@@ -276,9 +244,6 @@ class TokenizerTask:
         """``codebook``: how often the held-out images used each code, and where the codes lie."""
         return {"codebook": self.codebook.looked} if self.codebook.looked else {}
 
-    def _total(self, values: Tensor) -> Tensor:
-        return self.topology.sum(values.to(self.topology.device)).cpu()
-
     def entries(self) -> list[TensorEntry]:
         return [entry for engine in self.engines for entry in engine.entries()] + self.codebook.entries()
 
@@ -290,7 +255,7 @@ class TokenizerTask:
             engine.load_scalars(scalars)
 
     def describe(self) -> Mapping[str, Any]:
-        return {"params": self.parameters, "precision": "fp32"}
+        return {"params": self.parameters, "precision": "fp32", **self.validation.describe()}
 
     def describe_quantizer(self) -> str:
         """One line: which one, its size, and which losses of its own it has."""

@@ -11,7 +11,7 @@ from llamagen_dist.build import build_vq
 from llamagen_dist.checkpoint.folder import complete
 from llamagen_dist.config import TokenizerConfigFile, load
 from llamagen_dist.data.images import ImageStream
-from llamagen_dist.data.shards import open_shards
+from llamagen_dist.data.shards import Shards, open_shards
 from llamagen_dist.errors import UserError
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.program import run as run_program
@@ -51,12 +51,26 @@ def main(argv: list[str]) -> None:
             f"tokenizer: {task.parameters:,} parameters, {topology.world} ranks, "
             f"{config.train.images:,} images of {config.data.image_size} x {config.data.image_size} pixels"
         )
+        for key, shards in (("data.train", images), ("data.validation", held_out)):
+            if said := enlarged(key, shards, config.data.image_size):
+                run.say(said)
         run.say(task.loss.describe())
         run.say(task.describe_quantizer())
         if source is None and run.newest is None:  # all its checkpoints are damaged: it begins again
             source = start_from(model, config, topology)
         note_source(run, source)
         fit(task, stream, config, run)
+
+
+def enlarged(key: str, shards: Shards, size: int) -> str:
+    """A sentence where the images, as far as their manifest says, are smaller than they are trained on; else empty."""
+    stored = shards.manifest.image_size
+    if stored is None or stored >= size:
+        return ""
+    return (
+        f"{key}: images of {stored} x {stored} pixels are enlarged to data.image_size {size} (bicubic), which adds "
+        "nothing to be learned"
+    )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,14 @@ class DiscriminatorSection(Section):
     generator_loss: AdversarialLoss | None = None
     """Empty: the same as ``loss``. LlamaGen's ``vanilla`` is ``loss: vanilla, generator_loss: hinge``."""
     start_images: Images = 20000 * 128
-    """The adversarial loss and the discriminator's own training begin here (LlamaGen: step 20,000)."""
+    """The discriminator's own training begins here, and with it (see ``warmup_images``) the adversarial loss (LlamaGen:
+    step 20,000)."""
+    warmup_images: Images = 0
+    """After ``start_images`` the discriminator learns alone over so many images: the generator trains on as before,
+    and is not judged by a network that has seen nothing yet."""
     ramp_images: Images = 0
-    """The weight of the adversarial loss grows linearly over so many images after ``start_images``; 0: at once."""
+    """The weight of the adversarial loss grows linearly over so many images after ``start_images`` and
+    ``warmup_images``; 0: at once."""
     weight: CountFloat = 0.5
     adaptive_weight: bool = False
     """Multiply ``weight`` by the ratio of the gradients of reconstruction (with the perceptual loss) and adversarial
@@ -51,6 +56,11 @@ class DiscriminatorSection(Section):
     @property
     def takes_part(self) -> bool:
         return self.kind != "none" and self.weight > 0
+
+    @property
+    def joins_at(self) -> int:
+        """The image from which on the generator is trained against it."""
+        return self.start_images + self.warmup_images
 
     def misfits(self, image_size: int) -> Iterator[str]:
         """What is wrong with images of this size (pixels), a sentence each."""

@@ -8,9 +8,10 @@ from pydantic import ValidationInfo, field_validator
 
 from llamagen_dist.config.data import ImageDataSection
 from llamagen_dist.config.discriminator import DiscriminatorSection
+from llamagen_dist.config.evaluate import InceptionSection, LPIPSSection
 from llamagen_dist.config.model import TokenizerModelSection
 from llamagen_dist.config.section import CountFloat, CountInt, PositiveFloat, PositiveInt, Probability, Section
-from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig
+from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig, ValidationSection
 
 
 class TokenizerLossSection(Section):
@@ -36,6 +37,15 @@ class TokenizerLossSection(Section):
                 "perceptual: lpips needs vgg16_weights: PATH (torchvision's vgg16-397923af.pth, to be "
                 "fetched by you); or choose perceptual: none"
             )
+
+    def misfits(self, image_size: int) -> Iterator[str]:
+        """What is wrong with images of this size (pixels), a sentence each."""
+        if self.perceptual != "none" and image_size < 16:
+            yield (
+                f"perceptual: {self.perceptual} halves images four times and needs 16 pixels, and data.image_size is "
+                f"{image_size}; choose perceptual: none"
+            )
+        yield from self.discriminator.misfits(image_size)
 
 
 class CodebookSection(Section):
@@ -74,6 +84,17 @@ def misfits(quantizer: str, codes: int, entropy_weight: float, codebook: Codeboo
         yield f"codebook.perturb_neighbours: no code of {codes} has {codebook.perturb_neighbours} others; lower it"
 
 
+class TokenizerValidationSection(ValidationSection):
+    rfid: bool = False
+    """Also the FID of the reconstructions against the very same originals. It needs Inception's weights, goes through
+    twice as many images the first time (the originals' statistics are kept in run_dir/originals.safetensors), and is
+    biased upward for few images: compare only with equal ``images``."""
+    inception: InceptionSection = InceptionSection()
+    """The weights for ``rfid``."""
+    lpips: LPIPSSection | None = None
+    """Measure LPIPS where the loss has none, or another; empty: that of the loss alone."""
+
+
 class TokenizerConfigFile(TrainingConfig):
     """``kind: tokenizer``, read by ``tokenizer_training.train``."""
 
@@ -83,6 +104,7 @@ class TokenizerConfigFile(TrainingConfig):
     optim: OptimSection = OptimSection(weight_decay=0.0)
     loss: TokenizerLossSection
     codebook: CodebookSection = CodebookSection()
+    validation: TokenizerValidationSection = TokenizerValidationSection()
     init_from: Path | None = None
     """Start a new run from another tokenizer's weights: a run directory, a step_… folder, or a weights file (released
     ones too, which have no optimizer and no discriminator). Only the weights are taken over; images are counted from
@@ -102,8 +124,8 @@ class TokenizerConfigFile(TrainingConfig):
 
     @field_validator("loss")
     @classmethod
-    def _discriminator_has_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
-        if "data" in info.data and (problems := list(loss.discriminator.misfits(info.data["data"].image_size))):
+    def _networks_have_pixels(cls, loss: TokenizerLossSection, info: ValidationInfo) -> TokenizerLossSection:
+        if "data" in info.data and (problems := list(loss.misfits(info.data["data"].image_size))):
             raise ValueError("\n".join(problems))
         return loss
 

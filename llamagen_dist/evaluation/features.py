@@ -118,7 +118,7 @@ class Extraction:
         self.parts = [_Part(selection, network, classify is not None, topology, splits) for selection in selections]
         for part in self.parts:
             if dinov2 is not None:
-                part.dinov2 = _Distribution(len(part.selection), dinov2.dimensions, topology)
+                part.dinov2 = Distribution(len(part.selection), dinov2.dimensions, topology)
             if clip is not None and part.selection.captions is not None:
                 part.clip = torch.zeros(len(part.selection), dtype=torch.float64, device=topology.device)
 
@@ -164,7 +164,7 @@ class Extraction:
         return filled
 
 
-class _Distribution:
+class Distribution:
     """The Gaussian of n features [d] that the ranks see a part of: their moments, or of few images the features."""
 
     def __init__(self, n: int, dimensions: int, topology: Topology) -> None:
@@ -183,11 +183,14 @@ class _Distribution:
         elif self.moments is not None:
             self.moments.update(features)
 
-    def gaussian(self, path: Path) -> Gaussian:
-        """Collective. Raises UserError, on every rank, where features are not finite."""
+    def gaussian(self, where: Path | str, network: str) -> Gaussian:
+        """Collective. Raises UserError, on every rank, where features are not finite.
+
+        where, network: for its message.
+        """
         if bad := int(self.topology.sum(self.not_finite)):
             raise UserError(
-                f"{path}: {bad} images have DINOv2 features that are NaN or infinite; the weights are at fault"
+                f"{where}: {bad} images have {network} features that are NaN or infinite; the weights are at fault"
             )
         if self.kept is not None:
             return gaussian_of(self.topology.sum(self.kept))
@@ -207,7 +210,7 @@ class _Part:
         self.classes = torch.zeros(n if classified else 0, dtype=torch.int64, device=device)
         self.row_of = np.full(n, -1, np.int64)  # where a kept image's features go
         self.row_of[selection.kept] = np.arange(len(selection.kept))
-        self.dinov2: _Distribution | None = None
+        self.dinov2: Distribution | None = None
         self.clip: Tensor | None = None
         self.pool = self.spatial = self.score = None
         # (of pool, of spatial): all that is kept of large sets, so that memory does not grow with the images. A
@@ -251,7 +254,7 @@ class _Part:
         sha256 = hashlib.sha256(digests.tobytes()).hexdigest()
         classes = total(self.classes) if len(self.classes) else None
         clip = None if self.clip is None else total(self.clip)
-        dinov2 = None if self.dinov2 is None else self.dinov2.gaussian(self.selection.images.path)
+        dinov2 = None if self.dinov2 is None else self.dinov2.gaussian(self.selection.images.path, "DINOv2")
         if self.pool is None:
             return SetFeatures(sha256, classes=classes, fd_dinov2=dinov2, clip=clip, digests=digests)
         if bad := int(total(self.not_finite)):

@@ -65,10 +65,16 @@ def ssim(images: Tensor, references: Tensor, region: Region | None = None) -> Te
 
     The data range is 1, what the pixels span; another one makes it read too high, see ``ssim_llamagen``.
     """
-    return _ssim(images, references, region, 1.0)
+    return _ssim(images, references, region, 1.0)[0]
 
 
-def _ssim(images: Tensor, references: Tensor, region: Region | None, data_range: float) -> Tensor:
+def both_ssims(images: Tensor, references: Tensor, region: Region | None = None) -> tuple[Tensor, Tensor]:
+    """``ssim`` and ``ssim_llamagen``, from one pass over the windows."""
+    own, llamagen = _ssim(images, references, region, 1.0, 2.0)
+    return own, llamagen
+
+
+def _ssim(images: Tensor, references: Tensor, region: Region | None, *data_ranges: float) -> list[Tensor]:
     a, b = _unit(images, region), _unit(references, region)
     if min(a.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {tuple(a.shape[-2:])}")
@@ -82,15 +88,18 @@ def _ssim(images: Tensor, references: Tensor, region: Region | None, data_range:
     var_a = sample * (mean(a * a) - mean_a * mean_a)
     var_b = sample * (mean(b * b) - mean_b * mean_b)
     covariance = sample * (mean(a * b) - mean_a * mean_b)
-    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
-    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    denominator = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (numerator / denominator).mean(dim=(1, 2, 3))
+    found = []
+    for data_range in data_ranges:
+        c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+        numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+        denominator = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+        found.append((numerator / denominator).mean(dim=(1, 2, 3)))
+    return found
 
 
 def ssim_llamagen(images: Tensor, references: Tensor, region: Region | None = None) -> Tensor:
     """SSIM as LlamaGen's published numbers have it: pixels in [0, 1] but data_range 2, which reads higher."""
-    return _ssim(images, references, region, 2.0)
+    return _ssim(images, references, region, 2.0)[0]
 
 
 def _unit(images: Tensor, region: Region | None) -> Tensor:

@@ -24,9 +24,12 @@ NAMES = {
     "val_loss_null": "held-out loss without condition",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "ssim_llamagen": "SSIM as LlamaGen computes it (data range 2)",
+    "rfid": "rFID",
     "lpips": "LPIPS",
     "lpips-hed": "LPIPS on an edge-tuned VGG16 (lpips-hed)",
     "codebook_usage": "share of codes used",
+    "codebook_perplexity": "codes that would do if all were used alike",
 }
 
 USE_GPT = """\

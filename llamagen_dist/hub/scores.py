@@ -166,7 +166,8 @@ def held_out_loss(run: Path, checkpoint: Checkpoint, trained: GPTConfigFile | To
         return None
     if found is None:
         return None
-    keys = ("val_loss", "val_loss_null", "psnr", "ssim", "lpips", "lpips-hed", "lpips-custom", "codebook_usage")
+    looks = ("psnr", "ssim", "ssim_llamagen", "rfid", "lpips", "lpips-hed", "lpips-custom")
+    keys = ("val_loss", "val_loss_null", *looks, "codebook_usage", "codebook_perplexity")
     validation, n, sha256 = trained.data.validation, trained.validation.images, None
     if not is_remote(validation) and (Path(validation) / MANIFEST).exists():
         manifest = read_manifest(Path(validation))

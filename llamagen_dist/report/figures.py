@@ -177,8 +177,8 @@ def tokenizer(run: Run) -> Figure:
         panels.append(Panel("held-out PSNR (dB)", (Series("PSNR", x, psnr, "dotted line", "orange"),)))
     gan = run.config.loss.discriminator if run.config else None
     events: tuple[tuple[float, str], ...] = ()
-    if gan and gan.kind != "none" and gan.weight and gan.start_images < run.config.train.images:
-        events = ((float(gan.start_images), "discriminator joins"),)
+    if gan and gan.kind != "none" and gan.weight and gan.joins_at < run.config.train.images:
+        events = ((float(gan.joins_at), "discriminator joins"),)
     return Figure(tuple(panels), "Tokenizer loss against images seen", "images seen", events=events)
 
 

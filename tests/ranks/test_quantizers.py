@@ -17,6 +17,7 @@ from llamagen_dist.data.shards import open_shards
 from llamagen_dist.parallel.topology import Topology, start
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
+from tokenizer_training import task as training
 from tokenizer_training.task import TokenizerTask
 
 STEPS, BATCH, HALF = 10, 8, 5
@@ -50,10 +51,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def task_of(config: Path, kind: str, topology: Topology) -> TokenizerTask:
+def task_of(config: Path, kind: str, topology: Topology, *more: str) -> TokenizerTask:
     torch.manual_seed(0)
     table = ["codebook.revive_after_steps=3"] if kind in TABLES else []
-    settings = load(config, [f"model.quantizer={kind}", *KINDS[kind], *table], kind="tokenizer")
+    settings = load(config, [f"model.quantizer={kind}", *KINDS[kind], *table, *more], kind="tokenizer")
     return TokenizerTask(build_vq(settings.model), settings, topology, open_shards(settings.data.validation))
 
 
@@ -122,7 +123,7 @@ def two(config: Path) -> list[dict[str, Any]]:
     return run_ranks(learn, 2, config, list(KINDS), False)
 
 
-def far(a: dict[str, Any], b: dict[str, Any]) -> float:
+def far(a: Any, b: Any) -> float:
     """The largest difference of two runs' lines, relative to the number where that is above 0.1."""
     (lines, *_), (others, *_) = a, b
     assert [line.keys() for line in lines] == [line.keys() for line in others]
@@ -171,6 +172,26 @@ def test_four_ranks_learn_what_one_learns(config, one):
     for kind in four[0]:
         same_on_more_ranks(kind, one, four)
         bit_equal_after_a_resume(kind, four)
+
+
+def perturbed(config: Path, broken: bool) -> list[dict[str, float]]:
+    """Lines of a run with latent perturbation. broken: every rank perturbs as if its images were the batch's first."""
+    torch.set_num_threads(1)
+    topology = start()
+    task = task_of(config, "vq", topology, "codebook.perturb_share=0.6", "codebook.perturb_neighbours=8")
+    if broken:  # in this forked process alone
+        real, mine = training.perturbation, topology.rank * BATCH // topology.world
+        training.perturbation = lambda config, quantizer, first: real(config, quantizer, first - mine)
+    return list(steps(task, range(STEPS)))
+
+
+@pytest.mark.long
+def test_latents_are_perturbed_alike_on_any_number_of_ranks(config, one):
+    alone = run_ranks(perturbed, 1, config, False)[0]
+    assert far((alone, None), one["vq"]) > 1e-2, "perturbed they are"
+    for ranks in (2, 4):
+        assert far((alone, None), (run_ranks(perturbed, ranks, config, False)[0], None)) < 1e-5
+    assert far((alone, None), (run_ranks(perturbed, 2, config, True)[0], None)) > 1e-3, "sabotage twin"
 
 
 @pytest.mark.long

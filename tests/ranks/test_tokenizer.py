@@ -14,6 +14,7 @@ import yaml
 
 from llamagen_dist.build import build_vq
 from llamagen_dist.config import load
+from llamagen_dist.config.resume import compare
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.errors import UserError
@@ -25,7 +26,7 @@ from tests.ranks.forked import run_ranks
 from tokenizer_training.task import TokenizerTask
 from tokenizer_training.train import main
 
-IMAGES, BATCH, START = 96, 8, 48
+IMAGES, BATCH, START, WARM_UP = 96, 8, 48, 24
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                   "codebook_dim": 4, "codebook_init": "first_batch"},
         "data": {"train": str(folder / "train"), "validation": str(folder / "validation"), "image_size": 16},
         "loss": {"perceptual": "none",
-                 "discriminator": {"start_images": START, "channels": 8, "layers": 2, "norm": "group", "weight": 0.1}},
+                 "discriminator": {"start_images": START, "warmup_images": WARM_UP, "ramp_images": 16, "channels": 8,
+                                   "layers": 2, "norm": "group", "weight": 0.1}},
         "train": {"images": IMAGES, "global_batch": BATCH}, "optim": {"lr": 0.001, "weight_decay": 0.0},
         "validation": {"at_images": [48], "batch": 4}, "checkpoint": {"every_images": 32, "keep_last": 9},
         "log": {"every_steps": 1}}))  # fmt: skip
@@ -100,6 +102,7 @@ def test_metrics_say_when_the_discriminator_came_in_and_what_validation_found(tw
     steps = [line for line in lines(folder) if "loss" in line]
     assert [line["images_seen"] for line in steps] == list(range(BATCH, IMAGES + 1, BATCH))
     assert [("discriminator" in line) for line in steps] == [n * BATCH >= START for n in range(len(steps))]
+    assert [("adversarial" in line) for line in steps] == [n * BATCH >= START + WARM_UP for n in range(len(steps))]
     found = [line for line in lines(folder) if "val_loss" in line]
     assert [line["images_seen"] for line in found] == [48, 96]
     assert all({"psnr", "ssim", "codebook_usage"} <= line.keys() for line in found)
@@ -122,8 +125,8 @@ def four_ranks(config: Path) -> Path:
 
 @pytest.mark.parametrize("images_kept", [32, pytest.param(64, marks=pytest.mark.long)])
 def test_a_resumed_run_is_bit_equal(config, four_ranks, tmp_path, images_kept):
-    """Once from before and once from after the discriminator came in. Four ranks: the sum of two gradients is the same
-    in any order, that of more is not."""
+    """Once from before the discriminator came in and once from its warm-up. Four ranks: the sum of two gradients is the
+    same in any order, that of more is not."""
     folder = four_ranks
     again = tmp_path / "again"
     shutil.copytree(folder, again)
@@ -143,6 +146,27 @@ def test_another_config_in_the_same_folder_is_refused(config, two_ranks):
     folder, _ = two_ranks
     ((_, error),) = run_ranks(call, 1, config, (f"run_dir={folder}", "loss.reconstruction=l1"))
     assert "loss.reconstruction: l2 -> l1" in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["model.codebook_size=64"], "model.codebook_size: 32 -> 64"),
+        (["model.quantizer=ema"], "model.quantizer: vq -> ema"),
+        (["model.l2_norm=false"], "model.l2_norm: True -> False"),
+    ],
+)
+def test_a_resume_with_another_codebook_or_quantizer_is_refused(config, two_ranks, settings, sentence):
+    folder, _ = two_ranks
+    here = f"run_dir={folder}"
+    with pytest.raises(UserError) as refused:
+        compare(folder, load(config, [here, *settings], kind="tokenizer"))
+    assert sentence in str(refused.value)
+    assert "choose another run_dir" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    watched = ["validation.rfid=true", "validation.lpips.trunk=hed"]  # the twin: what is only looked at may change
+    compare(folder, load(config, [here, *watched], kind="tokenizer"))
 
 
 def reductions(config: Path, folder: Path, no_sync: bool) -> tuple[int, int]:
@@ -160,7 +184,7 @@ def reductions(config: Path, folder: Path, no_sync: bool) -> tuple[int, int]:
         engine.module.register_comm_hook(which, hook)
         if not no_sync:  # sabotage twin
             engine.micro_step = lambda last: contextlib.nullcontext()
-    task.step(ImageBatch(torch.rand(4, 3, 16, 16), torch.arange(4)), START)
+    task.step(ImageBatch(torch.rand(4, 3, 16, 16), torch.arange(4)), START + WARM_UP)
     return counts[0], counts[1]
 
 

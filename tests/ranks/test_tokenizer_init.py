@@ -69,13 +69,18 @@ def test_a_run_begins_at_the_sources_weights_with_all_else_fresh(work, source, t
     weights = store.read_weights(store.newest(work / "own"))
     config, run = work / "config.yaml", tmp_path / "run"
     # so small a rate that what is validated after it is still what was put in
-    said = train(2, config, run, f"init_from={work / source}", "optim.lr=1e-12")
+    changes = ("optim.lr=1e-12", "loss.discriminator.warmup_images=8")
+    said = train(2, config, run, f"init_from={work / source}", *changes)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "quantize.codebook_used")
     assert f"init_from: all {parameters:,} parameters of " in said
-    assert "fresh: optimizer, image count, code usage, discriminator (from image 8 of this run)" in said
+    assert (
+        "fresh: optimizer, image count, code usage, discriminator (from image 8 of this run, alone for 8 images)"
+        in said
+    )
     steps = [line for line in lines(run) if "loss" in line]
     assert [line["images_seen"] for line in steps] == [BATCH, 2 * BATCH]
     assert ["discriminator" in line for line in steps] == [False, True], "start_images counts from this run's start"
+    assert not any("adversarial" in line for line in steps), "and the discriminator, fresh as it is, learns alone first"
     validated = next(line["val_loss"] for line in lines(run) if "val_loss" in line)
     assert validated == pytest.approx(first_loss(weights, work), rel=1e-5)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from tokenizer_training.losses import (
     reconstruction_loss,
 )
 from tokenizer_training.task import TokenizerTask
+from tokenizer_training.train import enlarged
 
 CPU = torch.device("cpu")
 
@@ -154,6 +155,40 @@ def test_the_discriminator_neither_runs_nor_learns_before_its_start(shards):
     assert task.scalars()["discriminator_optimizer.step"] == 1.0
 
 
+def test_in_its_warm_up_the_discriminator_learns_alone(shards):
+    """Until it joins, the generator's numbers are to the last bit those of a run that never has a discriminator."""
+
+    def judged(**keys: Any) -> TokenizerTask:
+        own = {"start_images": 4, "channels": 8, "layers": 2, "norm": "group", **keys}
+        return make_task(shards, loss={"discriminator": own})
+
+    warm, at_once, never = judged(warmup_images=8), judged(), judged(kind="none")
+    for images_seen in (0, 4, 8):
+        lines = [dict(task.step(numbered(batch(images_seen)), images_seen)) for task in (warm, at_once, never)]
+        assert ("discriminator" in lines[0]) == (images_seen >= 4)
+        assert "adversarial" not in lines[0]
+        assert all(torch.equal(value, lines[0][name]) for name, value in lines[2].items())
+        if images_seen == 4:
+            assert torch.equal(lines[0]["discriminator"], lines[1]["discriminator"]), "it has seen the same pictures"
+    assert _distance(warm, never) == 0
+    assert _distance(at_once, never) > 0, "sabotage twin: without a warm-up the generator follows at once"
+    assert "adversarial" in warm.step(numbered(batch(12)), 12)
+    never.step(numbered(batch(12)), 12)
+    assert _distance(warm, never) > 0
+
+
+def test_the_adversarial_weight_grows_once_the_warm_up_is_over():
+    game = {"start_images": 100, "warmup_images": 50, "ramp_images": 20, "weight": 0.5}
+    loss = TokenizerLoss(section(discriminator=game), CPU)
+    codebook, images = VQLosses(None, None, None), torch.zeros(1, 3, 4, 4)
+    found = {
+        seen: loss.generator(images, images, codebook, torch.full((1, 1), -2.0), seen).total.item()
+        for seen in (150, 155, 170, 900)
+    }
+    assert found == pytest.approx({150: 0.0, 155: 0.25, 170: 1.0, 900: 1.0})
+    assert "from image 100, alone for 50 images, growing over 20 images" in loss.describe()
+
+
 def test_the_generators_pass_leaves_no_gradient_in_the_discriminator(shards):
     task = make_task(shards)
     losses, reconstruction = task._generator_pass(batch(), task.discriminator, 8)
@@ -234,8 +269,7 @@ def test_validation_measures_the_unpadded_part_and_counts_codes_exactly(shards):
     found = task.validate()
     whole = make_task(shards, validation={"batch": 256}).validate()
     assert found == pytest.approx(whole, rel=1e-6)
-    task.held_out = open_shards(shards)
-    task.held_out.manifest.__dict__["padding"] = None  # what forgetting the padding would give
+    task.validation.region = None  # what forgetting the padding would give
     assert task.validate()["psnr"] != pytest.approx(found["psnr"], abs=1e-3)
     assert task.validate()["val_loss"] == pytest.approx(found["val_loss"])
     assert 1 / 32 <= found["codebook_usage"] <= 1
@@ -256,6 +290,19 @@ def test_bad_sizes_are_refused_in_one_sentence(shards):
         make_task(shards, data={"train": shards, "validation": shards, "image_size": 17})
     with pytest.raises(UserError, match=r"loss.discriminator.layers: 3 layers need at least 24 pixels"):
         make_task(shards, loss={"discriminator": {"layers": 3, "start_images": 8}})
+
+
+def test_images_too_small_for_a_perceptual_loss_are_refused(shards):
+    """VGG16 would end in an error of torch's in the first step."""
+    with pytest.raises(UserError, match=r"loss.perceptual: lpips-hed halves images four times .* is 8; choose"):
+        make_task(shards, data={"train": shards, "validation": shards, "image_size": 8}, loss={
+            "perceptual": "lpips-hed", "discriminator": {"kind": "none"}})  # fmt: skip
+
+
+def test_images_smaller_than_the_crop_are_said(shards):
+    stored = open_shards(shards)
+    assert enlarged("data.train", stored, 24).startswith("data.train: images of 16 x 16 pixels are enlarged to")
+    assert enlarged("data.train", stored, 16) == ""
 
 
 @pytest.mark.long
