@@ -148,10 +148,12 @@ def health(run: Run) -> Figure | None:
     lines = _series("training", window, "line", "blue", "training")
     if lines := lines + _series("held out", held_out, "dotted line", "orange", "held out"):
         panels.append(Panel("share of the codes in use", lines, y_range=(0.0, 1.05)))
-    if lines := _series("perplexity", run.points("train_perplexity"), "line", "blue"):
+    lines = _series("training, perplexity", run.points("train_perplexity"), "line", "blue", "training")
+    even = run.points("codebook_perplexity")
+    if lines := lines + _series("held out, perplexity", even, "dotted line", "orange", "held out"):
         limit = None if size is None else (0.0, 1.05 * size)
         note = "" if size is None else f"of {size:,} codes"
-        panels.append(Panel("perplexity of the codes, training", lines, y_range=limit, note=note))
+        panels.append(Panel("perplexity of the codes", lines, y_range=limit, note=note))
     for key, title in (
         ("train_starved", "share of starved codes"),
         ("train_narrowest", "use of the narrowest channel"),

@@ -24,6 +24,13 @@ SETS = {
 }
 """The quickstart's sets of images in words, from the best that can be expected to no learning at all."""
 _ERRORS = {"l2": "squared error of pixels in [−1, 1]", "l1": "absolute error of pixels in [−1, 1]"}
+_HELD_OUT = {
+    "psnr": "held-out PSNR (dB)",
+    "lpips": "held-out LPIPS",
+    "lpips-hed": "held-out lpips-hed",
+    "lpips-custom": "held-out lpips-custom",
+    "rfid": "held-out rFID",
+}
 _MOST_POINTS = 600
 _SAME_BUDGET = 1.15  # points this near to a budget's mean FLOPs are of it
 
@@ -172,9 +179,10 @@ def tokenizer(run: Run) -> Figure:
     if error != "l2":  # validation measures the squared error, whatever is trained
         curve = replace(curve, marks_x=np.empty(0), marks_y=np.empty(0))
     panels = [_alone(curve, _ERRORS.get(error, f"tokenizer {key}"), log_y=bool((curve.y > 0).all()))]
-    x, psnr = run.points("psnr")
-    if len(x) > 1:
-        panels.append(Panel("held-out PSNR (dB)", (Series("PSNR", x, psnr, "dotted line", "orange"),)))
+    for name, title in _HELD_OUT.items():
+        x, values = run.points(name)
+        if len(x) > 1:
+            panels.append(Panel(title, (Series(name, x, values, "dotted line", "orange"),)))
     gan = run.config.loss.discriminator if run.config else None
     events: tuple[tuple[float, str], ...] = ()
     if gan and gan.kind != "none" and gan.weight and gan.joins_at < run.config.train.images:

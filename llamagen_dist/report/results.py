@@ -12,6 +12,10 @@ from llamagen_dist.report.collect import Found, Run
 
 PARITY_STEPS = 50
 _SCORES = ("fid", "sfid", "kid_mean", "kid_std", "precision", "recall")
+_TOKENIZER = (
+    *("psnr", "ssim", "ssim_llamagen", "lpips", "lpips-hed", "lpips-custom", "rfid"),
+    *("codebook_usage", "codebook_perplexity"),
+)
 _ANCHORS = {"fid_real": "held_out", "rfid": "reconstruction", "fid_untrained": "untrained", "fid_unigram": "unigram"}
 _PREDICTION = ("params", "tokens", "predicted", "ci95", "measured", "naive")
 
@@ -78,7 +82,7 @@ def results(found: Found) -> dict[str, Any]:
     tokenizer, twin = found.tokenizer, parity(found)
     if tokenizer and tokenizer.validation:
         last = tokenizer.validation[-1]
-        known["tokenizer"] = {k: last[k] for k in ("psnr", "ssim", "lpips", "lpips-hed", "codebook_usage") if k in last}
+        known["tokenizer"] = {k: last[k] for k in _TOKENIZER if k in last}
     points = [
         _known(
             name=run.name,

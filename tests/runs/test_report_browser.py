@@ -34,6 +34,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     add_scores(out)
     add_law(out)
     np.savez(out / "reconstruction.npz", arr_0=np.zeros((5, 32, 32, 3), np.uint8))
+    random = np.random.RandomState(0)
+    looked = {"counts": random.poisson(3, 64), "map": random.randn(64, 2), "explained": np.array([0.5, 0.3])}
+    np.savez(out / "tokenizer" / "codebook.npz", step=200, images_seen=6400, **looked)
     (out / "ladder" / "g30k" / "summary.json").unlink()
     shutil.move(out / "ladder" / "g30k", out / "ladder" / LONG[:200])
     shutil.copy(out / "evaluation.json", out / "samples" / "one.json")

@@ -288,7 +288,7 @@ BUDGETS = {
     "sampling": 2235,
     "evaluation": 4170,
     "scaling": 3690,
-    "report": 2600,
+    "report": 2640,
     "hub": 890,
     "launch": 5400,
     "commands": 1760,

@@ -13,7 +13,7 @@ from llamagen_dist.models.fixed_codebooks import FSQ
 from llamagen_dist.report import codebook
 from llamagen_dist.report.collect import collect
 from tests.unit.quickstart_folder import lines_of, write_lines, write_tokenizer
-from tests.unit.report_pages import inside, section, series, text_of
+from tests.unit.report_pages import inside, section, series, table, text_of
 
 COUNTS = np.array([40, 0, 10, 2, 0, 12], np.int64)
 FLAT = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [0.5, 0.5]], np.float32)
@@ -120,10 +120,25 @@ def test_training_and_the_discriminator_over_images(run):
         "adaptive weight",
     ]
     assert series(shown["mean logits"])["logits of real images"]["x"][0] == 151 * 32
-    assert series(shown["share of the codes in use"])["perplexity"]["y"][-1] == 70.0
+    assert series(shown["share of the codes in use"])["training, perplexity"]["y"][-1] == 70.0
     assert "codebook.statistics=true" not in words(run)
     write_lines(run / "metrics.jsonl", [{k: v for k, v in line.items() if k not in gan} for line in lines])
     assert "mean logits" not in figures(run), "a run without a discriminator"
+
+
+def test_what_a_validation_measured_stands_in_the_table_and_over_images(run):
+    more = {"codebook_perplexity": 31.0, "ssim_llamagen": 0.875, "lpips-hed": 0.125, "rfid": 41.5}
+    lines = [line | more if "val_loss" in line else line for line in lines_of(run / "metrics.jsonl")]
+    write_lines(run / "metrics.jsonl", lines)
+    rows = dict(table(section(run, "The tokenizer"))[1:])
+    names = ("the same, range 2", "held-out lpips-hed", "held-out rFID", "perplexity of the codes")
+    assert [rows[name] for name in names] == ["0.8750", "0.1250", "41.50", "31"]
+    assert "held-out LPIPS" not in rows, "the numbers of another network have another name"
+    shown = figures(run)
+    titles = [panel["title"] for panel in shown["squared error of pixels in [−1, 1]"]["panels"]]
+    assert titles[1:] == ["held-out PSNR (dB)", "held-out lpips-hed", "held-out rFID"]
+    assert series(shown["share of the codes in use"])["held out, perplexity"]["y"] == [31.0] * 4
+    assert "comparable only within this run" in words(run)
 
 
 def test_the_losses_that_were_on_are_named_after_their_networks_and_quantizer(run):
