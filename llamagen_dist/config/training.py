@@ -230,7 +230,8 @@ class TrackingSection(Section):
     wandb: WandbSection | None = None
     trackio: TrackioSection | None = None
     pictures: CountInt = 8
-    """With a tracker, a tokenizer's validation shows so many held-out images over their reconstructions; 0: none."""
+    """A tokenizer's validation shows so many held-out images over their reconstructions, in run_dir/pictures and in
+    the trackers; 0: none."""
     finish_s: CountFloat = 30.0
     """A run that ends waits so long for the last lines to be sent; ``llamagen wandb-sync`` sends what is missing."""
 

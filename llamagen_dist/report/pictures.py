@@ -63,7 +63,7 @@ def reconstructions(rebuilt: Pictures, held_out: Path | None) -> ImageGrid:
 
 
 def validated(run: Run) -> ImageGrid | None:
-    """The reconstructions that a tokenizer's run drew last (it draws some where it is tracked); None without any."""
+    """The reconstructions that a tokenizer's run drew last; None without any."""
     drawn = sorted(run.folder.glob("pictures/step_*/reconstructions.png"))
     if not drawn:
         return None

@@ -153,9 +153,8 @@ def fit(task: Task, stream: Stream, config: TrainingConfig, run: Run) -> bool:
             if done or _due(images_seen, batch_size, config.validation.every_images, config.validation.at_images):
                 with watchdog.phase("validation"), stopwatch.timing("validation"):
                     scores = task.validate()
-                    if topology.rank == 0 and config.tracking.named():
-                        run.pictures(step, task.pictures(config.tracking.pictures))
                     if topology.rank == 0:
+                        run.pictures(step, task.pictures(config.tracking.pictures))
                         run.arrays(step, images_seen, task.arrays())
                     stopping = stop.on_any_rank(saver.failed)  # it may have taken long
                 run.metrics(step=step, images_seen=images_seen, **scores)

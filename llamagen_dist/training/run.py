@@ -81,10 +81,14 @@ class Run:
         from PIL import Image
 
         for name, pixels in pictures.items():
-            folder = self.directory / "pictures" / f"step_{step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with written_aside(folder / f"{name}.png") as aside:
-                Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(aside)
+            self.fence.check()
+            path = self.directory / "pictures" / f"step_{step:08d}" / f"{name}.png"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with written_aside(path) as aside:
+                    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(aside)
+            except OSError as error:
+                raise _unwritable(path, error) from None
 
     def arrays(self, step: int, images_seen: int, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
         """Replace NAME.npz by the arrays of each name, and the position that they are of (rank 0)."""

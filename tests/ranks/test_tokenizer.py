@@ -93,8 +93,13 @@ def test_two_ranks_learn_what_one_learns(config, two_ranks):
     for one, other in zip(a, b, strict=True):
         for name in one.keys() - MEASURED - {"samples"}:
             assert one[name] == pytest.approx(other[name], rel=5e-3, abs=5e-4), (name, one["images_seen"])
-    train(1, config, config.parent / "seed", "train.seed=1")  # and the tolerance is one that other data misses
+    train(
+        1, config, config.parent / "seed", "train.seed=1", "tracking.pictures=0"
+    )  # and the tolerance is one that other data misses
     assert lines(config.parent / "seed")[0]["loss"] != pytest.approx(a[0]["loss"], rel=5e-3, abs=5e-4)
+    shown = [str(file.relative_to(folder)) for file in sorted(folder.glob("pictures/*/*"))]
+    assert shown == [f"pictures/step_{step:08d}/reconstructions.png" for step in (6, 12)], "at both validations"
+    assert not (config.parent / "seed" / "pictures").exists(), "twin: none are wanted"
 
 
 def test_metrics_say_when_the_discriminator_came_in_and_what_validation_found(two_ranks):

@@ -131,7 +131,7 @@ def test_any_number_of_ranks_counts_each_image_once(shards, projected):
 
 @pytest.mark.long
 def test_rfid_is_that_of_eval_reconstruct(tmp_path, inception_cache):
-    """On real Inception features, of a whole 33 x 33 run: rel 1e-4, for a few pixels that round the other way."""
+    """On real Inception features; rel 1e-4, for a few pixels that round the other way. One image less is seen."""
     import json
 
     import eval.reconstruct as reconstruct
