@@ -71,7 +71,7 @@ def load_model(config: TokenLossConfig, checkpoint: Checkpoint, shards: Shards) 
                 f"data: {shards.location} was made with another {what} (sha256 {str(here)[:12]}…) than "
                 f"{checkpoint.path} was trained on (sha256 {seen[:12]}…)"
             )
-    model = GPT(gpt_config(section, **manifest.gpt_sizes(shards.location)))
+    model = GPT(gpt_config(section, **manifest.gpt_sizes(shards.location), tensors=checkpoint.shapes))
     fill(model, checkpoint.read_all(), "checkpoint", checkpoint.path)
     return model.eval()
 

@@ -1,5 +1,6 @@
 """From config sections to models: the only place where the two meet (models know no config)."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -7,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from llamagen_dist.config import GPTModelSection, TokenizerModelSection
 from llamagen_dist.errors import UserError
-from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.models.sizes import TARGET_POSITIONS, GPTConfig
 
 if TYPE_CHECKING:  # imported where models are built: their sizes can be known without torch
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
     from torch import Tensor
@@ -19,11 +20,22 @@ if TYPE_CHECKING:  # imported where models are built: their sizes can be known w
     from llamagen_dist.models.vq import VQModel
 
 
-def gpt_config(section: GPTModelSection, *, vocab_size: int, image_tokens: int, num_classes: int | None) -> GPTConfig:
+def gpt_config(
+    section: GPTModelSection,
+    *,
+    vocab_size: int,
+    image_tokens: int,
+    num_classes: int | None,
+    tensors: "Collection[str] | None" = None,
+) -> GPTConfig:
     """The model that ``section`` and the token shards describe together (Manifest.gpt_sizes). Raises UserError.
 
     num_classes: None where there are none, which only a text-conditional model can do without.
+    tensors: names of the weights that are to be put into it. Those of a run with ``order: rar`` are a raster model's
+        once its order is.
     """
+    if tensors is not None and TARGET_POSITIONS not in tensors:
+        section = dataclasses.replace(section, order="raster")
     if num_classes is None and section.condition == "class":
         raise UserError(
             "model.condition: class needs labels, and the token shards have none; set condition: text if they hold "

@@ -135,6 +135,7 @@ def train_one(rung: Rung, label: str, topology: Topology) -> bool:
             rung.name,
             partial(held_out.validation_batches, config.validation.images, config.validation.batch),
             fresh_weights(model, config.train.seed) if initial is None else initial.tensor,
+            0 if run.newest is None else run.newest.state["images_seen"],
         )
         run.say(
             f"{label}: {task.parameters:,} parameters, {topology.world} ranks (tensor {topology.tensor}, "

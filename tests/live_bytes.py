@@ -29,8 +29,8 @@ def storages() -> dict[int, int]:
     return found
 
 
-def sample(model: GPT, batch: int) -> tuple[Tensor, Any, Tensor]:
-    """Tokens, condition and sample numbers that ``model`` can be trained on."""
+def sample(model: GPT, batch: int) -> tuple[Any, ...]:
+    """What ``model`` can be trained on: the arguments of its loss."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, config.image_tokens), generator=generator)
@@ -38,7 +38,10 @@ def sample(model: GPT, batch: int) -> tuple[Tensor, Any, Tensor]:
     if config.condition == "text":
         features = torch.randn(batch, config.prefix, config.caption_dim, generator=generator)
         condition = (features, torch.ones(batch, config.prefix, dtype=torch.bool))
-    return tokens, condition, torch.arange(batch)
+    numbers = torch.arange(batch)
+    if config.order == "raster":
+        return tokens, condition, numbers
+    return tokens, condition, numbers, None, torch.rand(tokens.shape, generator=generator).argsort(dim=1)
 
 
 def kept_for_backward(model: GPT, batch: int) -> int:

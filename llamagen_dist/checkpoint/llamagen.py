@@ -23,7 +23,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.files import cut_short
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.quantizer import SIGNATURE
-from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.sizes import GPT_SIZES, TARGET_POSITIONS
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 
 STATISTIC = "quantize.codebook_used"  # a tokenizer's usage counter, absent from some files
@@ -237,6 +237,19 @@ def incomplete(weights: Mapping[str, Tensor]) -> str | None:
         for name in names:
             expected[name] = (width, dim) if free == 0 else (dim, width)
     return first_difference(shapes, expected, "this GPT")
+
+
+def beyond(names: Collection[str]) -> str | None:
+    """Why weights with tensors of these names are no LlamaGen model, and when they will be; None: nothing of that kind.
+
+    Continues a sentence that begins with where they are.
+    """
+    if TARGET_POSITIONS in names:
+        return (
+            f"is not in raster order yet (model.order: rar) and needs the table {TARGET_POSITIONS}, which LlamaGen's "
+            "model has not; take a checkpoint from image train.anneal_until on, which is without it"
+        )
+    return None
 
 
 def first_difference(

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
         weights, identity = source.read_all(), source.identity
         for name, tensor in weights.items():  # one at a time: a clone of all at once would need the memory twice
             weights[name] = tensor.contiguous().clone()
+    if (reason := llamagen.beyond(weights)) is not None:
+        raise UserError(f"{args.source} {reason}")
     try:
         found = llamagen.describe(weights)
         differs = llamagen.difference(weights, args.size) if args.size else None

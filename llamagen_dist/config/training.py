@@ -50,6 +50,18 @@ class TrainSection(Section):
             )
 
 
+class GPTTrainSection(TrainSection):
+    anneal_from: Images = 0
+    """Of ``model.order: rar``: up to this image all sequences are in random orders, from here on fewer and fewer."""
+    anneal_until: Images = 0
+    """From this image on all are in raster order. The paper's two are half and three quarters of ``images``."""
+
+    def rules(self) -> Iterator[str]:
+        yield from super().rules()
+        if self.anneal_until < self.anneal_from:
+            yield "anneal_until must not lie before anneal_from"
+
+
 class OptimSection(Section):
     """Adam (tokenizer) or AdamW (GPT), with LlamaGen's defaults (paper section 3.1)."""
 
@@ -299,6 +311,7 @@ class GPTConfigFile(TrainingConfig):
     kind: Literal["gpt"]
     model: GPTModelSection
     data: TokenDataSection
+    train: GPTTrainSection
     ema: EMASection = Field(default=EMASection(), validate_default=True)
     validation: GPTValidationSection = GPTValidationSection()
     compute: ComputeSection = ComputeSection()
@@ -325,6 +338,19 @@ class GPTConfigFile(TrainingConfig):
             if why is not None:
                 raise ValueError(f"tensor: {why}")
         return parallel
+
+    @field_validator("train")
+    @classmethod
+    def _annealed_where_there_is_an_order(cls, train: GPTTrainSection, info: ValidationInfo) -> GPTTrainSection:
+        order = info.data["model"].order if "model" in info.data else None
+        if order == "rar" and not train.anneal_until:
+            raise ValueError(
+                "anneal_until: model.order: rar needs the image from which on sequences are in raster order, and "
+                "anneal_from, up to which all are random; half and three quarters of images, for example"
+            )
+        if order == "raster" and train.anneal_until:
+            raise ValueError("anneal_until: belongs to model.order: rar, and the order is raster; leave it out")
+        return train
 
     @field_validator("ema")
     @classmethod

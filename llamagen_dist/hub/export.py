@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llamagen_dist import __version__
 from llamagen_dist.build import gpt_config
+from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.checkpoint.llamagen import CLASSES
 from llamagen_dist.config import GPTConfigFile, TokenizerConfigFile, is_remote
@@ -116,7 +117,10 @@ def _gpt_run(checkpoint: Checkpoint, trained: GPTConfigFile, run: Path, group: s
         vocab_size=shapes["output.weight"][0],
         image_tokens=_image_tokens(run, trained),
         num_classes=shapes[CLASSES][0] - 1 if CLASSES in shapes else None,
+        tensors=shapes,
     )
+    if (reason := llamagen.beyond(shapes)) is not None:
+        raise UserError(f"RUN: {checkpoint.path} {reason}")
     export = Export(run.name, f"{config.condition}-conditional GPT", group)
     export.config["model"] = plain_config(config)
     export.weights["model"] = checkpoint.read_all()

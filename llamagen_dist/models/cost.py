@@ -5,7 +5,7 @@ Bytes are in memory.py. No torch here.
 
 from llamagen_dist.models.sizes import GPTConfig
 
-REPLICATED = ("condition embedding", "norms")
+REPLICATED = ("condition embedding", "target positions", "norms")
 """Groups that every tensor-parallel rank holds whole; the others are cut (parallel/tensor_parallel.py's table)."""
 
 LOSS_CHUNK = 1 << 22
@@ -29,6 +29,7 @@ def parameters(config: GPTConfig, tensor: int = 1) -> dict[str, int]:
         "token embedding": config.vocab_size * d,
         "attention": config.n_layer * (2 * d * d + keys_and_values * d),
         "feed-forward": config.n_layer * 3 * d * f,
+        **({"target positions": config.image_tokens * d} if config.order == "rar" else {}),
         "norms": (2 * config.n_layer + 1) * d,
         "head": config.vocab_size * d,
     }

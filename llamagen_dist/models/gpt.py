@@ -44,6 +44,7 @@ from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
 from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.models.target_positions import TargetPositions
 
 # The dropout sites of one layer: outputs of attention and feed-forward network, the attention probabilities, and the
 # two paths. Numbers, because the masks of every run made so far are functions of them.
@@ -215,6 +216,7 @@ class GPT(nn.Module):
         self.recompute_every = 0
         self.cls_embedding = ClassEmbedder(config) if config.condition == "class" else CaptionEmbedder(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.target_positions = TargetPositions(config) if config.order == "rar" else None
         # stochastic depth grows linearly: early layers are needed by all that follow
         rates = [config.drop_path_rate * i / max(config.n_layer - 1, 1) for i in range(config.n_layer)]
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
@@ -260,7 +262,9 @@ class GPT(nn.Module):
         rates = (c.token_dropout_p, c.resid_dropout_p, c.ffn_dropout_p, c.attn_dropout_p, c.drop_path_rate)
         return self.training and max(rates) > 0
 
-    def _hidden(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None) -> Tensor:
+    def _hidden(
+        self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
         """(B, N, dim): the state at the N positions that predict tokens[:, 0 … N-1]."""
         random = None
         if self.dropout_active:
@@ -270,11 +274,15 @@ class GPT(nn.Module):
         n = tokens.shape[1]
         prefix, present = self._prefix(condition)
         x = torch.cat([prefix, self.tok_embeddings(tokens[:, :-1])], dim=1)
+        x = self._aimed(x, prefix.shape[1], positions)
         table = self.rotary[: x.shape[1]]
+        if positions is not None:  # a token turns with its own position in the grid, whenever it comes
+            first = torch.arange(prefix.shape[1], device=x.device).expand(len(x), -1)
+            table = self.rotary[torch.cat([first, prefix.shape[1] + positions[:, :-1]], dim=1)]
         if present is not None:
             # the rotary table moves along: a token keeps the angle of its position, wherever it is computed
             order = sequence_order(present, n - 1)
-            x, table = rows_of(x, order), table[order]
+            x, table = rows_of(x, order), table[order] if positions is None else angles_of(table, order)
         if random is not None:
             x = random.dropout(x, self.config.token_dropout_p, 0)
         blocks: Any = self.layers  # to mypy a ModuleList holds modules of no particular kind
@@ -302,16 +310,34 @@ class GPT(nn.Module):
         # the last position predicts the first token, so it is there even if the caption is empty
         return self.cls_embedding(features), F.pad(present[:, :-1], (0, 1), value=True)
 
-    def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None = None) -> Tensor:
+    def _aimed(self, x: Tensor, prefix: int, targets: Tensor | None = None) -> Tensor:
+        """x (B, S, dim) whose inputs from the last of ``prefix`` on know what they predict (of ``order: rar``).
+        targets: (B, n) or (n,) int64, n = S - prefix + 1; None: 0 … n - 1."""
+        if self.target_positions is None:
+            return x
+        if targets is None:
+            targets = torch.arange(x.shape[1] - prefix + 1, device=x.device)
+        inputs = self.target_positions(x[:, prefix - 1 :], targets)
+        return inputs if prefix == 1 else torch.cat([x[:, : prefix - 1], inputs], dim=1)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        sample_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, N, V); logits[:, t] predicts tokens[:, t] from the condition and tokens[:, :t].
 
         tokens: (B, N) int64.
         condition: labels (B,) int64 (``num_classes`` = null), or (features (B, T, C) left-padded, mask (B, T) bool).
         sample_ids: (B,) int64 global sample numbers, needed when dropout is active.
+        positions: (B, N) int64, where in the grid (raster numbers) the tokens lie, in the order in which they are
+            given and predicted; None: raster order. Of ``order: rar``.
 
         Raises ValueError for dropout without sample_ids.
         """
-        return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids)))
+        return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids, positions)))
 
     def loss(
         self,
@@ -319,13 +345,14 @@ class GPT(nn.Module):
         condition: Condition,
         sample_ids: Tensor | None = None,
         weights: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Mean nats per token (0-d fp32); in eval mode the validation loss.
 
-        tokens, condition, sample_ids: as in ``forward``.
+        tokens, condition, sample_ids, positions: as in ``forward``.
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
         """
-        logits = self.output(self._hidden(tokens, condition, sample_ids)).flatten(0, 1)
+        logits = self.output(self._hidden(tokens, condition, sample_ids, positions)).flatten(0, 1)
         # the mean is taken by weights of each token, so that a chunked, vocabulary-parallel loss is one weighted sum
         each = torch.ones_like(tokens, dtype=torch.float32)
         if weights is not None:
@@ -348,6 +375,7 @@ class GPT(nn.Module):
         earlier: the cache of a batch that has ended, whose memory this one takes where it has the same shape.
         """
         x, present = self._prefix(condition)
+        x = self._aimed(x, x.shape[1])
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
         if present is not None:  # no image yet: tokens first, padding last, so that causal attention hides it
@@ -363,8 +391,9 @@ class GPT(nn.Module):
         tokens: (B,) int64, the token before it of each sample; its keys and values enter the cache.
         cache: of ``prefill``. Raises ValueError once it is full.
         """
-        x = self.tok_embeddings(tokens).unsqueeze(1)
         table = self.rotary[cache.position : cache.position + 1]
+        target = torch.tensor([cache.position - self.config.prefix + 1], device=tokens.device)
+        x = self._aimed(self.tok_embeddings(tokens).unsqueeze(1), 1, target)
         return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)[:, 0]
 
     def decode_window(
@@ -382,7 +411,9 @@ class GPT(nn.Module):
         positions, mask = cache.window(prefix + first, tokens.shape[1], prefix + end)
         table = self.rotary[positions.clamp(max=len(self.rotary) - 1)]  # behind the image nothing is read
         every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return (advance or self._advance)(self.tok_embeddings(tokens), table, every, mask, cache)
+        targets = (positions - prefix + 1).clamp(max=self.config.image_tokens - 1)
+        x = self._aimed(self.tok_embeddings(tokens), 1, targets)
+        return (advance or self._advance)(x, table, every, mask, cache)
 
     def _advance(self, x: Tensor, table: Tensor, last: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         for layer, past in zip(self.layers, cache.layers, strict=True):
@@ -394,6 +425,11 @@ def sequence_order(present: Tensor, tokens: int) -> Tensor:
     """(B, T + tokens) int64: the caption's tokens, then the image's, then the caption's padding, each in its order."""
     # sorted by 0 (caption), 1 (image), 2 (padding); a stable sort keeps the order within each
     return F.pad(2 - 2 * present.to(torch.int8), (0, tokens), value=1).argsort(dim=1, stable=True)
+
+
+def angles_of(table: Tensor, order: Tensor) -> Tensor:
+    """A rotary table (B, S, pairs, 2) of each sample, order (B, S) int64 -> its rows in that order."""
+    return rows_of(table.flatten(2), order).unflatten(2, table.shape[2:])
 
 
 def rows_of(x: Tensor, positions: Tensor) -> Tensor:

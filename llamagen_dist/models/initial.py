@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.models.sizes import TARGET_POSITIONS, GPTConfig
 
 
 def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """LlamaGen's initial value of one parameter: N(0, 0.02) for matrices, zero for the head, one for norms.
+
+    What LlamaGen has not (``is_neutral``) is zero.
 
     Drawn on the CPU whatever the model's device: GPUs draw other numbers from the same seed.
 
@@ -18,12 +20,17 @@ def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ..
 
     Returns fp32 on the CPU.
     """
-    if name == "output.weight":
+    if name == "output.weight" or is_neutral(name):
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:
         return torch.ones(shape, device="cpu")
     drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
     return drawn.normal_(0.0, config.initializer_range, generator=_generator(seed, f"initial weights {name}"))
+
+
+def is_neutral(name: str) -> bool:
+    """Whether a model computes the same without the parameter ``name`` as with its initial value."""
+    return name == TARGET_POSITIONS
 
 
 def null_caption(config: GPTConfig, seed: int) -> Tensor:

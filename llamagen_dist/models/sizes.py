@@ -28,6 +28,9 @@ GPT_SIZES: dict[str, dict[str, int]] = {
 }
 """Keywords of GPTConfig (paper table 1, and the released 1B and 7B definitions)."""
 
+TARGET_POSITIONS = "target_positions.weight"
+"""The table of ``order: rar`` in a GPT's state dict. Weights without it are a raster model's, LlamaGen's own."""
+
 VQ_SIZES: dict[str, dict[str, Any]] = {
     "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
     "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
@@ -58,6 +61,10 @@ class GPTOptions:
     attn_dropout_p: Rate = 0.0
     """On the attention probabilities (LlamaGen trains with 0)."""
     drop_path_rate: Rate = 0.0
+    order: Literal["raster", "rar"] = "raster"
+    """``rar``: training sequences are permuted at random in the beginning and in raster order in the end
+    (``train.anneal_from``, ``train.anneal_until``; Yu et al. 2024, arXiv 2411.00776). Until then a table tells every
+    input position which token it predicts; pictures are drawn in raster order all the time."""
 
 
 @dataclass(frozen=True)

@@ -170,13 +170,16 @@ def ends_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
         Kept("head input", n * d, b),
         Kept("logits", n * config.vocab_size // layout.tensor, b),
     ]
+    if config.order == "rar" or config.condition == "text":
+        kept.append(Kept("rotary of each image", length * config.head_dim, FP32))
+    if config.order == "rar":
+        kept.append(Kept("order", n, 8))
     if config.token_dropout_p > 0:
         kept.append(Kept("embedded kept", length * d, 1))
     if config.condition == "text":
         kept += [
             Kept("caption before gelu", config.prefix * d, b),
             Kept("caption after gelu", config.prefix * d, b),
-            Kept("caption rotary", length * config.head_dim, FP32),
             Kept("caption order", length + n, 8),
         ]
         if b != FP32:

@@ -188,6 +188,7 @@ def load_gpt(
         vocab_size=shapes["output.weight"][0],
         image_tokens=(size // factor) ** 2,
         num_classes=num_classes,
+        tensors=shapes,
     )
     model = GPT(config)
     fill(model, checkpoint.read_all(), "checkpoint", path)

@@ -13,6 +13,7 @@ from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.models.cost import total_parameters, training_flops_per_image
 from llamagen_dist.models.gpt import GPT, Condition
+from llamagen_dist.models.sizes import TARGET_POSITIONS
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel import tensor_parallel
 from llamagen_dist.parallel.clock import Clock
@@ -25,6 +26,7 @@ from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.planning.plan import memory_lines
 from llamagen_dist.training.guards import StepGuard
 from llamagen_dist.training.out_of_memory import engine_memory
+from llamagen_dist.training.token_order import TokenOrder
 
 
 class Objective(nn.Module):
@@ -34,8 +36,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None) -> Tensor:
-        return self.model.loss(tokens, condition, sample_ids)
+    def forward(
+        self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        return self.model.loss(tokens, condition, sample_ids, positions=positions)
 
 
 def training_condition(model: GPT, batch: TokenBatch) -> Condition:
@@ -107,6 +111,7 @@ class GPTTask:
     name: for summary.json.
     validation_batches(): this data-parallel rank's share of the held-out samples, each once.
     source: (name, full shape) -> the full fp32 tensor.
+    images_seen: where the run stands: of the checkpoint that is put into it.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class GPTTask:
         name: str,
         validation_batches: Callable[[], Iterable[TokenBatch]],
         source: tensor_parallel.Source | None = None,
+        images_seen: int = 0,
     ) -> None:
         self.name, self.config, self.topology = name, config, topology
         self.clock = Clock(topology.device)
@@ -127,6 +133,17 @@ class GPTTask:
         self.model: GPT = model
         self.micro = divide_batch(config.train, topology.dp).micro
         self._validation_batches = validation_batches
+        tokens, train = model.config.image_tokens, config.train
+        self.order = None
+        if model.target_positions is not None:
+            self.order = TokenOrder(train.seed, tokens, train.anneal_from, train.anneal_until)
+        self._stand_at(images_seen)
+
+    def _stand_at(self, images_seen: int) -> None:
+        """Compute as a run does that has seen so many images."""
+        self.images_seen = images_seen
+        if self.order is not None and self.model.target_positions is not None:
+            self.model.target_positions.shown = not self.order.settled(images_seen)
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr."""
@@ -138,16 +155,22 @@ class GPTTask:
 
     def _step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
         self.engine.module.train()
+        self._stand_at(images_seen)
         pieces = batch.split(self.micro)  # equal (divide_batch), so the mean of their mean losses is the batch's
         total = torch.zeros((), device=self.topology.device)
         for number, piece in enumerate(pieces, 1):
             piece = piece.to(self.topology.device)
+            tokens, order = piece.tokens, None
+            if self.order is not None and not self.order.settled(images_seen):
+                order = self.order.at(piece.positions)
+                tokens = tokens.gather(1, order)
             with self.engine.micro_step(last=number == len(pieces)):
-                loss = self.engine.module(piece.tokens, training_condition(self.model, piece), piece.positions)
+                loss = self.engine.module(tokens, training_condition(self.model, piece), piece.positions, order)
                 self.engine.backward(self.guard.track_loss(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):
             norm = self.engine.step(images_seen, self.guard.check_finite)
+        self._stand_at(images_seen + self.config.train.global_batch)
         return {
             "loss": total,
             "grad_norm": norm,
@@ -210,7 +233,11 @@ class GPTTask:
         return {}
 
     def entries(self) -> list[TensorEntry]:
-        return self.engine.entries()
+        """Without the table of target positions once the order is raster for good: that is a plain LlamaGen model."""
+        entries = self.engine.entries()
+        if self.order is None or not self.order.settled(self.images_seen):
+            return entries
+        return [entry for entry in entries if not entry.key.endswith(TARGET_POSITIONS)]
 
     def scalars(self) -> Mapping[str, float]:
         return self.engine.scalars()

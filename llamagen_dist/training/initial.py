@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen_dist.build import gpt_config
+from llamagen_dist.build import fresh_weights, gpt_config
 from llamagen_dist.checkpoint import llamagen
 from llamagen_dist.checkpoint.checkpoint import Checkpoint
 from llamagen_dist.config import GPTConfigFile
@@ -23,7 +23,9 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import read_json, write_text
 from llamagen_dist.models.gpt import GPT
+from llamagen_dist.models.initial import is_neutral
 from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.parallel.tensor_parallel import Source
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.run import Run
 
@@ -39,9 +41,13 @@ class Initial:
     """The source row of each row of the class table (the null row is the last); None for captions."""
     record: dict[str, Any]
     """What state.json and record.json say of it."""
+    fresh: Source
+    """What the source lacks, all of it neutral (models/initial.py), starts from here."""
 
-    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The full fp32 tensor that the parameter or buffer ``name`` starts from."""
+        if name not in self.source.shapes:
+            return self.fresh(name, shape)
         tensor = self.source.read(name).float()
         if name == llamagen.CLASSES and self.rows is not None:
             tensor = tensor[list(self.rows)]
@@ -71,7 +77,7 @@ def _initial(
 ) -> Initial:
     path, folder = source.path, source.folder
     tokenizer, grid = _tokenizer_of(source)
-    _check(source, tokenizer, model, manifest)
+    new = _check(source, tokenizer, model, manifest)
     record: dict[str, Any] = {"path": str(path), "weights_sha256": source.identity}
     if folder is not None:
         record |= {"folder": str(folder), "images_seen": source.state.get("images_seen")}
@@ -85,9 +91,10 @@ def _initial(
     now = f"{manifest.grid[0]}x{manifest.grid[1]}" if manifest.grid else str(model.image_tokens)
     topology.log0(
         f"{label}: weights of {folder or path} (sha256 {source.identity[:12]}…), from {before} to {now} tokens per "
-        f"image; optimizer and image count start fresh{classes}"
+        f"image; optimizer and image count start fresh{''.join(f'; {name} is new and starts neutral' for name in new)}"
+        f"{classes}"
     )
-    return Initial(source, rows, record)
+    return Initial(source, rows, record, fresh_weights(model, config.train.seed))
 
 
 def _tokenizer_of(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]:
@@ -102,7 +109,8 @@ def _tokenizer_of(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]
     return tokenizer, grid
 
 
-def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest: Manifest) -> None:
+def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest: Manifest) -> list[str]:
+    """Raises UserError unless the source fits. Returns the parameters that it lacks and that start neutral."""
     path, shapes = source.path, source.shapes
     kind, wanted = llamagen.kind_of(shapes), f"{model.condition}-conditional GPT"
     if kind == "tokenizer":
@@ -128,7 +136,9 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(model).state_dict().items()}
     if (table := llamagen.CLASSES) in shapes:  # the number of classes may differ
         expected[table] = (shapes[table][0], *expected[table][1:])
-    problem = llamagen.first_difference(shapes, expected, "this run's model")
+    new = [name for name in expected if name not in shapes and is_neutral(name)]
+    known = {name: shape for name, shape in expected.items() if name not in new}
+    problem = llamagen.first_difference(shapes, known, "this run's model")
     if problem is not None:
         raise UserError(f"{path}: {problem}; make model.* the source's own sizes")
     if isinstance(source.config, GPTConfigFile):
@@ -142,6 +152,7 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
             before, now = getattr(theirs, name), getattr(model, name)  # no shape shows these
             if before != now:
                 raise UserError(f"{path} has model.{key} {before} and this run {now}; use the source's")
+    return new
 
 
 def _class_names(config: GPTConfigFile, source: Checkpoint, count: int) -> list[str] | None:

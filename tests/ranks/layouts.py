@@ -77,8 +77,9 @@ def global_batch(images_seen: int, text: bool = False) -> TokenBatch:
     return TokenBatch(tokens, (features, present), positions)
 
 
-def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any) -> GPTTask:
-    """whole: the model is built with all its weights on every rank, instead of piece by piece as the program does."""
+def make_task(layout: Layout, *settings: str, whole: bool = False, images_seen: int = 0, **train: Any) -> GPTTask:
+    """whole: the model is built with all its weights on every rank, instead of piece by piece as the program does.
+    images_seen: of the checkpoint that is to be put into it."""
     chosen = config(layout, *settings, **train)
     topology = start(chosen.parallel.tensor)
     sizes = gpt_config(chosen.model, vocab_size=VOCABULARY, image_tokens=TOKENS, num_classes=CLASSES)
@@ -96,7 +97,7 @@ def make_task(layout: Layout, *settings: str, whole: bool = False, **train: Any)
     def held_out():
         yield local(global_batch(10**6, text), topology.dp_rank, share)
 
-    return GPTTask(model, chosen, topology, "tiny", held_out, None if whole else source)
+    return GPTTask(model, chosen, topology, "tiny", held_out, None if whole else source, images_seen)
 
 
 def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
@@ -152,7 +153,7 @@ def resume_from(
     layout: Layout, folder: Path, count: int, *settings: str, forget: str = ""
 ) -> tuple[list[tuple[float, float]], Any]:
     """Go on from the checkpoint; entries whose GROUP:KEY matches the expression ``forget`` are left fresh."""
-    task = make_task(layout, *settings)
+    task = make_task(layout, *settings, images_seen=count * BATCH)
     found = store.newest(folder)
     assert found is not None
     entries = [e for e in task.entries() if not forget or not re.match(forget, f"{e.group}:{e.key}")]

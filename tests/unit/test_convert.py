@@ -13,7 +13,7 @@ from llamagen_dist.checkpoint.checkpoint import identity_of
 from llamagen_dist.cli import main
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
-from llamagen_dist.models.sizes import GPT_SIZES
+from llamagen_dist.models.sizes import GPT_SIZES, TARGET_POSITIONS
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 from tests.checkpoints import read_weights
 
@@ -175,6 +175,14 @@ def test_the_other_weights_of_a_training_file_can_be_chosen(tmp_path: Path, caps
         main(["convert", str(tmp_path / "in.pt"), str(out), *words])
         assert f"in.pt: took `{taken}` and not `{other}`" in capsys.readouterr().out
         assert identity_of(read_weights(out)) == identity_of(expected)
+
+
+def test_an_order_that_is_not_raster_yet_has_no_file_of_llamagens(tmp_path: Path) -> None:
+    torch.save(tiny() | {TARGET_POSITIONS: torch.zeros(4, 16)}, tmp_path / "early.pt")
+    with pytest.raises(UserError, match=r"early\.pt is not in raster order yet .* from image train\.anneal_until on"):
+        main(["convert", str(tmp_path / "early.pt"), str(tmp_path / "out.safetensors")])
+    torch.save(tiny(), tmp_path / "late.pt")
+    main(["convert", str(tmp_path / "late.pt"), str(tmp_path / "out.safetensors")])
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:

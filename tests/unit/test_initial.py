@@ -9,7 +9,7 @@ from llamagen_dist.config import GPTConfigFile, dump
 from llamagen_dist.data.manifest import Manifest, write_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.sizes import GPTConfig
+from llamagen_dist.models.sizes import TARGET_POSITIONS, GPTConfig
 from llamagen_dist.parallel.entries import buffers, replicated
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.training.initial import class_rows, initial_weights
@@ -119,6 +119,21 @@ def test_the_new_model_has_the_old_weights_at_the_new_rows(source, capsys):
     assert initial.record["weights_sha256"] == store.identity(run)
     assert initial.record["class_rows"] == [2, 4, 0, 4]
     assert initial.record["images_seen"] == 640
+
+
+def test_what_the_source_has_not_starts_neutral(source, capsys):
+    """Released weights into a model with a table of target positions; the other way round it is named."""
+    run, sizes = source(), dataclasses.replace(CLASS, order="rar")
+    new = filled(start(run, sizes), sizes).eval()
+    assert f"{TARGET_POSITIONS} is new and starts neutral" in capsys.readouterr().out
+    tokens, labels = torch.arange(32).view(2, 16), torch.tensor([0, 4])
+    assert torch.equal(new(tokens, labels), model_of(CLASS).eval()(tokens, labels))
+    new.target_positions.weight.data.fill_(0.1)
+    assert not torch.equal(new(tokens, labels), model_of(CLASS).eval()(tokens, labels)), "sabotage twin"
+    with pytest.raises(UserError, match=f"{TARGET_POSITIONS} does not belong to this run's model"):
+        start(source(sizes))
+    with pytest.raises(RuntimeError, match=TARGET_POSITIONS):
+        GPT(sizes).load_state_dict(store.read_weights(source()))
 
 
 @pytest.mark.parametrize("kind", ["run", "step", "safetensors", "pt"])

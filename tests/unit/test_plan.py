@@ -47,11 +47,12 @@ GROUP_OF = {
     "attention_norm": "norms",
     "ffn_norm": "norms",
     "norm": "norms",
+    "target_positions": "target positions",
     "output": "head",
 }
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=["class", "text"])
+@pytest.mark.parametrize("config", [*SHAPES, replace(SHAPES[0], order="rar")], ids=["class", "text", "rar"])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_every_group_and_its_share_are_those_of_the_real_model(config, tensor):
     counted = dict.fromkeys(parameters(config), 0)
