@@ -21,6 +21,7 @@ from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.parallel.division import check_split, divide_batch
 from llamagen_dist.parallel.topology import Topology, start
 from llamagen_dist.program import run as run_program
+from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.load import load_tokenizer
 from llamagen_dist.tracking import evaluations
 from llamagen_dist.training.fit import fit
@@ -107,6 +108,8 @@ def _check_evaluation(config: GPTConfigFile, tokens: Manifest) -> None:
         return
     evaluations.check(config)
     drawn, scored = evaluations.sampling(config.evaluation), evaluations.scoring(config.evaluation)
+    if (reason := misguided(config.model, drawn.cfg_scale, drawn.beta)) is not None:
+        raise UserError(f"evaluation: {reason}")
     tokenizer = load_tokenizer(drawn.tokenizer, drawn.tokenizer_model, "evaluation.tokenizer", "tokenizer_model")
     if tokens.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise UserError(

@@ -39,9 +39,9 @@ def sample(model: GPT, batch: int) -> tuple[Any, ...]:
         features = torch.randn(batch, config.prefix, config.caption_dim, generator=generator)
         condition = (features, torch.ones(batch, config.prefix, dtype=torch.bool))
     numbers = torch.arange(batch)
-    if config.order == "raster":
-        return tokens, condition, numbers
-    return tokens, condition, numbers, None, torch.rand(tokens.shape, generator=generator).argsort(dim=1)
+    order = None if config.order == "raster" else torch.rand(tokens.shape, generator=generator).argsort(dim=1)
+    beta = None if config.guidance == "dropout" else torch.rand(batch, generator=generator)
+    return tokens, condition, numbers, None, order, beta
 
 
 def kept_for_backward(model: GPT, batch: int) -> int:

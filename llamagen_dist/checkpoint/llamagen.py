@@ -23,7 +23,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.files import cut_short
 from llamagen_dist.models.gpt import GPT, GPTConfig
 from llamagen_dist.models.quantizer import SIGNATURE
-from llamagen_dist.models.sizes import GPT_SIZES, TARGET_POSITIONS
+from llamagen_dist.models.sizes import BETA_EMBEDDING, GPT_SIZES, TARGET_POSITIONS
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
 
 STATISTIC = "quantize.codebook_used"  # a tokenizer's usage counter, absent from some files
@@ -244,6 +244,11 @@ def beyond(names: Collection[str]) -> str | None:
 
     Continues a sentence that begins with where they are.
     """
+    if any(name.startswith(BETA_EMBEDDING) for name in names):
+        return (
+            f"was trained guidance-free (model.guidance: free): its {BETA_EMBEDDING}* is no part of LlamaGen's model; "
+            "keep the run"
+        )
     if TARGET_POSITIONS in names:
         return (
             f"is not in raster order yet (model.order: rar) and needs the table {TARGET_POSITIONS}, which LlamaGen's "

@@ -19,13 +19,14 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "cfg-interval": (-1, math.inf, False),
     "guidance-power": (0, math.inf, True),
     "guidance-start": (0, 1, False),
+    "beta": (0, 1, True),
     "temperature": (0, math.inf, False),
     "top-k": (0, math.inf, False),
     "top-p": (0, 1, True),
     "window": (1, math.inf, False),
 }
 """Of the numbers among the settings: least and most, and whether it must be more than the least."""
-VARIED = ("cfg", "temperature", "top-k", "top-p")  # by --grid-over
+VARIED = ("cfg", "beta", "temperature", "top-k", "top-p")  # by --grid-over
 SETTINGS = {name.replace("-", "_"): name.replace("-", "_") for name in (*LIMITS, "guidance")} | {"cfg": "cfg_scale"}
 """What was given -> the field of ``pictures.Settings``, whose defaults are the options'."""
 OF_SCHEDULE = {"cfg_interval": "constant", "guidance_power": "power-cosine", "guidance_start": "step"}
@@ -83,6 +84,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-start", type=float, metavar="F", help="step: share without guidance (default: 0.18)"
     )
+    parser.add_argument(
+        "--beta",
+        type=float,
+        metavar="B",
+        help="of a guidance-free GPT, for --cfg: lower guides more (default: 1)",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 1; 0 is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1, all codes")
@@ -99,7 +106,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--grid-over",
         nargs="+",
         metavar="OPTION=V,V",
-        help="vary one or two of cfg, temperature, top-k, top-p: down the rows, then across; as cfg=1,2,4 top-k=0,100",
+        help="vary one or two of cfg, beta, temperature, top-k, top-p: down, then across; as cfg=1,2,4 top-k=0,100",
     )
 
 
@@ -214,7 +221,7 @@ def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictu
     if axes and len(rows) != 1:
         raise UserError(f"--grid-over: shows one class or caption, and {len(rows)} are given")
     given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
-    settings = Settings(**{"cfg_scale": CFG} | given)
+    settings = Settings(**{"cfg_scale": 1.0 if source.gpt.config.guidance == "free" else CFG} | given)
     wanted = drawing.drawing(source, weights, args.captions, args.text_encoder, rows, pictures, settings, axes)
     passes = drawing.draw_tokens(wanted, source)
     print(drawing.save(args.out, wanted, drawing.page(wanted, source, passes)))

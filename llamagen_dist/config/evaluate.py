@@ -70,6 +70,9 @@ class DrawSection(Section):
     """Of ``power-cosine``: above 1 guidance comes later. 2.75 is RAR-B's, with a scale of 16."""
     guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.18
     """Of ``step``: the share of the tokens that are drawn without guidance."""
+    beta: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of a GPT with ``model.guidance: free``, in place of ``cfg_scale`` (set that to 1): 1 does not guide, lower guides
+    more, as a scale of 1 / beta does in half the time. Empty: 1."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0 takes the likeliest code each time."""
     top_k: CountInt = 0
@@ -95,9 +98,15 @@ class DrawSection(Section):
     tensor: PositiveInt = 1
     """Ranks that share one copy of the GPT, for one that is too large for a GPU (Megatron-core tensor parallelism)."""
 
+    def guidances(self) -> Iterator[tuple[float, float | None]]:
+        """Every (cfg_scale, beta) that is drawn with."""
+        yield self.cfg_scale, self.beta
+
     def rules(self) -> Iterator[str]:
         if self.cfg_interval >= 0 and self.guidance != "constant":
             yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {self.guidance}"
+        if self.beta is not None and self.cfg_scale > 1 and self.kind == "sample":
+            yield f"beta: {self.beta} takes the place of cfg_scale, which is {self.cfg_scale}; set cfg_scale to 1"
         if self.compile and self.tensor > 1:
             yield "compile: ranks that share a GPT (tensor) communicate within a step; set compile=false or tensor=1"
         if self.tokenizer_model is not None:

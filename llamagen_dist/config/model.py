@@ -59,6 +59,11 @@ class GPTModelSection(GPTOptions, _GPTSize):
             raise ValueError(f"give either size or n_layer, n_head and dim, not both (size and {', '.join(own)})")
         if self.size is None and len(own) < 3:
             raise ValueError("give size (for example GPT-B), or all of n_layer, n_head and dim")
+        if self.guidance == "free" and self.class_dropout_p == 0:
+            raise ValueError(
+                "class_dropout_p: guidance: free needs samples without their condition, which teach it the null branch "
+                "that the others are mixed with; set a share, such as 0.1"
+            )
         self.gpt()
         return self
 

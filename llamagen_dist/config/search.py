@@ -17,6 +17,8 @@ from llamagen_dist.config.evaluate import (
 from llamagen_dist.config.section import CountInt, Pictures, PositiveFloat, PositiveInt, Section, Threads, nearest
 
 SCHEDULES: tuple[str, ...] = get_args(Guidance)
+FREE = "free"
+"""The guidance of points that are drawn with a beta."""
 Scales = tuple[Annotated[float, Field(ge=1)], ...]
 _MEASURED_BY = {
     **dict.fromkeys(("precision", "recall"), "precision_recall"),
@@ -32,6 +34,8 @@ class GridSection(Section):
     """Scales of classifier-free guidance; 1 is none, where all schedules are one point."""
     cfg_scale_of: dict[str, Scales] | None = None
     """Those of a schedule that needs others, as in ``{power-cosine: [1, 4, 8, 16]}``."""
+    beta: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(default=None, exclude_if=lambda b: b is None)
+    """Of a GPT with ``model.guidance: free``: takes the place of ``cfg_scale``, with 1 / beta as the scale."""
     guidance: tuple[str, ...] | None = None
     """Schedules: constant, linear, power-cosine, step."""
     temperature: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -94,25 +98,37 @@ class SearchConfig(DrawSection):
 
     def axis(self, name: str) -> tuple[Any, ...]:
         """The values of an axis, in the grid's order, or the one that the config's own key has."""
+        if name == "guidance" and self.grid.beta is not None:
+            return (FREE,)
         values: tuple[Any, ...] | None = getattr(self.grid, name)
         return (getattr(self, name),) if values is None else values
 
     def scales(self, schedule: str) -> Scales:
         """The coarse scales of a schedule, ascending."""
+        if self.grid.beta is not None:
+            return tuple(sorted(round(1 / beta, 4) for beta in self.grid.beta))
         return tuple(sorted((self.grid.cfg_scale_of or {}).get(schedule, self.grid.cfg_scale)))
 
     @property
     def noises(self) -> tuple[int, ...]:
         return (self.seed,) if self.seeds is None else self.seeds
 
+    def guidances(self) -> Iterator[tuple[float, float | None]]:
+        if self.grid.beta is not None:
+            yield from ((1.0, beta) for beta in self.grid.beta)
+        else:
+            yield from ((scale, self.beta) for name in self.axis("guidance") for scale in self.scales(name))
+
     def rules(self) -> Iterator[str]:
         yield from super().rules()
         yield from unlike("seeds", self.seeds)
+        if self.grid.beta is not None and (self.grid.guidance or self.grid.cfg_scale_of):
+            yield "grid.beta: has no schedule; leave out grid.guidance and grid.cfg_scale_of"
         schedules = self.axis("guidance")
         for schedule in self.grid.cfg_scale_of or ():
             if schedule not in schedules:
                 yield f"grid.cfg_scale_of: {schedule} is not among the schedules, {', '.join(schedules)} (or null)"
-        if self.cfg_interval >= 0 and set(schedules) != {"constant"}:
+        if self.cfg_interval >= 0 and set(schedules) - {FREE} != {"constant"}:
             yield f"cfg_interval: {self.cfg_interval} belongs to guidance: constant, not to {', '.join(schedules)}"
         if self.finer and all(len(self.scales(schedule)) < 2 for schedule in schedules):
             yield (

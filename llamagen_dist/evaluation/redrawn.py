@@ -62,7 +62,7 @@ class RedrawnScores:
         """What eval.evaluate would write of eval.sample's pictures with these settings, and the replicates of its FID
         (collective). Raises UserError where the metric that is searched for is absent."""
         config = self.config
-        numbered = self.numbered.redrawn(seed=seed, **point._asdict())
+        numbered = self.numbered.redrawn(seed=seed, **point.settings)
         self.comparison = self.comparison.redrawn(drawn_images(numbered, config.images, config.resize_to))
         bands = len(config.noises) == 1 and config.bootstrap > 1 and config.images <= config.keep
         drawn = self.comparison.selections[0]

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from llamagen_dist.config import SearchConfig
+from llamagen_dist.config.search import FREE
 
 LOWER_IS_BETTER = ("fid", "sfid", "fid_infinity", "kid_mean")
 HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "density", "coverage")
@@ -38,6 +39,13 @@ class Point(NamedTuple):
             f"{x!r}".removesuffix(".0") for x in (self.cfg_scale, self.temperature, self.top_p)
         )
         return f"{self.guidance}_cfg-{scale}_t-{temperature}_k-{self.top_k}_p-{top_p}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keys of the config that draw it. Of a guidance-free GPT the scale stands for its inverse, beta."""
+        if self.guidance != FREE:
+            return self._asdict()
+        return self._asdict() | {"guidance": "constant", "cfg_scale": 1.0, "beta": round(1 / self.cfg_scale, 4)}
 
     def lies_on(self, curve: "Point") -> bool:
         """Whether this is a point of the curve; curve: one of ``curves``."""

@@ -5,8 +5,11 @@ Bytes are in memory.py. No torch here.
 
 from llamagen_dist.models.sizes import GPTConfig
 
-REPLICATED = ("condition embedding", "target positions", "norms")
+REPLICATED = ("condition embedding", "beta embedding", "target positions", "norms")
 """Groups that every tensor-parallel rank holds whole; the others are cut (parallel/tensor_parallel.py's table)."""
+
+WAVES = 256
+"""Sines and cosines of beta that ``guidance: free`` embeds (models/guidance_free.py)."""
 
 LOSS_CHUNK = 1 << 22
 """Logits that the loss works on at a time (models/loss.py): 16 MB in fp32."""
@@ -29,6 +32,7 @@ def parameters(config: GPTConfig, tensor: int = 1) -> dict[str, int]:
         "token embedding": config.vocab_size * d,
         "attention": config.n_layer * (2 * d * d + keys_and_values * d),
         "feed-forward": config.n_layer * 3 * d * f,
+        **({"beta embedding": WAVES * d + d * d} if config.guidance == "free" else {}),
         **({"target positions": config.image_tokens * d} if config.order == "rar" else {}),
         "norms": (2 * config.n_layer + 1) * d,
         "head": config.vocab_size * d,
@@ -58,5 +62,7 @@ def forward_flops(config: GPTConfig, dense: bool = False) -> dict[str, int]:
 
 
 def training_flops_per_image(config: GPTConfig, dense: bool = False) -> int:
-    """Forward plus backward, the backward pass costing twice the forward one; recomputation is not counted."""
-    return 3 * sum(forward_flops(config, dense).values())
+    """Forward plus backward, the backward pass costing twice the forward one; recomputation is not counted.
+
+    Guidance-free training has one more forward pass, of the null condition."""
+    return (4 if config.guidance == "free" else 3) * sum(forward_flops(config, dense).values())

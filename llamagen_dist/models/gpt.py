@@ -1,6 +1,6 @@
 """LlamaGen's Llama: image tokens in raster order after a class or caption prefix (paper section 2.3).
 
-It reads from the parts to the whole: rotary table, attention, feed-forward network, block, GPT.
+It reads from the parts to the whole: attention, feed-forward network, block, GPT.
 Plain torch that knows nothing of ranks: tensor parallelism replaces layers from outside (parallel/tensor_parallel.py),
 by the names of the attributes here, and head counts are read off the activations, since a tensor-parallel rank has its
 own share of the heads. Parameter names are those of the released weights. Three properties that those weights depend
@@ -26,7 +26,6 @@ What a block keeps for the backward pass, for B samples of S positions (eager; t
 A recomputed block keeps x only: B S dim. With attn_dropout_p > 0 attention keeps B n_head S^2 probabilities more.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +39,11 @@ from llamagen_dist.models import ops
 from llamagen_dist.models.cache import Cache, LayerCache, attend_in_fp32
 from llamagen_dist.models.condition import CaptionEmbedder, ClassEmbedder, Condition
 from llamagen_dist.models.dropout import Randomness, threshold
+from llamagen_dist.models.guidance_free import BetaEmbedding, mixed
 from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
 from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
+from llamagen_dist.models.positions import angles_of, own_angles, rotary_table, rows_of, sequence_order
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.models.target_positions import TargetPositions
 
@@ -52,25 +53,6 @@ ATTENTION_SITE, FFN_SITE, PROBABILITIES_SITE, ATTENTION_PATH_SITE, FFN_PATH_SITE
 
 
 # --- attention ---
-
-
-def rotary_table(config: GPTConfig) -> Tensor:
-    """(prefix + image_tokens, head_dim / 2, 2) fp32: cos and sin.
-
-    The prefix rows are 0, 0 (``prefix_rotation: zero``, what the released weights were trained with) or 1, 0.
-    """
-    side, half = math.isqrt(config.image_tokens), config.head_dim // 2
-    # each axis turns half / 2 of the pairs, at frequencies base^(-2i / half), as RoPE does for a head of size half
-    theta = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-    along = torch.outer(torch.arange(side).float(), theta)
-    rows = along[:, None, :].expand(side, side, -1)
-    columns = along[None, :, :].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    image = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    prefix = torch.zeros(config.prefix, half, 2)
-    if config.prefix_rotation == "identity":
-        prefix[..., 0] = 1.0
-    return torch.cat([prefix, image])
 
 
 class Attention(nn.Module):
@@ -216,6 +198,7 @@ class GPT(nn.Module):
         self.recompute_every = 0
         self.cls_embedding = ClassEmbedder(config) if config.condition == "class" else CaptionEmbedder(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.beta_embedding = BetaEmbedding(config) if config.guidance == "free" else None
         self.target_positions = TargetPositions(config) if config.order == "rar" else None
         # stochastic depth grows linearly: early layers are needed by all that follow
         rates = [config.drop_path_rate * i / max(config.n_layer - 1, 1) for i in range(config.n_layer)]
@@ -263,22 +246,27 @@ class GPT(nn.Module):
         return self.training and max(rates) > 0
 
     def _hidden(
-        self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None, positions: Tensor | None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        sample_ids: Tensor | None,
+        positions: Tensor | None,
+        beta: Tensor | None = None,
+        dropout: bool = True,
     ) -> Tensor:
-        """(B, N, dim): the state at the N positions that predict tokens[:, 0 … N-1]."""
+        """(B, N, dim): the state at the N positions that predict tokens[:, 0 … N-1]. dropout: where it is active."""
         random = None
-        if self.dropout_active:
+        if self.dropout_active and dropout:
             if sample_ids is None:
                 raise ValueError("dropout needs sample_ids: its masks are a function of the global sample numbers")
             random = Randomness(prng.stream(self.dropout_seed, "dropout", sample_ids))
         n = tokens.shape[1]
-        prefix, present = self._prefix(condition)
+        prefix, present = self._prefix(condition, beta)
         x = torch.cat([prefix, self.tok_embeddings(tokens[:, :-1])], dim=1)
         x = self._aimed(x, prefix.shape[1], positions)
         table = self.rotary[: x.shape[1]]
-        if positions is not None:  # a token turns with its own position in the grid, whenever it comes
-            first = torch.arange(prefix.shape[1], device=x.device).expand(len(x), -1)
-            table = self.rotary[torch.cat([first, prefix.shape[1] + positions[:, :-1]], dim=1)]
+        if positions is not None:
+            table = own_angles(self.rotary, prefix.shape[1], positions)
         if present is not None:
             # the rotary table moves along: a token keeps the angle of its position, wherever it is computed
             order = sequence_order(present, n - 1)
@@ -302,23 +290,21 @@ class GPT(nn.Module):
         # a caption of m tokens stands at 0 … m - 1 and the image behind it: m - 1 + t predicts token t
         return self.norm(rows_of(x, present.sum(dim=1, keepdim=True) - 1 + torch.arange(n, device=x.device)))
 
-    def _prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """The embedded condition (B, T, dim), and which of its positions hold something; None: all."""
-        if not isinstance(condition, tuple):
-            return self.cls_embedding(condition), None
-        features, present = condition
+    def _prefix(self, condition: Condition, beta: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The embedded condition (B, T, dim), and which of its positions hold something; None: all.
+
+        beta: (B,) fp32, of ``guidance: free``; None: 1."""
+        features, present = condition if isinstance(condition, tuple) else (condition, None)
+        prefix = self.cls_embedding(features)
+        if self.beta_embedding is not None:
+            beta = torch.ones(len(prefix), device=prefix.device) if beta is None else beta
+            prefix = prefix + self.beta_embedding(beta)
         # the last position predicts the first token, so it is there even if the caption is empty
-        return self.cls_embedding(features), F.pad(present[:, :-1], (0, 1), value=True)
+        return prefix, None if present is None else F.pad(present[:, :-1], (0, 1), value=True)
 
     def _aimed(self, x: Tensor, prefix: int, targets: Tensor | None = None) -> Tensor:
-        """x (B, S, dim) whose inputs from the last of ``prefix`` on know what they predict (of ``order: rar``).
-        targets: (B, n) or (n,) int64, n = S - prefix + 1; None: 0 … n - 1."""
-        if self.target_positions is None:
-            return x
-        if targets is None:
-            targets = torch.arange(x.shape[1] - prefix + 1, device=x.device)
-        inputs = self.target_positions(x[:, prefix - 1 :], targets)
-        return inputs if prefix == 1 else torch.cat([x[:, : prefix - 1], inputs], dim=1)
+        """x (B, S, dim) that knows, with ``order: rar``, what it predicts; see TargetPositions."""
+        return x if self.target_positions is None else self.target_positions(x, prefix, targets)
 
     def forward(
         self,
@@ -326,6 +312,7 @@ class GPT(nn.Module):
         condition: Condition,
         sample_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, N, V); logits[:, t] predicts tokens[:, t] from the condition and tokens[:, :t].
 
@@ -334,10 +321,11 @@ class GPT(nn.Module):
         sample_ids: (B,) int64 global sample numbers, needed when dropout is active.
         positions: (B, N) int64, where in the grid (raster numbers) the tokens lie, in the order in which they are
             given and predicted; None: raster order. Of ``order: rar``.
+        beta: (B,) fp32, how the model is guided, in (0, 1]; None: 1, not at all. Of ``guidance: free``.
 
         Raises ValueError for dropout without sample_ids.
         """
-        return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids, positions)))
+        return self.gather_vocabulary(self.output(self._hidden(tokens, condition, sample_ids, positions, beta)))
 
     def loss(
         self,
@@ -346,13 +334,24 @@ class GPT(nn.Module):
         sample_ids: Tensor | None = None,
         weights: Tensor | None = None,
         positions: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
         """Mean nats per token (0-d fp32); in eval mode the validation loss.
 
         tokens, condition, sample_ids, positions: as in ``forward``.
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
+        beta: (B,) fp32, of ``guidance: free``: the loss is that of beta x conditional + (1 - beta) x null logits, with
+            no gradient through the null ones, which are computed as in sampling (beta 1, no dropout). None: beta is 1.
         """
-        logits = self.output(self._hidden(tokens, condition, sample_ids, positions)).flatten(0, 1)
+        null = None
+        if beta is not None:
+            with torch.no_grad():
+                hidden = self._hidden(tokens, self.null_condition(condition), None, positions, dropout=False)
+                null = self.output(hidden)
+        logits = self.output(self._hidden(tokens, condition, sample_ids, positions, beta))
+        if null is not None and beta is not None:
+            logits = mixed(logits, null, beta)
+        logits = logits.flatten(0, 1)
         # the mean is taken by weights of each token, so that a chunked, vocabulary-parallel loss is one weighted sum
         each = torch.ones_like(tokens, dtype=torch.float32)
         if weights is not None:
@@ -368,13 +367,16 @@ class GPT(nn.Module):
             return null.to(features.dtype).expand_as(features), present
         return torch.full_like(condition, self.config.num_classes)
 
-    def prefill(self, condition: Condition, spare: int = 0, earlier: Cache | None = None) -> tuple[Tensor, Cache]:
+    def prefill(
+        self, condition: Condition, spare: int = 0, earlier: Cache | None = None, beta: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
         """Logits (B, V) of the first image token, and the cache that ``decode`` continues with. Never any dropout.
 
         spare: positions that the cache holds behind the image's.
+        beta: (B,) fp32, of ``guidance: free``; None: 1.
         earlier: the cache of a batch that has ended, whose memory this one takes where it has the same shape.
         """
-        x, present = self._prefix(condition)
+        x, present = self._prefix(condition, beta)
         x = self._aimed(x, x.shape[1])
         table, last = self.rotary[: x.shape[1]], x.new_full((len(x), 1), x.shape[1] - 1, dtype=torch.int64)
         fold = self.config.prefix_rotation == "zero"
@@ -392,8 +394,10 @@ class GPT(nn.Module):
         cache: of ``prefill``. Raises ValueError once it is full.
         """
         table = self.rotary[cache.position : cache.position + 1]
-        target = torch.tensor([cache.position - self.config.prefix + 1], device=tokens.device)
-        x = self._aimed(self.tok_embeddings(tokens).unsqueeze(1), 1, target)
+        x = self.tok_embeddings(tokens).unsqueeze(1)
+        if self.target_positions is not None:
+            target = torch.tensor([cache.position - self.config.prefix + 1], device=tokens.device)
+            x = self.target_positions(x, 1, target)
         return self._advance(x, table, torch.zeros_like(tokens)[:, None], cache.mask(), cache)[:, 0]
 
     def decode_window(
@@ -419,21 +423,3 @@ class GPT(nn.Module):
         for layer, past in zip(self.layers, cache.layers, strict=True):
             x = layer(x, table, mask, None, past)
         return self.gather_vocabulary(self.output(self.norm(rows_of(x, last))))
-
-
-def sequence_order(present: Tensor, tokens: int) -> Tensor:
-    """(B, T + tokens) int64: the caption's tokens, then the image's, then the caption's padding, each in its order."""
-    # sorted by 0 (caption), 1 (image), 2 (padding); a stable sort keeps the order within each
-    return F.pad(2 - 2 * present.to(torch.int8), (0, tokens), value=1).argsort(dim=1, stable=True)
-
-
-def angles_of(table: Tensor, order: Tensor) -> Tensor:
-    """A rotary table (B, S, pairs, 2) of each sample, order (B, S) int64 -> its rows in that order."""
-    return rows_of(table.flatten(2), order).unflatten(2, table.shape[2:])
-
-
-def rows_of(x: Tensor, positions: Tensor) -> Tensor:
-    """x (B, S, d), positions (B, n) int64 -> (B, n, d), the rows at these positions of each sample."""
-    # one index_select over all rows: gather would want an index as large as its result
-    first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (first + positions).flatten()).unflatten(0, positions.shape)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from llamagen_dist import prng
-from llamagen_dist.models.sizes import TARGET_POSITIONS, GPTConfig
+from llamagen_dist.models.sizes import BETA_EMBEDDING, TARGET_POSITIONS, GPTConfig
 
 
 def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """LlamaGen's initial value of one parameter: N(0, 0.02) for matrices, zero for the head, one for norms.
 
-    What LlamaGen has not (``is_neutral``) is zero.
+    What LlamaGen has not (``is_neutral``) is zero, or ends in a layer that is.
 
     Drawn on the CPU whatever the model's device: GPUs draw other numbers from the same seed.
 
@@ -20,7 +20,7 @@ def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ..
 
     Returns fp32 on the CPU.
     """
-    if name == "output.weight" or is_neutral(name):
+    if name in ("output.weight", TARGET_POSITIONS, f"{BETA_EMBEDDING}fc2.weight"):
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:
         return torch.ones(shape, device="cpu")
@@ -29,8 +29,8 @@ def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ..
 
 
 def is_neutral(name: str) -> bool:
-    """Whether a model computes the same without the parameter ``name`` as with its initial value."""
-    return name == TARGET_POSITIONS
+    """Whether a model computes the same without the parameter ``name``, and its like, as with initial values."""
+    return name == TARGET_POSITIONS or name.startswith(BETA_EMBEDDING)
 
 
 def null_caption(config: GPTConfig, seed: int) -> Tensor:

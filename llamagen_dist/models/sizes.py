@@ -31,6 +31,9 @@ GPT_SIZES: dict[str, dict[str, int]] = {
 TARGET_POSITIONS = "target_positions.weight"
 """The table of ``order: rar`` in a GPT's state dict. Weights without it are a raster model's, LlamaGen's own."""
 
+BETA_EMBEDDING = "beta_embedding."
+"""The names in a GPT's state dict that ``guidance: free`` adds begin so."""
+
 VQ_SIZES: dict[str, dict[str, Any]] = {
     "VQ-8": {"channel_multipliers": (1, 2, 2, 4)},
     "VQ-16": {"channel_multipliers": (1, 1, 2, 2, 4)},
@@ -65,6 +68,10 @@ class GPTOptions:
     """``rar``: training sequences are permuted at random in the beginning and in raster order in the end
     (``train.anneal_from``, ``train.anneal_until``; Yu et al. 2024, arXiv 2411.00776). Until then a table tells every
     input position which token it predicts; pictures are drawn in raster order all the time."""
+    guidance: Literal["dropout", "free"] = "dropout"
+    """``dropout``: LlamaGen's, conditions are dropped in training (``class_dropout_p``), and sampling guides with two
+    passes. ``free``: guidance-free training (Chen et al. 2025, arXiv 2501.15420): the model learns to be guided by any
+    strength ``beta``, and sampling takes one pass with a ``beta``."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which token a position predicts, where sequences are not in raster order (``order: rar``; arXiv 2411.00776)."""
 
+import torch
 from torch import Tensor
 
 from llamagen_dist.models.layers import Embedding
@@ -17,7 +18,15 @@ class TargetPositions(Embedding):
         super().__init__(config.image_tokens, config.dim)
         self.shown = True
 
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (B, n, dim), targets (B, n) or (n,) int64 -> the same shape as x."""
+    def forward(self, x: Tensor, prefix: int, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x (B, S, dim) -> the same shape; the last of its ``prefix`` first positions and all behind predict a token.
+
+        targets: (B, S - prefix + 1) or (S - prefix + 1,) int64, of which tokens; None: 0, 1, … of the image.
+        """
+        if targets is None:
+            targets = torch.arange(x.shape[1] - prefix + 1, device=x.device)
         vectors = super().forward(targets)
-        return x + (vectors if self.shown else vectors * 0.0)
+        vectors = vectors if self.shown else vectors * 0.0
+        if prefix == 1:
+            return x + vectors
+        return torch.cat([x[:, : prefix - 1], x[:, prefix - 1 :] + vectors], dim=1)

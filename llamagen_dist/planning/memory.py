@@ -217,6 +217,8 @@ def working(config: GPTConfig, layout: Layout) -> int:
     block = (inner + 2 * length * config.dim) * layout.bytes * layout.micro
     logits = layout.micro * config.image_tokens * config.vocab_size // layout.tensor
     loss = 2 * min(logits, LOSS_CHUNK) * FP32
+    if config.guidance == "free":  # the null logits, before the two are mixed
+        loss = max(loss, logits * layout.bytes)
     return max(block, loss - activations(config, layout)["recomputed"])
 
 

@@ -27,8 +27,8 @@ class CompiledSteps:
         self._model, self._end, self._number = model, 0, 0
         self._cache: Cache | None = None
 
-    def prefill(self, condition: Condition, spare: int = 0) -> tuple[Tensor, Cache]:
-        logits, self._cache = self._model.prefill(condition, spare, self._cache)
+    def prefill(self, condition: Condition, spare: int = 0, *, beta: Tensor | None = None) -> tuple[Tensor, Cache]:
+        logits, self._cache = self._model.prefill(condition, spare, self._cache, beta)
         self._end, self._number = self._model.config.image_tokens - 1 + spare, 0
         return logits, self._cache
 

@@ -72,13 +72,14 @@ def build(studio: Studio) -> Any:
     """The page, a ``gradio.Blocks`` that is not started yet."""
     gr = gradio()
     by_class = studio.opened.gpt.config.condition == "class"
-    codes = studio.opened.gpt.config.vocab_size
+    codes, free = studio.opened.gpt.config.vocab_size, studio.opened.gpt.config.guidance == "free"
 
     def draw(*given: Any) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]], str]:
         wanted, cfg, guidance, temperature, top_k, top_p, seed, count, history = given
+        # the strength of a scale; a guidance-free GPT takes it as its inverse
+        guided: dict[str, Any] = {"beta": 1 / float(cfg)} if free else {"cfg_scale": float(cfg), "guidance": guidance}
         settings = Settings(
-            cfg_scale=float(cfg),
-            guidance=guidance,
+            **guided,
             temperature=float(temperature),
             top_k=int(top_k),
             top_p=float(top_p),
@@ -102,7 +103,9 @@ def build(studio: Studio) -> Any:
                 else:
                     wanted = gr.Textbox(label="Caption")
                 cfg = gr.Slider(1, 20, 2, step=0.1, label="Guidance")
-                guidance = gr.Dropdown(list(SCHEDULES), value=SCHEDULES[0], label="Guidance along the image")
+                guidance = gr.Dropdown(
+                    list(SCHEDULES), value=SCHEDULES[0], label="Guidance along the image", visible=not free
+                )
                 top_k = gr.Slider(0, codes, 0, step=1, label="Top-k (0: all codes)")
                 top_p = gr.Slider(0.01, 1, 1, step=0.01, label="Top-p")
                 temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature (0: greedy)")

@@ -20,13 +20,14 @@ from llamagen_dist.data.text_encoder import CaptionEncoder
 from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import grid, int8
 from llamagen_dist.sampling.conditions import Conditions, classes, encoded_captions, encoder_of
+from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
 from llamagen_dist.sampling.pictures import BATCH, Settings, decode_tokens, model_tokens, sample_seeds
 from llamagen_dist.sampling.png_record import pixels_sha256, record_text
 from llamagen_dist.tracking.provenance import versions
 
 PACKAGES = ("torch", "numpy", "pillow")  # that decide the pixels
-AXES = {"cfg": "cfg_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
+AXES = {"cfg": "cfg_scale", "beta": "beta", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
 """What ``--grid-over`` may vary: the option -> the field of Settings."""
 
 
@@ -95,9 +96,10 @@ class Drawing(Section):
             base = TypeAdapter(Settings).validate_python(self.settings)
         except ValidationError as error:
             raise UserError(f"settings: {error.errors()[0]['msg']}") from None
-        steps = [
-            [(AXES[name], type(getattr(base, AXES[name]))(v)) for v in values] for name, values in self.axes.items()
-        ]
+        kinds: dict[str, Any] = {
+            name: float if name == "beta" else type(getattr(base, AXES[name])) for name in self.axes
+        }
+        steps = [[(AXES[name], kinds[name](v)) for v in values] for name, values in self.axes.items()]
         return [replace(base, **dict(point)) for point in itertools.product(*steps)]
 
 
@@ -181,6 +183,9 @@ def draw_tokens(wanted: Drawing, source: Source) -> list[Tensor]:
     seeds = torch.tensor([seed for seed, _ in wanted.pictures]).repeat(len(wanted.rows))
     numbers = torch.tensor([number for _, number in wanted.pictures]).repeat(len(wanted.rows))
     noise = sample_seeds(seeds, (labels << 16) + numbers)
+    for settings in wanted.points():
+        if (reason := misguided(source.gpt.config, settings.cfg_scale, settings.beta)) is not None:
+            raise UserError(f"{source.gpt.path}: {reason}")
     passes = []
     with Progress("pictures", len(wanted.points()) * len(labels)) as progress:
         for settings in wanted.points():

@@ -3,6 +3,8 @@
 import math
 from typing import Literal, get_args
 
+from llamagen_dist.models.sizes import GPTOptions
+
 Schedule = Literal["constant", "linear", "power-cosine", "step"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -41,3 +43,21 @@ def guidance_scales(
         return float(interval < 0 or t <= interval + 1)
 
     return [1 + (scale - 1) * share(t) if scale > 1 else 1.0 for t in range(tokens)]
+
+
+def misguided(model: GPTOptions, cfg_scale: float, beta: float | None) -> str | None:
+    """Why a model cannot be sampled with this guidance, and what is meant instead; None: it can."""
+    if beta is not None and not 0 < beta <= 1:
+        return f"beta {beta:g} must lie above 0 and not above 1"
+    if model.guidance == "free" and cfg_scale > 1:
+        scale = 1 / cfg_scale
+        return (
+            f"the GPT was trained guidance-free (model.guidance: free) and has no guidance scale: instead of "
+            f"cfg_scale {cfg_scale:g} set cfg_scale 1 and beta, such as {scale:.2g} for guidance of that strength"
+        )
+    if model.guidance != "free" and beta is not None:
+        return (
+            f"beta {beta:g} belongs to a GPT that was trained guidance-free (model.guidance: free), and this one was "
+            f"not: set cfg_scale, such as {1 / beta:.3g} for guidance of that strength, and leave beta out"
+        )
+    return None

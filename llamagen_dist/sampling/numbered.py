@@ -23,6 +23,7 @@ from llamagen_dist.sampling import pictures
 from llamagen_dist.sampling.batch import largest_batch
 from llamagen_dist.sampling.compiled import CompiledSteps
 from llamagen_dist.sampling.conditions import conditions
+from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.int8 import quantize
 from llamagen_dist.sampling.load import load_gpt, load_tokenizer, open_checkpoint
 
@@ -44,6 +45,9 @@ class NumberedPictures:
         )
         checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
         self.gpt = load_gpt(checkpoint, self.tokenizer, config.model, config.image_size)
+        for scale, beta in config.guidances():
+            if (reason := misguided(self.gpt.config, scale, beta)) is not None:
+                raise UserError(f"checkpoint: {checkpoint.path}: {reason}")
         if (why := self.gpt.config.unsplittable(config.tensor)) is not None:
             raise UserError(f"tensor: {why}")
         self.conditions = conditions(self.gpt, self.tokenizer, config.captions, config.text_encoder, topology.device)

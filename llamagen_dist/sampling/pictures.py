@@ -32,12 +32,15 @@ class Settings:
     guidance: Schedule = "constant"
     guidance_power: float = 2.75
     guidance_start: float = 0.18
+    beta: float | None = None
     window: int = 1
 
     def __post_init__(self) -> None:
         guidance_scales(
             1, self.cfg_scale, self.guidance, self.cfg_interval, self.guidance_power, self.guidance_start
         )  # raises ValueError where that is no guidance
+        if self.beta is not None and not 0 < self.beta <= 1:
+            raise ValueError(f"beta {self.beta}")
         if self.window < 1:
             raise ValueError(f"window {self.window}")
 

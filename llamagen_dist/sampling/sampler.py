@@ -24,13 +24,13 @@ from torch import Tensor
 from llamagen_dist.models.cache import Cache
 from llamagen_dist.models.gpt import GPT, Condition
 from llamagen_dist.sampling.draw import draw, noise_streams
-from llamagen_dist.sampling.guidance import guidance_scales
+from llamagen_dist.sampling.guidance import guidance_scales, misguided
 
 
 class Steps(Protocol):
     """A GPT's forward passes; see ``GPT``, and ``compiled.CompiledSteps``."""
 
-    def prefill(self, condition: Condition, spare: int = 0) -> tuple[Tensor, Cache]: ...
+    def prefill(self, condition: Condition, spare: int = 0, *, beta: Tensor | None = None) -> tuple[Tensor, Cache]: ...
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor: ...
     def decode_window(self, tokens: Tensor, first: Tensor, end: int, cache: Cache) -> Tensor: ...
 
@@ -48,6 +48,7 @@ def generate(
     guidance: str = "constant",
     guidance_power: float = 2.75,
     guidance_start: float = 0.18,
+    beta: float | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -61,6 +62,7 @@ def generate(
     cfg_scale: guided = null + cfg_scale x (conditional - null), for values above 1; otherwise conditional only.
     cfg_interval, guidance, guidance_power, guidance_start: how that scale changes along the image; see
         ``guidance_scales``. The null half is not computed any more once all that follows is conditional only.
+    beta: of a model with ``guidance: free``, in (0, 1]: guidance with scale 1 / beta in one pass; None: 1.
     temperature: 0 takes the likeliest code.
     top_k: 0 keeps all codes.
     top_p: 1 keeps all codes.
@@ -68,10 +70,12 @@ def generate(
     seeds: (B,) int64, one per sample (default 0 … B-1).
     steps: how the model computes; None: eagerly, by itself.
 
-    Raises ValueError for numbers outside these ranges.
+    Raises ValueError for numbers outside these ranges, and for a guidance that is not the model's (``misguided``).
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or window < 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}, window {window}")
+    if (reason := misguided(model.config, cfg_scale, beta)) is not None:
+        raise ValueError(reason)
     count = model.config.image_tokens
     scales = guidance_scales(count, cfg_scale, guidance, cfg_interval, guidance_power, guidance_start)
     batch = len(condition[0] if isinstance(condition, tuple) else condition)
@@ -82,7 +86,9 @@ def generate(
 
     guided = any(scale > 1 for scale in scales)
     steps = model if steps is None else steps
-    logits, cache = steps.prefill(_with_null(model, condition) if guided else condition, spare=window - 1)
+    betas = None if beta is None else torch.full((batch,), beta, device=model.rotary.device)
+    conditions = _with_null(model, condition) if guided else condition
+    logits, cache = steps.prefill(conditions, spare=window - 1, beta=betas)
     first = drawn(_guide(logits, batch, scales[0]), streams, 0)
     loop = _one_by_one if window == 1 else _in_windows
     return loop(steps, cache, first, scales, streams, drawn, window)

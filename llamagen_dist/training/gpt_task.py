@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llamagen_dist import prng
 from llamagen_dist.build import compile_blocks
 from llamagen_dist.config import GPTConfigFile
 from llamagen_dist.data.batch import TokenBatch
@@ -37,9 +38,14 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(
-        self, tokens: Tensor, condition: Condition, sample_ids: Tensor | None, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        sample_ids: Tensor | None,
+        positions: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
-        return self.model.loss(tokens, condition, sample_ids, positions=positions)
+        return self.model.loss(tokens, condition, sample_ids, positions=positions, beta=beta)
 
 
 def training_condition(model: GPT, batch: TokenBatch) -> Condition:
@@ -59,6 +65,16 @@ def training_condition(model: GPT, batch: TokenBatch) -> Condition:
         return torch.where(batch.dropped, null, batch.condition)
     features, present = batch.condition  # a dropped caption keeps its padding, as in LlamaGen
     return torch.where(batch.dropped[:, None, None], null[0], features), present
+
+
+def training_beta(model: GPT, batch: TokenBatch, seed: int) -> Tensor | None:
+    """(B,) fp32, how much of each sample's logits is conditional, by its position in the data: uniform in [0, 1), and 1
+    where the condition is dropped, so that the null branch is a model of the data by itself. None: not of this model.
+    """
+    if model.beta_embedding is None:
+        return None
+    beta = prng.uniform(seed, "guidance-beta", batch.positions)
+    return beta if batch.dropped is None else beta.masked_fill(batch.dropped, 1.0)
 
 
 def build_engine(
@@ -134,6 +150,7 @@ class GPTTask:
         self.micro = divide_batch(config.train, topology.dp).micro
         self._validation_batches = validation_batches
         tokens, train = model.config.image_tokens, config.train
+        self.seed = train.seed
         self.order = None
         if model.target_positions is not None:
             self.order = TokenOrder(train.seed, tokens, train.anneal_from, train.anneal_until)
@@ -165,7 +182,8 @@ class GPTTask:
                 order = self.order.at(piece.positions)
                 tokens = tokens.gather(1, order)
             with self.engine.micro_step(last=number == len(pieces)):
-                loss = self.engine.module(tokens, training_condition(self.model, piece), piece.positions, order)
+                condition, beta = training_condition(self.model, piece), training_beta(self.model, piece, self.seed)
+                loss = self.engine.module(tokens, condition, piece.positions, order, beta)
                 self.engine.backward(self.guard.track_loss(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
         with self.clock.part("optimizer"):

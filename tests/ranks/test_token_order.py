@@ -36,7 +36,7 @@ def serial() -> dict[str, Any]:
     return run_ranks(train, 1, SERIAL, *RAR)[0]
 
 
-@pytest.mark.parametrize("layout", mostly_long(*LAYOUTS, quick=LAYOUTS[1:3]))
+@pytest.mark.parametrize("layout", mostly_long(*LAYOUTS, quick=LAYOUTS[1:2]))
 def test_every_layout_equals_one_plain_process(serial, layout):
     """With accumulation, recomputation and dropout."""
     for result in run_ranks(train, layout.ranks, layout, *RAR, "train.micro_batch=2", "compute.recompute_every=1"):
@@ -89,7 +89,7 @@ def kept(folder: Path) -> list[str]:
     return [key for key in store.read_weights(folder) if key == TARGET_POSITIONS]
 
 
-@pytest.mark.parametrize("count", [5, 8])
+@pytest.mark.parametrize("count", mostly_long(5, 8, quick=[8]))
 def test_a_run_goes_on_in_the_same_order_at_any_layout(tmp_path, count):
     """From the middle of the annealing, and from behind it, where the table is not in the checkpoint any more."""
     source = Layout(2, 2, 1, True)

@@ -4,6 +4,7 @@ import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -46,23 +47,7 @@ def make_work(folder: Path) -> Path:
     tokens = write_tokens(folder / "tokens", 40, 0)
     named = {"tokenizer_sha256": store.identity(folder / "tokenizer"), "tokenizer_path": str(folder / "tokenizer")}
     write_manifest(tokens, replace(read_manifest(tokens), **named))
-    trained = {
-        "kind": "gpt",
-        "run_dir": "x",
-        "model": SIZES,
-        "data": {"train": str(tokens), "validation": str(tokens)},
-        "train": {"images": 256},
-    }
-    config = build(GPTConfigFile, trained, "test")
-    model = GPT(GPTConfig(**SIZES, vocab_size=VOCABULARY, image_tokens=16, num_classes=CLASSES)).initialize(0)
-    with torch.no_grad():
-        model.output.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
-    entries += [replicated("ema", name, tensor * 0.9) for name, tensor in model.state_dict().items()]
-    entries += [replicated("optimizer", f"exp_avg/{name}", tensor) for name, tensor in model.state_dict().items()]
-    (folder / "gpt").mkdir()
-    classes = [f"class {c}" for c in range(CLASSES)]
-    store.save(folder / "gpt", 1, entries, {}, Topology(), config_text=dump(config), classes=classes)
+    model = gpt_run(folder, "gpt")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "gpt.safetensors")
     write_images(folder / "images", 20, SIZE, padding=(2, 2, 2, 2))
     settings = {
@@ -85,6 +70,38 @@ def make_work(folder: Path) -> Path:
     }
     (folder / "reconstruct.yaml").write_text(yaml.safe_dump(settings))
     return folder
+
+
+def gpt_run(folder: Path, name: str, without: str = "nothing", **options: str) -> GPT:
+    """A GPT with a head of its own, as a run directory.
+
+    without: parameters whose names begin so are not in its checkpoint.
+    options: of the model.
+    """
+    tokens = str(folder / "tokens")
+    trained = {
+        "kind": "gpt",
+        "run_dir": "x",
+        "model": {**SIZES, **options},
+        "data": {"train": tokens, "validation": tokens},
+        "train": {"images": 256, **({"anneal_until": 128} if options.get("order") == "rar" else {})},
+    }
+    config = build(GPTConfigFile, trained, "test")
+    sizes: dict[str, Any] = {**SIZES, **options}
+    model = GPT(GPTConfig(**sizes, vocab_size=VOCABULARY, image_tokens=16, num_classes=CLASSES)).initialize(0)
+    with torch.no_grad():
+        model.output.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        for last in ("beta_embedding.fc2.weight", "target_positions.weight"):
+            if last in model.state_dict():
+                model.get_parameter(last).normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(without)}
+    entries = [replicated("weights", name, tensor) for name, tensor in kept.items()]
+    entries += [replicated("ema", name, tensor * 0.9) for name, tensor in kept.items()]
+    entries += [replicated("optimizer", f"exp_avg/{name}", tensor) for name, tensor in kept.items()]
+    (folder / name).mkdir()
+    classes = [f"class {c}" for c in range(CLASSES)]
+    store.save(folder / name, 1, entries, {}, Topology(), config_text=dump(config), classes=classes)
+    return model
 
 
 def read_tokenizer(work: Path) -> VQModel:

@@ -138,4 +138,6 @@ def test_a_tokenizer_that_is_not_the_tokens_own_is_refused_before_the_training(w
         train_gpt([*words, f"evaluation.tokenizer={work / 'another'}"])
     with pytest.raises(UserError, match=r"evaluation\.reference: /no/images does not exist"):
         train_gpt([*words, "evaluation.reference=/no/images"])
+    with pytest.raises(UserError, match=r"evaluation: the GPT was trained guidance-free .* instead of cfg_scale 2"):
+        train_gpt([*words, "model.guidance=free"])
     assert not (work / "refused").exists()

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval import sample
 from llamagen_dist import cli
 from llamagen_dist.checkpoint import checkpoint
 from llamagen_dist.errors import UserError
+from llamagen_dist.models.sizes import TARGET_POSITIONS
 from llamagen_dist.parallel.topology import start
 from llamagen_dist.sampling import load
 from llamagen_dist.sampling.grid import tile_side
 from tests.ranks.forked import run_ranks
-from tests.runs.sampling_work import make_work
+from tests.runs.sampling_work import gpt_run, make_work, words
 
 SMALL = ("config.yaml", "index.json", "state.json")  # what is read of every checkpoint beside the weights
 
@@ -103,6 +105,8 @@ def test_generate_finds_its_tokenizer_and_names_classes(work, tmp_path, capsys):
             ["--class", "0", "--out", "x.png", "--guidance-start", "1.5"],
             "--guidance-start 1.5: give 0 or more, at most 1",
         ),
+        (["--class", "0", "--out", "x.png", "--beta", "0"], "--beta 0: give more than 0, at most 1"),
+        (["--class", "0", "--out", "x.png", "--beta", "0.5", "--cfg", "1"], "set cfg_scale, such as 2 for guidance"),
         (["--class", "0", "--out", "x.png", "--window", "0"], "--window 0: give 1 or more"),
         (["--class", "0"], "--out: name the .png or .jpg to write"),
         (["--class", "0", "--out", "x.png", "--seeds", "0-2", "--per-class", "4"], "3 seeds for the 4 pictures of"),
@@ -112,7 +116,7 @@ def test_generate_finds_its_tokenizer_and_names_classes(work, tmp_path, capsys):
         (["--class", "0", "--out", "x.png", "--seeds", "2147483648"], "at most 2147483647"),
         (["--class", "0", "1", "--out", "x.png", "--grid-over", "cfg=1,2"], "shows one class or caption, and 2 are"),
         (["--class", "0", "--out", "x.png", "--grid-over", "cfg=0,2"], "--grid-over cfg=0: give 1 or more"),
-        (["--class", "0", "--out", "x.png", "--grid-over", "size=1"], "give one of cfg, temperature, top-k, top-p"),
+        (["--class", "0", "--out", "x.png", "--grid-over", "size=1"], "give one of cfg, beta, temperature, top-k,"),
         (["--class", "0", "--out", "x.png", "--grid-over", "top-k=1,x"], "write numbers with commas between them"),
         (["--class", "0", "--out", "x.png", "--grid-over", "cfg=1", "cfg=2"], "one or two different options"),
         (["--class", "0", "--out", "x.png", "--grid-over", "cfg=1", "--film", "f.png"], "leave out --grid-over"),
@@ -124,6 +128,38 @@ def test_generate_refuses_in_one_sentence(work, tmp_path, monkeypatch, arguments
         cli.main(["generate", str(work / "gpt"), *arguments])
     assert sentence in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def drawn(run: Path, out: Path, *more: str) -> np.ndarray:
+    cli.main(["generate", str(run), "--class", "0", "--per-class", "2", "--out", str(out), *more])
+    return np.asarray(Image.open(out))
+
+
+def test_a_guidance_free_gpt_is_drawn_with_a_beta(work, tmp_path):
+    gpt_run(work, "free", guidance="free")
+    run, out = work / "free", tmp_path / "x.png"
+    plain, guided = drawn(run, out), drawn(run, tmp_path / "g.png", "--beta", "0.5")
+    assert np.array_equal(drawn(run, out, "--beta", "1"), plain), "the default"
+    assert not np.array_equal(guided, plain)
+    cli.main(["generate", "--again", str(tmp_path / "g.png")])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "g-again.png")), guided)
+    drawn(run, out, "--grid-over", "beta=0.5,1")
+    with pytest.raises(UserError, match="has no guidance scale: instead of cfg_scale 2 set cfg_scale 1 and beta"):
+        drawn(run, out, "--cfg", "2")
+    to, settings = tmp_path / "set", [f"checkpoint={run}", "sets=[model]", "images=6"]
+    with pytest.raises(UserError, match=r"checkpoint: .*free.* has no guidance scale"):
+        sample.main(words(work, to, *settings))
+    sample.main(words(work, to, *settings, "cfg_scale=1", "beta=0.5"))
+    assert json.loads((to / "record.json").read_text())["beta"] == 0.5
+
+
+def test_past_its_annealing_a_gpt_of_random_orders_is_a_plain_one(work, tmp_path):
+    """Twin: before that its table makes other pictures."""
+    gpt_run(work, "late", order="rar", without=TARGET_POSITIONS)
+    gpt_run(work, "early", order="rar")
+    plain = drawn(work / "gpt", tmp_path / "x.png")
+    assert np.array_equal(drawn(work / "late", tmp_path / "y.png"), plain)
+    assert not np.array_equal(drawn(work / "early", tmp_path / "z.png"), plain)
 
 
 def test_other_checkpoints_and_tokenizers_are_refused(work, tmp_path):

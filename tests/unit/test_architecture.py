@@ -277,7 +277,7 @@ BUDGETS = {
     "console": 230,
     "prng": 110,
     "models": 2345,
-    "config": 2350,
+    "config": 2390,
     "parallel": 1840,
     "build": 120,
     "data": 4710,

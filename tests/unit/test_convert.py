@@ -177,10 +177,13 @@ def test_the_other_weights_of_a_training_file_can_be_chosen(tmp_path: Path, caps
         assert identity_of(read_weights(out)) == identity_of(expected)
 
 
-def test_an_order_that_is_not_raster_yet_has_no_file_of_llamagens(tmp_path: Path) -> None:
+def test_what_llamagen_has_not_has_no_file_of_llamagens(tmp_path: Path) -> None:
     torch.save(tiny() | {TARGET_POSITIONS: torch.zeros(4, 16)}, tmp_path / "early.pt")
     with pytest.raises(UserError, match=r"early\.pt is not in raster order yet .* from image train\.anneal_until on"):
         main(["convert", str(tmp_path / "early.pt"), str(tmp_path / "out.safetensors")])
+    torch.save(tiny() | {"beta_embedding.fc1.weight": torch.zeros(16, 256)}, tmp_path / "free.pt")
+    with pytest.raises(UserError, match=r"free\.pt was trained guidance-free"):
+        main(["convert", str(tmp_path / "free.pt"), str(tmp_path / "out.safetensors")])
     torch.save(tiny(), tmp_path / "late.pt")
     main(["convert", str(tmp_path / "late.pt"), str(tmp_path / "out.safetensors")])
 

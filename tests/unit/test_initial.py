@@ -122,18 +122,22 @@ def test_the_new_model_has_the_old_weights_at_the_new_rows(source, capsys):
 
 
 def test_what_the_source_has_not_starts_neutral(source, capsys):
-    """Released weights into a model with a table of target positions; the other way round it is named."""
-    run, sizes = source(), dataclasses.replace(CLASS, order="rar")
+    """Released weights into a model with a table of target positions and a beta; the other way round they are named."""
+    run, sizes = source(), dataclasses.replace(CLASS, order="rar", guidance="free")
     new = filled(start(run, sizes), sizes).eval()
-    assert f"{TARGET_POSITIONS} is new and starts neutral" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name in (TARGET_POSITIONS, "beta_embedding.fc1.weight", "beta_embedding.fc2.weight"):
+        assert f"{name} is new and starts neutral" in said
+    assert new.beta_embedding.fc1.weight.std() > 0
     tokens, labels = torch.arange(32).view(2, 16), torch.tensor([0, 4])
     assert torch.equal(new(tokens, labels), model_of(CLASS).eval()(tokens, labels))
     new.target_positions.weight.data.fill_(0.1)
     assert not torch.equal(new(tokens, labels), model_of(CLASS).eval()(tokens, labels)), "sabotage twin"
-    with pytest.raises(UserError, match=f"{TARGET_POSITIONS} does not belong to this run's model"):
-        start(source(sizes))
     with pytest.raises(RuntimeError, match=TARGET_POSITIONS):
-        GPT(sizes).load_state_dict(store.read_weights(source()))
+        GPT(sizes).load_state_dict(store.read_weights(run))
+    torch.save(new.state_dict(), run.parent / "new.pt")
+    with pytest.raises(UserError, match=r"beta_embedding.fc1.weight does not belong to this run's model"):
+        start(run.parent / "new.pt")
 
 
 @pytest.mark.parametrize("kind", ["run", "step", "safetensors", "pt"])

@@ -23,8 +23,9 @@ CASES = {
     "grouped heads": replace(SMALL, n_kv_head=2),
     "drop-path": replace(SMALL, drop_path_rate=0.1),
     "attention dropout": replace(SMALL, attn_dropout_p=0.1),
+    "guidance-free": replace(SMALL, guidance="free"),
     "random order": replace(SMALL, order="rar"),
-    "random order, text": replace(TEXT, order="rar"),
+    "random order, guidance-free, text": replace(TEXT, order="rar", guidance="free"),
 }
 
 

@@ -29,6 +29,7 @@ SHAPES = [
     GPTConfig(n_layer=3, n_head=8, dim=64, vocab_size=96, image_tokens=16, num_classes=10, multiple_of=16),
     GPTConfig(n_layer=2, n_head=4, dim=32, vocab_size=64, image_tokens=16, condition="text", multiple_of=8),
 ]
+NEW = replace(SHAPES[0], order="rar", guidance="free")
 
 
 def meta(config: GPTConfig) -> dict[str, torch.Tensor]:
@@ -48,11 +49,12 @@ GROUP_OF = {
     "ffn_norm": "norms",
     "norm": "norms",
     "target_positions": "target positions",
+    "beta_embedding": "beta embedding",
     "output": "head",
 }
 
 
-@pytest.mark.parametrize("config", [*SHAPES, replace(SHAPES[0], order="rar")], ids=["class", "text", "rar"])
+@pytest.mark.parametrize("config", [*SHAPES, NEW], ids=["class", "text", "rar and free"])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_every_group_and_its_share_are_those_of_the_real_model(config, tensor):
     counted = dict.fromkeys(parameters(config), 0)
@@ -87,6 +89,12 @@ def test_flops_per_image_are_the_known_ones(size, tokens, expected):
 def test_flops_of_a_text_model_count_its_long_prefix():
     config = GPTConfig(**GPT_SIZES["GPT-XL"], condition="text")
     assert training_flops_per_image(config) == pytest.approx(1.7168e12, rel=1e-4)
+
+
+def test_guidance_free_training_counts_its_null_pass():
+    plain, free = SHAPES[0], replace(SHAPES[0], guidance="free")
+    assert 3 * training_flops_per_image(free) == 4 * training_flops_per_image(plain)
+    assert training_flops_per_image(replace(plain, order="rar")) == training_flops_per_image(plain)
 
 
 def test_flops_are_what_torch_counts():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_dist.config import GPTConfigFile
+from llamagen_dist.config.resume import between
 from llamagen_dist.config.section import build
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT
@@ -104,7 +105,8 @@ def plain_logits(model: GPT, tokens: Tensor, condition, positions: Tensor) -> Te
     found, prefix = [], model.config.prefix
     for number, own in enumerate(positions):
         plain = PlainGPT(model.config)
-        plain.load_state_dict(raster_twin(model).state_dict())
+        own_names = plain.state_dict().keys()  # without the null caption
+        plain.load_state_dict({name: p for name, p in model.state_dict().items() if name in own_names})
         plain.table = torch.cat([model.rotary[:prefix], model.rotary[prefix:][own]])
         aims = model.target_positions.weight[own]
         plain.dropout = Adds(torch.cat([aims.new_zeros(prefix - 1, aims.shape[1]), aims]))
@@ -207,6 +209,19 @@ def config(order: str, **train: int) -> GPTConfigFile:
 def test_switches_that_contradict_each_other_are_refused(order, train, reason):
     with pytest.raises(UserError, match=reason):
         config(order, **train)
+
+
+def test_a_run_cannot_be_resumed_with_a_switch_changed():
+    rar = config("rar", anneal_from=1024, anneal_until=1536)
+    assert "model.order: raster -> rar" in between(config("raster"), rar).refused
+    assert between(rar, config("rar", anneal_from=1024, anneal_until=2048)).refused == (
+        "train.anneal_until: 1536 -> 2048",
+    )
+    free = GPTConfigFile.model_validate(
+        {**rar.model_dump(), "model": {"size": "GPT-B", "order": "rar", "guidance": "free"}}
+    )
+    assert between(rar, free).refused == ("model.guidance: dropout -> free",)
+    assert between(rar, config("rar", anneal_from=1024, anneal_until=1536)).refused == (), "sabotage twin: no change"
 
 
 def test_a_right_order_is_taken():
