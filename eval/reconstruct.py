@@ -169,12 +169,13 @@ class Reconstruction:
         labels = None
         if LABEL_MEMBER in self.images.manifest.members and self.images.manifest.classes is not None:
             labels = self.images.labels(range(self.count))
-        used = np.zeros(self.tokenizer.model.config.codebook_size, np.bool_)
+        quantizer = self.tokenizer.model.quantize
+        counts = torch.zeros(quantizer.codebook_size, dtype=torch.int64)
         scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in self.scored}
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
             for _, arrays in self.output.load(SET):
-                used[arrays["codes"]] = True
+                counts.add_(torch.from_numpy(arrays["codes"]).flatten().bincount(minlength=len(counts)))
                 for metric in self.scored:
                     scores[metric].append(arrays[metric])
                 yield arrays["images"]
@@ -185,7 +186,8 @@ class Reconstruction:
             write_npz(self.config.out / PERTURBED, labels, self.count, perturbed)
         averages = {metric: float(np.concatenate(values).mean()) for metric, values in scores.items()}
         averages["psnr_pooled"] = float(psnr_pooled(torch.from_numpy(np.concatenate(scores["psnr"]))))
-        averages["codebook_usage"] = float(used.mean())
+        health = quantizer.health(counts.to(self.topology.device))
+        averages |= {f"codebook_{name}": float(health[name]) for name in ("usage", "perplexity")}
         self.output.finish(
             averages
             | self._claim(averages)
@@ -205,6 +207,7 @@ class Reconstruction:
                     "region": "(left, top, right, bottom) of the part that is not padding, which alone is compared; "
                     "null: the whole picture",
                     "codebook_usage": "share of all codes that occur at least once in these images",
+                    "codebook_perplexity": "how many codes would do if all were used alike in these images",
                 },
                 "device": str(self.topology.device),
                 "ranks": self.topology.world,

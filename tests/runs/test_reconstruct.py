@@ -51,6 +51,8 @@ def test_reconstructions_and_their_scores(work, tmp_path):
     assert record["psnr_pooled"] == pytest.approx(-10 * float((pooled / 255).square().mean().log10()), abs=1e-9)
     assert record["psnr_pooled"] < record["psnr"], "the mean over images is another number"
     assert record["codebook_usage"] == len(codes.unique()) / VOCABULARY
+    share = codes.unique(return_counts=True)[1].double() / codes.numel()
+    assert record["codebook_perplexity"] == pytest.approx((share**-share).prod().item(), rel=1e-12)
     assert 0 <= record["ssim"] < record["ssim_llamagen"] <= 1
     claim = f"claimed_ssim={record['ssim_llamagen']:.6f}"
     assert "was computed with data range 2" in quietly(reconstruct.main, words(work, out, claim, kind="reconstruct"))
