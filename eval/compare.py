@@ -7,10 +7,11 @@ refused, with the difference. How the pictures were drawn (weights, guidance, se
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamagen_dist.console import aligned
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.passport import settings
 from llamagen_dist.evaluation.record import VALUES, common, differences, read_result
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     apart = [key for key in keys if len({one.get(key) for one in chosen}) > 1]
     if apart:
         print("what differs:")
-        _table([(key, *(one.get(key, "-") for one in chosen)) for key in apart], left=1 + len(argv))
+        print(aligned([(key, *(one.get(key, "-") for one in chosen)) for key in apart], left=1 + len(argv)))
     two = len(argv) == 2
     rows = [("set", "metric", *letters, *(["B - A"] if two else []))]
     for name, metrics in shared.items():
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
             values = [float(result["sets"][name][key]) for result in results]
             change = [f"{values[1] - values[0]:+.4g}"] if two else []
             rows.append((name, key, *(f"{value:.6g}" for value in values), *change))
-    _table(rows, left=2)
+    print(aligned(rows, left=2))
 
 
 def _letter(number: int) -> str:
@@ -63,17 +64,6 @@ def _letter(number: int) -> str:
 def _known_mistakes(result: Mapping[str, Any], shared: Mapping[str, Any]) -> list[str]:
     known = result["record"].get("mistakes", ())
     return [f"MISTAKE in {one['set']}: {one['mistake']}: {one['what']}" for one in known if one["set"] in shared]
-
-
-def _table(rows: Sequence[tuple[str, ...]], left: int) -> None:
-    """Print rows in columns; the first ``left`` of them are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        words = [
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(words).rstrip())
 
 
 if __name__ == "__main__":
