@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="a run, a folder of runs (sweep, ladder), the --out of a pipeline or quickstart, a folder of evaluations "
-        "or of pictures, the out of eval.search, or one JSON file of these or of llamagen scaling",
+        "or of pictures, the out of eval.search or eval.tokenizers, or one JSON file of these or of llamagen scaling",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: PATH/report.html)")
     parser.add_argument(

@@ -21,6 +21,7 @@ from llamagen_dist.config.model import GPTModelSection, TokenizerModelSection
 from llamagen_dist.config.search import SearchConfig
 from llamagen_dist.config.section import Section, shrink
 from llamagen_dist.config.tokenizer import TokenizerConfigFile, TokenizerLossSection
+from llamagen_dist.config.tokenizers import ProbeSection, TokenizersConfig
 from llamagen_dist.config.training import (
     GPTConfigFile,
     OptimSection,

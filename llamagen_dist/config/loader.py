@@ -18,6 +18,7 @@ from llamagen_dist.config.pack import PackConfig
 from llamagen_dist.config.search import SearchConfig
 from llamagen_dist.config.section import Section, build, nearest
 from llamagen_dist.config.tokenizer import TokenizerConfigFile
+from llamagen_dist.config.tokenizers import TokenizersConfig
 from llamagen_dist.config.training import GPTConfigFile
 from llamagen_dist.config.yaml_text import merge, parse, read, text_of
 from llamagen_dist.errors import UserError
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Section]] = {
     "token_loss": TokenLossConfig,
     "reference": ReferenceConfig,
     "search": SearchConfig,
+    "tokenizers": TokenizersConfig,
     "cluster": ClusterConfig,
     "sweep": SweepConfig,
     "pack": PackConfig,

@@ -174,6 +174,12 @@ def _nearest_key(section: type[Section], where: str) -> str:
     return nearest(key, siblings, "".join(f"{part}." for part in above))
 
 
+def _batch(data: Mapping[str, Any], otherwise: int = 1) -> int:
+    """The global batch of a section that trains; elsewhere ``train`` is a path, or absent."""
+    train = data.get("train")
+    return int(train["global_batch"]) if isinstance(train, dict) else otherwise
+
+
 def shrink(config: S, factor: float) -> S:
     """The same config with every scaled number of images times ``factor``, and at least one.
 
@@ -182,8 +188,7 @@ def shrink(config: S, factor: float) -> S:
     """
     data = config.model_dump()
     keys = scaled_keys(type(config))
-    train = data.get("train")
-    batch = train["global_batch"] if isinstance(train, dict) else 1  # elsewhere ``train`` is a path, or absent
+    batch = _batch(data)
 
     def scaled(value: Any, key: str, batch: int) -> Any:
         if isinstance(value, (tuple, list)):
@@ -194,11 +199,12 @@ def shrink(config: S, factor: float) -> S:
 
     for key in keys:
         *path, last = key.split(".")
-        inner: Any = data
+        inner, unit = data, batch
         for part in path:
             inner = inner.get(part) or {}
+            unit = _batch(inner, unit)  # of a training within another config
         if last in inner:
-            inner[last] = scaled(inner[last], key, batch)
+            inner[last] = scaled(inner[last], key, unit)
     for changes in data.get("ladder", {}).values():
         own = changes.get("train.global_batch", batch)
         if own != batch:

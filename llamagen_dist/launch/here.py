@@ -225,8 +225,9 @@ def stopped(screen: Screen, what: str) -> SystemExit:
 
 def command() -> str:
     """The command that was typed, to be typed again."""
-    name = Path(sys.argv[0]).name
-    words = ["llamagen"] if name == "llamagen" else [Path(sys.executable).name, "-m", "llamagen_dist.cli"]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    module = "llamagen_dist.cli" if spec is None else spec.name
+    words = ["llamagen"] if Path(sys.argv[0]).name == "llamagen" else [Path(sys.executable).name, "-m", module]
     return shlex.join([*words, *sys.argv[1:]])
 
 

@@ -174,12 +174,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Found:
-    """kind: ``pipeline``, ``sweep``, ``run``, ``evaluation``, ``search``, ``pictures`` or ``scaling``.
+    """kind: ``pipeline``, ``sweep``, ``run``, ``evaluation``, ``search``, ``tokenizers``, ``pictures`` or ``scaling``.
 
     groups: the runs by the folder that they stand in (empty: the folder itself), those of a group from small to large.
     missing: points of a sweep that were never started, where something says what was planned.
     evaluations: results of eval.evaluate by file name.
-    search: what eval.search found.
+    search: what eval.search found. tokenizers: what eval.tokenizers did.
     scaling, left_out: what llamagen scaling fit wrote, left_out of a fit that another one to all runs followed;
         isoflop, advice: what llamagen scaling isoflop and advise wrote. Empty where there is none.
     """
@@ -197,6 +197,7 @@ class Found:
     vocab_size: int | None = None
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
     scaling: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, Any] = field(default_factory=dict)
     isoflop: Mapping[str, Any] = field(default_factory=dict)
@@ -241,19 +242,23 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
             return Found(path, "evaluation", evaluations={path.name: content})
         if {"curves", "best", "metric"} <= content.keys():
             return Found(path, "search", search=content)
+        if content.get("kind") == "tokenizers":
+            return Found(path, "tokenizers", tokenizers=content)
         for name, keys in _STUDIES.items():
             if all(any(key in content for key in names) for names in keys):
                 study: dict[str, Any] = {name: content}
                 return Found(path, "scaling", **study)
         raise UserError(
-            f"{path}: neither a result of eval.evaluate (sets) or eval.search (best) nor of llamagen scaling fit "
-            "(form, params), isoflop (budgets, exponents) or advise (configs, optimum)"
+            f"{path}: neither a result of eval.evaluate (sets), eval.search (best) or eval.tokenizers nor of llamagen "
+            "scaling fit (form, params), isoflop (budgets, exponents) or advise (configs, optimum)"
         )
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a sweep, a pipeline's --out or an evaluation")
     config = _yaml(path / "config.yaml")
     groups = {"": (read_run(path),)} if (path / "metrics.jsonl").exists() else _groups(path)
     evaluations, pictures, search = _evaluations(path), _pictures(path), _object(path / "search.json")
+    compared = _object(path / "results.json")
+    compared = compared if compared.get("kind") == "tokenizers" else {}
     # of a study in configs/pipeline/scaling.yaml's names
     law, left_out, isoflop, advice = (
         _object(path / f"{name}.json") for name in ("scaling", "held-out", "isoflop", "advice")
@@ -262,6 +267,8 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         kind = "pipeline"
     elif [run.folder for runs in groups.values() for run in runs] == [path]:
         kind = "run"
+    elif compared:
+        kind = "tokenizers"
     elif groups or config.get("kind") == "sweep":
         kind = "sweep"
     else:
@@ -284,6 +291,7 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         vocab_size=(json_if_there(path / "tokens/train/manifest.json") or {}).get("vocab_size"),
         evaluations=evaluations,
         search=search,
+        tokenizers=compared,
         scaling=law or left_out,  # until the fit to all runs has followed
         left_out=left_out,
         isoflop=isoflop,

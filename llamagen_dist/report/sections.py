@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import checkpoints, codebook, figures, pictures, search, sweep
+from llamagen_dist.report import checkpoints, codebook, figures, pictures, search, sweep, tokenizers
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -20,6 +20,7 @@ _TITLES = {
     "run": "Run {}",
     "evaluation": "Evaluation {}",
     "search": "Search {}",
+    "tokenizers": "Tokenizers {}",
     "pictures": "Pictures {}",
     "scaling": "Scaling law {}",
 }
@@ -143,6 +144,10 @@ def _search(s: Found) -> Part:
     return (search.facts(s.search), {"curves": search.figure(s.search)}) if s.search else ({}, {})
 
 
+def _tokenizers(s: Found) -> Part:
+    return (tokenizers.facts(s.tokenizers), tokenizers.parts(s.tokenizers)) if s.tokenizers else ({}, {})
+
+
 def _not_alike(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(which file, what differs from the first) of results whose scores are not comparable."""
     (_, first), *others = measured.items()
@@ -256,6 +261,7 @@ _SECTIONS = {
     "samples": _samples,
     "scores": _scores,
     "search": _search,
+    "tokenizers": _tokenizers,
     "scaling": _scaling,
     "isoflop": _isoflop,
     "advice": None,
