@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         check_reference(config, config.reference, images, size)  # hours before it is needed
     if (stored := images.manifest.image_size) is not None and stored < size:
         topology.log0(f"image_size: {config.images} holds {stored} x {stored} pixels, which are enlarged to {size}")
+    if tokenizer.trained_on == images.manifest.fingerprint():
+        topology.log0(f"images: {tokenizer.path} was trained on {config.images}: these scores are not held-out ones")
     Reconstruction(config, topology, tokenizer, images, size).run()
 
 
@@ -95,6 +97,8 @@ class Reconstruction:
         self.config, self.topology, self.tokenizer, self.images, self.size = config, topology, tokenizer, images, size
         tokenizer.model.to(topology.device)
         self.count = min(config.limit or len(images), len(images))
+        known = tokenizer.trained_on
+        self.seen = None if known is None else known == images.manifest.fingerprint()
         self.region = unpadded(images.manifest.padding, size, images.manifest.image_size)
         made_from = {
             "tokenizer_sha256": tokenizer.sha256,
@@ -195,6 +199,7 @@ class Reconstruction:
                 "tokenizer": str(self.config.tokenizer),
                 "image_shards": str(self.config.images),
                 "region": self.region,
+                "trained_on_these_images": self.seen,
                 **({} if self.lpips is None else {"perceptual": self.lpips.record()}),
                 "definitions": {
                     "psnr": "dB, mean over images, 8-bit pictures against the stored originals",
@@ -206,6 +211,8 @@ class Reconstruction:
                     "of these pictures against the originals is the pFID",
                     "region": "(left, top, right, bottom) of the part that is not padding, which alone is compared; "
                     "null: the whole picture",
+                    "trained_on_these_images": "true: these scores are not held-out ones; null: the weights do not say "
+                    "what they were trained on",
                     "codebook_usage": "share of all codes that occur at least once in these images",
                     "codebook_perplexity": "how many codes would do if all were used alike in these images",
                 },

@@ -25,8 +25,10 @@ TINY = {
 """A config's model section: two pixels a token, milliseconds an image."""
 
 
-def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_size: int = 256) -> Path:
-    """sizes: the config's model section, which ``model`` was built from."""
+def save_tokenizer(
+    run: Path, model: VQModel, sizes: Mapping[str, Any], image_size: int = 256, state: Mapping[str, Any] | None = None
+) -> Path:
+    """sizes: the config's model section, which ``model`` was built from. state: for state.json."""
     trained = {
         "kind": "tokenizer",
         "run_dir": "x",
@@ -37,10 +39,12 @@ def save_tokenizer(run: Path, model: VQModel, sizes: Mapping[str, Any], image_si
     }
     entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]
     run.mkdir()
-    store.save(run, 1, entries, {}, Topology(), config_text=dump(build(TokenizerConfigFile, trained, "test")))
+    store.save(run, 1, entries, state or {}, Topology(), config_text=dump(build(TokenizerConfigFile, trained, "test")))
     return run
 
 
-def random_tokenizer(run: Path, sizes: Mapping[str, Any], seed: int, image_size: int = 256) -> Path:
+def random_tokenizer(
+    run: Path, sizes: Mapping[str, Any], seed: int, image_size: int = 256, state: Mapping[str, Any] | None = None
+) -> Path:
     torch.manual_seed(seed)
-    return save_tokenizer(run, build_vq(TokenizerModelSection(**dict(sizes))), sizes, image_size)
+    return save_tokenizer(run, build_vq(TokenizerModelSection(**dict(sizes))), sizes, image_size, state)

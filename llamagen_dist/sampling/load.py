@@ -28,12 +28,14 @@ NEAREST = 3  # names that are offered for an unknown class
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """model: in evaluation mode. image_size: what it was trained on, pixels; None for a bare weights file."""
+    """model: in evaluation mode. Of what it was trained on, None where nothing says it, as for a bare weights file:
+    image_size, pixels; trained_on, the fingerprint of the image shards."""
 
     path: Path
     model: VQModel
     sha256: str
     image_size: int | None
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def load_tokenizer(
         )
     weights.pop(PLAIN_CODES, None)
     fill(model, known | weights, key, path)
-    return Tokenizer(path, model.eval(), checkpoint.identity, image_size)
+    return Tokenizer(path, model.eval(), checkpoint.identity, image_size, checkpoint.state.get("data"))
 
 
 def _section_of_file(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ TOKENIZER = {
 }
 
 
-def tokenizer_run(folder: Path, seed: int, **changes: object) -> Path:
-    return random_tokenizer(folder, TOKENIZER | changes, seed, SIZE)
+def tokenizer_run(folder: Path, seed: int, state: Mapping[str, Any] | None = None, **changes: object) -> Path:
+    return random_tokenizer(folder, TOKENIZER | changes, seed, SIZE, state)
 
 
 def make_work(folder: Path) -> Path:

@@ -231,3 +231,14 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
 def test_images_that_are_stored_smaller_are_said_to_be_enlarged(work, tmp_path):
     said = quietly(reconstruct.main, words(work, tmp_path / "out", "image_size=32", "limit=2", kind="reconstruct"))
     assert "holds 16 x 16 pixels, which are enlarged to 32" in said
+
+
+@pytest.mark.parametrize(("data", "seen"), [("these", True), ("others", False), (None, None)])
+def test_images_that_the_tokenizer_was_trained_on_are_said_to_be(work, tmp_path, data, seen):
+    fingerprint = open_shards(work / "images").manifest.fingerprint()
+    state = {} if data is None else {"data": fingerprint if data == "these" else "0" * 16}
+    tokenizer = tokenizer_run(tmp_path / "tokenizer", 0, state=state)
+    arguments = words(work, tmp_path / "out", "limit=2", f"tokenizer={tokenizer}", kind="reconstruct")
+    said = quietly(reconstruct.main, arguments)
+    assert read(tmp_path / "out" / "record.json")["trained_on_these_images"] is seen
+    assert ("these scores are not held-out ones" in said) == (seen is True)

@@ -65,11 +65,13 @@ def test_usage_is_sorted_and_dead_codes_are_counted(run):
     assert f"as evenly as {perplexity:.0f} codes" in text
     assert f"{np.log2(perplexity):.2f} bits of a token's {np.log2(6):.2f} are used" in text
     assert "So few tokens" not in text
+    assert "What helps stands in" in text
     look(run, counts=np.full(6, 3))  # the twin: a codebook that is used evenly, and of few tokens
     assert figures(run)["how often a code was chosen"]["shaded"] is None
     text = words(run)
     assert "none dead" in text
     assert "So few tokens cannot show every code that is alive." in text
+    assert "What helps stands in" not in text
 
 
 def test_codes_lie_on_the_map_by_use(run):
