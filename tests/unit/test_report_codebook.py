@@ -13,7 +13,7 @@ from llamagen_dist.models.fixed_codebooks import FSQ
 from llamagen_dist.report import codebook
 from llamagen_dist.report.collect import collect
 from tests.unit.quickstart_folder import lines_of, write_lines, write_tokenizer
-from tests.unit.report_pages import inside, section, series, table, text_of
+from tests.unit.report_pages import described, inside, section, series, table, text_of
 
 COUNTS = np.array([40, 0, 10, 2, 0, 12], np.int64)
 FLAT = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [0.5, 0.5]], np.float32)
@@ -47,6 +47,17 @@ def test_an_older_run_has_its_page_without_them(run):
     assert "dead" not in words(run)
     write_lines(run / "metrics.jsonl", [line for line in lines_of(run / "metrics.jsonl") if "val_loss" not in line])
     assert "Is the codebook in use?" not in words(run), "nothing at all was recorded"
+
+
+def test_the_page_begins_with_what_a_tokenizer_is_for(run):
+    page = described(run)
+    (first,) = [b["text"] for b in page["blocks"] if b["block"] == "markdown"]
+    assert "come back from their tokens with a PSNR of **25.5 dB**; 88% of the codes are in use." in first
+    (numbers,) = [
+        dict((label, value) for label, value, _ in b["rows"]) for b in page["blocks"] if b["block"] == "numbers"
+    ]
+    assert (numbers["Held-out PSNR"], numbers["Codes in use"]) == ("25.5 dB", "88%")
+    assert "Held-out loss" not in numbers, "a squared error says little to a reader"
 
 
 def test_usage_is_sorted_and_dead_codes_are_counted(run):
