@@ -40,13 +40,19 @@ class Attention(nn.Module):
         self.n_head, self.n_kv, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.wqkv = nn.Linear(config.dim, config.dim + 2 * self.n_kv * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (Norm(self.head_dim, config.norm_eps) for _ in range(2))
         self.dropout = nn.Dropout(config.resid_dropout_p)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, dim = x.shape
         q, k, v = self.wqkv(x).split([dim, self.n_kv * self.head_dim, self.n_kv * self.head_dim], dim=-1)
-        q = rotate(q.view(batch, length, self.n_head, self.head_dim), table)
-        k = rotate(k.view(batch, length, self.n_kv, self.head_dim), table)
+        q = q.view(batch, length, self.n_head, self.head_dim)
+        k = k.view(batch, length, self.n_kv, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, table), rotate(k, table)
         v = v.view(batch, length, self.n_kv, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         k, v = (part.repeat_interleave(self.n_head // self.n_kv, dim=1) for part in (k, v))
@@ -115,7 +121,7 @@ class PlainGPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.table = rotary_table(config)
+        self.table, self.z_loss = rotary_table(config), config.z_loss
 
     def forward(self, tokens: Tensor, condition: Condition) -> Tensor:
         """Logits (B, N, V) in fp32."""
@@ -129,7 +135,10 @@ class PlainGPT(nn.Module):
 
     def loss(self, tokens: Tensor, condition: Condition) -> Tensor:
         logits = self(tokens, condition)
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens.flatten())
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens.flatten())
+        if self.z_loss:
+            loss = loss + self.z_loss * logits.logsumexp(-1).square().mean()
+        return loss
 
 
 def padding_mask(present: Tensor, tokens: int) -> Tensor:

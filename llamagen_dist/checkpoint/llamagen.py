@@ -22,6 +22,7 @@ from llamagen_dist.config import TokenizerModelSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import cut_short
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.initial import added_by, options_in
 from llamagen_dist.models.quantizer import SIGNATURE
 from llamagen_dist.models.sizes import BETA_EMBEDDING, GPT_SIZES, TARGET_POSITIONS
 from llamagen_dist.models.vq import VQ_SIZES, VQConfig, VQModel
@@ -229,8 +230,13 @@ def incomplete(weights: Mapping[str, Tensor]) -> str | None:
         return first_difference(shapes, _expected(weights, kind, own), "this tokenizer")
     layers = 1 + max((int(name.split(".")[1]) for name in shapes if re.match(r"layers\.\d+\.", name)), default=0)
     dim = shapes["tok_embeddings.weight"][1]
-    # one head: the number of heads shows in no shape; the two widths that are free are then taken from the layers
-    expected = _expected(weights, kind, {"n_layer": layers, "n_head": 1, "dim": dim, "multiple_of": 1})
+    # one head, unless QK-norm shows their width: the number of heads shows in no other shape; the two widths that are
+    # free are then taken from the layers
+    own = {"n_layer": layers, "n_head": 1, "dim": dim, "multiple_of": 1, "qk_norm": "qk_norm" in options_in(shapes)}
+    if own["qk_norm"]:
+        head = next(shape[0] for name, shape in shapes.items() if added_by(name) == "qk_norm")
+        own["n_head"] = dim // head if dim % head == head % 4 == 0 else 1
+    expected = _expected(weights, kind, own)
     for part, free in (("attention.wqkv", 0), ("feed_forward.w1", 0), ("feed_forward.w3", 0), ("feed_forward.w2", 1)):
         names = [f"layers.{layer}.{part}.weight" for layer in range(layers)]
         width = next((shapes[name][free] for name in names if len(shapes.get(name, ())) == 2), 0)

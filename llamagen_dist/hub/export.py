@@ -152,7 +152,8 @@ def _image_tokens(run: Path, trained: GPTConfigFile) -> int:
 def plain_config(config: GPTConfig) -> dict[str, Any]:
     """Everything that plain.GPT reads, nothing left to a default."""
     names = ["n_layer", "n_head", "dim", "ffn_dim", "vocab_size", "image_tokens", "condition", "num_classes"]
-    names += ["prefix_rotation", "norm_eps", "rope_base", *(["caption_dim"] if config.condition == "text" else [])]
+    names += ["prefix_rotation", "qk_norm", "norm_eps", "rope_base"]
+    names += ["caption_dim"] if config.condition == "text" else []
     values = {name: getattr(config, name) for name in names}
     return {**values, "n_kv_head": config.kv_heads, "prefix_tokens": config.prefix}
 

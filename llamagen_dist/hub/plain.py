@@ -50,10 +50,15 @@ class Attention(nn.Module):
         self.n_head, self.n_kv, self.head_dim = config.n_head, config.n_kv_head, config.dim // config.n_head
         self.wqkv = nn.Linear(config.dim, (self.n_head + 2 * self.n_kv) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) for _ in range(2))
+        self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.n_head, self.n_kv, self.n_kv], dim=2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.transpose(1, 2) for part in (rotate(q, table), rotate(k, table), v))
         k, v = (part.repeat_interleave(self.n_head // self.n_kv, dim=1) for part in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

@@ -34,7 +34,7 @@ def parameters(config: GPTConfig, tensor: int = 1) -> dict[str, int]:
         "feed-forward": config.n_layer * 3 * d * f,
         **({"beta embedding": WAVES * d + d * d} if config.guidance == "free" else {}),
         **({"target positions": config.image_tokens * d} if config.order == "rar" else {}),
-        "norms": (2 * config.n_layer + 1) * d,
+        "norms": (2 * config.n_layer + 1) * d + (2 * config.n_layer * config.head_dim if config.qk_norm else 0),
         "head": config.vocab_size * d,
     }
     return {name: count if name in REPLICATED else count // tensor for name, count in whole.items()}

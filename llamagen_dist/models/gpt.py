@@ -23,10 +23,13 @@ What a block keeps for the backward pass, for B samples of S positions (eager; t
 * in fp32: B S (2 + n_head) numbers (of norms and of attention's softmax);
 * the dropout masks: 1 byte for every element of the two outputs, B S dim each, where its probability is above 0.
 
-A recomputed block keeps x only: B S dim. With attn_dropout_p > 0 attention keeps B n_head S^2 probabilities more.
+A recomputed block keeps x only: B S dim. With attn_dropout_p > 0 attention keeps B n_head S^2 probabilities more. With
+QK-norm a block keeps the rotated q and k beside what they were: B S (dim + kv_dim) numbers more, and B S (n_head +
+kv_heads) in fp32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +45,7 @@ from llamagen_dist.models.dropout import Randomness, threshold
 from llamagen_dist.models.guidance_free import BetaEmbedding, mixed
 from llamagen_dist.models.initial import initial_weight, null_caption
 from llamagen_dist.models.layers import Embedding, Linear, RMSNorm
-from llamagen_dist.models.loss import TokenNLL, token_nll, weighted_nll
+from llamagen_dist.models.loss import LogPartition, TokenNLL, ZLoss, token_nll, weighted_nll, weighted_nll_and_z
 from llamagen_dist.models.positions import angles_of, own_angles, rotary_table, rows_of, sequence_order
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.models.target_positions import TargetPositions
@@ -69,6 +72,9 @@ class Attention(nn.Module):
         self.first_head = 0
         self.wqkv = Linear(config.dim, config.dim + 2 * config.kv_dim)
         self.wo = Linear(config.dim, config.dim)
+        # None, not an empty module: a model without them has the names and the order of the released weights
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -86,7 +92,10 @@ class Attention(nn.Module):
         random: this layer's dropout, in training.
         past: keys and values of the positions before, which grow by these.
         """
-        q, k, v = ops.split_and_rotate(self.wqkv(x), table, self.group, self.head_dim)
+        norms = None  # their weights are used in the operation that also rotates; the modules themselves never run
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = ops.HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        q, k, v = ops.split_and_rotate(self.wqkv(x), table, self.group, self.head_dim, norms)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         causal = mask is None
         if past is not None:
@@ -185,8 +194,8 @@ class GPT(nn.Module):
     dropout_seed: of the dropout masks.
     recompute_every: 0 keeps all activations for the backward pass; k recomputes blocks 0, k, 2k, … there from their
         inputs, with the same numbers.
-    token_nll, gather_vocabulary: seams for tensor parallelism, where the head yields this rank's slice of the
-        vocabulary; the first computes the loss from slices, the second makes the logits whole.
+    token_nll, log_partition, gather_vocabulary: seams for tensor parallelism, where the head yields this rank's slice
+        of the vocabulary; the first two compute the loss from slices, the third makes the logits whole.
     """
 
     rotary: Tensor
@@ -207,6 +216,7 @@ class GPT(nn.Module):
         self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.token_nll: TokenNLL = token_nll
+        self.log_partition: LogPartition = partial(torch.logsumexp, dim=-1)
         self.gather_vocabulary: Callable[[Tensor], Tensor] = lambda logits: logits
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GPT":
@@ -336,13 +346,25 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
-        """Mean nats per token (0-d fp32); in eval mode the validation loss.
+        """Mean nats per token (0-d fp32); in eval mode the validation loss, while training z-loss included.
 
         tokens, condition, sample_ids, positions: as in ``forward``.
         weights: (B,), of each sample in the mean; 0 leaves it out, and all 0 give 0.
         beta: (B,) fp32, of ``guidance: free``: the loss is that of beta x conditional + (1 - beta) x null logits, with
             no gradient through the null ones, which are computed as in sampling (beta 1, no dropout). None: beta is 1.
         """
+        return self.loss_and_z(tokens, condition, sample_ids, weights, positions, beta)[0]
+
+    def loss_and_z(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        sample_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        positions: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(``loss``, the mean squared log-partition in it, unweighted and without a gradient; None where it is not)."""
         null = None
         if beta is not None:
             with torch.no_grad():
@@ -357,7 +379,10 @@ class GPT(nn.Module):
         if weights is not None:
             each = each * weights[:, None]
         each = each / each.sum().clamp(min=1.0)
-        return weighted_nll(logits, tokens.flatten(), each.flatten(), self.token_nll)
+        rows = logits, tokens.flatten(), each.flatten(), self.token_nll
+        if self.config.z_loss and self.training:
+            return weighted_nll_and_z(*rows, ZLoss(self.config.z_loss, self.log_partition))
+        return weighted_nll(*rows), None
 
     def null_condition(self, condition: Condition) -> Condition:
         """The null class, or the null caption (with the caption's padding, as LlamaGen does), for each sample."""

@@ -1,10 +1,26 @@
 """Initial weights and buffers as pure functions of (seed, name): any rank can make any piece of a model."""
 
+import re
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from llamagen_dist import prng
 from llamagen_dist.models.sizes import BETA_EMBEDDING, TARGET_POSITIONS, GPTConfig
+
+ADDED = {"qk_norm": r"layers\.\d+\.attention\.[qk]_norm\.weight"}
+"""Option of GPTConfig -> the parameters, by a pattern of their names, that a model has with it and not without."""
+
+
+def added_by(name: str) -> str | None:
+    """The option of ADDED without which the parameter ``name`` does not exist."""
+    return next((option for option, pattern in ADDED.items() if re.fullmatch(pattern, name)), None)
+
+
+def options_in(names: Collection[str]) -> set[str]:
+    """The options of ADDED that a model with these parameters was built with."""
+    return {option for name in names if (option := added_by(name)) is not None}
 
 
 def initial_weight(config: GPTConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ names ending in ``_i`` are of one sample there.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,11 +147,23 @@ def is_whole(x: Tensor, product: Tensor) -> bool:
 # --- q, k and v from their common projection, rotated ---
 
 
-def split_and_rotate_formula(fused: Tensor, table: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+class HeadNorms(NamedTuple):
+    """QK-norm: weights (head_dim,) of the RMSNorm of every head of q and of k, before the rotation."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def split_and_rotate_formula(
+    fused: Tensor, table: Tensor, group: int, head_dim: int, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     # [q | k | v] in the ratio group : 1 : 1, on a tensor-parallel rank too, which has its share of each
     kv_width = fused.shape[-1] // (group + 2)
     parts = fused.split([group * kv_width, kv_width, kv_width], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+    if norms is not None:
+        q, k = rms_norm_formula(q, norms.q, norms.eps), rms_norm_formula(k, norms.k, norms.eps)
     return _rotated(q, table), _rotated(k, table), v
 
 
@@ -162,17 +174,23 @@ def _rotated(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def split_and_rotate(fused: Tensor, table: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(
+    fused: Tensor, table: Tensor, group: int, head_dim: int, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, S, heads, head_dim) of each position, q and k rotated in fp32 and cast back.
 
-    fused: (B, S, width), rows [q | k | v]. Outside of compiled code all three lie in its memory, rotated in place, and
-        it must not be used again; autograd would keep it beside two copies.
+    fused: (B, S, width), rows [q | k | v]. Outside of compiled code and without norms all three lie in its memory,
+        rotated in place, and it must not be used again; autograd would keep it beside two copies.
     table: (S, head_dim / 2, 2) or (B, S, …), cos and sin of the pairs (2p, 2p + 1).
     group: query heads per key head.
+    norms: of q and k, None: they are only rotated.
     """
     if torch.compiler.is_compiling():
-        return split_and_rotate_formula(fused, table, group, head_dim)
+        return split_and_rotate_formula(fused, table, group, head_dim, norms)
     rotary = torch.view_as_complex(table).unsqueeze(-2).expand(len(fused), -1, -1, -1)
+    if norms is not None:
+        q, k, v = _NormAndRotate.apply(fused, rotary, (fused.shape[-1] // (group + 2), head_dim), *norms)
+        return q, k, v
     q, k, v = _SplitAndRotate.apply(fused, rotary, fused.shape[-1] // (group + 2), head_dim)
     return q, k, v
 
@@ -204,6 +222,63 @@ class _SplitAndRotate(torch.autograd.Function):
             _rotate(k_i, back_i, grad_k_i)
         grad_v.copy_(gradients[2])
         return whole.flatten(-2), None, None, None
+
+
+class _NormAndRotate(torch.autograd.Function):
+    """As _SplitAndRotate, q and k normalised per head before. What they were is kept for that, so they get memory of
+    their own, beside one number a head and position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fused: Tensor, rotary: Tensor, widths: tuple[int, int], q_weight: Tensor, k_weight: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        """widths: of k, or v, and of a head."""
+        kv_width, head_dim = widths
+        heads = fused.detach().unflatten(-1, (-1, head_dim))
+        x = heads[..., : heads.shape[-2] - kv_width // head_dim, :]
+        queries = x.shape[-2] - kv_width // head_dim
+        weight = _per_head(q_weight, k_weight, queries, x.shape[-2])
+        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+        inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        for x_i, inverse_i, rotary_i, out_i in _samples(x, inverse, rotary, out):
+            torch.linalg.vector_norm(x_i, dim=-1, keepdim=True, dtype=torch.float32, out=inverse_i)
+            inverse_i.square_().div_(head_dim).add_(eps).rsqrt_()
+            if out_i.dtype == torch.float32:
+                torch.mul(x_i, inverse_i, out=out_i).mul_(weight)
+            else:  # rounded to x's type before the weight, as the formula says
+                torch.mul((x_i * inverse_i).type_as(x), weight, out=out_i)
+            _rotate(out_i, rotary_i, out_i)
+        ctx.save_for_backward(fused, rotary, inverse, q_weight, k_weight)
+        return out[..., :queries, :], out[..., queries:, :], heads[..., x.shape[-2] :, :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Rotated back, then as _RMSNorm.backward for every head."""
+        fused, rotary, inverse, q_weight, k_weight = ctx.saved_tensors
+        sizes = [gradient.shape[-2] for gradient in gradients]
+        queries, rotated = sizes[0], sizes[0] + sizes[1]
+        heads = fused.unflatten(-1, (-1, gradients[0].shape[-1]))
+        weight = _per_head(q_weight, k_weight, queries, rotated).float()
+        whole, grad_weight = heads.new_empty(heads.shape), torch.zeros_like(weight)
+        back = rotary.conj()
+        per_sample = _samples(heads[..., :rotated, :], inverse, back, *gradients[:2], whole[..., :rotated, :])
+        for x_i, inverse_i, back_i, q_i, k_i, grad_i in per_sample:
+            gradient_i = torch.empty_like(x_i, dtype=torch.float32, memory_format=torch.contiguous_format)
+            _rotate(q_i, back_i, gradient_i[..., :queries, :])
+            _rotate(k_i, back_i, gradient_i[..., queries:, :])
+            normed = x_i * inverse_i
+            product = normed * gradient_i
+            grad_weight += product.flatten(0, -3).sum(0)
+            mean = product.mul_(weight).mean(-1, keepdim=True)
+            torch.mul(gradient_i.mul_(weight).addcmul_(normed, mean, value=-1.0), inverse_i, out=grad_i)
+        whole[..., rotated:, :].copy_(gradients[2])
+        grad_q, grad_k = (part.sum(0) for part in grad_weight.split([queries, sizes[1]]))
+        return whole.flatten(-2), None, None, grad_q.type_as(q_weight), grad_k.type_as(k_weight), None
+
+
+def _per_head(q_weight: Tensor, k_weight: Tensor, queries: int, rotated: int) -> Tensor:
+    """(rotated, head_dim): a norm's weight for each of the ``queries`` heads of q and the rest, of k."""
+    return torch.cat([q_weight.expand(queries, -1), k_weight.expand(rotated - queries, -1)])
 
 
 def _rotate(x: Tensor, rotary: Tensor, out: Tensor) -> None:

@@ -72,6 +72,12 @@ class GPTOptions:
     """``dropout``: LlamaGen's, conditions are dropped in training (``class_dropout_p``), and sampling guides with two
     passes. ``free``: guidance-free training (Chen et al. 2025, arXiv 2501.15420): the model learns to be guided by any
     strength ``beta``, and sampling takes one pass with a ``beta``."""
+    qk_norm: bool = False
+    """Queries and keys pass an RMSNorm per head before they are rotated, which bounds attention's logits: higher
+    learning rates stay stable. Adds ``q_norm`` and ``k_norm`` to every block; released weights have neither."""
+    z_loss: Annotated[float, Ge(0)] = 0.0
+    """Weight, usually 1e-4, of the mean squared log-partition of the logits in the training loss, which keeps them from
+    drifting. ``loss`` and ``val_loss`` stay without it; ``z_loss`` in the metrics is that mean, unweighted."""
 
 
 @dataclass(frozen=True)

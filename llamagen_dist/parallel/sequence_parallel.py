@@ -93,6 +93,11 @@ def copy(x: Tensor, t: Topology) -> Tensor:
     return _Exchange.apply(x, _same, partial(_all_reduce, t=t))
 
 
+def total(x: Tensor, t: Topology) -> Tensor:
+    """The sum over the tensor-parallel ranks, of which every rank computes the same; the gradient is each part's."""
+    return _Exchange.apply(x, partial(_all_reduce, t=t), _same)
+
+
 def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
 
@@ -107,6 +112,15 @@ def share_input_reduction(model: GPT, topology: Topology) -> None:
     for block in blocks:
         block.attention_norm.register_forward_hook(hook)
         block.ffn_norm.register_forward_hook(hook)
+
+
+def share_head_norms(model: GPT, topology: Topology) -> None:
+    """Norms of q and k, whose weights every rank has, saw this rank's heads only: their gradients are summed."""
+    blocks: Any = model.layers
+    for block in blocks:
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            if norm is not None:
+                norm.weight.register_hook(partial(_all_reduce, t=topology))
 
 
 def install(model: GPT, topology: Topology) -> None:

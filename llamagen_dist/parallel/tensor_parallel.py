@@ -60,6 +60,16 @@ def _blocks(split: Split, size: int, group: int) -> list[int]:
     return [group * unit, unit, unit]
 
 
+def apart(name: str, full: Tensor, group: int = 1) -> tuple[Tensor, ...]:
+    """The matrices that a weight which can be split consists of, as views: q, k and v of a fused one, else itself.
+
+    name, full, group: as in ``cut``.
+    """
+    split = split_of(name)
+    assert split is not None, name
+    return full.split(_blocks(split, full.shape[split.dim], group), split.dim)
+
+
 def cut(name: str, full: Tensor, tensor: int, rank: int, group: int = 1) -> Tensor:
     """The part of a full tensor that tensor-parallel rank ``rank`` of ``tensor`` holds.
 
@@ -70,7 +80,7 @@ def cut(name: str, full: Tensor, tensor: int, rank: int, group: int = 1) -> Tens
     split = split_of(name)
     if split is None or tensor == 1:
         return full
-    blocks = full.split(_blocks(split, full.shape[split.dim], group), split.dim)
+    blocks = apart(name, full, group)
     return torch.cat([block.chunk(tensor, split.dim)[rank] for block in blocks], split.dim).contiguous()
 
 
@@ -79,7 +89,7 @@ def merge(name: str, pieces: list[Tensor], group: int = 1) -> Tensor:
     split = split_of(name)
     if split is None or len(pieces) == 1:
         return pieces[0]
-    blocks = [piece.split(_blocks(split, piece.shape[split.dim], group), split.dim) for piece in pieces]
+    blocks = [apart(name, piece, group) for piece in pieces]
     return torch.cat([b[i] for i in range(len(blocks[0])) for b in blocks], split.dim).contiguous()
 
 
@@ -141,6 +151,7 @@ def apply(model: GPT, topology: Topology, sequence: bool = False) -> GPT:
         sequence_parallel.install(model, topology)
     else:
         sequence_parallel.share_input_reduction(model, topology)
+    sequence_parallel.share_head_norms(model, topology)
     layers.use_split_vocabulary(model)
     return model
 
@@ -222,6 +233,12 @@ class _MegatronLayers:
         def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
             return vocab_parallel_cross_entropy(logits.float().contiguous(), tokens)
 
+        def log_partition(logits: Tensor) -> Tensor:
+            largest = logits.detach().amax(dim=-1)
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.topology.tp_group)
+            parts = (logits - largest[:, None]).exp().sum(dim=-1)
+            return largest + sequence_parallel.total(parts, self.topology).log()
+
         # mcore's own gathering allocates on a GPU, whatever the tensors are on
         def gather(logits: Tensor) -> Tensor:
             parts = [
@@ -230,7 +247,7 @@ class _MegatronLayers:
             torch.distributed.all_gather(parts, logits.detach().contiguous(), group=self.topology.tp_group)
             return torch.cat(parts, dim=-1)
 
-        model.token_nll = token_nll
+        model.token_nll, model.log_partition = token_nll, log_partition
         model.gather_vocabulary = gather
 
 

@@ -32,6 +32,7 @@ class Layout:
     recompute_every: int = 0
     sequence: bool = False
     ema: int = 0
+    muon: bool = False
 
     @property
     def bytes(self) -> int:
@@ -42,6 +43,19 @@ class Layout:
 def kept_whole(config: GPTConfig) -> int:
     """Parameters that ZeRO-3 leaves on every rank: vectors, which cost more to gather than they save."""
     return parameters(config)["norms"]
+
+
+def by_muon(config: GPTConfig, tensor: int = 1) -> int:
+    """Parameters that have one moment in place of two where ``optim.kind`` is muon: the matrices of the blocks."""
+    groups = parameters(config, tensor)
+    return groups["attention"] + groups["feed-forward"]
+
+
+def orthogonalizing(config: GPTConfig, layout: Layout) -> int:
+    """Bytes of Muon's update: this rank's pieces on their way out, those that came in for its share of the matrices,
+    and the four tensors of the largest one (itself, two of the products, the next)."""
+    largest = 4 * config.dim * max(config.ffn_dim, config.dim + 2 * config.kv_dim)
+    return (2 * -(-by_muon(config, layout.tensor) // layout.data) + largest) * FP32 if layout.muon else 0
 
 
 def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
@@ -55,6 +69,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
     count = total_parameters(config, layout.tensor)
     share = -(-count // layout.data)  # rounded up: the flat state is padded to a multiple of the ranks
     optimizer = count if layout.zero == 0 else share
+    single = by_muon(config, layout.tensor) if layout.muon else 0
     weights = count
     if layout.zero == 3:
         whole = kept_whole(config)
@@ -67,7 +82,7 @@ def state(config: GPTConfig, layout: Layout) -> dict[str, int]:
         "weights": weights * layout.bytes,
         "gradients": gradients,
         "masters": 0 if layout.zero == 0 else share * FP32,
-        "moments": 2 * optimizer * FP32,
+        "moments": (2 * optimizer - (single if layout.zero == 0 else -(-single // layout.data))) * FP32,
         "ema": optimizer * FP32 * layout.ema,
     }
 
@@ -148,6 +163,12 @@ def block_kept(config: GPTConfig, layout: Layout) -> list[Kept]:
         ]
     else:
         attention.append(Kept("log-sum-exp", length * config.n_head // t, FP32))
+    if config.qk_norm:
+        attention += [
+            # written-out attention has counted the q and k that it multiplies, and not what the norms keep of them
+            Kept("q and k before their norm", length * (d + kv * (2 if explicit else 1)) // t, b),
+            Kept("1/rms of q and k", length * (config.n_head + config.kv_heads) // t, FP32),
+        ]
     feed_forward = [Kept(name, length * f // t, b) for name in ("w1 output", "w3 output")]
     return [
         *norm("attention norm"),
@@ -235,12 +256,13 @@ def per_rank(config: GPTConfig, layout: Layout) -> dict[str, int]:
     passing = buffers["passing"]
     if layout.zero == 1:  # comes after the backward pass, in the place of what that has freed
         passing = max(0, passing - sum(computing.values()))
+    passing += max(0, orthogonalizing(config, layout) - passing - sum(computing.values()))  # later still
     return {**state(config, layout), "buckets": buffers["lasting"] + passing, **computing}
 
 
-def checkpoint_bytes(config: GPTConfig, ema: int) -> int:
-    """On disk: fp32 masters, two Adam moments and so many moving averages, whole, whatever the layout."""
-    return total_parameters(config) * FP32 * (3 + ema)
+def checkpoint_bytes(config: GPTConfig, ema: int, muon: bool = False) -> int:
+    """On disk: fp32 masters, their moments and so many moving averages, whole, whatever the layout."""
+    return (total_parameters(config) * (3 + ema) - (by_muon(config) if muon else 0)) * FP32
 
 
 def validation_bytes(config: GPTConfig, layout: Layout, batch: int) -> int:

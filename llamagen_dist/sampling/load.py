@@ -19,6 +19,7 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.data.shards import manifest_of
 from llamagen_dist.errors import UserError
 from llamagen_dist.models.gpt import GPT, GPTConfig
+from llamagen_dist.models.initial import ADDED, options_in
 from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology
@@ -192,6 +193,13 @@ def load_gpt(
         num_classes=num_classes,
         tensors=shapes,
     )
+    for option in ADDED:
+        there = option in options_in(shapes)
+        if there != bool(getattr(config, option)):
+            raise UserError(
+                f"checkpoint: {path} was trained with{'' if there else 'out'} {option}; say so with "
+                f"model.{option}={str(there).lower()}"
+            )
     model = GPT(config)
     fill(model, checkpoint.read_all(), "checkpoint", path)
     classes = checkpoint.classes or (manifest.classes if manifest else None)

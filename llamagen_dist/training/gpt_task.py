@@ -44,8 +44,10 @@ class Objective(nn.Module):
         sample_ids: Tensor | None,
         positions: Tensor | None = None,
         beta: Tensor | None = None,
-    ) -> Tensor:
-        return self.model.loss(tokens, condition, sample_ids, positions=positions, beta=beta)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``GPT.loss``; with z-loss, while training, also its mean squared log-partition."""
+        loss, z = self.model.loss_and_z(tokens, condition, sample_ids, positions=positions, beta=beta)
+        return loss if z is None else (loss, z)
 
 
 def training_condition(model: GPT, batch: TokenBatch) -> Condition:
@@ -163,7 +165,7 @@ class GPTTask:
             self.model.target_positions.shown = not self.order.settled(images_seen)
 
     def step(self, batch: TokenBatch, images_seen: int) -> Mapping[str, Tensor]:
-        """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr."""
+        """loss (mean nats per token of this rank's share), grad_norm (before clipping), lr; with z-loss z_loss."""
         return self._step(batch, images_seen)
 
     def rehearse(self, batch: TokenBatch, images_seen: int) -> None:
@@ -174,7 +176,7 @@ class GPTTask:
         self.engine.module.train()
         self._stand_at(images_seen)
         pieces = batch.split(self.micro)  # equal (divide_batch), so the mean of their mean losses is the batch's
-        total = torch.zeros((), device=self.topology.device)
+        total, squares = (torch.zeros((), device=self.topology.device) for _ in range(2))
         for number, piece in enumerate(pieces, 1):
             piece = piece.to(self.topology.device)
             tokens, order = piece.tokens, None
@@ -184,13 +186,18 @@ class GPTTask:
             with self.engine.micro_step(last=number == len(pieces)):
                 condition, beta = training_condition(self.model, piece), training_beta(self.model, piece, self.seed)
                 loss = self.engine.module(tokens, condition, piece.positions, order, beta)
+                loss, z = loss if isinstance(loss, tuple) else (loss, None)
                 self.engine.backward(self.guard.track_loss(loss, piece.samples) / len(pieces))
             total += loss.detach() / len(pieces)
+            if z is not None:
+                squares += z / len(pieces)
         with self.clock.part("optimizer"):
             norm = self.engine.step(images_seen, self.guard.check_finite)
         self._stand_at(images_seen + self.config.train.global_batch)
+        z_weight = self.model.config.z_loss
         return {
-            "loss": total,
+            "loss": total - z_weight * squares if z_weight else total,
+            **({"z_loss": squares} if z_weight else {}),
             "grad_norm": norm,
             "lr": torch.tensor(optimizers.learning_rate(self.config.optim, images_seen)),
         }

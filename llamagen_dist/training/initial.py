@@ -1,8 +1,9 @@
 """init_from: a new run that starts from other weights. What may differ between the two, what may not, and why.
 
 May differ: the classes (rows are kept by name), the image size (no weight depends on the number of tokens), the
-dropouts, the layout. The optimizer's state is fresh and images_seen is 0. Refused: another tokenizer, another kind of
-condition, other sizes.
+dropouts, the layout. An option that adds parameters (models/initial.py, ADDED) may be switched on: they start as in a
+fresh run. The optimizer's state is fresh and images_seen is 0. Refused: another tokenizer, another kind of condition,
+other sizes, such an option switched off.
 """
 
 import json
@@ -23,7 +24,7 @@ from llamagen_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llamagen_dist.errors import UserError
 from llamagen_dist.files import read_json, write_text
 from llamagen_dist.models.gpt import GPT
-from llamagen_dist.models.initial import is_neutral
+from llamagen_dist.models.initial import added_by, is_neutral, options_in
 from llamagen_dist.models.sizes import GPTConfig
 from llamagen_dist.parallel.tensor_parallel import Source
 from llamagen_dist.parallel.topology import Topology
@@ -42,7 +43,7 @@ class Initial:
     record: dict[str, Any]
     """What state.json and record.json say of it."""
     fresh: Source
-    """What the source lacks, all of it neutral (models/initial.py), starts from here."""
+    """What the source lacks (models/initial.py) starts from here."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The full fp32 tensor that the parameter or buffer ``name`` starts from."""
@@ -89,11 +90,13 @@ def _initial(
         record["class_rows"] = list(rows)
     before = f"{grid[0]}x{grid[1]}" if grid else "any number of"
     now = f"{manifest.grid[0]}x{manifest.grid[1]}" if manifest.grid else str(model.image_tokens)
+    neutral = "".join(f"; {name} is new and starts neutral" for name in new if is_neutral(name))
     topology.log0(
         f"{label}: weights of {folder or path} (sha256 {source.identity[:12]}…), from {before} to {now} tokens per "
-        f"image; optimizer and image count start fresh{''.join(f'; {name} is new and starts neutral' for name in new)}"
-        f"{classes}"
+        f"image; optimizer and image count start fresh{neutral}{classes}"
     )
+    for option in sorted(options_in(new)):
+        topology.log0(f"{label}: the parameters of model.{option} are not there and start as in a fresh run")
     return Initial(source, rows, record, fresh_weights(model, config.train.seed))
 
 
@@ -110,7 +113,7 @@ def _tokenizer_of(source: Checkpoint) -> tuple[str | None, Sequence[int] | None]
 
 
 def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest: Manifest) -> list[str]:
-    """Raises UserError unless the source fits. Returns the parameters that it lacks and that start neutral."""
+    """Raises UserError unless the source fits. Returns the parameters that it lacks and that it may lack."""
     path, shapes = source.path, source.shapes
     kind, wanted = llamagen.kind_of(shapes), f"{model.condition}-conditional GPT"
     if kind == "tokenizer":
@@ -136,7 +139,8 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(model).state_dict().items()}
     if (table := llamagen.CLASSES) in shapes:  # the number of classes may differ
         expected[table] = (shapes[table][0], *expected[table][1:])
-    new = [name for name in expected if name not in shapes and is_neutral(name)]
+    options = options_in(expected) - options_in(shapes)
+    new = [name for name in expected if name not in shapes and (is_neutral(name) or added_by(name) in options)]
     known = {name: shape for name, shape in expected.items() if name not in new}
     problem = llamagen.first_difference(shapes, known, "this run's model")
     if problem is not None:

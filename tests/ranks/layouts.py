@@ -104,21 +104,30 @@ def local(batch: TokenBatch, dp_rank: int, share: int) -> TokenBatch:
     return batch.rows(slice(dp_rank * share, (dp_rank + 1) * share))
 
 
-def steps(task: GPTTask, first: int, last: int, shift: int = 0) -> list[tuple[float, float]]:
-    """(mean loss over the ranks, gradient norm) of steps first … last - 1; shift moves this rank's samples."""
+def steps(
+    task: GPTTask, first: int, last: int, shift: int = 0, squares: list[tuple[float, ...]] | None = None
+) -> list[tuple[float, float]]:
+    """(mean loss over the ranks, gradient norm) of steps first … last - 1; shift moves this rank's samples.
+
+    squares: gets the means of z_loss, where there is one.
+    """
     found = []
     share = task.topology.per_rank_batch(BATCH)
     for number in range(first, last):
         batch = global_batch(number * BATCH + shift, task.config.model.condition == "text")
         metrics = task.step(local(batch, task.topology.dp_rank, share), number * BATCH)
         found.append((float(task.topology.mean(metrics["loss"])), float(metrics["grad_norm"])))
+        if squares is not None and "z_loss" in metrics:
+            squares.append((float(task.topology.mean(metrics["z_loss"])),))
     return found
 
 
 def train(layout: Layout, *settings: str, **options: Any) -> dict[str, Any]:
     task = make_task(layout, *settings, **options)
+    squares: list[tuple[float, ...]] = []
     result: dict[str, Any] = {
-        "losses": steps(task, 0, STEPS),
+        "losses": steps(task, 0, STEPS, squares=squares),
+        "z": squares,
         "validation": task.validate(),
         "dp_rank": task.topology.dp_rank,
         "tp_rank": task.topology.tp_rank,
@@ -130,7 +139,7 @@ def train(layout: Layout, *settings: str, **options: Any) -> dict[str, Any]:
     return result
 
 
-def worst(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+def worst(left: list[tuple[float, ...]], right: list[tuple[float, ...]]) -> float:
     return max(abs(a - b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
 
 

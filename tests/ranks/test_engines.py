@@ -102,6 +102,51 @@ def test_a_model_that_was_never_whole_equals_one_that_was():
         assert pieces == whole, layout
 
 
+SWITCHES = ("model.qk_norm=true", "model.n_kv_head=2", "model.z_loss=0.02", "optim.clip=5")
+
+
+@pytest.fixture(scope="module")
+def switched() -> dict[str, Any]:
+    return run_ranks(train, 1, SERIAL, *SWITCHES)[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    mostly_long(
+        *(Layout(2, 1, 0), Layout(2, 2, 0), Layout(4, 2, 2), Layout(2, 2, 0, True), Layout(4, 2, 3)),
+        Layout(2, 2, 3, True),
+        Layout(2, 1, 3),
+        quick=[Layout(2, 2, 0, True), Layout(2, 1, 3)],
+    ),
+)
+def test_the_norms_of_q_and_k_and_the_z_loss_split_alike(serial, switched, layout):
+    """Norms see their rank's heads only, the log-partition its rank's part of the vocabulary."""
+    assert worst(switched["losses"], serial["losses"]) > 100 * TOLERANCE, "they must be on"
+    results = run_ranks(train, layout.ranks, layout, *SWITCHES, "compute.recompute_every=1", "train.micro_batch=3")
+    for result in results:
+        assert worst(result["losses"], switched["losses"]) < TOLERANCE
+        assert worst(result["z"], switched["z"]) < 100 * TOLERANCE, "squares of numbers near 5, summed in fp32"
+        assert abs(result["validation"]["val_loss"] - switched["validation"]["val_loss"]) < TOLERANCE
+        assert result["replicas"] == results[0]["replicas"], "copies of a weight must stay equal to the last bit"
+
+
+def train_without_the_other_ranks(what: str) -> dict[str, list[tuple[float, ...]]]:
+    task, squares = make_task(Layout(2, 2, 0), *SWITCHES), []
+    if what == "losses":
+        for layer in task.model.layers:
+            layer.attention.q_norm.weight._backward_hooks.clear()
+    else:
+        task.model.log_partition = lambda logits: logits.clone().logsumexp(-1)
+    return {"losses": steps(task, 0, STEPS, squares=squares), "z": squares}
+
+
+@pytest.mark.parametrize("what", ["losses", "z"])
+def test_a_switch_that_forgets_the_other_ranks_is_noticed(switched, what):
+    """Norms that sum only their own heads' gradients; a log-partition of a part of the vocabulary."""
+    found = run_ranks(train_without_the_other_ranks, 2, what)[0]
+    assert worst(found[what], switched[what]) > (20 if what == "losses" else 10_000) * TOLERANCE
+
+
 @pytest.mark.long
 def test_eight_ways_where_the_heads_allow_it():
     settings = ("model.n_head=8",)

@@ -278,7 +278,7 @@ BUDGETS = {
     "prng": 110,
     "models": 2345,
     "config": 2475,
-    "parallel": 1840,
+    "parallel": 2190,
     "build": 120,
     "data": 4710,
     "checkpoint": 1575,

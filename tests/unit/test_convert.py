@@ -1,6 +1,7 @@
 """``llamagen convert``: every container both ways, bytes kept; sizes and kinds told apart and refused by key."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from tests.checkpoints import read_weights
 
 def tiny(condition: str = "class") -> dict[str, Tensor]:
     torch.manual_seed(0)
-    config = GPTConfig(2, 2, 16, vocab_size=32, image_tokens=4, num_classes=3, caption_dim=8, condition=condition)  # type: ignore[arg-type]
-    return GPT(config).state_dict()
+    sizes: dict[str, Any] = {"vocab_size": 32, "image_tokens": 4, "num_classes": 3, "caption_dim": 8}
+    sizes |= {"condition": "class", "qk_norm": True} if condition == "normed" else {"condition": condition}
+    return GPT(GPTConfig(2, 2, 16, **sizes)).state_dict()
 
 
 def on_meta(name: str, condition: str = "class") -> dict[str, Tensor]:
@@ -124,6 +126,8 @@ def tiny_tokenizer() -> dict[str, Tensor]:
         ("class", ["layers.0."], "layers.0.attention.wqkv.weight is missing, and 6 more"),
         ("class", ["layers.1.feed_forward.w2"], "layers.1.feed_forward.w2.weight is missing"),
         ("class", ["output.weight"], "a GPT that lacks output.weight"),
+        ("normed", ["layers.1.attention.k_norm"], "layers.1.attention.k_norm.weight is missing"),
+        ("normed", [], ""),
         ("class", ["cls_embedding."], "a GPT that lacks cls_embedding.embedding_table.weight or"),
         ("text", ["cls_embedding.cap_proj.fc2"], "cls_embedding.cap_proj.fc2.weight is missing"),
         ("vq", ["encoder.norm_out.weight"], "encoder.norm_out.weight is missing"),

@@ -78,9 +78,11 @@ def evaluation(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def text_run(folder: Path) -> None:
     sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "dim": 32, "multiple_of": 16, "condition": "text"}
-    sizes |= {"prefix_tokens": 6, "caption_dim": 24, "prefix_rotation": "identity"}
+    sizes |= {"prefix_tokens": 6, "caption_dim": 24, "prefix_rotation": "identity", "qk_norm": True}
     model = GPT(GPTConfig(**sizes, vocab_size=64, image_tokens=16, num_classes=0)).initialize(3)
     torch.nn.init.normal_(model.output.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    for layer in model.layers:
+        torch.nn.init.uniform_(layer.attention.q_norm.weight, 0.5, 2, generator=torch.Generator().manual_seed(2))
     trained = {"kind": "gpt", "run_dir": "x", "model": sizes, "data": {"train": "gone", "validation": "gone"}}
     config = build(GPTConfigFile, trained | {"train": {"images": 256}}, "test")
     entries = [replicated("weights", name, tensor) for name, tensor in model.state_dict().items()]

@@ -13,7 +13,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models import dropout, ops
 from llamagen_dist.models.dropout import Randomness
 from llamagen_dist.models.gpt import GPT, GPTConfig
-from llamagen_dist.models.loss import token_nll, weighted_nll
+from llamagen_dist.models.loss import ZLoss, token_nll, weighted_nll, weighted_nll_and_z
 from tests.plain_gpt import PlainGPT
 from tests.unit.test_gpt import NO_DROPOUT
 
@@ -21,10 +21,17 @@ TOKENS = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(0))
 LABELS, IDS = torch.tensor([0, 3, 9, 10]), torch.tensor([5, 6, 7, 2**33])
 
 
+QK_NORM = {"qk_norm": True, "n_kv_head": 2, "z_loss": 0.1}
+
+
 def small(**options) -> GPT:
     config = {"n_layer": 4, "n_head": 4, "dim": 64, "vocab_size": 96, "image_tokens": 16, "num_classes": 10}
     model = GPT(GPTConfig(**{**config, "multiple_of": 32, "initializer_range": 0.2, **options})).initialize(1).train()
     torch.nn.init.normal_(model.output.weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):  # not 1, which would hide where they are multiplied
+                p.copy_(torch.linspace(0.5, 2.0, len(p)) + (name.count("k_norm") + int(name.split(".")[1])) / 8)
     return model
 
 
@@ -40,7 +47,9 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 # --- recomputation ---
 
 
-@pytest.mark.parametrize("options", [{}, {"attn_dropout_p": 0.2, "n_kv_head": 2}, {"drop_path_rate": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_dropout_p": 0.2, "n_kv_head": 2}, {"drop_path_rate": 0.3}, QK_NORM], ids=str
+)
 def test_recomputation_changes_no_bit(options):
     model = small(**options)
     loss, gradients = step(model)
@@ -95,8 +104,8 @@ def test_recomputation_keeps_little_more_than_the_blocks_inputs():
     assert saved_bytes(model) < 0.7 * everything
 
 
-def saved_bytes_of_blocks(layers: int) -> int:
-    return layers * (saved_bytes(small(n_layer=2)) - saved_bytes(small(n_layer=1)))
+def saved_bytes_of_blocks(layers: int, **options: bool) -> int:
+    return layers * (saved_bytes(small(n_layer=2, **options)) - saved_bytes(small(n_layer=1, **options)))
 
 
 def test_a_block_keeps_what_its_file_says():
@@ -106,6 +115,8 @@ def test_a_block_keeps_what_its_file_says():
     rows = length * batch * (2 + heads)
     masks = 2 * length * batch * dim
     assert saved_bytes_of_blocks(1) == 4 * (elements + rows) + masks
+    normed = length * batch * (2 * dim + 2 * heads)
+    assert saved_bytes_of_blocks(1, qk_norm=True) == 4 * (elements + rows + normed) + masks
 
 
 def test_a_pass_changes_no_module():
@@ -139,13 +150,13 @@ def test_the_formulas_for_compilation_are_the_eager_ones(monkeypatch):
     """Eagerly run: masks to the bit, and everything else to rounding."""
     x, y = torch.randn(4, 16, 64), random_of().at(3)
     kept = y.kept(x, 0.1, 0)
-    loss, gradients = step(small())
+    steps = [step(small()), step(small(**QK_NORM))]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert torch.equal(y.kept(x, 0.1, 0), kept)
     assert not torch.equal(y.kept(x, 0.1, 1), kept)
-    again, plain = step(small())
-    assert abs(again - loss) < 1e-6
-    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(plain, gradients, strict=True))
+    for (loss, gradients), (again, plain) in zip(steps, [step(small()), step(small(**QK_NORM))], strict=True):
+        assert abs(again - loss) < 1e-6
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(plain, gradients, strict=True))
 
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch):
@@ -190,10 +201,11 @@ def test_grouped_heads_equal_repeated_ones(kv_heads):
 
 @torch.no_grad()
 def test_grouped_heads_have_a_smaller_cache():
-    model = small(n_kv_head=1).eval()
-    logits, cache = model.prefill(LABELS)
-    found = [logits, *(model.decode(TOKENS[:, t], cache) for t in range(15))]
-    assert torch.allclose(torch.stack(found, 1), model(TOKENS, LABELS), atol=1e-4)
+    for options in ({}, QK_NORM):
+        model = small(**{**options, "n_kv_head": 1}).eval()
+        logits, cache = model.prefill(LABELS)
+        found = [logits, *(model.decode(TOKENS[:, t], cache) for t in range(15))]
+        assert torch.allclose(torch.stack(found, 1), model(TOKENS, LABELS), atol=1e-4)
     assert cache.layers[0]._keys.shape == (4, 1, 16, 16)
 
 
@@ -201,7 +213,7 @@ def test_grouped_heads_have_a_smaller_cache():
 
 
 def test_loss_and_gradients_equal_a_plain_implementation():
-    for options in ({}, {"n_kv_head": 2}):
+    for options in ({}, {"n_kv_head": 2}, {"qk_norm": True}, QK_NORM):
         model = small(**NO_DROPOUT, **options)
         plain = PlainGPT(model.config)
         plain.load_state_dict(model.state_dict())
@@ -210,19 +222,33 @@ def test_loss_and_gradients_equal_a_plain_implementation():
         assert abs(loss - expected.detach()) < 1e-5
         for one, other in zip(gradients, torch.autograd.grad(expected, list(plain.parameters())), strict=True):
             assert (one - other).abs().max() < 1e-4 * other.abs().max()
+    plain.z_loss = 0.0
+    assert abs(loss - plain.loss(TOKENS, LABELS)) > 1e-2, "sabotage twin: z-loss forgotten"
+    model.eval()
+    assert abs(model.loss(TOKENS, LABELS) - plain.loss(TOKENS, LABELS)) < 1e-5, "no validation loss has it"
+    plain.layers[1].attention.q_norm.weight.data.add_(0.1)
+    assert abs(model.loss(TOKENS, LABELS) - plain.loss(TOKENS, LABELS)) > 1e-4, "sabotage twin: another norm"
 
 
-@pytest.mark.parametrize("part", ["rms_norm", "gated", "split_and_rotate"])
+@pytest.mark.parametrize("part", ["rms_norm", "gated", "split_and_rotate", "norm_and_rotate"])
 def test_written_gradients_are_true(part):
     """Against finite differences, in the precision they compute in."""
     draw = torch.Generator().manual_seed(0)
     table = torch.randn(3, 2, 2, generator=draw)
-    shapes = {"rms_norm": [(2, 3, 8), (8,)], "gated": [(2, 3, 8)] * 2, "split_and_rotate": [(2, 3, 16)]}[part]
+    shapes = {
+        "rms_norm": [(2, 3, 8), (8,)],
+        "gated": [(2, 3, 8)] * 2,
+        "split_and_rotate": [(2, 3, 16)],
+        "norm_and_rotate": [(2, 3, 16), (4,), (4,)],
+    }[part]
     inputs = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
     apply = {
         "rms_norm": lambda x, w: ops.rms_norm(x, w, 1e-5),
         "gated": ops.gated,
         "split_and_rotate": lambda x: torch.cat(ops.split_and_rotate(x * 1.0, table, 2, 4), dim=-2),
+        "norm_and_rotate": lambda x, q, k: torch.cat(
+            ops.split_and_rotate(x * 1.0, table, 2, 4, ops.HeadNorms(q, k, 1e-5)), dim=-2
+        ),
     }[part]
     torch.autograd.gradcheck(apply, inputs, eps=1e-2, atol=2e-2, rtol=2e-2)
     with pytest.raises(RuntimeError):
@@ -290,6 +316,26 @@ def test_the_chunked_loss_equals_cross_entropy(monkeypatch):
             assert weighted_nll(logits, tokens, weights, nll).item() == pytest.approx(expected.item(), rel=1e-6)
     (off,) = torch.autograd.grad(weighted_nll(leaf * 1.0, tokens.roll(1), weights), leaf)
     assert not torch.allclose(3 * off, wanted, atol=1e-2), "sabotage twin"
+
+
+def test_the_chunked_z_loss_equals_its_formula(monkeypatch):
+    monkeypatch.setattr("llamagen_dist.models.loss.CPU_CHUNK", 4 * 96)
+    draw = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(50, 96, generator=draw) * 5, torch.randint(96, (50,), generator=draw)
+    weights, z = torch.rand(50, generator=draw) / 50, ZLoss(0.1, lambda few: few.logsumexp(-1))
+    plain = logits.clone().requires_grad_()
+    square = (plain.logsumexp(-1).square() * weights).sum()
+    expected = (F.cross_entropy(plain, tokens, reduction="none") * weights).sum() + 0.1 * square
+    (wanted,) = torch.autograd.grad(3 * expected, plain)
+    for nll in (token_nll, lambda few, chosen: token_nll(few, chosen)):  # the second as tensor parallelism plugs in
+        leaf = logits.clone().requires_grad_()
+        loss, squares = weighted_nll_and_z(leaf * 1.0, tokens, weights, nll, z)
+        assert (loss.item(), squares.item()) == pytest.approx((expected.item(), square.item()), rel=1e-6)
+        assert not squares.requires_grad
+        (found,) = torch.autograd.grad(3 * loss, leaf)
+        assert torch.allclose(found, wanted, atol=1e-6)
+    (without,) = torch.autograd.grad(3 * weighted_nll(leaf * 1.0, tokens, weights), leaf)
+    assert not torch.allclose(without, wanted, atol=1e-4), "sabotage twin"
 
 
 def test_logits_exist_once():

@@ -211,6 +211,22 @@ def test_what_cannot_fit_is_refused_with_the_reason(source, sizes, changes, reas
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_option_that_adds_parameters_can_be_switched_on_but_not_off(source, capsys):
+    run, old, sizes = source(), model_of(CLASS), dataclasses.replace(CLASS, qk_norm=True)
+    new = filled(start(run, sizes), sizes)
+    assert "the parameters of model.qk_norm are not there and start as in a fresh run" in capsys.readouterr().out
+    added = {name for name, _ in new.named_parameters()} - {name for name, _ in old.named_parameters()}
+    assert added == {f"layers.{n}.attention.{x}_norm.weight" for n in (0, 1) for x in "qk"}
+    for name, p in new.named_parameters():
+        assert torch.equal(p, torch.ones(8) if name in added else old.get_parameter(name)), name
+    torch.save({"model": {n: t for n, t in new.state_dict().items() if "1.attention.q_" not in n}}, run / "gap.pt")
+    with pytest.raises(UserError, match=r"layers\.1\.attention\.q_norm\.weight is missing"):
+        start(run / "gap.pt", sizes)
+    torch.save({"model": new.state_dict()}, run / "on.pt")
+    with pytest.raises(UserError, match=r"layers\.0\.attention\.q_norm\.weight does not belong to this run's model"):
+        start(run / "on.pt")
+
+
 def test_other_heads_are_refused_though_all_shapes_agree(source):
     sizes = dataclasses.replace(CLASS, n_head=4)
     with pytest.raises(UserError, match=r"model\.n_head 2 and this run 4"):

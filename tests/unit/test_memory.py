@@ -26,6 +26,9 @@ CASES = {
     "guidance-free": replace(SMALL, guidance="free"),
     "random order": replace(SMALL, order="rar"),
     "random order, guidance-free, text": replace(TEXT, order="rar", guidance="free"),
+    "QK-norm": replace(SMALL, qk_norm=True),
+    "QK-norm, grouped heads": replace(SMALL, qk_norm=True, n_kv_head=2),
+    "QK-norm, attention dropout": replace(SMALL, qk_norm=True, attn_dropout_p=0.1),
 }
 
 
@@ -70,6 +73,7 @@ def test_a_wrong_count_is_noticed():
         (SMALL, replace(layout, recompute_every=3)),
         (SMALL, replace(layout, micro=4)),
         (replace(SMALL, n_layer=5), layout),
+        (replace(SMALL, qk_norm=True), layout),
     ):
         assert counted(config, other) != pytest.approx(measured, rel=0.05), (config, other)
 
