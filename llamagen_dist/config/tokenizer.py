@@ -129,6 +129,13 @@ class TokenizerConfigFile(TrainingConfig):
             raise ValueError("\n".join(problems))
         return loss
 
+    @field_validator("optim")
+    @classmethod
+    def _no_blocks(cls, optim: OptimSection) -> OptimSection:
+        if optim.kind == "muon":
+            raise ValueError("kind: muon trains the matrices of a GPT's blocks, and a tokenizer has none; use adamw")
+        return optim
+
     @field_validator("parallel")
     @classmethod
     def _no_split(cls, parallel: ParallelSection) -> ParallelSection:

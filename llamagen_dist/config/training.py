@@ -65,11 +65,21 @@ class GPTTrainSection(TrainSection):
 class OptimSection(Section):
     """Adam (tokenizer) or AdamW (GPT), with LlamaGen's defaults (paper section 3.1)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """``muon``, of a GPT: the matrices of the blocks are trained by Muon, whose updates are orthogonal, everything else
+    by AdamW. Usually fewer images for the same loss; its update costs a fixed time, so it wants large batches."""
     lr: PositiveFloat = 1e-4
+    muon_lr: PositiveFloat | None = None
+    """Muon's rate at the top of the schedule, which it shares. Empty: ``lr``, as its updates are scaled to AdamW's."""
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: CountFloat = 0.05
-    """Applied to matrices only (two or more dimensions), as LlamaGen does."""
+    """Of matrices only (two or more dimensions), as LlamaGen does; those of the blocks and the head where the keys
+    below say otherwise for the rest."""
+    embedding_decay: CountFloat | None = None
+    """Of embeddings; empty: ``weight_decay``."""
+    norm_decay: CountFloat = 0.0
+    bias_decay: CountFloat = 0.0
     clip: CountFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     schedule: Literal["constant", "warmup", "cosine", "wsd"] = "constant"
@@ -109,6 +119,8 @@ class OptimSection(Section):
             yield "schedule: cosine goes with cosine_images > 0, and the others with cosine_images: 0"
         if self.schedule == "cosine" and self.cosine_images <= self.warmup_images:
             yield "cosine_images must lie behind the warm-up"
+        if self.muon_lr is not None and self.kind != "muon":
+            yield f"muon_lr: kind: {self.kind} has no Muon; set kind: muon beside it, or leave it out"
         if self.final_lr > self.lr:
             yield "final_lr must not be above lr"
         if self.cooldown_images and self.cooldown_from < self.warmup_images:

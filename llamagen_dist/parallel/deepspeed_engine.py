@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamagen_dist.config import OptimSection
-from llamagen_dist.parallel import ema
+from llamagen_dist.parallel import ema, muon
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.buckets import LARGEST_BUCKET
 from llamagen_dist.parallel.entries import Sharding, TensorEntry, all_entries
@@ -141,15 +141,21 @@ class DeepSpeedEngine:
         copies = {}
         if precision == "bf16" and exact is None:
             copies = {name: p.detach().to("cpu", copy=True) for name, p in self.plain.named_parameters()}
+        optimizer = optimizers.build(self.plain, optim)
         self._engine, _, _, _ = deepspeed.initialize(
             model=called if called is not None else self.plain,
-            optimizer=optimizers.build(self.plain, optim),
+            optimizer=optimizer,
             config=self._settings(precision, micro_batch, accumulation),
             mpu=_ModelParallelUnit(topology) if topology.tensor > 1 else None,
             dist_init_required=False,
         )
         self.module: nn.Module = self._engine
         self.state = ZeroState(self._engine.optimizer, self.plain, stage, topology, self.averages)
+        if isinstance(optimizer, muon.Muon):
+            narrow = precision == "bf16" and topology.device.type == "cuda"
+            optimizer.orthogonalize = self.state.orthogonalize(
+                self.shapes, query_group, torch.bfloat16 if narrow else torch.float32
+            )
         if precision == "bf16":
             self._unround(copies, exact)
 
@@ -217,8 +223,7 @@ class DeepSpeedEngine:
         over them, DeepSpeed itself leaves weights and moments alone (0.19.8: all stages, fp32 and bf16), so
         ``check_finite`` can come after it.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = optimizers.learning_rate(self.optim, images_seen)
+        optimizers.set_learning_rate(self._engine.optimizer.param_groups, self.optim, images_seen)
         self._engine.step()
         # left on the device: ``check_finite`` waits for it together with the losses
         norm = torch.as_tensor(self._engine.get_global_grad_norm()).detach().to(torch.float32, copy=True)
@@ -241,7 +246,7 @@ class DeepSpeedEngine:
 
     def entries(self) -> list[TensorEntry]:
         """fp32 masters, averages and Adam moments, gathered one at a time over data- and tensor-parallel ranks."""
-        return all_entries(self.plain, self._entry, self.averages)
+        return all_entries(self.plain, self._entry, self.averages, partial(optimizers.moments, self.optim))
 
     def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t = self.topology

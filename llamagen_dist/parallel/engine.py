@@ -119,10 +119,10 @@ class TorchEngine:
                 # a resume would not be bit-equal to the same step of an uninterrupted run.
                 find_unused_parameters=True,
             )
-        self.optimizer = optimizers.build(self.plain, optim)
-        for p in self.plain.parameters():
+        self.optimizer = optimizers.build(self.plain, optim, topology, query_group)
+        for name, p in self.plain.named_parameters():
             if p.requires_grad:
-                self.optimizer.state[p] = optimizers.fresh_state(p)
+                self.optimizer.state[p] = optimizers.fresh_state(p, optimizers.moments(optim, name))
                 self.optimizer.state[p] |= {key: p.detach().clone() for key in self.averages}
 
     def micro_step(self, last: bool) -> AbstractContextManager[object]:
@@ -155,8 +155,7 @@ class TorchEngine:
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
         if self.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = optimizers.learning_rate(self.optim, images_seen)
+        optimizers.set_learning_rate(self.optimizer.param_groups, self.optim, images_seen)
         self.optimizer.step()
         self.discard()
         ema.update(self.optimizer.state, self.ema_decay)
@@ -183,7 +182,10 @@ class TorchEngine:
 
     def entries(self) -> list[TensorEntry]:
         """Weights, buffers, Adam moments and moving averages, merged over the tensor-parallel ranks."""
-        return all_entries(self.plain, self._entry, self.averages, self.group, self.optimizer_group)
+        return all_entries(self.plain, self._entry, self.averages, self._moments, self.group, self.optimizer_group)
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        return optimizers.moments(self.optim, name)
 
     def _entry(self, group: str, key: str, name: str, p: Tensor, kind: str | None) -> TensorEntry:
         t, tensor = self.topology, p if kind is None else self.optimizer.state[p][kind]
@@ -220,6 +222,6 @@ class TorchEngine:
             "weights": sum(p.nbytes for p in parameters),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "masters": 0,
-            "moments": sum(state[m].nbytes for state in states for m in optimizers.MOMENTS),
+            "moments": optimizers.moment_bytes(states),
             "ema": sum(state[key].nbytes for state in states for key in self.averages),
         }

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamagen_dist.parallel.optim import MOMENTS
-
 
 @dataclass(frozen=True)
 class Sharding:
@@ -96,13 +94,16 @@ def all_entries(
     module: nn.Module,
     entry: Callable[[str, str, str, Tensor, str | None], TensorEntry],
     averaged: Sequence[str],
+    moments: Callable[[str], Sequence[str]],
     group: str = "weights",
     optimizer_group: str = "optimizer",
 ) -> list[TensorEntry]:
     """What a checkpoint holds of a module and its optimizer, in the order of its parameters, the same on all ranks.
 
-    entry(group, key, name, parameter, kind): of one tensor; kind: None for the weight, else a key of Adam's state.
+    entry(group, key, name, parameter, kind): of one tensor; kind: None for the weight, else a key of the optimizer's
+        state.
     averaged: keys of the moving averages, which are also their file families.
+    moments(name): keys of the moments that the optimizer's state has of a parameter.
     group, optimizer_group: file families.
     """
     entries: list[TensorEntry] = []
@@ -110,7 +111,7 @@ def all_entries(
         entries.append(entry(group, name, name, p, None))
         if p.requires_grad:
             entries += [entry(key, name, name, p, key) for key in averaged]
-            entries += [entry(optimizer_group, f"{moment}/{name}", name, p, moment) for moment in MOMENTS]
+            entries += [entry(optimizer_group, f"{moment}/{name}", name, p, moment) for moment in moments(name)]
     # buffers are not trained and have no average; a copy stands with each, so that the average is a whole model
     return entries + [one for family in (group, *averaged) for one in buffers(family, module)]
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llamagen_dist.parallel import muon
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.topology import Topology
 
@@ -31,13 +32,18 @@ class ZeroState:
     ) -> None:
         self._zero, self._stage, self._topology, self._averages = optimizer, stage, topology, averages
         self._inner: torch.optim.Optimizer = optimizer.optimizer
+        self._module = module
+        groups = self._inner.param_groups
         if stage == 3:
             self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
+            groups = [groups[optimizer.sub_group_to_group_id[i]] for i in range(len(self.flats))]
         else:
-            self.flats = [p for group in self._inner.param_groups for p in group["params"]]
+            self.flats = [p for group in groups for p in group["params"]]  # one of each group
+        self._by_muon = [flat for flat, g in zip(self.flats, groups, strict=True) if g.get(muon.ORTHOGONAL)]
         # torch's Adam makes its state in the first step; a resume writes into it before that
         for flat in self.flats:
-            self._inner.state[flat] = optimizers.fresh_state(flat)
+            moments = (muon.MOMENT,) if any(flat is one for one in self._by_muon) else optimizers.MOMENTS
+            self._inner.state[flat] = optimizers.fresh_state(flat, moments)
             self._inner.state[flat] |= {key: flat.detach().clone() for key in averages}
         if stage < 3:  # links every parameter to its span of the state just made, which DeepSpeed does once
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -116,6 +122,46 @@ class ZeroState:
         else:
             utils.safe_set_local_optimizer_state(p, mine, kind)
 
+    def orthogonalize(
+        self, shapes: Mapping[str, tuple[int, ...]], group: int, computed_in: torch.dtype
+    ) -> muon.Orthogonalize:
+        """What makes Muon's updates of the pieces that lie in this rank's partitions.
+
+        shapes: of this tensor-parallel rank's parts, by name.
+        group: query heads per key-value head.
+        computed_in: of the Newton-Schulz steps.
+        """
+        t = self._topology
+        matrices = {name: p for name, p in self._module.named_parameters() if muon.takes(name)}
+        makers = []
+        for flat in self._by_muon:
+            momentum = self._inner.state[flat][muon.MOMENT]
+            # below stage 3 all matrices lie in one partition, or in none of this rank; at stage 3 pieces are never
+            # empty, and the storage tells whose they are
+            here = {
+                name: p
+                for name, p in matrices.items()
+                if self._stage < 3
+                or self._piece(p, muon.MOMENT).untyped_storage().data_ptr() == momentum.untyped_storage().data_ptr()
+            }
+            pieces = [self.local(p, muon.MOMENT) for p in here.values()]
+            spans = [slice(piece.storage_offset(), piece.storage_offset() + piece.numel()) for piece in pieces]
+
+            def sizes(name: str, maker: int, here: Mapping[str, Tensor] = here) -> list[int]:
+                by_rank = dict(self.sizes(here[name]))
+                return [by_rank.get(rank // t.tensor, 0) for rank in range(t.world)]
+
+            shapes_here = {name: shapes[name] for name in here}
+            makers.append((flat, spans, muon.Gathered(shapes_here, sizes, t, group, computed_in)))
+
+        def orthogonalize(stepped: Sequence[Tensor]) -> None:
+            for flat, spans, gathered in makers:
+                if any(flat is one for one in stepped):
+                    assert flat.grad is not None
+                    gathered([flat.grad[span] for span in spans])
+
+        return orthogonalize
+
     def adam_step(self) -> float:
         """Steps that Adam has made, the same for all partitions."""
         return float(self._inner.state[self.flats[0]]["step"])
@@ -157,6 +203,6 @@ class ZeroState:
             "weights": sum(size for at, size in weights.items() if at not in own),
             "gradients": sum(p.grad.nbytes for p in module.parameters() if p.grad is not None),
             "masters": sum(flat.untyped_storage().nbytes() for flat in self.flats),
-            "moments": sum(state[m].nbytes for state in states for m in optimizers.MOMENTS),
+            "moments": optimizers.moment_bytes(states),
             "ema": sum(state[key].nbytes for state in states for key in self._averages),
         }

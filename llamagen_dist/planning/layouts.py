@@ -54,6 +54,7 @@ def at(config: GPTConfigFile, zero: int, tensor: int, data: int, micro: int) -> 
         recompute_every=config.compute.recompute_every,
         sequence=config.parallel.sequence and tensor > 1,  # there is nothing to share out otherwise
         ema=config.ema.averages,
+        muon=config.optim.kind == "muon",
     )
 
 

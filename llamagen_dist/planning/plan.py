@@ -116,7 +116,7 @@ def answer(config: GPTConfigFile, tokens: Tokens, machine: Machine) -> dict[str,
     flops = cost.training_flops_per_image(model)
     seconds = gpu_seconds(model, config, machine)
     groups = cost.parameters(model)
-    disk = memory.checkpoint_bytes(model, config.ema.averages)
+    disk = memory.checkpoint_bytes(model, config.ema.averages, config.optim.kind == "muon")
     return {
         "model": {"size": config.model.size, **asdict(model), "ffn_dim": model.ffn_dim, "prefix": model.prefix},
         "rung": rung,

@@ -65,7 +65,10 @@ def need(name: str, config: Section | None, machine: Machine) -> Need:
         sum(gpu_seconds(model, rung, machine) for model, rung in models) / 3600,
         max((lay.total(model, layout) for model, layout in runnable), default=None),
         all(lay.fits(*pair, machine.device.memory) for pair in runnable) if len(runnable) == len(models) else None,
-        sum(memory.checkpoint_bytes(model, rung.ema.averages) * kept(rung) for model, rung in models),
+        sum(
+            memory.checkpoint_bytes(model, rung.ema.averages, rung.optim.kind == "muon") * kept(rung)
+            for model, rung in models
+        ),
         refused,
     )
 

@@ -16,7 +16,9 @@ KINDS = [{}, {"cfg_scale": 3.0, "top_k": 9}, {"cfg_scale": 3.0, "guidance": "ste
 
 
 def model() -> GPT:
-    config = GPTConfig(2, 4, 32, vocab_size=24, image_tokens=16, num_classes=3, multiple_of=16, n_kv_head=2)
+    config = GPTConfig(
+        2, 4, 32, vocab_size=24, image_tokens=16, num_classes=3, multiple_of=16, n_kv_head=2, qk_norm=True
+    )
     gpt = GPT(config).initialize(0).eval()
     with torch.no_grad():
         for number, weight in enumerate(gpt.parameters()):

@@ -146,7 +146,8 @@ def test_a_text_model_computes_the_same_without_us(work, tmp_path, capsys):
     features = torch.randn(4, 6, 24, generator=draw)
     tokens = torch.randint(64, (4, 16), generator=draw)
     theirs = computed(out, {"tokens": tokens, "features": features, "present": present})
-    assert (theirs["logits"] - model(tokens, (features, present))).abs().max() < 1e-6
+    # fp32 logits up to 5, from q and k that were normalised by other operations
+    assert (theirs["logits"] - model(tokens, (features, present))).abs().max() < 4e-6
     assert torch.equal(theirs["greedy"], generate(model, (features, present), cfg_scale=2.0, temperature=0))
     with torch.no_grad():
         model.layers[1].attention.wo.weight[0, 0] += 0.1

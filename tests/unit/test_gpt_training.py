@@ -156,7 +156,8 @@ def test_the_formulas_for_compilation_are_the_eager_ones(monkeypatch):
     assert not torch.equal(y.kept(x, 0.1, 1), kept)
     for (loss, gradients), (again, plain) in zip(steps, [step(small()), step(small(**QK_NORM))], strict=True):
         assert abs(again - loss) < 1e-6
-        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(plain, gradients, strict=True))
+        for a, b in zip(plain, gradients, strict=True):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max() + 1e-6
 
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch):

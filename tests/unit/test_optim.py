@@ -52,6 +52,6 @@ def test_a_schedule_without_its_lengths_is_refused(settings):
 
 def test_only_matrices_decay():
     module = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
-    matrices, vectors = groups(module, 0.05)
+    matrices, vectors = groups(module, OptimSection())
     assert (matrices["weight_decay"], len(matrices["params"])) == (0.05, 2)
     assert (vectors["weight_decay"], len(vectors["params"])) == (0.0, 3)
