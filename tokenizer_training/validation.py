@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ class ReconstructionFID:
         """rows: which of the images. shown, original: uint8 (B, 3, S, S)."""
         for part, pictures in zip(self._parts, (shown, original), strict=False):
             pieces = pictures.permute(0, 2, 3, 1).contiguous().to(self.topology.device).split(_PIECE)
-            part.add(rows, torch.cat([self.network(piece).pool for piece in pieces]))
+            with _without_tf32():
+                part.add(rows, torch.cat([self.network(piece).pool for piece in pieces]))
 
     def distance(self) -> float:
         """Of all that was added since ``begin`` (collective)."""
@@ -183,6 +185,17 @@ class ReconstructionFID:
                 raise UserError(f"validation.rfid: {error}") from None
 
         return self.topology.broadcast_from_rank0(compare)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Features as eval.reconstruct computes them; a GPU's convolutions round to TF32 otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def read_gaussian(path: Path, of: str, device: torch.device) -> Gaussian | None:
