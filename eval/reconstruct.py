@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     config: ReconstructConfig = load(argv[0], argv[1:], kind="reconstruct")
     topology = start(threads=config.threads)
     full_fp32()  # codes are chosen so
-    tokenizer = load_tokenizer(config.tokenizer, config.model, topology=topology)
+    tokenizer = load_tokenizer(config.tokenizer, config.model, topology=topology, weights=config.weights)
     images, size = open_shards(config.images, "images"), picture_size(config, tokenizer)
     if config.reference is not None:
         check_reference(config, config.reference, images, size)  # hours before it is needed

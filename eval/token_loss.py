@@ -27,7 +27,7 @@ from llamagen_dist.models.loss import token_nll
 from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.report import figures, plots
-from llamagen_dist.sampling.load import fill, open_checkpoint
+from llamagen_dist.sampling.load import WEIGHTS, fill, open_checkpoint
 from llamagen_dist.tracking.provenance import versions
 
 
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     if config.out.suffix != ".json" or config.out.is_dir():
         raise UserError(f"out: {config.out} must name a .json file; the picture is called alike")
     shards = open_shards(config.data, "tokens")
-    which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
-    checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
+    checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, WEIGHTS[config.weights])
     model = load_model(config, checkpoint, shards).to(topology.device)
     count = min(config.limit or len(shards), len(shards))
     shape = (model.config.prefix, model.config.caption_dim) if model.config.condition == "text" else None

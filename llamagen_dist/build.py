@@ -77,6 +77,12 @@ def compile_blocks(model: "GPT", device: "torch.device") -> None:
     model.compile_blocks()
 
 
+def compile_halves(model: "VQModel", device: "torch.device") -> None:
+    """``model.compile_halves()``. Raises UserError, see ``check_compiler``."""
+    check_compiler(device, "compute.compile")
+    model.compile_halves()
+
+
 def check_compiler(device: "torch.device", key: str) -> None:
     """Raises UserError where torch.compile would fail at the first step for want of a C++ compiler. key: that asks."""
     compiler = os.environ.get("CXX", "g++")

@@ -110,11 +110,12 @@ def _check_evaluation(config: GPTConfigFile, tokens: Manifest) -> None:
     drawn, scored = evaluations.sampling(config.evaluation), evaluations.scoring(config.evaluation)
     if (reason := misguided(config.model, drawn.cfg_scale, drawn.beta)) is not None:
         raise UserError(f"evaluation: {reason}")
-    tokenizer = load_tokenizer(drawn.tokenizer, drawn.tokenizer_model, "evaluation.tokenizer", "tokenizer_model")
-    if tokens.tokenizer_sha256 not in (None, tokenizer.sha256):
+    path, made = drawn.tokenizer, tokens.tokenizer_sha256
+    tokenizer = load_tokenizer(path, drawn.tokenizer_model, "evaluation.tokenizer", "tokenizer_model", made=made)
+    if made not in (None, tokenizer.sha256):
         raise UserError(
             f"evaluation.tokenizer: {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one that made the "
-            f"tokens of data.train (sha256 {str(tokens.tokenizer_sha256)[:12]}…); name that one"
+            f"tokens of data.train (sha256 {str(made)[:12]}…); name that one"
         )
     if scored.reference is not None and not scored.reference.exists():
         raise UserError(f"evaluation.reference: {scored.reference} does not exist; name real images, or statistics")

@@ -103,7 +103,7 @@ def tokenizer(config: ExtractConfig, topology: Topology) -> Tokenizer:
                 f"pixels per token of {config.tokenizer}"
             )
 
-    return load_tokenizer(config.tokenizer, config.model, check=fits, topology=topology)
+    return load_tokenizer(config.tokenizer, config.model, check=fits, topology=topology, weights=config.weights)
 
 
 def caption_features(config: ExtractConfig, topology: Topology) -> CaptionFeatures | None:

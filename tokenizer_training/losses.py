@@ -38,6 +38,7 @@ class TokenizerLoss:
     device: of the perceptual network.
     last_layer: the decoder's last weight, which an adaptive weight needs.
     mean: over all ranks (collective).
+    rounded: whether the perceptual network computes in bfloat16; the losses are fp32 in any case.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class TokenizerLoss:
         device: torch.device,
         last_layer: Tensor | None = None,
         mean: Callable[[Tensor], Tensor] = lambda values: values,
+        rounded: bool = False,
     ) -> None:
-        self.section, self.last_layer, self.mean = section, last_layer, mean
+        self.section, self.last_layer, self.mean, self.rounded = section, last_layer, mean, rounded
         self.perceptual: LPIPS | None = None
         without = "set loss.perceptual=none"
         if section.perceptual == "lpips":
@@ -81,7 +83,8 @@ class TokenizerLoss:
         total = sum(codes, looks)
         perceptual = adversarial = ratio = None
         if self.perceptual is not None:
-            perceptual = self.perceptual(reconstruction, images)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.rounded):
+                perceptual = self.perceptual(reconstruction, images)
             looks = looks + s.perceptual_weight * perceptual
             total = total + s.perceptual_weight * perceptual
         if fake_logits is not None:

@@ -1,7 +1,7 @@
 """The tokenizer as a Task: the autoencoder and, from some image on, its discriminator."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamagen_dist import prng
+from llamagen_dist.build import compile_halves
 from llamagen_dist.config import TokenizerConfigFile
 from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.images import load_images, to_floats
@@ -18,6 +19,7 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.models.quantizer import VectorQuantizer
 from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel, to_uint8
+from llamagen_dist.parallel import ema
 from llamagen_dist.parallel import optim as optimizers
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.engine import TorchEngine
@@ -48,10 +50,21 @@ class TokenizerTask:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.share = topology.per_rank_batch(config.train.global_batch)
         self.micro = config.train.micro_batch or self.share
-        self.loss = TokenizerLoss(config.loss, topology.device, model.decoder.conv_out.weight, topology.mean)
+        self.rounded = config.compute.precision == "bf16"
+        last_layer = model.decoder.conv_out.weight
+        self.loss = TokenizerLoss(config.loss, topology.device, last_layer, topology.mean, self.rounded)
         self.entropy = config.loss.entropy_weight > 0
+        model.recompute(config.compute.recompute_every)
+        if config.compute.compile:
+            compile_halves(model, topology.device)
+        self.memory_format = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+        for module in (model, self.loss.perceptual):  # before the optimizer's state, which is laid out alike
+            if module is not None:
+                module.to(memory_format=self.memory_format)
         # no buffer of the generator is a batch statistic: what quantizers keep is summed over the ranks once a step
-        self.generator = TorchEngine(model, config.optim, topology, clock=self.clock, sync_buffers=False)
+        self.generator = TorchEngine(
+            model, config.optim, topology, ema_decay=config.ema.decay, clock=self.clock, sync_buffers=False
+        )
         if topology.dp > 1:
             model.quantize.rank_mean = self._rank_mean
         self.validation = Validation(config, topology, held_out, self.loss.perceptual)
@@ -65,8 +78,9 @@ class TokenizerTask:
             optim = config.optim if d.lr is None else config.optim.model_copy(update={"lr": d.lr})
             check_groups(d, self.share, self.micro)
             size = config.data.image_size
+            network = build_discriminator(d, model.config.image_channels, size, topology.dp_group)
             self.discriminator = TorchEngine(
-                build_discriminator(d, model.config.image_channels, size, topology.dp_group),
+                network.to(memory_format=self.memory_format),
                 optim,
                 topology,
                 group="discriminator",
@@ -91,10 +105,13 @@ class TokenizerTask:
         judged = images_seen >= self.config.loss.discriminator.joins_at
         metrics = self._step(batch, images_seen, self.discriminator if started else None, lazy, judged)
         moved = self.codebook.revive(step, lambda: self._global_rows(batch.images.to(self.topology.device)))
-        if moved is not None:  # what Adam knows of those codes is of others
+        if moved is not None:  # what Adam and the average know of those codes is of others
             for parameter in self.model.quantize.parameters():
-                for moment in optimizers.MOMENTS if parameter in self.generator.optimizer.state else ():
-                    self.generator.optimizer.state[parameter][moment][moved] = 0.0
+                known = self.generator.optimizer.state.get(parameter, {})
+                for moment in optimizers.MOMENTS if parameter.requires_grad else ():
+                    known[moment][moved] = 0.0
+                for average in self.generator.averages if known else ():
+                    known[average][moved] = parameter.detach()[moved]
         return {**metrics, **self.codebook.line(step)} if line_due(self.config, step, after) else metrics
 
     def rehearse(self, batch: ImageBatch, images_seen: int) -> None:
@@ -112,7 +129,7 @@ class TokenizerTask:
     ) -> Mapping[str, Tensor]:
         """against: the discriminator, where it learns; lazy: whether penalties of some steps only are due; judged:
         whether the generator is trained against it yet."""
-        pixels = batch.images.to(self.topology.device)
+        pixels = batch.images.to(self.topology.device, memory_format=self.memory_format)
         self.model.train()
         engines = {"grad_norm": self.generator}
         if against is not None:
@@ -136,15 +153,15 @@ class TokenizerTask:
         with self.clock.part("optimizer"):
             norms = {name: engine.gradient_norm() for name, engine in engines.items()}
             passed = self.guard.check_finite(*norms.values())
+            if (pending := self.model.quantize.pending) is not None:
+                if passed:  # before the update, which takes the codebook into the average
+                    self.model.quantize.absorb(self.topology.sum(pending))
+                pending.zero_()
             for name, engine in engines.items():
                 if passed:
                     engine.update(images_seen, norms[name])
                 else:
                     engine.discard()
-            if (pending := self.model.quantize.pending) is not None:
-                if passed:
-                    self.model.quantize.absorb(self.topology.sum(pending))
-                pending.zero_()
             if against is not None and passed and self.config.loss.discriminator.lecam_weight > 0:
                 logits = self.topology.mean(torch.stack([sums["logits_real"], sums["logits_fake"]]))
                 against.plain.get_buffer("lecam_means").lerp_(logits, 1.0 - self.config.loss.discriminator.lecam_decay)
@@ -157,14 +174,15 @@ class TokenizerTask:
     ) -> tuple[GeneratorLosses, Tensor]:
         """images_seen, first: positions in the run, of the global batch and of the first image."""
         exchange = perturbation(self.config, self.model.quantize, first)
-        reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy, exchange=exchange)
+        with self._autocast():
+            reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy, exchange=exchange)
+            reconstruction, logits = reconstruction.float(), None
+            if against is not None:
+                # The bare module, frozen: the discriminator passes the gradient on and gets none itself.
+                against.plain.requires_grad_(False)
+                (logits,) = against.plain(reconstruction)
+                against.plain.requires_grad_(True)
         self.codebook.count(codes)
-        logits = None
-        if against is not None:
-            # The bare module, frozen: the discriminator passes the gradient on and gets none itself.
-            against.plain.requires_grad_(False)
-            (logits,) = against.plain(reconstruction)
-            against.plain.requires_grad_(True)
         return self.loss.generator(images, reconstruction, codebook, logits, images_seen), reconstruction
 
     def _discriminator_pass(
@@ -177,10 +195,20 @@ class TokenizerTask:
         lazy: bool = False,
     ) -> dict[str, Tensor]:
         penalised = images.detach().requires_grad_() if lazy and self.config.loss.discriminator.r1_weight > 0 else None
-        real, fake = engine.module(images if penalised is None else penalised, reconstruction)
+        with self._autocast():
+            logits = engine.module(images if penalised is None else penalised, reconstruction)
+        real, fake = (each.float() for each in logits)
         loss, terms = self.loss.discriminator(real, fake, penalised, getattr(engine.plain, "lecam_means", None))
         engine.backward(self.guard.track_loss(loss, samples) * share)
         return terms | {"logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def _autocast(self) -> torch.autocast:
+        """Around networks alone: every loss is computed outside, in fp32."""
+        return torch.autocast(self.topology.device.type, torch.bfloat16, enabled=self.rounded)
+
+    def _eager(self) -> AbstractContextManager[object]:
+        """Within it nothing is compiled: another size of batch, or none of the gradients, would take a minute."""
+        return torch.compiler.set_stance("force_eager") if self.config.compute.compile else nullcontext()
 
     def _rank_mean(self, mean: Tensor) -> Tensor:
         """Mean over the ranks. The gradient stays this rank's own: DDP averages it with the others' afterwards."""
@@ -207,13 +235,19 @@ class TokenizerTask:
         quantizer.replace(torch.arange(codes, device=rows.device), rows[order[:codes].to(rows.device)])
         if self.config.model.codebook_init == "kmeans" and isinstance(quantizer, VectorQuantizer):
             kmeans(quantizer, rows)
+        self.restart_average()
+
+    def restart_average(self) -> None:
+        """The moving average begins at the weights as they are, which something else than a step has changed."""
+        ema.restart(self.generator.optimizer.state)
 
     @torch.no_grad()
     def _global_rows(self, batch: Tensor) -> Tensor:
         """The latents of the global batch in its order, as they are compared: fp32 (N, C) (collective)."""
-        latents = [
-            self.model.quantize.prepare(self.model.latents(part)).flatten(0, 2) for part in batch.split(self.micro)
-        ]
+        with self._autocast(), self._eager():
+            latents = [
+                self.model.quantize.prepare(self.model.latents(part)).flatten(0, 2) for part in batch.split(self.micro)
+            ]
         rows = torch.cat(latents)
         if self.topology.dp_group is not None:
             parts = [torch.empty_like(rows) for _ in range(self.topology.dp)]
@@ -221,10 +255,15 @@ class TokenizerTask:
             rows = torch.cat(parts)
         return rows
 
+    def _validated(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that are validated."""
+        return self.generator.averaged() if self.config.validation.weights == "ema" else nullcontext()
+
     def validate(self) -> Mapping[str, float]:
         """Over the held-out images, each counted once on whatever number of ranks (see validation.py)."""
-        scores, histogram = self.validation.measure(self.model, self.clock)
-        self.codebook.look(histogram)
+        with self._validated(), self._eager():  # batches of other sizes, and no gradient
+            scores, histogram = self.validation.measure(self.model, self.clock)
+            self.codebook.look(histogram)
         return scores
 
     @torch.no_grad()
@@ -235,7 +274,8 @@ class TokenizerTask:
             return {}
         pixels = load_images(self.held_out, shown, self.config.data.image_size)
         self.model.eval()
-        reconstruction, _, _ = self.model(to_floats(pixels).to(self.topology.device))
+        with self._validated(), self._eager():
+            reconstruction, _, _ = self.model(to_floats(pixels).to(self.topology.device))
         self.model.train()
         rows = (torch.from_numpy(pixels).permute(0, 3, 1, 2), to_uint8(reconstruction).cpu())
         return {"reconstructions": torch.cat([torch.cat([*images], dim=2) for images in rows], dim=1)}
@@ -255,7 +295,7 @@ class TokenizerTask:
             engine.load_scalars(scalars)
 
     def describe(self) -> Mapping[str, Any]:
-        return {"params": self.parameters, "precision": "fp32", **self.validation.describe()}
+        return {"params": self.parameters, "precision": self.config.compute.precision, **self.validation.describe()}
 
     def describe_quantizer(self) -> str:
         """One line: which one, its size, and which losses of its own it has."""

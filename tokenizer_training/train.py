@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         run.say(task.describe_quantizer())
         if source is None and run.newest is None:  # all its checkpoints are damaged: it begins again
             source = start_from(model, config, topology)
+            task.restart_average()
         note_source(run, source)
         fit(task, stream, config, run)
 

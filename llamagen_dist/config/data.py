@@ -88,6 +88,9 @@ class ExtractConfig(Section):
     """A tokenizer run directory, a checkpoint folder, or a weights file."""
     model: TokenizerModelSection | None = None
     """The tokenizer's sizes, for a bare weights file (a checkpoint knows them itself)."""
+    weights: Literal["trained", "ema"] | None = None
+    """``ema``: the moving average, from a run that was trained with one. Empty: a run's trained weights; of a weights
+    file that holds both, the average, as LlamaGen does. Whoever opens the run for these tokens finds the same ones."""
     images: Location
     """Folder of image shards, or a folder of such folders (train, validation); or one set's ``https://``, ``s3://`` or
     ``pipe:`` source."""

@@ -189,6 +189,9 @@ class ReconstructConfig(Section):
     """A tokenizer run directory, a checkpoint folder, or a weights file."""
     model: TokenizerModelSection | None = None
     """The tokenizer's sizes, for a bare weights file."""
+    weights: Literal["trained", "ema"] | None = None
+    """``ema``: the moving average, from a run that was trained with one. Empty: a run's trained weights; of a weights
+    file that holds both, the average, as LlamaGen does."""
     images: Path
     """Folder of held-out image shards."""
     out: Path

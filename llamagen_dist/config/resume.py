@@ -13,7 +13,7 @@ from llamagen_dist.errors import UserError
 ELASTIC = (
     *("run_dir", "ladder", "parallel", "checkpoint", "guard", "log", "tracking", "evaluation"),
     *("train.micro_batch", "validation.batch", "compute.recompute_every", "compute.compile"),
-    *("validation.rfid", "validation.inception", "validation.lpips"),
+    *("compute.channels_last", "validation.rfid", "validation.inception", "validation.lpips"),
     *("data.workers", "data.cache", "data.cache_gb", "data.stage", "data.allow_pipe"),
 )
 # Moving these leaves a run the same up to where the old schedule and the new one part.

@@ -11,7 +11,13 @@ from llamagen_dist.config.discriminator import DiscriminatorSection
 from llamagen_dist.config.evaluate import InceptionSection, LPIPSSection
 from llamagen_dist.config.model import TokenizerModelSection
 from llamagen_dist.config.section import CountFloat, CountInt, PositiveFloat, PositiveInt, Probability, Section
-from llamagen_dist.config.training import OptimSection, ParallelSection, TrainingConfig, ValidationSection
+from llamagen_dist.config.training import (
+    ComputeSection,
+    OptimSection,
+    ParallelSection,
+    TrainingConfig,
+    ValidationSection,
+)
 
 
 class TokenizerLossSection(Section):
@@ -74,6 +80,21 @@ class CodebookSection(Section):
                 yield f"{key}: needs the counts; set statistics: true beside it"
 
 
+class TokenizerComputeSection(ComputeSection):
+    """How the same numbers are computed. All of it is off by default. Validation is in fp32, and never compiled."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: encoder, decoder, discriminator and the VGG16 of a perceptual loss compute in bfloat16 (autocast).
+    Weights, gradients, moments, the quantizer and every loss stay fp32."""
+    recompute_every: CountInt = 0
+    """Activation checkpointing: 0 none, 1 the activations of every residual and attention block of encoder and decoder
+    are recomputed in the backward pass, k those of every k-th."""
+    compile: bool = False
+    """torch.compile encoder and decoder (needs a C++ compiler on CPU)."""
+    channels_last: bool = False
+    """Keep weights and activations of all convolutions with their channels next to each other in memory."""
+
+
 def misfits(quantizer: str, codes: int, entropy_weight: float, codebook: CodebookSection) -> Iterator[str]:
     """What is asked of a quantizer that cannot do it, a sentence each."""
     if entropy_weight and quantizer in ("fsq", "ifsq"):
@@ -105,6 +126,7 @@ class TokenizerConfigFile(TrainingConfig):
     loss: TokenizerLossSection
     codebook: CodebookSection = CodebookSection()
     validation: TokenizerValidationSection = TokenizerValidationSection()
+    compute: TokenizerComputeSection = TokenizerComputeSection()
     init_from: Path | None = None
     """Start a new run from another tokenizer's weights: a run directory, a step_… folder, or a weights file (released
     ones too, which have no optimizer and no discriminator). Only the weights are taken over; images are counted from
@@ -113,6 +135,8 @@ class TokenizerConfigFile(TrainingConfig):
     def rules(self) -> Iterator[str]:
         if self.init_from is not None and self.model.codebook_init != "random":
             yield "init_from: brings its codes along, which model.codebook_init would replace; set that to random"
+        if self.ema.widths:  # codes that are put elsewhere have no past that could be put together
+            yield "ema.widths: is of a GPT's training; leave it out, and set ema.decay for an average"
         yield from misfits(self.model.quantizer, self.model.codebook_size, self.loss.entropy_weight, self.codebook)
 
     @field_validator("data")

@@ -191,9 +191,6 @@ class ValidationSection(Section):
     """How many held-out images; empty: all of them."""
     batch: PositiveInt = 256
     """Images per rank and forward pass while validating."""
-
-
-class GPTValidationSection(ValidationSection):
     weights: Literal["trained", "ema"] = "trained"
     """``ema``: the loss of the moving average, which at a constant learning rate is less noisy and near that of a run
     that ends there with a cooldown."""
@@ -312,9 +309,26 @@ class TrainingConfig(Section):
     parallel: ParallelSection = ParallelSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    ema: EMASection = Field(default=EMASection(), validate_default=True)
     log: LogSection = LogSection()
     tracking: TrackingSection = TrackingSection()
     guard: GuardSection = GuardSection()
+
+    # Rules between sections belong to the last of them and look at those before it, so that they are heard even where
+    # another section is wrong; pydantic leaves a wrong one out of info.data.
+    @field_validator("ema")
+    @classmethod
+    def _validated_where_there_is_one(cls, ema: EMASection, info: ValidationInfo) -> EMASection:
+        validation = info.data.get("validation")
+        if validation is not None and validation.weights == "ema" and ema.decay == 0:
+            raise ValueError("decay: validation.weights asks for the moving average: set one (such as 0.999)")
+        checkpoint = info.data.get("checkpoint")
+        if ema.widths and checkpoint is not None and not (checkpoint.every_images and checkpoint.keep_every_images):
+            raise ValueError(
+                "widths: other averages are made from those of many checkpoints: set checkpoint.every_images and "
+                "checkpoint.keep_every_images to a sixteenth of train.images or less"
+            )
+        return ema
 
 
 class GPTConfigFile(TrainingConfig):
@@ -324,8 +338,6 @@ class GPTConfigFile(TrainingConfig):
     model: GPTModelSection
     data: TokenDataSection
     train: GPTTrainSection
-    ema: EMASection = Field(default=EMASection(), validate_default=True)
-    validation: GPTValidationSection = GPTValidationSection()
     compute: ComputeSection = ComputeSection()
     init_from: Path | None = None
     """Start a new run from other weights: a run directory, a step_… folder, or a weights file (also LlamaGen's)."""
@@ -338,8 +350,6 @@ class GPTConfigFile(TrainingConfig):
     ladder: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Several runs in one process start: name -> the dotted keys that differ. Each trains in run_dir/NAME."""
 
-    # Rules between sections belong to the last of them and look at those before it, so that they are heard even where
-    # another section is wrong; pydantic leaves a wrong one out of info.data.
     @field_validator("parallel")
     @classmethod
     def _ranks_can_share_the_model(cls, parallel: ParallelSection, info: ValidationInfo) -> ParallelSection:
@@ -363,20 +373,6 @@ class GPTConfigFile(TrainingConfig):
         if order == "raster" and train.anneal_until:
             raise ValueError("anneal_until: belongs to model.order: rar, and the order is raster; leave it out")
         return train
-
-    @field_validator("ema")
-    @classmethod
-    def _validated_where_there_is_one(cls, ema: EMASection, info: ValidationInfo) -> EMASection:
-        validation = info.data.get("validation")
-        if validation is not None and validation.weights == "ema" and ema.decay == 0:
-            raise ValueError("decay: validation.weights asks for the moving average: set one (such as 0.999)")
-        checkpoint = info.data.get("checkpoint")
-        if ema.widths and checkpoint is not None and not (checkpoint.every_images and checkpoint.keep_every_images):
-            raise ValueError(
-                "widths: other averages are made from those of many checkpoints: set checkpoint.every_images and "
-                "checkpoint.keep_every_images to a sixteenth of train.images or less"
-            )
-        return ema
 
     @field_validator("compute")
     @classmethod

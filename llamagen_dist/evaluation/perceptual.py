@@ -82,6 +82,7 @@ class LPIPS(nn.Module):
                 reason = str(error).splitlines()[-1].strip()
                 assert weights is not None
                 raise UserError(_not_vgg16(weights, key, instead, f"features.{number}: {reason}")) from None
+        self.network.net = self.features = _Features(self.network.net)
         self.requires_grad_(False)
         self.train(False)
 
@@ -95,8 +96,17 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Both (B, 3, H, W) in [-1, 1] -> mean distance over the batch, 0-d."""
-        return self.network(images, reconstruction).mean()
+        """Both (B, 3, H, W) in [-1, 1] -> mean distance over the batch, 0-d fp32.
+
+        Under autocast the VGG16 computes in its type, and nothing else does.
+        """
+        kind = images.device.type
+        self.features.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        try:
+            with torch.autocast(kind, enabled=False):
+                return self.network(images.float(), reconstruction.float()).mean()
+        finally:
+            self.features.autocast = None
 
     @torch.no_grad()
     def distances(self, pictures: Tensor, originals: Tensor, region: Region | None = None) -> Tensor:
@@ -124,6 +134,19 @@ class LPIPS(nn.Module):
             "trunk_sha256": self.trunk.sha256,
             "heads": "lpips package, version 0.1, vgg",
         }
+
+
+class _Features(nn.Module):
+    """A trunk whose features are fp32, whatever ``autocast`` it computes them in; None: in fp32."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.autocast: torch.dtype | None = None
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return [feature.float() for feature in self.net(images)]
 
 
 def large_enough(size: int, region: Region | None) -> bool:

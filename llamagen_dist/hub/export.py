@@ -26,7 +26,7 @@ from llamagen_dist.hub.card import Export, card
 from llamagen_dist.hub.scores import held_out_loss, of_images
 from llamagen_dist.models import fixed_codebooks, learned_codebooks, quantizer, quantizers, vq
 from llamagen_dist.models.gpt import GPTConfig
-from llamagen_dist.sampling.load import Tokenizer, load_tokenizer, open_checkpoint, tokenizer_of
+from llamagen_dist.sampling.load import WEIGHTS, Tokenizer, load_tokenizer, maker_of, open_checkpoint, tokenizer_of
 
 FORMAT = 1
 RECORD = "export.json"
@@ -85,15 +85,15 @@ def read_run(
             f"RUN: {path} is not finished (no summary.json){so_far}; finish it, or name the checkpoint to export: "
             f"{checkpoint.folder}"
         )
+    if which is None and trained.ema.decay > 0:
+        which = "ema"
+        checkpoint = open_checkpoint(path, "RUN", which=which)
     if isinstance(trained, TokenizerConfigFile):
         if tokenizer is not None:
             raise UserError(f"--tokenizer: {path} is a tokenizer's run itself")
-        export = Export(run.name, "tokenizer", "weights")
-        _put_tokenizer(export, load_tokenizer(path, key="RUN"))
+        export = Export(run.name, "tokenizer", which or "weights")
+        _put_tokenizer(export, load_tokenizer(path, key="RUN", weights="ema" if which == "ema" else "trained"))
     else:
-        if which is None and trained.ema.decay > 0:
-            which = "ema"
-            checkpoint = open_checkpoint(path, "RUN", which=which)
         export = _gpt_run(checkpoint, trained, run, which or "weights")
         _add_tokenizer(export, checkpoint, trained, tokenizer)
     export.about |= {key: checkpoint.state[key] for key in ("images_seen", "step") if key in checkpoint.state}
@@ -103,7 +103,8 @@ def read_run(
     scores, notes = of_images(export.identities, evaluation, (run, run.parent, run.parent.parent))
     export.scores += scores
     export.notes += notes
-    if (loss := held_out_loss(run, checkpoint, trained)) is not None and export.group == "weights":
+    measured = WEIGHTS[trained.validation.weights]
+    if export.group == measured and (loss := held_out_loss(run, checkpoint, trained)) is not None:
         export.scores.append(loss)
     return export
 
@@ -173,7 +174,7 @@ def _add_tokenizer(export: Export, checkpoint: Checkpoint, trained: GPTConfigFil
     except UserError as error:
         export.notes.append(f"Without its tokenizer: {error}.")
         return
-    tokenizer = load_tokenizer(path, key="--tokenizer")
+    tokenizer = load_tokenizer(path, key="--tokenizer", made=maker_of(checkpoint))
     tokens = trained.data.train
     if not is_remote(tokens) and (Path(tokens) / MANIFEST).exists():
         made_with = read_manifest(Path(tokens)).tokenizer_sha256

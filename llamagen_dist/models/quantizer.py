@@ -101,9 +101,10 @@ class Quantizer(nn.Module):
         every = torch.arange(self.codebook_size, device=codes.device)
         table = self.lookup(every.view(1, -1, 1))[0, :, :, 0].t().contiguous()
         bias, nearest = -0.5 * table.square().sum(-1), [codes.new_empty(0, count)]
-        for part in codes.split(max(1, SEARCH_ELEMENTS // self.codebook_size)):
-            near = F.linear(table[part], table, bias).scatter_(1, part[:, None], -math.inf)
-            nearest.append(near.topk(count, dim=-1).indices)
+        with torch.autocast(table.device.type, enabled=False):
+            for part in codes.split(max(1, SEARCH_ELEMENTS // self.codebook_size)):
+                near = F.linear(table[part], table, bias).scatter_(1, part[:, None], -math.inf)
+                nearest.append(near.topk(count, dim=-1).indices)
         return torch.cat(nearest)
 
     def absorb(self, total: Tensor) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llamagen_dist.models.quantizer import VQLosses, code_histogram
 from llamagen_dist.models.quantizers import make_quantizer
@@ -27,9 +28,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
+class Block(nn.Module):
+    """(B, C, H, W) -> (B, C', H, W).
+
+    recompute: keep only the input for the backward pass, which computes the rest again.
+    random: whether it draws from torch's global generator, which then has to repeat itself.
+    """
+
+    recompute = random = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.compute(x)
+        again: Tensor = checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=self.random)
+        return again
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
+        self.random = dropout > 0
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
@@ -38,13 +59,13 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Single-head self-attention over the h x w positions, with a residual connection."""
 
     def __init__(self, channels: int) -> None:
@@ -52,7 +73,7 @@ class AttentionBlock(nn.Module):
         self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, C)
@@ -128,10 +149,14 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """All but the last convolution: (B, 3, H, W) -> (B, C, H/f, W/f)."""
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return F.silu(self.norm_out(self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -152,10 +177,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: Tensor) -> Tensor:
+        """All but the last convolution: (B, z_channels, h, w) -> (B, C, f h, f w)."""
         x = self.mid(self.conv_in(z))
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
 
 
 class VQModel(nn.Module):
@@ -173,6 +202,21 @@ class VQModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.quant_conv.weight.device
+
+    def recompute(self, every: int) -> None:
+        """Activation checkpointing: 0 of no block, k of every k-th residual or attention block."""
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for number, block in enumerate(blocks):
+            block.recompute = every > 0 and number % every == 0
+
+    def compile_halves(self) -> None:
+        """torch.compile encoder and decoder in place.
+
+        Their last convolutions are left out: a gradient of the decoder's alone (an adaptive weight's) would otherwise
+        go through all of it.
+        """
+        for half in (self.encoder, self.decoder):
+            half.features = torch.compile(half.features)  # type: ignore[assignment]
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/f, W/f), before quantisation; ValueError unless f divides H and W."""

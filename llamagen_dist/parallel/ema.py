@@ -1,7 +1,8 @@
 """Moving averages of the fp32 weights, each kept as one more entry of every parameter's optimizer state.
 
 So they are sharded exactly as the masters and moments are, whatever the ZeRO stage, and a checkpoint gathers them by
-the same calls. Their buffers are the model's own: none of them is trained.
+the same calls. A parameter that no gradient moves (a codebook of moving averages) has them too, as its only entries.
+Their buffers are the model's own: none of them is trained.
 """
 
 from collections.abc import Mapping
@@ -77,10 +78,24 @@ def kept(decay: float, powers: Powers) -> tuple[str, ...]:
 
 
 @torch.no_grad()
+def restart(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """All averages begin anew at the weights as they are."""
+    for p, state in states.items():
+        for name, average in state.items():
+            if name.startswith(KEY):
+                average.copy_(p)
+
+
+@torch.no_grad()
 def exchange(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Weights and their averages change places, by copies, since views of both are elsewhere; twice changes nothing."""
     for p, state in states.items():
-        for weights, averages in zip(p.view(-1).split(_PIECE), state[KEY].view(-1).split(_PIECE), strict=True):
+        for weights, averages in zip(_line(p).split(_PIECE), _line(state[KEY]).split(_PIECE), strict=True):
             kept = weights.clone()
             weights.copy_(averages)
             averages.copy_(kept)
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """A flat view, in the order of memory: a weight and its average have the same, channels_last or not."""
+    return tensor.as_strided((tensor.numel(),), (1,))

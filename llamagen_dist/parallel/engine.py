@@ -1,8 +1,8 @@
 """One interface over what runs the optimizer: plain torch or DDP here, DeepSpeed ZeRO in deepspeed_engine.py."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,7 @@ class TorchEngine:
         for name, p in self.plain.named_parameters():
             if p.requires_grad:
                 self.optimizer.state[p] = optimizers.fresh_state(p, optimizers.moments(optim, name))
+            if p.requires_grad or self.averages:
                 self.optimizer.state[p] |= {key: p.detach().clone() for key in self.averages}
 
     def micro_step(self, last: bool) -> AbstractContextManager[object]:
@@ -209,15 +210,20 @@ class TorchEngine:
         )
 
     def scalars(self) -> dict[str, float]:
-        return {f"{self.optimizer_group}.step": float(next(iter(self.optimizer.state.values()))["step"])}
+        return {f"{self.optimizer_group}.step": next(float(s["step"]) for s in self._states() if "step" in s)}
+
+    def _states(self) -> Collection[dict[str, Any]]:
+        """Of trained parameters, and the averages of those that are not."""
+        return self.optimizer.state.values()
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(scalars[f"{self.optimizer_group}.step"])
+        for state in self._states():
+            if "step" in state:
+                state["step"].fill_(scalars[f"{self.optimizer_group}.step"])
 
     def held_bytes(self) -> dict[str, int]:
         parameters = list(self.plain.parameters())
-        states = self.optimizer.state.values()
+        states = self._states()
         return {
             "weights": sum(p.nbytes for p in parameters),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),

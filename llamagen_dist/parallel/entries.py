@@ -109,8 +109,8 @@ def all_entries(
     entries: list[TensorEntry] = []
     for name, p in module.named_parameters():
         entries.append(entry(group, name, name, p, None))
+        entries += [entry(key, name, name, p, key) for key in averaged]
         if p.requires_grad:
-            entries += [entry(key, name, name, p, key) for key in averaged]
             entries += [entry(optimizer_group, f"{moment}/{name}", name, p, moment) for moment in moments(name)]
     # buffers are not trained and have no average; a copy stands with each, so that the average is a whole model
     return entries + [one for family in (group, *averaged) for one in buffers(family, module)]

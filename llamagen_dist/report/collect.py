@@ -98,7 +98,8 @@ class Run:
     @property
     def averaged(self) -> bool:
         """Whether held-out losses are of the moving average of the weights."""
-        return self.kind == "gpt" and self.config is not None and self.config.validation.weights == "ema"
+        trains = self.kind in ("gpt", "tokenizer") and self.config is not None
+        return trains and self.config.validation.weights == "ema"
 
     @property
     def score(self) -> float | None:

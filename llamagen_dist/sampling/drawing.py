@@ -21,7 +21,15 @@ from llamagen_dist.errors import UserError
 from llamagen_dist.sampling import grid, int8
 from llamagen_dist.sampling.conditions import Conditions, classes, encoded_captions, encoder_of
 from llamagen_dist.sampling.guidance import misguided
-from llamagen_dist.sampling.load import Tokenizer, TrainedGPT, load_gpt, load_tokenizer, open_checkpoint, tokenizer_of
+from llamagen_dist.sampling.load import (
+    Tokenizer,
+    TrainedGPT,
+    load_gpt,
+    load_tokenizer,
+    maker_of,
+    open_checkpoint,
+    tokenizer_of,
+)
 from llamagen_dist.sampling.pictures import BATCH, Settings, decode_tokens, model_tokens, sample_seeds
 from llamagen_dist.sampling.png_record import pixels_sha256, record_text
 from llamagen_dist.tracking.provenance import versions
@@ -125,7 +133,7 @@ def open_source(
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_checkpoint(checkpoint, "checkpoint", which=weights)
-    named = load_tokenizer(tokenizer or tokenizer_of(opened), key="--tokenizer")
+    named = load_tokenizer(tokenizer or tokenizer_of(opened), key="--tokenizer", made=maker_of(opened))
     gpt = load_gpt(opened, named)
     by_class = gpt.config.condition == "class"
     if by_class and captions is not None:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from llamagen_dist.models.quantizers import quantizer_of
 from llamagen_dist.models.vq import VQModel
 from llamagen_dist.parallel.topology import Topology
 
+WEIGHTS = {"trained": "weights", "ema": "ema", None: None}
+"""A config's ``weights`` -> the group of a checkpoint that it means."""
 NEAREST = 3  # names that are offered for an unknown class
 
 
@@ -87,6 +89,8 @@ def load_tokenizer(
     sizes: str = "model",
     check: Callable[[VQModel], None] | None = None,
     topology: Topology = ALONE,
+    weights: Literal["trained", "ema"] | None = None,
+    made: str | None = None,
 ) -> Tokenizer:
     """The tokenizer at ``path`` (collective over ``topology``).
 
@@ -94,32 +98,37 @@ def load_tokenizer(
         weights (``llamagen.tokenizer_section``).
     key, sizes: the config keys that messages name.
     check: may refuse the model before its weights are put in.
+    weights: a run's moving average, or its trained weights, which are also what None takes.
+    made: sha256 of the tokenizer that made the tokens at hand, if that is known: of a run the average where it has it.
 
     Raises UserError: not there, another kind, does not fit.
     """
-    checkpoint = open_checkpoint(path, key, topology)
+    checkpoint = open_checkpoint(path, key, topology, WEIGHTS[weights])
     trained, image_size = checkpoint.config, None
     if trained is not None:
         if not isinstance(trained, TokenizerConfigFile):
             raise UserError(f"{key}: {path} is not a tokenizer's run")
+        if trained.ema.decay > 0 and made not in (None, checkpoint.identity):
+            average = open_checkpoint(path, key, topology, "ema")
+            checkpoint = average if average.identity == made else checkpoint
         section, image_size = trained.model, trained.data.image_size
-    weights = checkpoint.read_all()
+    tensors = checkpoint.read_all()
     if trained is None:
-        section = _section_of_file(weights, section, f"{key}: {path}", sizes)
+        section = _section_of_file(tensors, section, f"{key}: {path}", sizes)
     if section is None:
         raise UserError(f"{key}: {path} is a bare weights file; say what it is, as in {sizes}.size=VQ-16")
     model = build_vq(section)
     if check is not None:
         check(model)
     known = {name: value for name, value in model.state_dict().items() if name == STATISTIC}
-    of_file, of_model = quantizer_of(weights), quantizer_of(model.state_dict())
+    of_file, of_model = quantizer_of(tensors), quantizer_of(model.state_dict())
     if of_file != of_model:
         raise UserError(
             f"{key}: {path} was trained with the quantizer {of_file}, and {sizes}.quantizer says {of_model}; give "
             f"{sizes}.quantizer and its options as they were"
         )
-    weights.pop(PLAIN_CODES, None)
-    fill(model, known | weights, key, path)
+    tensors.pop(PLAIN_CODES, None)
+    fill(model, known | tensors, key, path)
     return Tokenizer(path, model.eval(), checkpoint.identity, image_size, checkpoint.state.get("data"))
 
 
@@ -219,15 +228,28 @@ def _check_pair(checkpoint: Checkpoint, vocabulary: int, tokenizer: Tokenizer, m
             f"tokenizer: {tokenizer.path} has {codes} codes, but {path} was trained on {vocabulary}; "
             "name the tokenizer that its token shards were made with"
         )
-    noted = checkpoint.state.get("tokenizer", {})  # by the checkpoint itself, whose shards may be gone
-    where, sha256 = noted.get("path"), noted.get("sha256", tokenizer.sha256)
-    if manifest is not None:
-        where, sha256 = manifest.tokenizer_path, manifest.tokenizer_sha256
+    where, sha256 = _made_by(checkpoint, manifest, tokenizer.sha256)
     if sha256 != tokenizer.sha256:
         raise UserError(
             f"tokenizer: {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one whose tokens {path} was "
             f"trained on ({where}, sha256 {str(sha256)[:12]}…)"
         )
+
+
+def _made_by(checkpoint: Checkpoint, manifest: Manifest | None, unknown: str | None) -> tuple[str | None, str | None]:
+    """(path, sha256) of the tokenizer that made a GPT's tokens, ``unknown`` where nothing says it."""
+    if manifest is not None:
+        return manifest.tokenizer_path, manifest.tokenizer_sha256
+    noted = checkpoint.state.get("tokenizer", {})  # by the checkpoint itself, whose shards may be gone
+    return noted.get("path"), noted.get("sha256", unknown)
+
+
+def maker_of(checkpoint: Checkpoint) -> str | None:
+    """sha256 of the tokenizer that made the tokens of this GPT, for ``load_tokenizer``; None where nothing says it."""
+    trained = checkpoint.config
+    tokens = trained.data.train if isinstance(trained, GPTConfigFile) else None
+    there = tokens is not None and not is_remote(tokens) and (Path(tokens) / MANIFEST).exists()
+    return _made_by(checkpoint, read_manifest(Path(str(tokens))) if there else None, None)[1]
 
 
 def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], key: str, path: Path) -> None:

@@ -25,7 +25,7 @@ from llamagen_dist.sampling.compiled import CompiledSteps
 from llamagen_dist.sampling.conditions import conditions
 from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.int8 import quantize
-from llamagen_dist.sampling.load import load_gpt, load_tokenizer, open_checkpoint
+from llamagen_dist.sampling.load import WEIGHTS, load_gpt, load_tokenizer, maker_of, open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,11 +39,14 @@ class NumberedPictures:
 
     def __init__(self, config: DrawSection, topology: Topology) -> None:
         self.config = config
-        which = {"trained": "weights", "ema": "ema", None: None}[config.weights]
+        checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, WEIGHTS[config.weights])
         self.tokenizer = load_tokenizer(
-            config.tokenizer, config.tokenizer_model, sizes="tokenizer_model", topology=topology
+            config.tokenizer,
+            config.tokenizer_model,
+            sizes="tokenizer_model",
+            topology=topology,
+            made=maker_of(checkpoint),
         )
-        checkpoint = open_checkpoint(config.checkpoint, "checkpoint", topology, which)
         self.gpt = load_gpt(checkpoint, self.tokenizer, config.model, config.image_size)
         for scale, beta in config.guidances():
             if (reason := misguided(self.gpt.config, scale, beta)) is not None:

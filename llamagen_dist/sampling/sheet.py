@@ -49,11 +49,12 @@ def _tokenizer_of(shards: Shards, path: Path | None) -> VQModel:
             f"{shards.location}: its tokenizer ({manifest.tokenizer_path or 'not named'}) is gone; say where it is "
             "with --tokenizer PATH"
         )
-    named = load_tokenizer(path or Path(str(manifest.tokenizer_path)), key="--tokenizer")
-    if named.sha256 != manifest.tokenizer_sha256:
+    where, made = path or Path(str(manifest.tokenizer_path)), manifest.tokenizer_sha256
+    named = load_tokenizer(where, key="--tokenizer", made=made)
+    if named.sha256 != made:
         raise UserError(
             f"--tokenizer: {named.path} (sha256 {named.sha256[:12]}…) is not the one that made the tokens in "
-            f"{shards.location} ({manifest.tokenizer_path}, sha256 {str(manifest.tokenizer_sha256)[:12]}…)"
+            f"{shards.location} ({manifest.tokenizer_path}, sha256 {str(made)[:12]}…)"
         )
     return named.model
 

@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"train": str(folder / "images"), "validation": str(folder / "images"), "image_size": 16},
         "loss": {"perceptual": "none",
                  "discriminator": {"start_images": 0, "channels": 8, "layers": 2, "norm": "group", "weight": 0.1}},
-        "codebook": {"statistics": True},
+        "codebook": {"statistics": True}, "ema": {"decay": 0.7},
         "train": {"images": 8000, "global_batch": BATCH}, "optim": {"lr": 0.002, "weight_decay": 0.0, "eps": 1e-4},
         "log": {"every_steps": 4}}))  # fmt: skip
     task_of(path, "fsq", Topology())  # imports what the forked ranks would each import
@@ -99,7 +99,7 @@ def learn(config: Path, kinds: list[str], dropped: bool) -> dict[str, Any]:
         middle, scalars = kept(task), task.scalars()
         lines += steps(task, range(HALF, STEPS))
         end, equal = kept(task), {}
-        for lost in ("", "codebook/since_line", "weights/quantize.ema_sum"):
+        for lost in ("", "codebook/since_line", "ema/encoder.conv_in.weight", "weights/quantize.ema_sum"):
             if lost == "" or lost in end:
                 again = task_of(config, kind, topology)
                 if lost:  # as a checkpoint without it would leave it: the middle's, spoilt
@@ -131,6 +131,12 @@ def far(a: Any, b: Any) -> float:
     return max(abs(x - y) / max(0.1, abs(x)) for x, y in pairs)
 
 
+def averages_apart(one: dict[str, Tensor], more: dict[str, Tensor], group: str) -> float:
+    """The largest difference of one run's averaged weights from another's ``group``."""
+    averages = {name.removeprefix("ema/"): value for name, value in one.items() if name.startswith("ema/")}
+    return max(float((value - more[f"{group}/{name}"]).abs().max()) for name, value in averages.items())
+
+
 def same_on_more_ranks(kind: str, one: dict[str, Any], more: list[dict[str, Any]]) -> None:
     assert far(one[kind], more[0][kind]) < 1e-5
     lines = [line for line in one[kind][0] if "train_usage" in line]
@@ -139,6 +145,8 @@ def same_on_more_ranks(kind: str, one: dict[str, Any], more: list[dict[str, Any]
         assert mine["train_usage"] == theirs["train_usage"]
     ends = [run[kind][1] for run in more]
     assert all(torch.equal(value, ends[-1][name]) for name, value in ends[0].items())
+    assert averages_apart(one[kind][1], ends[0], "ema") < 1e-5
+    assert averages_apart(one[kind][1], ends[0], "weights") > 1e-3, "sabotage twin: weights that are not averaged"
     assert "train_narrowest" in lines[0] or kind in TABLES
     assert ("revived" in lines[0]) == (kind in TABLES)
 
@@ -147,7 +155,8 @@ def bit_equal_after_a_resume(kind: str, two: list[dict[str, Any]]) -> None:
     for rank in two:
         equal = dict(rank[kind][2])
         assert equal.pop("")
-        assert equal.keys() == {"codebook/since_line", *(["weights/quantize.ema_sum"] if kind == "ema" else [])}
+        sums = ["weights/quantize.ema_sum"] if kind == "ema" else []
+        assert equal.keys() == {"codebook/since_line", "ema/encoder.conv_in.weight", *sums}
         assert not any(equal.values()), "sabotage twin: a spoilt part of its state is seen"
 
 

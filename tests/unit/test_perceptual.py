@@ -47,7 +47,7 @@ def test_lpips_is_frozen_quiet_and_loads_every_layer(vgg16, distance):
     found.backward()
     assert other.grad.abs().sum() > 0
     stored = torch.load(vgg16, weights_only=True)
-    last = dict(loss.network.net.slice5.named_children())["28"]
+    last = dict(loss.features.net.slice5.named_children())["28"]
     assert torch.equal(last.weight, stored["features.28.weight"])
     assert "NOT torchvision's published VGG16 file" in loss.trunk.source
 
