@@ -154,6 +154,13 @@ def test_what_a_validation_measured_stands_in_the_table_and_over_images(run):
     assert "comparable only within this run" in words(run)
 
 
+def test_weights_that_were_averaged_are_named(run):
+    assert "the average of the weights" not in words(run)
+    with open(run / "config.yaml", "a") as file:
+        file.write("ema: {decay: 0.999}\nvalidation: {weights: ema}\n")
+    assert "| measured with | the average of the weights |" in words(run)
+
+
 def test_the_losses_that_were_on_are_named_after_their_networks_and_quantizer(run):
     config = run / "config.yaml"
     before = config.read_text()
