@@ -1,10 +1,11 @@
-"""``llamagen scaling isoflop | lr | ladder | advise``, and the words that say what is read."""
+"""``llamagen scaling isoflop | lr | recipes | ladder | advise``, and the words that say what is read."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamagen_dist import __version__
 from llamagen_dist.commands import options
 from llamagen_dist.commands.plan import add_gpu, machine
 from llamagen_dist.commands.scaling_show import show
@@ -67,7 +68,7 @@ def inputs_of(args: argparse.Namespace, places: list[str]) -> "Inputs":
 
 
 def add(actions: Any) -> None:
-    """The four actions' options."""
+    """The five actions' options."""
     text = "the best size of each budget by a parabola in log N, and how it grows"
     isoflop = actions.add_parser("isoflop", help=text, description=text)
     add_inputs(isoflop)
@@ -79,6 +80,11 @@ def add(actions: Any) -> None:
     add_inputs(lr)
     lr.add_argument("--check", nargs="+", metavar="RUNS", help="runs to compare with lr*")
     lr.add_argument("--out", type=Path, metavar="FILE.json", help="where to write the result")
+
+    text = "recipes (order, guidance, optimizer, norms) against a tuned baseline, with bands over seeds"
+    recipes = actions.add_parser("recipes", help=text, description=text)
+    recipes.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of finished runs, such as sweeps")
+    recipes.add_argument("--out", type=Path, metavar="FILE.json", help="where to write the result")
 
     text = "write a sweep for a law: sizes x budgets of equal FLOPs, with a rate per size"
     ladder = actions.add_parser("ladder", help=text, description=text)
@@ -110,7 +116,7 @@ def add(actions: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    {"isoflop": _isoflop, "lr": _lr, "ladder": _ladder, "advise": _advise}[args.action](args)
+    {"isoflop": _isoflop, "lr": _lr, "recipes": _recipes, "ladder": _ladder, "advise": _advise}[args.action](args)
 
 
 def write(out: Path | None, result: dict[str, Any]) -> None:
@@ -166,6 +172,29 @@ def _lr(args: argparse.Namespace) -> None:
             LOG.info(
                 f"{one['run']}: lr {one['lr']:.3g} is {one['factor']:.2g} x lr*, some {one['excess_loss']:.3f} of loss"
             )
+    for text in result["warnings"]:
+        LOG.info(f"note: {text}")
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from llamagen_dist.report.recipes import overall, span, to_loss
+    from llamagen_dist.scaling.recipe_runs import recipes
+
+    result, dropped = recipes(args.runs)
+    for one in dropped:
+        LOG.info(f"left out: {one.what}: {one.why}")
+    record = {"versions": {"llamagen_dist": __version__}, "inputs": [{"path": str(path)} for path in args.runs]}
+    result |= {"dropped": [vars(one) for one in dropped], "record": record}
+    write(args.out, result)
+    for task in result["tasks"]:
+        LOG.info(f"{task['task']}:")
+        for row in task["rows"]:
+            fid = f", FID {span(row['fid'], '{:.2f}')}" if "fid" in row else ""
+            LOG.info(
+                f"  {row['recipe']}: loss {span(row['loss'])}, baseline's loss at {to_loss(row)} of its compute{fid}"
+            )
+    for name, wins, of, text in overall(result["tasks"]):
+        LOG.info(f"{name}: better than the baseline in every seed in {wins} of {of} tasks; its loss at {text}")
     for text in result["warnings"]:
         LOG.info(f"note: {text}")
 

@@ -9,27 +9,19 @@ from llamagen_dist.evaluation.record import VALUES, differences, read_result
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Block, Figure, Panel, Series
 from llamagen_dist.report.collect import Found, Run
+from llamagen_dist.scaling.recipes import first_at
 from llamagen_dist.tracking import evaluations
 
 MOST_CURVES = 16
 _COLUMNS = tuple(key for keys in VALUES.values() for key in keys if key != "fid")
 
 
-def images_to(points: Sequence[tuple[float, float]], level: float) -> float | None:
-    """EP_FID@k in images (RAEv2, arXiv 2605.18324, counts epochs): when FID is first ``level`` or lower.
-
-    points: (images seen, FID) of evaluations, in any order; a FID that is NaN reaches nothing.
-    Only what was measured counts, so that no line between two evaluations promises what neither has; None: not reached.
-    """
-    return min((images for images, fid in points if fid <= level), default=None)
-
-
 def epochs_to(run: Run, level: float) -> str:
-    """EP_FID@k of a run in words; empty where no FID of it was measured."""
+    """EP_FID@k of a run in words (RAEv2, arXiv 2605.18324); empty where no FID of it was measured."""
     points = _points(run)
     if not points:
         return ""
-    images, epoch = images_to(points, level), run.epoch
+    images, epoch = first_at(points, level), run.epoch
     if images is None:
         return f"not reached ({min(fid for _, fid in points):.2f} at best)"
     return f"{images:,} images" if epoch is None else f"{images / epoch:.3g} epochs ({images:,} images)"

@@ -29,6 +29,7 @@ _STUDIES = {
     "scaling": (("form",), ("params", "parameters")),
     "isoflop": (("budgets",), ("exponents",)),
     "advice": (("configs",), ("optimum",)),
+    "recipes": (("tasks",), ("baseline",)),
 }
 
 
@@ -182,7 +183,7 @@ class Found:
     evaluations: results of eval.evaluate by file name.
     search: what eval.search found. tokenizers: what eval.tokenizers did.
     scaling, left_out: what llamagen scaling fit wrote, left_out of a fit that another one to all runs followed;
-        isoflop, advice: what llamagen scaling isoflop and advise wrote. Empty where there is none.
+        isoflop, advice, recipes: what llamagen scaling isoflop, advise and recipes wrote. Empty where there is none.
     """
 
     folder: Path
@@ -203,6 +204,7 @@ class Found:
     left_out: Mapping[str, Any] = field(default_factory=dict)
     isoflop: Mapping[str, Any] = field(default_factory=dict)
     advice: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
     scores_images: bool = True
     """Whether a pipeline has a stage for that, as the quickstart does; true where its stages are not known."""
 
@@ -251,7 +253,8 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
                 return Found(path, "scaling", **study)
         raise UserError(
             f"{path}: neither a result of eval.evaluate (sets), eval.search (best) or eval.tokenizers nor of llamagen "
-            "scaling fit (form, params), isoflop (budgets, exponents) or advise (configs, optimum)"
+            "scaling fit (form, params), isoflop (budgets, exponents), advise (configs, optimum) or recipes "
+            "(tasks, baseline)"
         )
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a sweep, a pipeline's --out or an evaluation")
@@ -261,8 +264,8 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
     compared = _object(path / "results.json")
     compared = compared if compared.get("kind") == "tokenizers" else {}
     # of a study in configs/pipeline/scaling.yaml's names
-    law, left_out, isoflop, advice = (
-        _object(path / f"{name}.json") for name in ("scaling", "held-out", "isoflop", "advice")
+    law, left_out, isoflop, advice, recipes = (
+        _object(path / f"{name}.json") for name in ("scaling", "held-out", "isoflop", "advice", "recipes")
     )
     if (path / "stages").is_dir() or config.get("kind") == "pipeline":
         kind = "pipeline"
@@ -274,7 +277,7 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         kind = "sweep"
     else:
         kind = "evaluation" if evaluations else "search" if search else "pictures" if any(pictures) else ""
-        kind = kind or ("scaling" if any((law, left_out, isoflop, advice)) else "")
+        kind = kind or ("scaling" if any((law, left_out, isoflop, advice, recipes)) else "")
     if not kind:
         raise UserError(
             f"{path}: nothing to report on: no run (metrics.jsonl or config.yaml), no folders of runs, no pipeline "
@@ -297,6 +300,7 @@ def collect(path: Path, planned: Sequence[str] = ()) -> Found:
         left_out=left_out,
         isoflop=isoflop,
         advice=advice,
+        recipes=recipes,
         scores_images="evaluate" in [stage["name"] for stage in config.get("stages", ())] or "stages" not in config,
     )
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import checkpoints, codebook, figures, pictures, search, sweep, tokenizers
+from llamagen_dist.report import checkpoints, codebook, figures, pictures, recipes, search, sweep, tokenizers
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -198,6 +198,10 @@ def _isoflop(s: Found) -> Part:
     return {}, {"valleys": figures.isoflop(s.isoflop["budgets"], points) if s.isoflop else None}
 
 
+def _recipes(s: Found) -> Part:
+    return recipes.part(s.recipes)
+
+
 def _same_losses(s: Found) -> Part:
     twin = parity(s)
     if twin is None:
@@ -265,6 +269,7 @@ _SECTIONS = {
     "scaling": _scaling,
     "isoflop": _isoflop,
     "advice": None,
+    "recipes": _recipes,
     "same_losses": _same_losses,
     "cost": _cost,
     "environment": _environment,

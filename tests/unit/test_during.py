@@ -17,7 +17,7 @@ from llamagen_dist.config.training import TrackioSection
 from llamagen_dist.errors import UserError
 from llamagen_dist.launch.scoring import Scoring
 from llamagen_dist.launch.status import survey
-from llamagen_dist.report.checkpoints import images_to
+from llamagen_dist.scaling.recipes import first_at as images_to
 from llamagen_dist.tracking import evaluations
 from llamagen_dist.tracking.sinks import Mirror, open_sink, tracking_of
 from llamagen_dist.training.run import _rewind
