@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llamagen_dist.config.search import FREE
 from llamagen_dist.report.blocks import Figure, Panel, Section, Series, literal
 from llamagen_dist.report.figures import share
 from llamagen_dist.report.text import section as from_template
@@ -62,6 +63,8 @@ def verdict(content: Mapping[str, Any]) -> str:
     metric = content["metric"]
     best = content["best"][metric]
     settings = ", ".join(f"{name} {best[key]}" for key, name in _SETTINGS.items())
+    if best["guidance"] == FREE:
+        settings += f"; as beta {1 / best['cfg_scale']:.4g}"
     text = f"Best {_NAMES[metric][0]} {_words(metric, best)}: {settings}."
     if best["indistinct"] is None:
         return f"{text} Whether others are as good was not measured: give several seeds."

@@ -13,6 +13,7 @@ from llamagen_dist.data.batch import TokenBatch
 from llamagen_dist.errors import UserError
 from llamagen_dist.evaluation.search import grid, next_point
 from llamagen_dist.models.gpt import GPT
+from llamagen_dist.report.search import verdict
 from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.pictures import Settings
 from llamagen_dist.sampling.sampler import generate
@@ -178,5 +179,8 @@ def test_a_search_goes_over_betas_as_over_scales():
     finer = next_point(config, dict(zip(points, [5.0, 3.0, 4.0], strict=True)))
     assert finer is not None
     assert (finer.cfg_scale, finer.settings["beta"]) == (1.625, 0.6154), "between the best scale and a neighbour"
+    best = {**finer._asdict(), "mean": 3.0, "sd": None, "indistinct": None}
+    assert "guidance free, scale 1.625" in verdict({"metric": "fid", "best": {"fid": best}})
+    assert "; as beta 0.6154." in verdict({"metric": "fid", "best": {"fid": best}})
     with pytest.raises(UserError, match=r"grid\.beta: has no schedule"):
         build(SearchConfig, {**base, "grid": {"beta": [0.5, 1.0], "guidance": ["linear"]}}, "x.yaml")
