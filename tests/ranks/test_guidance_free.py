@@ -23,6 +23,7 @@ from tests.ranks.layouts import (
 
 FREE = ("model.guidance=free",)
 BOTH = (*FREE, "model.order=rar", "train.anneal_from=36", "train.anneal_until=84")
+ALL = (*BOTH, "model.qk_norm=true", "model.z_loss=1e-3", "optim.kind=muon", "ema.decay=0.9")
 TEXT = (*BOTH, "model.condition=text", "model.prefix_tokens=5")
 LAYOUTS = [Layout(2, 1, 0), Layout(2, 2, 2, True), Layout(2, 1, 3), Layout(4, 2, 1), Layout(4, 2, 0, True), Layout(3)]
 
@@ -42,8 +43,8 @@ def test_every_layout_equals_one_plain_process(serial, layout):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings", [BOTH, TEXT], ids=["with rar", "captions"])
-def test_it_goes_with_random_orders_and_with_captions(settings):
+@pytest.mark.parametrize("settings", [BOTH, TEXT, ALL], ids=["with rar", "captions", "all switches"])
+def test_it_goes_with_random_orders_captions_and_all_other_switches(settings):
     plain = run_ranks(train, 1, SERIAL, *settings)[0]
     for layout in (Layout(2, 2, 1, True), Layout(2, 1, 3)):
         assert worst(run_ranks(train, 2, layout, *settings)[0]["losses"], plain["losses"]) < TOLERANCE
