@@ -1,4 +1,4 @@
-"""BENCH: what a step of GPT-B costs with QK-norm, z-loss and Muon, against the same step without.
+"""BENCH: what a step of GPT-B costs with each switch (QK-norm, z-loss, order, guidance, Muon), against one without.
 
     python -m tests.bench.switches [--pairs 5] [--threads 1] [--layers 3] [--micro 4] [--batches 32 64 256]
 
@@ -23,22 +23,28 @@ from llamagen_dist.models.gpt import GPT
 from llamagen_dist.models.sizes import GPT_SIZES
 from llamagen_dist.parallel import optim
 from tests.bench.gpt import config_of
+from tests.live_bytes import sample
 
 DEPTH = GPT_SIZES["GPT-B"]["n_layer"]
-MODELS = {"plain": {}, "QK-norm": {"qk_norm": True}, "z-loss": {"z_loss": 1e-4}}
+MODELS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "QK-norm": {"qk_norm": True},
+    "z-loss": {"z_loss": 1e-4},
+    "rar": {"order": "rar"},
+    "free": {"guidance": "free"},
+}
 
 
 def pass_of(options: dict[str, object], layers: int, micro: int) -> Callable[[], None]:
     """Forward and backward over ``micro`` images."""
     model = GPT(replace(config_of(layers), **options)).initialize(0).train()  # type: ignore[arg-type]
     nn.init.normal_(model.output.weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    tokens = torch.randint(16384, (micro, 256), generator=torch.Generator().manual_seed(1))
-    labels, ids = torch.arange(micro), torch.arange(micro)
+    batch = sample(model, micro)
 
     def run() -> None:
         for p in model.parameters():
             p.grad = None
-        model.loss(tokens, labels, ids).backward()
+        model.loss(*batch).backward()
 
     return run
 
@@ -95,7 +101,7 @@ def main() -> None:
     print(f"CPU-seconds, medians of {options.pairs} rounds:")
     for name in rounds[0]:
         print(f"  {name:8} {statistics.median(r[name] for r in rounds):8.3f} s")
-    for name in ("QK-norm", "z-loss"):
+    for name in list(MODELS)[1:]:
         print(f"{name} / plain, forward and backward: {statistics.median(r[name] / r['plain'] for r in rounds):.3f}")
     for batch in options.batches:
         passes = batch / options.micro
