@@ -49,6 +49,26 @@ def test_every_layout_equals_one_plain_process(serial, layout):
         )
 
 
+RECIPE = (
+    "model.z_loss=0.02",
+    "model.guidance=free",
+    "model.order=rar",
+    "train.anneal_from=36",
+    "train.anneal_until=84",
+)
+RECIPE += ("optim.embedding_decay=0", "optim.norm_decay=0.1", "model.condition=text", "model.prefix_tokens=5")
+
+
+@pytest.mark.long
+def test_all_switches_go_together():
+    plain = run_ranks(train, 1, SERIAL, *MUON, *RECIPE)[0]
+    for layout in (Layout(2, 2, 0, True), Layout(3, 1, 2), Layout(4, 2, 3)):
+        for result in run_ranks(train, layout.ranks, layout, *MUON, *RECIPE, "train.micro_batch=2"):
+            assert worst(result["losses"], plain["losses"]) < TOLERANCE, layout
+    without = run_ranks(train, 1, SERIAL, *MUON, *(s for s in RECIPE if "norm_decay" not in s))[0]
+    assert worst(without["losses"], plain["losses"]) > TOLERANCE, "sabotage twin: one switch less"
+
+
 def test_adamw_is_another_optimizer(serial):
     """Sabotage twin of all of them: the comparison is not blind to which optimizer steps."""
     adamw = run_ranks(train, 1, SERIAL, *(s for s in MUON if "optim" not in s))[0]
