@@ -158,9 +158,10 @@ def stationarity(problem: Problem, theta: Floats, delta: float) -> Floats:
     """Largest projected gradient component relative to the contributions it sums, [r]; about 0 at an optimum."""
     _, gradient, _, size = derivatives(problem, theta, delta)
     fixed = ((theta <= problem.low) & (gradient > 0)) | ((theta >= problem.high) & (gradient < 0))
-    # residuals at rounding level sum to noise, not to a slope
-    floor = 1e-15 * problem.weights.sum(axis=1).max()
-    return np.where(fixed, 0.0, np.maximum(np.abs(gradient) - floor, 0) / (size + floor)).max(axis=1)
+    # a residual is a difference of logarithms of order one: at rounding level it sums to noise, not to a slope
+    weight = np.abs(evaluate(problem.law, problem.x, theta).gradient)
+    floor = 4e-15 * np.einsum("rn,rnk->rk", np.broadcast_to(problem.weights, weight.shape[:2]), weight)
+    return np.where(fixed, 0.0, np.maximum(np.abs(gradient) - floor, 0) / (size + floor + 1e-300)).max(axis=1)
 
 
 def starts(problem: Problem, delta: float, most: int = 8) -> Floats:

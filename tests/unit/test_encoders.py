@@ -118,21 +118,21 @@ def test_what_does_not_fit_at_all_scores_zero_and_not_less(tmp_path):
 
 
 def test_more_images_than_dimensions_are_summed_as_moments(work):
-    from llamagen_dist.evaluation.features import _Distribution
+    from llamagen_dist.evaluation.features import Distribution
     from llamagen_dist.parallel.topology import Topology
 
     features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    few, many = _Distribution(8, 8, Topology()), _Distribution(40, 8, Topology())
+    few, many = Distribution(8, 8, Topology()), Distribution(40, 8, Topology())
     assert few.kept is not None
     assert few.moments is None
     assert many.kept is None
     for rows in (slice(0, 24), slice(24, 40)):
         many.add(rows, features[rows])
-    gaussian = many.gaussian(work)
+    gaussian = many.gaussian(work, "DINOv2")
     torch.testing.assert_close(gaussian.covariance, torch.cov(features.double().T), rtol=1e-9, atol=1e-12)
     many.add(slice(0, 1), torch.full((1, 8), torch.nan))
     with pytest.raises(UserError, match="1 images have DINOv2 features that are NaN"):
-        many.gaussian(work)
+        many.gaussian(work, "DINOv2")
 
 
 def test_pictures_without_captions_have_no_clip_score(work, tmp_path):
