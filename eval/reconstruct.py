@@ -26,11 +26,12 @@ from llamagen_dist.evaluation.image_sets import first_of, open_images
 from llamagen_dist.evaluation.mistakes import of_statistics, range_of_ssim
 from llamagen_dist.evaluation.perceptual import LPIPS, SMALLEST_SIDE, large_enough
 from llamagen_dist.evaluation.perturbed import perturb
+from llamagen_dist.evaluation.rate import shortest_prefixes
 from llamagen_dist.files import read_json
 from llamagen_dist.parallel.topology import Topology, full_fp32, start
 from llamagen_dist.program import run as run_program
 from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
-from llamagen_dist.sampling.load import Tokenizer, load_tokenizer
+from llamagen_dist.sampling.load import Tokenizer, check_first_tokens, load_tokenizer
 from llamagen_dist.sampling.pictures import decode_tokens
 from llamagen_dist.tracking.provenance import versions
 
@@ -63,6 +64,8 @@ def picture_size(config: ReconstructConfig, tokenizer: Tokenizer) -> int:
         raise UserError(
             f"image_size: the weights file {tokenizer.path} does not know it; set image_size=256, for example"
         )
+    if size % factor == 0 and (why := tokenizer.model.config.uncoded(size)) is not None:
+        raise UserError(f"image_size: {size} {why} {tokenizer.path}")
     if size % factor or size < SSIM_WINDOW:
         raise UserError(
             f"image_size: {size} must be a multiple of {factor}, the pixels per token of {tokenizer.path}, and at "
@@ -100,15 +103,20 @@ class Reconstruction:
         known = tokenizer.trained_on
         self.seen = None if known is None else known == images.manifest.fingerprint()
         self.region = unpadded(images.manifest.padding, size, images.manifest.image_size)
-        made_from = {
+        check_first_tokens(tokenizer, config.first_tokens, "first_tokens")
+        if config.least_psnr is not None:  # which needs prefixes as the first of one token is
+            check_first_tokens(tokenizer, 1, "least_psnr")
+        made_from: dict[str, Any] = {
             "tokenizer_sha256": tokenizer.sha256,
             "images": images.manifest.fingerprint(),
             "image_size": size,
             "n": self.count,
             "batch": config.batch,
+            "first_tokens": config.first_tokens,
+            "least_psnr": config.least_psnr,
         }
         self.lpips: LPIPS | None = None
-        self.scored = list(METRICS)
+        self.scored = [*METRICS, *(["tokens"] if tokenizer.model.config.token_count is not None else [])]
         if config.lpips is not None:
             self.lpips = self._open_lpips(config.lpips)
             self.scored.append(self.lpips.name)
@@ -156,7 +164,12 @@ class Reconstruction:
         originals = np.zeros((self.config.batch, self.size, self.size, 3), np.uint8)
         originals[:n] = load_images(self.images, chunk.samples, self.size)
         codes = self.tokenizer.model.encode(to_floats(originals).to(self.topology.device)).flatten(1)
-        rebuilt = decode_tokens(self.tokenizer.model, codes)
+        codes = codes[:, : self.config.first_tokens]
+        lengths = torch.full((len(codes),), codes.shape[1])
+        if (least := self.config.least_psnr) is not None:
+            pixels = torch.from_numpy(originals).permute(0, 3, 1, 2)
+            lengths = shortest_prefixes(self.tokenizer.model, codes.unsqueeze(1), pixels, least, self.region)
+        rebuilt = decode_tokens(self.tokenizer.model, codes, lengths)
         shown, truth = (torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() for pixels in (rebuilt, originals))
         arrays = {metric: score(shown[:n], truth[:n], self.region).numpy() for metric, score in METRICS.items()}
         if self.lpips is not None:  # of the whole batch: its shape may decide the last bits
@@ -166,6 +179,7 @@ class Reconstruction:
             numbers = torch.arange(start, start + self.config.batch)
             changed = perturb(codes.cpu(), self.neighbours, section.share, section.seed, numbers)
             arrays["perturbed"] = decode_tokens(self.tokenizer.model, changed)[:n]
+        arrays["tokens"] = lengths[:n].numpy().astype(np.float64)
         return {"images": rebuilt[:n], "codes": codes[:n].cpu().numpy(), **arrays}
 
     def _finish(self) -> dict[str, float]:
@@ -179,7 +193,8 @@ class Reconstruction:
 
         def blocks() -> Iterator[NDArray[np.uint8]]:
             for _, arrays in self.output.load(SET):
-                counts.add_(torch.from_numpy(arrays["codes"]).flatten().bincount(minlength=len(counts)))
+                counted = np.arange(arrays["codes"].shape[1]) < arrays["tokens"][:, None]
+                counts.add_(torch.from_numpy(arrays["codes"][counted]).bincount(minlength=len(counts)))
                 for metric in self.scored:
                     scores[metric].append(arrays[metric])
                 yield arrays["images"]
@@ -192,6 +207,8 @@ class Reconstruction:
         averages["psnr_pooled"] = float(psnr_pooled(torch.from_numpy(np.concatenate(scores["psnr"]))))
         health = quantizer.health(counts.to(self.topology.device))
         averages |= {f"codebook_{name}": float(health[name]) for name in ("usage", "perplexity")}
+        if "tokens" in averages:
+            averages["bits_per_image"] = averages["tokens"] * quantizer.bits
         self.output.finish(
             averages
             | self._claim(averages)
@@ -213,6 +230,8 @@ class Reconstruction:
                     "null: the whole picture",
                     "trained_on_these_images": "true: these scores are not held-out ones; null: the weights do not say "
                     "what they were trained on",
+                    "tokens": "of prefix tokens: how many an image was decoded from, mean over images",
+                    "bits_per_image": "tokens x log2(codes), without what would say how many tokens there are",
                     "codebook_usage": "share of all codes that occur at least once in these images",
                     "codebook_perplexity": "how many codes would do if all were used alike in these images",
                 },

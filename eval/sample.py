@@ -131,10 +131,11 @@ class Sampling:
         if chunk.set == "model":
             return self.numbered.tokens(numbers)
         seeds, gpt = self.numbered.seeds(numbers), self.numbered.gpt.config
+        count = self.config.first_tokens or gpt.image_tokens
         if chunk.set == "untrained":
-            return pictures.untrained_tokens(gpt.vocab_size, gpt.image_tokens, seeds)
+            return pictures.untrained_tokens(gpt.vocab_size, count, seeds)
         assert self.histogram is not None
-        return pictures.unigram_tokens(self.histogram, gpt.image_tokens, seeds)
+        return pictures.unigram_tokens(self.histogram, count, seeds)
 
     def _finish(self, seconds: float, rates: dict[str, float] | None) -> None:
         """The .npz files, the grid of the first set, the captions, the record. Rank 0 only."""

@@ -106,6 +106,8 @@ class Bench:
                 f"tokenizers.{name}: {tokenizer.path} makes tokens of {config.downsampling} x {config.downsampling} "
                 f"pixels, into which {size} pixels cannot be cut; leave it out, or set another image_size"
             )
+        if (why := config.uncoded(size)) is not None:
+            raise UserError(f"tokenizers.{name}: image_size: {size} {why} {tokenizer.path}; leave it out")
         perturb, codes = self.config.perturb, config.codebook_size
         if perturb is not None and perturb.neighbours >= codes:
             raise UserError(f"perturb.neighbours: tokenizers.{name} has {codes} codes; lower it, or set perturb=null")

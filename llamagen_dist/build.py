@@ -27,9 +27,11 @@ def gpt_config(
     image_tokens: int,
     num_classes: int | None,
     tensors: "Collection[str] | None" = None,
+    token_rows: int | None = None,
 ) -> GPTConfig:
     """The model that ``section`` and the token shards describe together (Manifest.gpt_sizes). Raises UserError.
 
+    token_rows: see GPTConfig.
     num_classes: None where there are none, which only a text-conditional model can do without.
     tensors: names of the weights that are to be put into it. Those of a run with ``order: rar`` are a raster model's
         once its order is.
@@ -42,7 +44,9 @@ def gpt_config(
             "captions"
         )
     try:
-        return section.gpt(vocab_size=vocab_size, image_tokens=image_tokens, num_classes=num_classes or 0)
+        return section.gpt(
+            vocab_size=vocab_size, image_tokens=image_tokens, num_classes=num_classes or 0, token_rows=token_rows
+        )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
 
@@ -95,9 +99,10 @@ def check_compiler(device: "torch.device", key: str) -> None:
 
 def build_vq(section: TokenizerModelSection) -> "VQModel":
     """Weights are drawn from torch's global generator."""
+    from llamagen_dist.models.prefix_tokens import PrefixVQModel
     from llamagen_dist.models.vq import VQModel
 
-    return VQModel(section.vq())
+    return (PrefixVQModel if section.tokens == "prefix" else VQModel)(section.vq())
 
 
 @functools.cache

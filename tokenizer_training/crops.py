@@ -36,7 +36,7 @@ class CropCoder:
             _keep_memory()
         self._ranges = config.crop_ranges if config.crops == "ten_crop" else ()
         self.crops = {"center": 1, "center_flip": 2, "ten_crop": 10 * len(self._ranges)}[config.crops]
-        self.side = config.image_size // model.config.downsampling
+        self.grid = model.config.grid(config.image_size)
 
     def rows(self, shards: Shards, samples: range) -> Iterator[NDArray[np.uint16]]:
         """uint16 [tokens] for every crop of every sample in turn, encoded ``batch`` crops at a time.

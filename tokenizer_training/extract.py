@@ -8,6 +8,7 @@ A shard is one unit of work and is encoded in batches of one fixed shape that st
 bytes do not depend on the number of ranks or on where an earlier process was cut off.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -97,11 +98,8 @@ def tokenizer(config: ExtractConfig, topology: Topology) -> Tokenizer:
     def fits(model: VQModel) -> None:
         if model.config.codebook_size > 1 << 16:
             raise UserError(f"tokenizer: {model.config.codebook_size} codes do not fit into 16 bits (at most 65536)")
-        if config.image_size % model.config.downsampling:
-            raise UserError(
-                f"image_size: {config.image_size} is not a multiple of {model.config.downsampling}, the "
-                f"pixels per token of {config.tokenizer}"
-            )
+        if (why := model.config.uncoded(config.image_size)) is not None:
+            raise UserError(f"image_size: {config.image_size} {why} {config.tokenizer}")
 
     return load_tokenizer(config.tokenizer, config.model, check=fits, topology=topology, weights=config.weights)
 
@@ -219,7 +217,8 @@ class Extraction:
             tokenizer_path=str(self.config.tokenizer),
             quantizer=quantizer_of(self.trained.model.state_dict()),
             vocab_size=self.trained.model.config.codebook_size,
-            grid=(self.coder.side, self.coder.side),
+            grid=self.coder.grid,
+            order="prefix" if self.trained.model.config.tokens == "prefix" else None,
             crops=self.coder.crops,
             captions=None if self.captions is None else self.captions.encoding,
             noticed=noticed,
@@ -227,7 +226,7 @@ class Extraction:
         self.job.finish(manifest)
 
     def _summary(self, noticed: dict[str, Any]) -> Iterator[str]:
-        text = f"{len(self.shards):,} images x {self.coder.crops} crops x {self.coder.side**2} tokens"
+        text = f"{len(self.shards):,} images x {self.coder.crops} crops x {math.prod(self.coder.grid)} tokens"
         if self.captions is None:
             yield text
             return

@@ -31,6 +31,7 @@ from llamagen_dist.training.out_of_memory import engine_memory
 from tokenizer_training.codebook import CodebookHealth, kmeans, perturbation
 from tokenizer_training.discriminators import build_discriminator, check_groups
 from tokenizer_training.losses import GeneratorLosses, TokenizerLoss
+from tokenizer_training.prefixes import prefix_lengths
 from tokenizer_training.validation import Validation
 
 
@@ -174,8 +175,11 @@ class TokenizerTask:
     ) -> tuple[GeneratorLosses, Tensor]:
         """images_seen, first: positions in the run, of the global batch and of the first image."""
         exchange = perturbation(self.config, self.model.quantize, first)
+        lengths = prefix_lengths(self.config, first, len(images))
         with self._autocast():
-            reconstruction, codebook, codes = self.generator.module(images, entropy=self.entropy, exchange=exchange)
+            reconstruction, codebook, codes = self.generator.module(
+                images, entropy=self.entropy, exchange=exchange, lengths=lengths
+            )
             reconstruction, logits = reconstruction.float(), None
             if against is not None:
                 # The bare module, frozen: the discriminator passes the gradient on and gets none itself.

@@ -29,6 +29,7 @@ from llamagen_dist.files import written_aside
 from llamagen_dist.models.vq import VQModel, code_histogram, to_uint8
 from llamagen_dist.parallel.clock import Clock
 from llamagen_dist.parallel.topology import Topology
+from tokenizer_training.prefixes import measured_lengths, prefix_psnr
 
 KEPT = "originals.safetensors"
 _PIECE = 32  # pictures of 299 x 299 pixels at once: 256 would take gigabytes
@@ -55,6 +56,7 @@ class Validation:
         self.perceptual = [perceptual] if perceptual is not None and usable else []
         if config.validation.lpips is not None:
             self._add(config.validation.lpips)
+        self.lengths = measured_lengths(config)
         self.rfid = ReconstructionFID(config, topology, held_out, self.count) if config.validation.rfid else None
 
     def _add(self, section: LPIPSSection) -> None:
@@ -81,10 +83,11 @@ class Validation:
         val_loss: mean squared error of pixels in [-1, 1]. psnr (dB), ssim and ssim_llamagen (data range 2): means of
         per-image values of the 8-bit pictures, on the part that is not padding; so is lpips, under the name of its
         VGG16. codebook_usage: share of all codes that occur at all; codebook_perplexity: how many would do if all
-        were used alike. rfid: of whole 8-bit pictures.
+        were used alike. psnr_at_K: of the first K prefix tokens. rfid: of whole 8-bit pictures.
         """
         model.eval()
         names = ["val_loss", "psnr", "ssim", "ssim_llamagen", *(network.name for network in self.perceptual)]
+        names += [f"psnr_at_{length}" for length in self.lengths]
         sums = torch.zeros(len(names), dtype=torch.float64)
         histogram = torch.zeros(model.config.codebook_size, dtype=torch.int64)
         if self.rfid is not None:
@@ -98,7 +101,9 @@ class Validation:
                 reconstruction, _, codes = model(images)
                 original, shown = torch.from_numpy(pixels).permute(0, 3, 1, 2), to_uint8(reconstruction).cpu()
                 error = F.mse_loss(reconstruction.double(), images.double(), reduction="none").mean((1, 2, 3))
-                sums += self._sums(error.cpu(), shown, original, self.region)
+                of_prefixes = prefix_psnr(model, codes, original, self.region, self.lengths)
+                of_all = self._sums(error.cpu(), shown, original, self.region)
+                sums += torch.cat([of_all, torch.tensor(of_prefixes, dtype=torch.float64)])
                 if self.rfid is not None:
                     self.rfid.add(slice(numbers.start, numbers.stop, numbers.step), shown, original)
             histogram += code_histogram(codes, len(histogram)).cpu()

@@ -24,9 +24,10 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "top-k": (0, math.inf, False),
     "top-p": (0, 1, True),
     "window": (1, math.inf, False),
+    "first-tokens": (1, math.inf, False),
 }
 """Of the numbers among the settings: least and most, and whether it must be more than the least."""
-VARIED = ("cfg", "beta", "temperature", "top-k", "top-p")  # by --grid-over
+VARIED = ("cfg", "beta", "temperature", "top-k", "top-p", "first-tokens")  # by --grid-over
 SETTINGS = {name.replace("-", "_"): name.replace("-", "_") for name in (*LIMITS, "guidance")} | {"cfg": "cfg_scale"}
 """What was given -> the field of ``pictures.Settings``, whose defaults are the options'."""
 OF_SCHEDULE = {"cfg_interval": "constant", "guidance_power": "power-cosine", "guidance_start": "step"}
@@ -34,7 +35,7 @@ DECISIVE = (*SETTINGS, "per_class", "seed", "weights", "quantize", "seeds", "fil
 """Options that decide what is drawn: ``--again`` takes that from the picture. None where they were not given."""
 MOST_SEED = (1 << 31) - 1
 MOST_PICTURES = 1 << 16  # in a row
-WHOLE = ("top-k",)  # options that are whole numbers
+WHOLE = ("top-k", "first-tokens")  # options that are whole numbers
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +95,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="default: 0, all codes")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1, all codes")
     parser.add_argument("--window", type=int, metavar="W", help="tokens per pass, speculatively (default: 1)")
+    parser.add_argument(
+        "--first-tokens",
+        type=int,
+        metavar="K",
+        help="of prefix tokens: draw only so many (default: all)",
+    )
     weights = parser.add_mutually_exclusive_group()
     options.add_weights(weights)
     weights.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
@@ -106,7 +113,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--grid-over",
         nargs="+",
         metavar="OPTION=V,V",
-        help="vary one or two of cfg, beta, temperature, top-k, top-p: down, then across; as cfg=1,2,4 top-k=0,100",
+        help=f"vary one or two of {', '.join(VARIED)}: down, then across; as cfg=1,2,4 top-k=0,100",
     )
 
 
@@ -209,6 +216,7 @@ def grid_axes(words: list[str]) -> dict[str, tuple[float, ...]]:
 
 def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictures: list[tuple[int, int]]) -> None:
     from llamagen_dist.sampling import drawing, grid
+    from llamagen_dist.sampling.load import check_first_tokens
     from llamagen_dist.sampling.pictures import Settings
 
     for path in filter(None, (args.out, args.film)):
@@ -222,6 +230,8 @@ def draw_new(args: argparse.Namespace, axes: dict[str, tuple[float, ...]], pictu
         raise UserError(f"--grid-over: shows one class or caption, and {len(rows)} are given")
     given = {field: getattr(args, name) for name, field in SETTINGS.items() if getattr(args, name) is not None}
     settings = Settings(**{"cfg_scale": 1.0 if source.gpt.config.guidance == "free" else CFG} | given)
+    for count in (args.first_tokens, *axes.get("first-tokens", ())):
+        check_first_tokens(source.tokenizer, None if count is None else int(count), "--first-tokens")
     wanted = drawing.drawing(source, weights, args.captions, args.text_encoder, rows, pictures, settings, axes)
     passes = drawing.draw_tokens(wanted, source)
     print(drawing.save(args.out, wanted, drawing.page(wanted, source, passes)))

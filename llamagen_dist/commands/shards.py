@@ -92,7 +92,9 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "fingerprint": manifest.fingerprint(),
     }
     if manifest.kind == "tokens" and manifest.grid is not None:
-        lines["tokens"] = f"{manifest.grid[0]} x {manifest.grid[1]} of {manifest.vocab_size} codes"
+        grid = f"{manifest.grid[0]} x {manifest.grid[1]}"
+        counted = f"a row of {manifest.grid[1]}, any first k of which are an image," if manifest.order else grid
+        lines["tokens"] = f"{counted} of {manifest.vocab_size} codes"
         lines["crops"] = f"{manifest.crops} per image"
         lines["tokenizer"] = f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256})"
         if manifest.quantizer is not None:

@@ -86,6 +86,8 @@ class DrawSection(Section):
     window: PositiveInt = 1
     """Above 1: speculative decoding, up to so many tokens per forward pass. What is drawn stays the same, up to
     rounding, as with another ``batch``; it is faster where few pictures are drawn at a time."""
+    first_tokens: PositiveInt | None = None
+    """Of a tokenizer with prefix tokens: draw and decode only so many of each picture's; empty: all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the GPT computes in. Logits, guidance and the draw are in fp32 or better in any case, and so is the
     tokenizer."""
@@ -200,6 +202,10 @@ class ReconstructConfig(Section):
     """Pixels along a side; empty: what the tokenizer was trained on."""
     limit: Pictures | None = None
     """Only the first so many images; empty: all of them."""
+    first_tokens: PositiveInt | None = None
+    """Of a tokenizer with prefix tokens: decode only so many of each image's; empty: all."""
+    least_psnr: PositiveFloat | None = None
+    """Of such a tokenizer: decode as few of each image's tokens as reach so many dB; all of them where none do."""
     claimed_ssim: Annotated[float, Field(ge=-1, le=1)] | None = None
     """An SSIM of these reconstructions from elsewhere: the record says which data range it was computed with."""
     rfid: bool = False
@@ -225,6 +231,8 @@ class ReconstructConfig(Section):
             yield "reference: is what the rFID compares with; set rfid=true beside it, or leave it out"
         if self.reference is not None and self.limit is not None:
             yield "reference holds statistics of all images, and limit takes the first few; leave one of them out"
+        if self.least_psnr is not None and (self.first_tokens is not None or self.perturb is not None):
+            yield "least_psnr: chooses the tokens of each image; leave first_tokens and perturb out"
 
 
 class ImageSetSection(Section):

@@ -42,10 +42,10 @@ class GPTModelSection(GPTOptions, _GPTSize):
 
     _finite = field_validator("*", mode="wrap")(finite)
 
-    def gpt(self, **tokens: int) -> GPTConfig:
+    def gpt(self, **tokens: int | None) -> GPTConfig:
         """The GPT that this and the token shards' numbers describe together.
 
-        tokens: vocab_size, image_tokens, num_classes. Raises ValueError for numbers that no model can have.
+        tokens: vocab_size, image_tokens, token_rows, num_classes. Raises ValueError for numbers that no model can have.
         """
         own = {"n_layer": self.n_layer, "n_head": self.n_head, "dim": self.dim}
         size = own if self.size is None else GPT_SIZES[self.size]
@@ -96,6 +96,8 @@ class TokenizerModelSection(VQOptions, _VQSize):
     def cannot_cut(self, pixels: int | None) -> Iterator[str]:
         """Why an image of ``pixels`` along a side does not consist of whole tokens."""
         factor = self.vq().downsampling
+        if pixels is not None and self.image_size not in (None, pixels):
+            yield f"image_size: {pixels} pixels, and the prefix tokens are of {self.image_size} (model.image_size)"
         if pixels is not None and pixels % factor:
             yield (
                 f"image_size: {pixels} pixels cannot be cut into tokens of {factor} x {factor} pixels "

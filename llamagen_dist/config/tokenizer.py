@@ -95,6 +95,36 @@ class TokenizerComputeSection(ComputeSection):
     """Keep weights and activations of all convolutions with their channels next to each other in memory."""
 
 
+class PrefixSection(Section):
+    """How training and validation use the freedom of ``model.tokens: prefix``."""
+
+    lengths: Literal["uniform", "powers", "full"] = "uniform"
+    """How many tokens the decoder gets of each training image: any number alike, or ``shortest``, twice that, four
+    times that and so on alike, up to all of them; ``full``: always all, which trains no prefixes."""
+    shortest: PositiveInt = 1
+    """The fewest."""
+    measured: tuple[PositiveInt, ...] = ()
+    """Validation's PSNR is measured at these lengths too, as ``psnr_at_LENGTH``; empty: at 1, 2, 4 and so on."""
+
+    def rungs(self, count: int) -> list[int]:
+        """``shortest``, twice that and so on below ``count``, then ``count``."""
+        return [self.shortest << n for n in range(count.bit_length()) if self.shortest << n < count] + [count]
+
+    def measured_below(self, count: int) -> list[int]:
+        """The lengths that validation measures beside ``count``."""
+        return sorted({*(self.measured or self.rungs(count))} - {count})
+
+    def misfits(self, count: int | None) -> Iterator[str]:
+        """What does not fit ``count`` tokens, or (None) tokens in a grid, a sentence each."""
+        if count is None:
+            if self != PrefixSection():
+                yield "prefix: belongs to model.tokens: prefix; leave it out, or set that"
+            return
+        for key, most in (("shortest", self.shortest), ("measured", max(self.measured, default=1))):
+            if most > count:
+                yield f"prefix.{key}: {most} tokens, and an image has {count} (model.token_count)"
+
+
 def misfits(quantizer: str, codes: int, entropy_weight: float, codebook: CodebookSection) -> Iterator[str]:
     """What is asked of a quantizer that cannot do it, a sentence each."""
     if entropy_weight and quantizer in ("fsq", "ifsq"):
@@ -127,6 +157,7 @@ class TokenizerConfigFile(TrainingConfig):
     codebook: CodebookSection = CodebookSection()
     validation: TokenizerValidationSection = TokenizerValidationSection()
     compute: TokenizerComputeSection = TokenizerComputeSection()
+    prefix: PrefixSection = PrefixSection()
     init_from: Path | None = None
     """Start a new run from another tokenizer's weights: a run directory, a step_… folder, or a weights file (released
     ones too, which have no optimizer and no discriminator). Only the weights are taken over; images are counted from
@@ -138,6 +169,7 @@ class TokenizerConfigFile(TrainingConfig):
         if self.ema.widths:  # codes that are put elsewhere have no past that could be put together
             yield "ema.widths: is of a GPT's training; leave it out, and set ema.decay for an average"
         yield from misfits(self.model.quantizer, self.model.codebook_size, self.loss.entropy_weight, self.codebook)
+        yield from self.prefix.misfits(self.model.token_count)
 
     @field_validator("data")
     @classmethod

@@ -84,7 +84,9 @@ class Manifest:
     """The tokenizer's quantizer with its options, such as ``fsq 8,5,5,5``; None: not noted (then ``vq``)."""
     vocab_size: int | None = None
     grid: tuple[int, int] | None = None
-    """(rows, columns) of tokens per image."""
+    """(rows, columns) of tokens per image; prefix tokens are one row."""
+    order: str | None = None
+    """``prefix``: the tokens are no grid but a row, any first k of which are an image; None: raster order."""
     crops: int | None = None
     """Token sequences stored per image, one for each crop or flip."""
     captions: CaptionEncoding | None = None
@@ -113,7 +115,8 @@ class Manifest:
         if self.vocab_size is None or self.grid is None:
             raise UserError(f"{location}: holds {self.kind}, not tokens; name the output of tokenizer_training.extract")
         rows, columns = self.grid
-        return {"vocab_size": self.vocab_size, "image_tokens": rows * columns, "num_classes": self.class_count}
+        sizes = {"vocab_size": self.vocab_size, "image_tokens": rows * columns, "num_classes": self.class_count}
+        return sizes | ({"token_rows": rows} if self.order == "prefix" else {})
 
     def fingerprint(self) -> str:
         """sha256 (hex) that changes when any byte of the data does; independent of where it lies."""

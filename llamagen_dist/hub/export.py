@@ -113,6 +113,9 @@ def _gpt_run(checkpoint: Checkpoint, trained: GPTConfigFile, run: Path, group: s
     shapes = checkpoint.shapes
     if "output.weight" not in shapes:
         raise UserError(f"RUN: {checkpoint.path} holds no output.weight: these are not the weights of a GPT")
+    rows, columns = checkpoint.state.get("grid") or (1, 1)
+    if rows != columns:
+        raise UserError(f"RUN: {checkpoint.path} draws prefix tokens, which cannot be exported yet")
     config = gpt_config(
         trained.model,
         vocab_size=shapes["output.weight"][0],
@@ -193,6 +196,8 @@ def _add_tokenizer(export: Export, checkpoint: Checkpoint, trained: GPTConfigFil
 
 def _put_tokenizer(export: Export, tokenizer: Tokenizer) -> None:
     config = tokenizer.model.config
+    if config.tokens == "prefix":
+        raise UserError(f"RUN: {tokenizer.path} makes prefix tokens, which cannot be exported yet")
     export.config["tokenizer"] = {**asdict(config), "downsampling": config.downsampling}
     if tokenizer.image_size is not None:
         export.config["image_size"] = tokenizer.image_size

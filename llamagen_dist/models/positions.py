@@ -1,7 +1,5 @@
 """Where the tokens of a sequence lie in the image: their rotary angles, and sequences in another order than theirs."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,12 +12,13 @@ def rotary_table(config: GPTConfig) -> Tensor:
 
     The prefix rows are 0, 0 (``prefix_rotation: zero``, what the released weights were trained with) or 1, 0.
     """
-    side, half = math.isqrt(config.image_tokens), config.head_dim // 2
+    height, width = config.grid
+    half = config.head_dim // 2
     # each axis turns half / 2 of the pairs, at frequencies base^(-2i / half), as RoPE does for a head of size half
     theta = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-    along = torch.outer(torch.arange(side).float(), theta)
-    rows = along[:, None, :].expand(side, side, -1)
-    columns = along[None, :, :].expand(side, side, -1)
+    along = torch.outer(torch.arange(max(height, width)).float(), theta)
+    rows = along[:height, None, :].expand(height, width, -1)
+    columns = along[None, :width, :].expand(height, width, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     image = torch.stack([angles.cos(), angles.sin()], dim=-1)
     prefix = torch.zeros(config.prefix, half, 2)

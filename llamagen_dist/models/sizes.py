@@ -86,7 +86,9 @@ class GPTConfig(GPTOptions):
 
     n_layer, n_head, dim: see GPT_SIZES.
     vocab_size: codes of the tokenizer.
-    image_tokens: tokens of one image, a square number.
+    image_tokens: tokens of one image.
+    token_rows: rows that they fill in raster order, for the rotary angles; None: as many as columns. Prefix tokens fill
+        one.
     num_classes: without the null class, which is number ``num_classes``; 0 for captions.
 
     Raises ValueError for numbers that no model can have, naming all that is wrong.
@@ -101,6 +103,7 @@ class GPTConfig(GPTOptions):
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     initializer_range: float = 0.02
+    token_rows: int | None = None
 
     def __post_init__(self) -> None:
         if problems := "; ".join(self.problems()):
@@ -115,13 +118,21 @@ class GPTConfig(GPTOptions):
                 f"head dimension {self.head_dim} (dim / n_head) must be a multiple of 4: "
                 "half of it turns with the row and half with the column, in pairs"
             )
-        if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+        if self.token_rows is None and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
             yield f"image_tokens {self.image_tokens} is not a square"
+        if self.token_rows is not None and self.image_tokens % self.token_rows:
+            yield f"image_tokens {self.image_tokens} do not fill {self.token_rows} rows"
         if self.n_head % self.kv_heads:
             fits = [n for n in range(1, min(self.n_head, 1024) + 1) if self.n_head % n == 0]
             yield f"n_kv_head {self.kv_heads} does not divide n_head {self.n_head}; one of {', '.join(map(str, fits))}"
         if self.condition == "class" and self.prefix != 1:
             yield f"prefix_tokens {self.prefix}: a class is one token; set condition: text beside it, or leave it empty"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of an image's tokens."""
+        rows = self.token_rows or math.isqrt(self.image_tokens)
+        return rows, self.image_tokens // rows
 
     @property
     def head_dim(self) -> int:
@@ -187,6 +198,18 @@ class VQOptions:
     """Divides the squared distances in the entropy loss (``loss.entropy_weight``)."""
     entropy_groups: Positive = 1
     """Of ``lfq``: the batch entropy is summed over so many groups of bits, since 2^18 codes at once do not fit."""
+    tokens: Literal["grid", "prefix"] = "grid"
+    """``grid``: a token stands for a square of pixels, as in LlamaGen. ``prefix``: an image is a row of tokens, any
+    first k of which decode to an image, so that k can be chosen for each image. The next five are of ``prefix``."""
+    token_count: Positive | None = None
+    """Tokens of an image."""
+    image_size: Positive | None = None
+    """Pixels along a side of all images: tokens in a row do not fit any other."""
+    token_width: Positive = 128
+    """Of the two small transformers, between the encoder's grid and the tokens and back."""
+    token_layers: Positive = 2
+    """Of each."""
+    token_heads: Positive = 4
 
     @property
     def code_dim(self) -> int:
@@ -213,6 +236,12 @@ class VQOptions:
             yield f"codebook_dim: {self.quantizer} has {self.code_dim} channels here; leave codebook_dim out"
         if self.quantizer == "lfq" and self.entropy_groups > self.code_dim:
             yield f"entropy_groups: {self.code_dim} bits cannot be cut into {self.entropy_groups} groups"
+        for name, of in (("token_count", "of an image, 32 for example"), ("image_size", "pixels along a side")):
+            if (getattr(self, name) is None) == (self.tokens == "prefix"):
+                hint = f"tokens: prefix needs it ({of})" if self.tokens == "prefix" else "belongs to tokens: prefix"
+                yield f"{name}: {hint}"
+        if self.token_width % self.token_heads:
+            yield f"token_width: {self.token_width} is not a multiple of token_heads {self.token_heads}"
 
 
 @dataclass(frozen=True)
@@ -236,5 +265,23 @@ class VQConfig(VQOptions):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per token along one side."""
+        """Pixels per token along one side; of prefix tokens, of the grid that they are read from."""
         return 1 << (len(self.channel_multipliers) - 1)
+
+    def grid(self, pixels: int) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a square image of ``pixels`` along a side; prefix tokens are one row."""
+        side = pixels // self.downsampling
+        return (side, side) if self.token_count is None else (1, self.token_count)
+
+    def arranged(self, tokens: int) -> tuple[int, int]:
+        """(rows, columns) of so many tokens of one image: a square, or one row of prefix tokens."""
+        side = math.isqrt(tokens)
+        return (side, side) if self.token_count is None else (1, tokens)
+
+    def uncoded(self, pixels: int) -> str | None:
+        """Why an image of ``pixels`` along a side has no tokens, as the end of a sentence; None: it has."""
+        if pixels % self.downsampling:
+            return f"is not a multiple of {self.downsampling}, the pixels per token of"
+        if self.image_size not in (None, pixels):
+            return f"is not {self.image_size}, the pixels along a side of every image for"
+        return None

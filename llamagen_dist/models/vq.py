@@ -234,23 +234,35 @@ class VQModel(nn.Module):
         return self.quantize.nearest(rows.reshape(-1, self.quantize.codebook_dim)).view(rows.shape[:-1])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 (B, h, w) -> images (B, 3, f h, f w), nominally in [-1, 1] and not clamped."""
-        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
+    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """codes int64 (B, h, w) -> images (B, 3, f h, f w), nominally in [-1, 1] and not clamped.
+
+        lengths: see ``forward``.
+        """
+        return self.render(self.quantize.lookup(codes), lengths)
+
+    def render(self, quantised: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, f h, f w). lengths: of prefix tokens, of which there are none here."""
+        return self.decoder(self.post_quant_conv(quantised))
 
     def forward(
-        self, images: Tensor, entropy: bool = False, exchange: Callable[[Tensor], Tensor] | None = None
+        self,
+        images: Tensor,
+        entropy: bool = False,
+        exchange: Callable[[Tensor], Tensor] | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, VQLosses, Tensor]:
         """Training: (reconstruction, unweighted losses, codes int64 (B, h, w)).
 
         entropy: that loss too.
         exchange: the codes that the decoder gets in place of the encoder's; gradients pass as if they were those.
+        lengths: int64 (B,), of prefix tokens: how many of an image's the decoder gets; None: all.
         """
         quantised, losses, codes = self.quantize(self.latents(images), entropy=entropy)
         if exchange is not None:
             moved = self.quantize.lookup(exchange(codes)) - self.quantize.lookup(codes)
             quantised = quantised + moved.detach()
-        return self.decoder(self.post_quant_conv(quantised)), losses, codes
+        return self.render(quantised, lengths), losses, codes
 
 
 def to_uint8(images: Tensor) -> Tensor:

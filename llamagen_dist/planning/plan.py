@@ -53,6 +53,7 @@ class Tokens:
     per_image: int = 256
     classes: int | None = 1000
     source: str = "assumed"
+    rows: int | None = None  # as GPTConfig.token_rows
 
 
 def tokens_of(
@@ -69,7 +70,9 @@ def tokens_of(
     elif (Path(shards) / MANIFEST).is_file():
         sizes = read_manifest(Path(shards)).gpt_sizes(shards)
         source = f"read from {Path(shards) / MANIFEST}"
-        tokens = Tokens(sizes["vocab_size"], sizes["image_tokens"], sizes["num_classes"], source)
+        tokens = Tokens(
+            sizes["vocab_size"], sizes["image_tokens"], sizes["num_classes"], source, sizes.get("token_rows")
+        )
     else:
         tokens = Tokens(source=f"assumed: {Path(shards) / MANIFEST} is not there yet")
     by_hand = {"vocab_size": vocab, "per_image": per_image, "classes": classes}
@@ -84,7 +87,11 @@ def tokens_of(
 def model_for(config: GPTConfigFile, tokens: Tokens) -> GPTConfig:
     """The model that a config (one rung of a ladder) makes of such tokens. Raises UserError."""
     return gpt_config(
-        config.model, vocab_size=tokens.vocab_size, image_tokens=tokens.per_image, num_classes=tokens.classes
+        config.model,
+        vocab_size=tokens.vocab_size,
+        image_tokens=tokens.per_image,
+        num_classes=tokens.classes,
+        token_rows=tokens.rows,
     )
 
 

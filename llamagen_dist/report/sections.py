@@ -7,7 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamagen_dist.evaluation.record import differences
-from llamagen_dist.report import checkpoints, codebook, figures, pictures, recipes, search, sweep, tokenizers
+from llamagen_dist.report import (
+    checkpoints,
+    codebook,
+    figures,
+    pictures,
+    rate_distortion,
+    recipes,
+    search,
+    sweep,
+    tokenizers,
+)
 from llamagen_dist.report import quantities as q
 from llamagen_dist.report.blocks import Bars, Block, Markdown, Numbers, Report
 from llamagen_dist.report.collect import Found
@@ -87,6 +97,7 @@ def _tokenizer(s: Found) -> Part:
         grid = pictures.validated(s.tokenizer)
     curves = figures.tokenizer(s.tokenizer) if s.tokenizer and s.tokenizer.training else None
     facts, blocks = codebook.part(s.tokenizer)
+    blocks["rates"] = rate_distortion.figure(s.tokenizer) if s.tokenizer else None
     return {"pictures": grid, **facts}, {"reconstructions": grid, "curves": curves, **blocks}
 
 

@@ -35,7 +35,9 @@ from llamagen_dist.sampling.png_record import pixels_sha256, record_text
 from llamagen_dist.tracking.provenance import versions
 
 PACKAGES = ("torch", "numpy", "pillow")  # that decide the pixels
-AXES = {"cfg": "cfg_scale", "beta": "beta", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
+AXES = {"cfg": "cfg_scale", "beta": "beta", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"} | {
+    "first-tokens": "first_tokens"
+}
 """What ``--grid-over`` may vary: the option -> the field of Settings."""
 
 
@@ -104,10 +106,10 @@ class Drawing(Section):
             base = TypeAdapter(Settings).validate_python(self.settings)
         except ValidationError as error:
             raise UserError(f"settings: {error.errors()[0]['msg']}") from None
-        kinds: dict[str, Any] = {
-            name: float if name == "beta" else type(getattr(base, AXES[name])) for name in self.axes
-        }
-        steps = [[(AXES[name], kinds[name](v)) for v in values] for name, values in self.axes.items()]
+        steps: list[list[tuple[str, Any]]] = [
+            [(AXES[name], int(v) if name in ("top-k", "first-tokens") else float(v)) for v in values]
+            for name, values in self.axes.items()
+        ]
         return [replace(base, **dict(point)) for point in itertools.product(*steps)]
 
 
@@ -176,7 +178,7 @@ def drawing(
         cut=dict(source.conditions.cut),
         pictures=tuple(pictures),
         quantize=source.quantized,
-        settings=asdict(settings),
+        settings={name: value for name, value in asdict(settings).items() if value is not None},
         axes=axes,
         batch=tuple(min(BATCH, count - start) for start in range(0, count, BATCH)),
         device=str(gpt.model.rotary.device),
@@ -210,7 +212,9 @@ def page(wanted: Drawing, source: Source, passes: Sequence[Tensor]) -> Image.Ima
     if wanted.show == "film":
         stages = film(source, passes[0][0])
         seed, number = wanted.pictures[0]
-        title = f"{wanted.names[0]}, {_picture_name(seed, number)}: after each row of tokens"
+        by_prefix = source.tokenizer.model.config.token_count is not None
+        after = "from its first tokens" if by_prefix else "after each row of tokens"
+        title = f"{wanted.names[0]}, {_picture_name(seed, number)}: {after}"
         texts = [f"{row} of {len(stages)}" for row in range(1, len(stages) + 1)]
         return grid.contact_sheet([Image.fromarray(stage) for stage in stages], texts, title)
     images = np.stack([_decoded(source, tokens, wanted.batch) for tokens in passes])
@@ -236,10 +240,14 @@ def _decoded(source: Source, tokens: Tensor, batch: Sequence[int]) -> NDArray[np
 
 def film(source: Source, tokens: Tensor) -> NDArray[np.uint8]:
     """One image as far as it is after each row of tokens: uint8 [rows, S, S, 3], grey where there are no codes yet.
+    Of prefix tokens: after each token.
 
     tokens: int64 (N,). The decoder sees a whole grid, in which the last row that is there stands for those to come:
     its lower edge then looks as little as possible like the edge of a picture.
     """
+    if source.tokenizer.model.config.token_count is not None:
+        counts = range(1, len(tokens) + 1)
+        return np.concatenate([decode_tokens(source.tokenizer.model, tokens[None, :count]) for count in counts])
     side = int(len(tokens) ** 0.5)
     codes, stages = tokens.view(side, side), []
     for row in range(side):

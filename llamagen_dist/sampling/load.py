@@ -148,6 +148,17 @@ def _section_of_file(
     return known if given is None else given
 
 
+def check_first_tokens(tokenizer: Tokenizer, tokens: int | None, key: str) -> None:
+    """Raises UserError, naming the config key or option, where no image can be decoded from its first ``tokens``."""
+    count = tokenizer.model.config.token_count
+    if tokens is not None and count is None:
+        raise UserError(f"{key}: {tokenizer.path} makes a grid of tokens, which decode only all together; leave it out")
+    if tokens is not None and count is not None and tokens > count:
+        raise UserError(
+            f"{key}: {tokens} tokens, and {tokenizer.path} makes {count} of an image; ask for at most {count}"
+        )
+
+
 def load_gpt(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -182,23 +193,27 @@ def load_gpt(
     num_classes = shapes[CLASSES][0] - 1 if by_class else 0
     factor = tokenizer.model.config.downsampling
     grid = checkpoint.state.get("grid")  # rows and columns of tokens, of checkpoints that know it
-    known = manifest.image_size if manifest else grid and grid[0] * factor
+    own = tokenizer.model.config.image_size or (grid and grid[0] * factor)
+    known = manifest.image_size if manifest else own
     size = image_size or known or tokenizer.image_size
     if size is None:
         raise UserError(
             "image_size: neither the checkpoint nor the tokenizer knows it; set image_size=256, for example"
         )
-    if size % factor:
-        raise UserError(f"image_size: {size} is not a multiple of {factor}, the pixels per token of {tokenizer.path}")
-    if grid is not None and [size // factor] * 2 != grid:
+    if (why := tokenizer.model.config.uncoded(size)) is not None:
+        raise UserError(f"image_size: {size} {why} {tokenizer.path}")
+    rows, columns = tokenizer.model.config.grid(size)
+    if grid is not None and [rows, columns] != grid:
+        each = "prefix tokens" if tokenizer.model.config.token_count else f"{factor} pixels per token"
         raise UserError(
-            f"checkpoint: {path} draws {grid[0]} x {grid[1]} tokens, but {tokenizer.path} makes {size // factor} x "
-            f"{size // factor} of {size} pixels ({factor} pixels per token)"
+            f"checkpoint: {path} draws {grid[0]} x {grid[1]} tokens, but {tokenizer.path} makes {rows} x {columns} of "
+            f"{size} pixels ({each})"
         )
     config = gpt_config(
         section,
         vocab_size=shapes["output.weight"][0],
-        image_tokens=(size // factor) ** 2,
+        image_tokens=rows * columns,
+        token_rows=rows if tokenizer.model.config.token_count else None,
         num_classes=num_classes,
         tensors=shapes,
     )

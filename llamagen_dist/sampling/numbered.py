@@ -25,7 +25,14 @@ from llamagen_dist.sampling.compiled import CompiledSteps
 from llamagen_dist.sampling.conditions import conditions
 from llamagen_dist.sampling.guidance import misguided
 from llamagen_dist.sampling.int8 import quantize
-from llamagen_dist.sampling.load import WEIGHTS, load_gpt, load_tokenizer, maker_of, open_checkpoint
+from llamagen_dist.sampling.load import (
+    WEIGHTS,
+    check_first_tokens,
+    load_gpt,
+    load_tokenizer,
+    maker_of,
+    open_checkpoint,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,6 +54,7 @@ class NumberedPictures:
             topology=topology,
             made=maker_of(checkpoint),
         )
+        check_first_tokens(self.tokenizer, config.first_tokens, "first_tokens")
         self.gpt = load_gpt(checkpoint, self.tokenizer, config.model, config.image_size)
         for scale, beta in config.guidances():
             if (reason := misguided(self.gpt.config, scale, beta)) is not None:

@@ -34,6 +34,7 @@ class Settings:
     guidance_start: float = 0.18
     beta: float | None = None
     window: int = 1
+    first_tokens: int | None = None
 
     def __post_init__(self) -> None:
         guidance_scales(
@@ -41,8 +42,8 @@ class Settings:
         )  # raises ValueError where that is no guidance
         if self.beta is not None and not 0 < self.beta <= 1:
             raise ValueError(f"beta {self.beta}")
-        if self.window < 1:
-            raise ValueError(f"window {self.window}")
+        if self.window < 1 or (self.first_tokens or 1) < 1:
+            raise ValueError(f"window {self.window}, first_tokens {self.first_tokens}")
 
 
 def sample_seeds(seed: int | Tensor, numbers: Tensor) -> Tensor:
@@ -93,19 +94,19 @@ def code_counts(reader: TokenReader, shards: Iterable[int]) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def decode_tokens(tokenizer: VQModel, tokens: Tensor) -> NDArray[np.uint8]:
-    """tokens (B, N) int64, raster order of a square -> uint8 [B, S, S, 3], rounded as LlamaGen does.
+def decode_tokens(tokenizer: VQModel, tokens: Tensor, lengths: Tensor | None = None) -> NDArray[np.uint8]:
+    """tokens (B, N) int64, in raster order of a square or a prefix -> uint8 [B, S, S, 3], rounded as LlamaGen does.
 
+    lengths: int64 (B,), how many tokens of each prefix are looked at; None: all.
     Raises UserError where the tokenizer gives NaN or infinity, which would look like a black or a white pixel.
     """
-    return checked_pixels(*decoded(tokenizer, tokens))
+    return checked_pixels(*decoded(tokenizer, tokens, lengths))
 
 
-def decoded(tokenizer: VQModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def decoded(tokenizer: VQModel, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As ``decode_tokens``, on the tokenizer's device and without waiting for it: (pixels, all finite: 0-d bool)."""
-    side = int(tokens.shape[1] ** 0.5)
-    codes = tokens.view(-1, side, side).to(tokenizer.device)
-    images = tokenizer.decode(codes)
+    codes = tokens.view(-1, *tokenizer.config.arranged(tokens.shape[1])).to(tokenizer.device)
+    images = tokenizer.decode(codes, lengths)
     return to_uint8(images).permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all()
 
 

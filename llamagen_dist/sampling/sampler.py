@@ -53,10 +53,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     window: int = 1,
+    first_tokens: int | None = None,
     seeds: Tensor | None = None,
     steps: Steps | None = None,
 ) -> Tensor:
-    """Draw (B, N) int64 image tokens in raster order.
+    """Draw (B, N) int64 image tokens in raster order, or (B, first_tokens).
 
     condition: labels (B,) int64, or (features (B, T, C) left-padded, mask (B, T) bool).
     cfg_scale: guided = null + cfg_scale x (conditional - null), for values above 1; otherwise conditional only.
@@ -67,6 +68,7 @@ def generate(
     top_k: 0 keeps all codes.
     top_p: 1 keeps all codes.
     window: tokens per forward pass at most; above 1, speculative decoding.
+    first_tokens: stop after so many, of prefix tokens; they are those that an image of all N begins with.
     seeds: (B,) int64, one per sample (default 0 … B-1).
     steps: how the model computes; None: eagerly, by itself.
 
@@ -77,7 +79,9 @@ def generate(
     if (reason := misguided(model.config, cfg_scale, beta)) is not None:
         raise ValueError(reason)
     count = model.config.image_tokens
-    scales = guidance_scales(count, cfg_scale, guidance, cfg_interval, guidance_power, guidance_start)
+    if first_tokens is not None and not 1 <= first_tokens <= count:
+        raise ValueError(f"first_tokens {first_tokens}: an image has {count}")
+    scales = guidance_scales(count, cfg_scale, guidance, cfg_interval, guidance_power, guidance_start)[:first_tokens]
     batch = len(condition[0] if isinstance(condition, tuple) else condition)
     streams = noise_streams(torch.arange(batch) if seeds is None else seeds).to(model.rotary.device)
 

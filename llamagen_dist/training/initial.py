@@ -150,6 +150,7 @@ def _check(source: Checkpoint, tokenizer: str | None, model: GPTConfig, manifest
             source.config.model,
             vocab_size=model.vocab_size,
             image_tokens=model.image_tokens,
+            token_rows=model.token_rows,
             num_classes=model.num_classes,
         )
         for key, name in (("n_head", "n_head"), ("n_kv_head", "kv_heads"), ("prefix_rotation", "prefix_rotation")):
