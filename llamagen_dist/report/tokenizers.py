@@ -134,9 +134,9 @@ def figure(content: Mapping[str, Any]) -> Figure:
             x, y = np.array(fids, np.float64), np.full(len(fids), one[score], np.float64)
             series.append(Series(name, x, y, "dotted line", share(rank, len(every)), "" if number else name))
         known = content["correlations"].get(score)
-        note = "" if known is None else f"ρ {known['spearman']:+.2f} (p {known['spearman_p']:.3f})"
-        panels.append(Panel(_SCORES[score][0], tuple(series), note=note))
-    names = ", ".join(panel.title for panel in panels)
+        note = "" if known is None else f" (ρ {known['spearman']:+.2f}, p {known['spearman_p']:.3f})"
+        panels.append(Panel(_SCORES[score][0] + note, tuple(series)))
+    names = ", ".join(_SCORES[score][0] for score in shown)
     caption = (
         "A colour for each tokenizer, a point for each seed of its probe. ρ: Spearman's rank correlation with the FID, "
         "+1 where the better score goes with the lower FID."

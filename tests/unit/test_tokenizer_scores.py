@@ -102,7 +102,7 @@ def test_terminal_and_report_show_the_same_table(content, tmp_path):
         assert "63.00 ± 4.24" in html
         assert "a_b|c" in html
     figure = tokenizers.figure(content)
-    assert [panel.title for panel in figure.panels] == ["PSNR", "SSIM", "rFID", "perplexity"]
+    assert [panel.title.split(" (")[0] for panel in figure.panels] == ["PSNR", "SSIM", "rFID", "perplexity"]
     assert all(len(series.x) == 2 for panel in figure.panels for series in panel.series)
     assert plots.draw(figure, "png")[:4] == b"\x89PNG"
     (tmp_path / "results.json").write_text(json.dumps({"tokenizer": {"psnr": 1.0}}))
