@@ -43,6 +43,7 @@ class TokenizerTask:
     """
 
     zero = 0
+    smaller = "compute.recompute_every=1, compute.precision=bf16, a smaller train.micro_batch"
 
     def __init__(self, model: VQModel, config: TokenizerConfigFile, topology: Topology, held_out: Shards) -> None:
         self.config, self.topology, self.model, self.held_out = config, topology, model, held_out

@@ -132,6 +132,11 @@ class GPTTask:
     images_seen: where the run stands: of the checkpoint that is put into it.
     """
 
+    smaller = (
+        "compute.recompute_every=1, a smaller train.micro_batch, a higher parallel.zero or parallel.tensor "
+        "(llamagen plan CONFIG shows what fits)"
+    )
+
     def __init__(
         self,
         model: GPT,

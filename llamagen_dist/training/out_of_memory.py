@@ -11,10 +11,6 @@ from llamagen_dist.tracking.devices import GIB
 from llamagen_dist.tracking.log_line import peak_memory_gb
 from llamagen_dist.training.task import Task
 
-SETTINGS = (
-    "set compute.recompute_every=1, a smaller train.micro_batch, a higher parallel.zero or parallel.tensor, or use "
-    "more ranks; llamagen plan CONFIG shows what fits"
-)
 _CPU = ("can't allocate memory", "not enough memory")  # torch's allocator on Linux and on Windows
 
 
@@ -46,6 +42,6 @@ def explained(task: Task) -> Iterator[None]:
             f"out of memory on rank {rank} of {task.topology.world}: {first_line}",
             *task.memory(),
             f"peak {kind} of this rank: {peak_memory_gb(device) * 1e9 / GIB:.2f} GiB",
-            SETTINGS,
+            f"set {task.smaller}, or use more ranks",
         ]
         raise UserError("\n".join(lines)) from None

@@ -82,6 +82,9 @@ class Task(Protocol):
         """
         ...
 
+    smaller: str
+    """Settings with which it needs less memory, for an out-of-memory message."""
+
     def memory(self) -> Sequence[str]:
         """Lines for an out-of-memory message: what this rank was expected to hold, and what it really holds."""
         ...

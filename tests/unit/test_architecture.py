@@ -284,7 +284,7 @@ BUDGETS = {
     "checkpoint": 1575,
     "tracking": 1280,
     "planning": 1260,
-    "training": 1995,
+    "training": 2000,
     "sampling": 2360,
     "evaluation": 4390,
     "scaling": 3890,

@@ -1,5 +1,6 @@
 """How a tokenizer's training computes: bf16, recomputed activations, channels_last, the compiler, averaged weights."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from llamagen_dist.models.vq import Block, ResidualBlock, VQModel
 from llamagen_dist.parallel import ema
 from llamagen_dist.parallel.topology import Topology
 from llamagen_dist.sampling.load import load_tokenizer
+from llamagen_dist.training.gpt_task import GPTTask
 from tests import checkpoints as store
 from tests.image_shards import write_images
 from tests.random_vgg16 import write_vgg16
@@ -331,6 +333,25 @@ def test_an_average_that_is_not_there_is_refused(shards, tmp_path):
     store.save(tmp_path / "run", 0, task.entries(), {}, Topology(), config_text=dump(task.config))
     refused(lambda: load_tokenizer(tmp_path / "run", weights="ema"), "holds no ema.*trained without")
     assert load_tokenizer(tmp_path / "run", weights="trained").image_size == 16  # the twin: what is there opens
+
+
+# --- out of memory ---
+
+
+def test_out_of_memory_names_settings_that_the_program_has():
+    """A tokenizer has no parallel.zero to raise: the twin finds that the GPT's advice would be refused."""
+
+    def refused(advice: str) -> list[str]:
+        keys = re.findall(r"[a-z]+\.[a-z_]+", advice)
+        assert len(keys) >= 3
+        sections = {name: field.annotation for name, field in TokenizerConfigFile.model_fields.items()}
+        return [key for key in keys if key.split(".")[1] not in sections[key.split(".")[0]].model_fields]
+
+    assert refused(TokenizerTask.smaller) == []
+    assert "parallel.zero" in GPTTask.smaller
+    make_config = {"kind": "tokenizer", "run_dir": "x", "data": {"train": "a", "validation": "b", "image_size": 16}}
+    with pytest.raises(UserError, match="zero"):
+        build(TokenizerConfigFile, {**make_config, "parallel": {"zero": 1}}, "config")
 
 
 # --- the compiler ---
