@@ -1,8 +1,8 @@
 """A moving average of any length, put together after training from two that were kept during it.
 
 Karras et al., arXiv 2312.02696, section 3.2: the weights that an average gives to the steps of training are its
-profile. The profile that is wanted is fitted by a sum of those that were saved, in least squares; the same sum of the
-saved averages is then the average that is wanted. Here the profiles are exact step by step, and the sum's factors add
+profile. The target profile is fitted by a sum of those that were saved, in least squares; the same sum of the
+saved averages is then the target average. Here the profiles are exact step by step, and the sum's factors add
 up to 1, so that what does not move while training is reproduced exactly.
 """
 
@@ -24,7 +24,7 @@ from llamagen_dist.parallel import ema
 
 Floats = NDArray[np.float64]
 LARGEST_RESIDUAL = 0.03
-"""Of a fitted profile, relative to the wanted one's norm; an average that is farther off is refused. Below it made and
+"""Of a fitted profile, relative to the target's norm; an average that is farther off is refused. Below it made and
 true averages of random walks, drifts and noise lie within about 1e-3 of each other."""
 _BLOCK = 8192  # steps whose profiles are in memory at a time
 
@@ -52,18 +52,18 @@ class Profile:
         return np.diff(total)
 
 
-def fit(kept: Sequence[Profile], wanted: Profile) -> tuple[Floats, float]:
-    """Factors for the averages that were kept, which add up to 1, and the residual relative to the wanted profile.
+def fit(kept: Sequence[Profile], target: Profile) -> tuple[Floats, float]:
+    """Factors for the averages that were kept, which add up to 1, and the residual relative to the target profile.
 
-    kept: none of a step behind the wanted one's.
+    kept: none of a step behind the target's.
 
     In blocks of steps, each reduced to a triangle by QR: memory does not grow with the training, and the condition is
     that of the profiles, not its square as with normal equations.
     """
     triangle: Floats = np.empty((0, len(kept) + 1))
-    for first in range(0, wanted.step, _BLOCK):
-        last = min(first + _BLOCK, wanted.step)
-        rows = np.stack([profile.at(first, last) for profile in (*kept, wanted)], axis=1)
+    for first in range(0, target.step, _BLOCK):
+        last = min(first + _BLOCK, target.step)
+        rows = np.stack([profile.at(first, last) for profile in (*kept, target)], axis=1)
         triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
     columns, goal = triangle[:, :-1], triangle[:, -1]
     # the last one's factor is what the others leave of 1: their differences from it are fitted
@@ -101,10 +101,10 @@ def put_together(path: Path, width: float | None = None, half_life_images: float
     batch, step = config.train.global_batch, int(last.state["step"])
     if width is None:
         assert half_life_images is not None
-        wanted = Profile("half_life", half_life_images / batch, step)
+        target = Profile("half_life", half_life_images / batch, step)
         shown = f"a half-life of {half_life_images:g} images"
     else:
-        wanted, shown = Profile("width", width, step), f"a width of {width:g}"
+        target, shown = Profile("width", width, step), f"a width of {width:g}"
     kept: list[Profile] = []
     opened: list[Checkpoint] = []
     for folder in complete(last.folder.parent.parent):
@@ -113,7 +113,7 @@ def put_together(path: Path, width: float | None = None, half_life_images: float
         for one in config.ema.widths:
             opened.append(Checkpoint.open(folder, which=ema.key(one)))
             kept.append(Profile("width", one, int(opened[-1].state["step"])))
-    factors, residual = fit(kept, wanted)
+    factors, residual = fit(kept, target)
     if residual > LARGEST_RESIDUAL:
         steps = sorted({profile.step for profile in kept})
         raise UserError(
