@@ -20,6 +20,7 @@ from llamagen_dist.parallel.topology import start
 from llamagen_dist.training.gpt_task import GPTTask
 from tests import checkpoints as store
 from tests.plain_gpt import whole_gpt
+from tests.ranks.forked import run_ranks
 
 VOCABULARY, TOKENS, CLASSES, BATCH, STEPS = 96, 16, 10, 12, 10
 TOLERANCE = 1e-5  # rounding of sums in another order; at lr 1e-3 Adam does not amplify it beyond that in ten steps
@@ -36,6 +37,8 @@ class Layout(NamedTuple):
 
 
 SERIAL = Layout()
+MIXED = [Layout(2, 1, 0), Layout(2, 2, 2, True), Layout(2, 1, 3), Layout(4, 2, 1), Layout(4, 2, 0, True), Layout(3)]
+"""Every engine, ZeRO stage and kind of split once: for what must equal one process whatever the layout."""
 
 
 def mostly_long(*cases: Any, quick: Sequence[Any]) -> list[Any]:
@@ -169,3 +172,18 @@ def resume_from(
     store.restore(found, entries)
     task.load_scalars(store.read_state(found)["task"] if forget != "step" else {"optimizer.step": 0.0})
     return steps(task, count, STEPS), averages(task)
+
+
+def apart_from(serial: dict[str, Any], layout: Layout, *settings: str) -> float:
+    """How far losses, gradient norms and validation of any rank lie from one process's ``train``, with accumulation,
+    recomputation and dropout."""
+    results = run_ranks(train, layout.ranks, layout, *settings, "train.micro_batch=2", "compute.recompute_every=1")
+    apart = [abs(r["validation"][key] - value) for r in results for key, value in serial["validation"].items()]
+    apart += [worst(r["losses"], serial["losses"]) for r in results]
+    return float(torch.tensor(apart, dtype=torch.float64).max())  # NaN if any is: Python's max would pass over one
+
+
+def bf16_apart_from(serial: dict[str, Any], layout: Layout, *settings: str) -> float:
+    """How far a bf16 run's losses lie from an fp32 one's."""
+    rounded = run_ranks(train, layout.ranks, layout, *settings, "compute.precision=bf16")[0]
+    return max(abs(a - b) for (a, _), (b, _) in zip(rounded["losses"], serial["losses"], strict=True))

@@ -1,25 +1,23 @@
 """A prefix tokenizer on forked ranks: neither ranks nor micro-batches change its lengths, a resume is bit-equal."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from llamagen_dist.build import build_vq
 from llamagen_dist.config import load
-from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.parallel.topology import Topology, start
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
+from tests.ranks.tiny_tokenizer import BATCH, batch, kept, steps
 from tokenizer_training import task as task_module
 from tokenizer_training.task import TokenizerTask
 
-STEPS, HALF, BATCH, N = 10, 5, 8, 8
+STEPS, HALF, N = 10, 5, 8
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +43,6 @@ def task_of(config: Path, topology: Topology, *changes: str) -> TokenizerTask:
     torch.manual_seed(0)
     settings = load(config, changes, kind="tokenizer")
     return TokenizerTask(build_vq(settings.model), settings, topology, open_shards(settings.data.validation))
-
-
-def batch(step: int, topology: Topology) -> ImageBatch:
-    """This rank's share of smooth random pictures."""
-    coarse = torch.rand(BATCH, 3, 4, 4, generator=torch.Generator().manual_seed(step)) * 2 - 1
-    images = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
-    mine = slice(topology.rank * (share := BATCH // topology.world), (topology.rank + 1) * share)
-    return ImageBatch(images[mine], torch.arange(BATCH)[mine])
-
-
-def steps(task: TokenizerTask, chosen: range) -> Iterator[dict[str, float]]:
-    for step in chosen:
-        metrics = task.step(batch(step, task.topology), step * BATCH)
-        yield {name: float(task.topology.mean(value.double())) for name, value in metrics.items()}
-
-
-def kept(task: TokenizerTask) -> dict[str, Tensor]:
-    return {f"{entry.group}/{entry.key}": entry.local().clone() for entry in task.entries()}
 
 
 def learn(config: Path, changes: tuple[str, ...] = (), resumed: bool = False, by_rank: bool = False) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Tokenizers with every quantizer on forked ranks: the number of ranks changes nothing, a resume is bit-equal."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from llamagen_dist.build import build_vq
 from llamagen_dist.config import load
-from llamagen_dist.data.batch import ImageBatch
 from llamagen_dist.data.shards import open_shards
 from llamagen_dist.parallel.topology import Topology, start
 from tests.image_shards import write_images
 from tests.ranks.forked import run_ranks
+from tests.ranks.tiny_tokenizer import BATCH, batch, kept, steps
 from tokenizer_training import task as training
 from tokenizer_training.task import TokenizerTask
 
-STEPS, BATCH, HALF = 10, 8, 5
+STEPS, HALF = 10, 5
 SOFT = "model.entropy_temperature=0.5"  # at LlamaGen's 0.01 the loss magnifies rounding a hundredfold
 KINDS = {
     "vq": ["model.codebook_init=kmeans", "loss.entropy_weight=0.05", SOFT],
@@ -56,24 +55,6 @@ def task_of(config: Path, kind: str, topology: Topology, *more: str) -> Tokenize
     table = ["codebook.revive_after_steps=3"] if kind in TABLES else []
     settings = load(config, [f"model.quantizer={kind}", *KINDS[kind], *table, *more], kind="tokenizer")
     return TokenizerTask(build_vq(settings.model), settings, topology, open_shards(settings.data.validation))
-
-
-def batch(step: int, topology: Topology) -> ImageBatch:
-    """This rank's share of smooth random pictures."""
-    coarse = torch.rand(BATCH, 3, 4, 4, generator=torch.Generator().manual_seed(step)) * 2 - 1
-    images = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
-    mine = slice(topology.rank * (share := BATCH // topology.world), (topology.rank + 1) * share)
-    return ImageBatch(images[mine], torch.arange(BATCH)[mine])
-
-
-def steps(task: TokenizerTask, chosen: range) -> Iterator[dict[str, float]]:
-    for step in chosen:
-        metrics = task.step(batch(step, task.topology), step * BATCH)
-        yield {name: float(task.topology.mean(value.double())) for name, value in metrics.items()}
-
-
-def kept(task: TokenizerTask) -> dict[str, Tensor]:
-    return {f"{entry.group}/{entry.key}": entry.local().clone() for entry in task.entries()}
 
 
 def put_back(task: TokenizerTask, tensors: dict[str, Tensor]) -> None:

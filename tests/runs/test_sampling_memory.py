@@ -1,8 +1,5 @@
 """Thousands of pictures, through both stages and onto the disk: memory does not grow with them."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,8 +14,8 @@ from llamagen_dist.sampling.chunks import Chunk, ChunkFolder, write_npz
 from llamagen_dist.sampling.pictures import Settings, decoded, model_tokens, sample_seeds
 from llamagen_dist.sampling.stages import Stages
 from tests.bench.sample import resident
+from tests.runs.memory_growth import growth_alone
 
-ROOT = Path(__file__).parent.parent.parent
 COUNT, BATCH, CLASSES = 4000, 40, 3
 SETTINGS = Settings(cfg_scale=2.0, top_k=20)
 
@@ -50,18 +47,8 @@ def growth(out: Path, keep: bool, beside: bool) -> float:
     return median(seen[-fifth:]) - median(seen[fifth : 2 * fifth])
 
 
-def growth_alone(out: Path, keep: bool, beside: bool) -> float:
-    """In a process of its own: in one that has run other tests, what is kept fits into memory that they gave back."""
-    code = f"from tests.runs.test_sampling_memory import *; print(growth(Path({str(out)!r}), {keep}, {beside}))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return float(ran.stdout.split()[-1])
-
-
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
     """4,000 pictures of 3 kB: the twin that keeps every batch has at least 7 MB more."""
-    assert growth_alone(tmp_path / "sampled", keep=False, beside=True) < 3
-    assert growth_alone(tmp_path / "twin", keep=True, beside=False) > 6
+    assert growth_alone(__name__, tmp_path / "sampled", False, True) < 3
+    assert growth_alone(__name__, tmp_path / "twin", True, False) > 6

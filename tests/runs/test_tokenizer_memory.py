@@ -1,8 +1,5 @@
 """A thousand steps of a tokenizer with all that keeps state beside its weights: memory does not grow with them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -17,9 +14,9 @@ from llamagen_dist.data.shards import open_shards
 from llamagen_dist.parallel.topology import Topology
 from tests.bench.sample import resident
 from tests.image_shards import write_images
+from tests.runs.memory_growth import growth_alone
 from tokenizer_training.task import TokenizerTask
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS, BATCH = 1000, 4
 
 
@@ -64,18 +61,8 @@ def growth(folder: Path, keep: bool) -> float:
     return median(seen[-fifth:]) - median(seen[fifth : 2 * fifth])
 
 
-def growth_alone(folder: Path, keep: bool) -> float:
-    """In a process of its own, see test_sampling_memory.py."""
-    code = f"from tests.runs.test_tokenizer_memory import *; print(growth(Path({str(folder)!r}), {keep}))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return float(ran.stdout.split()[-1])
-
-
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_steps(tmp_path):
     """The twin keeps each step's reconstructions: 12 kB, and whatever of their graph backward has not freed."""
-    assert growth_alone(tmp_path / "run", keep=False) < 4
-    assert growth_alone(tmp_path / "twin", keep=True) > 6
+    assert growth_alone(__name__, tmp_path / "run", False) < 4
+    assert growth_alone(__name__, tmp_path / "twin", True) > 6

@@ -1,4 +1,7 @@
-"""Points of a known law, exact and with scatter."""
+"""Points of a known law, exact and with scatter; the manifest of the tokens that such runs name."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -32,3 +35,11 @@ def points(n: np.ndarray, d: np.ndarray, loss: np.ndarray, runs: tuple[str, ...]
 def noisy(seed: int, sigma: float, truth: tuple[float, ...] = TRUTHS[0]) -> Points:
     n, d = grid()
     return points(n, d, chinchilla(n, d, truth) * np.exp(sigma * np.random.default_rng(seed).standard_normal(len(n))))
+
+
+def write_token_manifest(folder: Path) -> None:
+    """All that a reader of finished runs looks up in their tokens: 8 x 8 of 512 codes, two classes."""
+    folder.mkdir(parents=True)
+    manifest = {"format": 1, "kind": "tokens", "count": 0, "members": ["codes.npy"], "shards": [], "vocab_size": 512}
+    manifest |= {"grid": [8, 8], "classes": ["a", "b"], "crops": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

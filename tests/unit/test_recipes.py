@@ -17,6 +17,7 @@ from llamagen_dist.models.gpt import GPTConfig
 from llamagen_dist.scaling.recipe_runs import flops_per_image
 from llamagen_dist.scaling.recipes import Trial, band, best_so_far, called, compare, compute_to
 from tests.unit.report_pages import html, inside, section, series, table, text_of
+from tests.unit.scaling_points import write_token_manifest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FLOPS = np.geomspace(1e10, 1e12, 9)
@@ -165,13 +166,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 def write_runs(folder: Path) -> Path:
     """A sweep's folder: dropout as a switch, three rates, three seeds, one size; the switch halves the compute."""
     tokens = folder / "fashion" / "tokens"
-    tokens.mkdir(parents=True)
-    (tokens / "manifest.json").write_text(
-        json.dumps(
-            {"format": 1, "kind": "tokens", "count": 0, "members": ["codes.npy"], "shards": [], "vocab_size": 512,
-             "grid": [8, 8], "classes": ["a", "b"], "crops": 1}
-        )
-    )  # fmt: skip
+    write_token_manifest(tokens)
     model = GPTConfig(n_layer=1, n_head=2, dim=24, vocab_size=512, image_tokens=64, num_classes=2, multiple_of=8)
     for dropout, factor in ((0.1, 1.0), (0.0, 0.5)):
         for lr in RATES:

@@ -17,19 +17,13 @@ from llamagen_dist.scaling.frontier import non_embedding, over_shapes
 from llamagen_dist.scaling.ladder import Ladder, of_runs, runs_in
 from llamagen_dist.scaling.points import AS_NAMED
 from llamagen_dist.scaling.study import Options, study
-from tests.unit.scaling_points import chinchilla, grid, points
+from tests.unit.scaling_points import chinchilla, grid, points, write_token_manifest
 
 
 def write_ladder(folder: Path, losses: dict[tuple[str, int], float] | None = None) -> Path:
     """Five finished runs with losses from a known law of the blocks' parameters and the tokens (0.4 % scatter)."""
     tokens = folder / "tokens"
-    tokens.mkdir(parents=True)
-    (tokens / "manifest.json").write_text(
-        json.dumps(
-            {"format": 1, "kind": "tokens", "count": 0, "members": ["codes.npy"], "shards": [], "vocab_size": 512,
-             "grid": [8, 8], "classes": ["a", "b"], "crops": 1}
-        )
-    )  # fmt: skip
+    write_token_manifest(tokens)
     rng = np.random.default_rng(0)
     for name, layers, dim in (("a", 1, 24), ("b", 2, 32), ("c", 3, 48), ("d", 4, 64), ("e", 6, 112)):
         run = folder / "ladder" / name
